@@ -1,0 +1,1 @@
+"""The pipelines and models measured against their peers."""

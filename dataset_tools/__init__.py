@@ -1,0 +1,1 @@
+"""From pictures to compiled sets: sources, the .beton writer, verification."""

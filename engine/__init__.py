@@ -1,0 +1,1 @@
+"""What every run needs: launch, precision, checkpoints, schedules, logs, kNN."""

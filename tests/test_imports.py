@@ -1,0 +1,53 @@
+"""The one-way import rule of the house: who may use whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {"pipelines", "models", "engine", "dataset_tools", "detection", "benchmarks", "presets"}
+MAY_USE = {
+    "pipelines": set(),
+    "models": set(),
+    "engine": set(),
+    "detection": set(),
+    "dataset_tools": {"pipelines", "engine"},
+    "benchmarks": {"pipelines", "engine", "models"},
+    "presets": {"engine", "pipelines", "models"},
+    "train_pretrain": {"presets", "engine", "pipelines", "models"},
+    "train_lincls": {"presets", "engine", "pipelines", "models"},
+}
+# Packages a user may lack: only the module that needs one imports it, and says how to install it.
+OPTIONAL = {"ffcv", "cv2", "nvidia", "detectron2", "wandb", "skimage", "sklearn"}
+
+
+def _files(room: str) -> list[Path]:
+    single = ROOT / f"{room}.py"
+    return [single] if single.exists() else sorted((ROOT / room).rglob("*.py"))
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(MAY_USE))
+def test_room_imports_only_what_it_may(room: str) -> None:
+    for file in _files(room):
+        used = _imported(ast.parse(file.read_text())) & (ROOMS | set(MAY_USE)) - {room}
+        assert used <= MAY_USE[room], f"{file.relative_to(ROOT)} imports {sorted(used - MAY_USE[room])}"
+
+
+@pytest.mark.parametrize("room", sorted(MAY_USE))
+def test_package_init_needs_no_optional_package(room: str) -> None:
+    """Importing a room must work on a machine without the optional packages."""
+    for file in _files(room):
+        if file.name == "__init__.py":
+            top_level = ast.Module([n for n in ast.parse(file.read_text()).body], [])
+            assert not _imported(top_level) & OPTIONAL, file
