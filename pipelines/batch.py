@@ -1,0 +1,36 @@
+"""What every loader hands over, whatever its backend.
+
+Shape letters: N batch, S side in pixels.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Query views mixed with each other: image i keeps the share ``lam[i]`` of ``query[i]``."""
+
+    images: Tensor
+    """(N, 3, S, S) float32, channels_last, on the training device."""
+    partner: Tensor
+    """(N,) int64, a permutation without fixed points: images[i] is made of query[i] and query[partner[i]]."""
+    lam: Tensor
+    """(N,) float32 in [0, 1]: the share of query[i] in images[i]. An erased view keeps lam of its pixels."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Two augmented views of each picture, and their mixtures."""
+
+    query: Tensor
+    """(N, 3, S, S) float32, normalised, channels_last."""
+    key: Tensor
+    """(N, 3, S, S) float32, normalised, channels_last. Of zero rows where the recipe asks for one view."""
+    mixtures: tuple[Mixture, ...]
+    """none: (); mixmask, unmix, erase: one; both: (unmix, mixmask)."""
+    index: Tensor
+    """(N,) int64, position in the compiled set."""
+    label: Tensor
+    """(N,) int64, −1 where the set has no labels."""

@@ -1,0 +1,163 @@
+"""One place for every number of the augmentation and the mixing; every backend reads it.
+
+Sources: MoCo v1 (arXiv 1911.05722), MoCo v2 (arXiv 2003.04297), MixMask (arXiv 2210.11456),
+Un-Mix (arXiv 2003.05438).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal["moco", "mixmask", "unmix", "both", "erase"]
+MaskType = Literal["block", "grid"]
+MaskPer = Literal["batch", "image"]
+Partner = Literal["reverse", "random"]
+Fill = Literal["zero", "mean", "noise"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How query views are mixed. Defaults are those of the published MixMask run."""
+
+    method: Method = "mixmask"
+    """moco mixes nothing; both adds an Un-Mix and a MixMask mixture; erase fills cells with a constant."""
+    mask_type: MaskType = "block"
+    """block: rectangles of kept cells; grid: every cell kept or replaced by itself."""
+    grid_size: int = 8
+    """Cells along a side of the mask."""
+    mask_lam: float = 0.5
+    """Share of cells kept from the anchor: exactly int(mask_lam · grid_size²) for block, on average for grid."""
+    mask_per: MaskPer = "batch"
+    """One mask for the whole batch, as published, or one for each image."""
+    partner: Partner = "reverse"
+    """Whom an image is mixed with. `both` always uses reverse for Un-Mix and random for MixMask."""
+    unmix_beta: float = 1.0
+    """Un-Mix draws its share from Beta(unmix_beta, unmix_beta)."""
+    unmix_global_prob: float = 0.5
+    """Probability of a global mixture; otherwise a rectangle is pasted."""
+    erase_fill: Fill = "mean"
+    """What erased cells hold: the normalised zero (black), the data set's mean, or Gaussian noise."""
+
+    def __post_init__(self) -> None:
+        cells = self.grid_size**2
+        _check(self.grid_size >= 2, f"grid_size is {self.grid_size}; it must be at least 2")
+        _check(
+            1 <= int(self.mask_lam * cells) < cells,
+            f"mask_lam {self.mask_lam} keeps {int(self.mask_lam * cells)} of {cells} cells; "
+            f"choose it in [{1 / cells:.4g}, 1) so that at least one cell is kept and one replaced",
+        )
+        _check(self.unmix_beta > 0, f"unmix_beta is {self.unmix_beta}; it must be above 0")
+        _check(
+            0 <= self.unmix_global_prob <= 1,
+            f"unmix_global_prob is {self.unmix_global_prob}; it must lie in [0, 1]",
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a view looks like. Defaults are MoCo v2's."""
+
+    crop_px: int = 224
+    """Side of a view."""
+    num_views: int = 2
+    """Views per picture: 2 (query, key), or 1 for a classifier's training."""
+    crop: Literal["random", "center"] = "random"
+    """center: short side to crop_px · 256/224, then the middle; the evaluation's view."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the crop's share of the picture's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height."""
+    flip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter_prob: float = 0.8
+    """Probability that the four jitters are applied at all."""
+    brightness: float = 0.4
+    """Brightness factor drawn from [1 − brightness, 1 + brightness]."""
+    contrast: float = 0.4
+    """Contrast factor, likewise."""
+    saturation: float = 0.4
+    """Saturation factor, likewise."""
+    hue_turns: float = 0.1
+    """Hue shift drawn from [−hue_turns, hue_turns], in turns of the colour circle."""
+    grey_prob: float = 0.2
+    """Probability of a greyscale view."""
+    blur_prob: float = 0.5
+    """Probability of a Gaussian blur."""
+    blur_sigma_px: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation."""
+    solarize_prob: float = 0.0
+    """Probability of inverting all pixels from 128 up."""
+    grey_before_jitter: bool = False
+    """MoCo v1 draws grey before the jitter, MoCo v2 after it."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from pixels in [0, 1]."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Divides after the mean is subtracted."""
+    mixing: Mixing = Mixing(method="moco")
+    """How query views are mixed."""
+
+    def __post_init__(self) -> None:
+        _check(self.crop_px >= 8, f"crop_px is {self.crop_px}; views of fewer than 8 pixels are not supported")
+        _check(self.num_views in (1, 2), f"num_views is {self.num_views}; it must be 1 or 2")
+        low, high = self.crop_scale
+        _check(0 < low <= high <= 1, f"crop_scale is {self.crop_scale}; it must satisfy 0 < low ≤ high ≤ 1")
+        low, high = self.crop_ratio
+        _check(0 < low <= high, f"crop_ratio is {self.crop_ratio}; it must satisfy 0 < low ≤ high")
+        low, high = self.blur_sigma_px
+        _check(0 < low <= high, f"blur_sigma_px is {self.blur_sigma_px}; it must satisfy 0 < low ≤ high")
+        _check(0 <= self.hue_turns <= 0.5, f"hue_turns is {self.hue_turns}; it must lie in [0, 0.5]")
+        for name in ("flip_prob", "jitter_prob", "grey_prob", "blur_prob", "solarize_prob"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"{name} is {value}; it must lie in [0, 1]")
+        for name in ("brightness", "contrast", "saturation"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"{name} is {value}; it must lie in [0, 1]")
+        _check(
+            self.mixing.method == "moco" or self.num_views == 2,
+            f"mixing method {self.mixing.method!r} needs two views, num_views is {self.num_views}",
+        )
+
+
+def moco_v1(crop_px: int = 224, mixing: Mixing | None = None) -> Recipe:
+    """MoCo v1: grey before a jitter that always fires with hue 0.4, no blur."""
+    return Recipe(
+        crop_px=crop_px,
+        jitter_prob=1.0,
+        hue_turns=0.4,
+        blur_prob=0.0,
+        grey_before_jitter=True,
+        mixing=mixing or Mixing(method="moco"),
+    )
+
+
+def moco_v2(crop_px: int = 224, mixing: Mixing | None = None) -> Recipe:
+    """MoCo v2 (``--aug-plus``): jitter with probability 0.8, grey, blur, flip."""
+    return Recipe(crop_px=crop_px, mixing=mixing or Mixing(method="moco"))
+
+
+def linear_train(crop_px: int = 224) -> Recipe:
+    """The linear probe's training view: crop of 8 % … 100 % and flip."""
+    return dataclasses.replace(
+        evaluation(crop_px), crop="random", crop_scale=(0.08, 1.0), flip_prob=0.5
+    )
+
+
+def evaluation(crop_px: int = 224) -> Recipe:
+    """One deterministic view: short side to crop_px · 256/224, centre crop, normalise."""
+    return Recipe(
+        crop_px=crop_px,
+        num_views=1,
+        crop="center",
+        flip_prob=0.0,
+        jitter_prob=0.0,
+        grey_prob=0.0,
+        blur_prob=0.0,
+    )
