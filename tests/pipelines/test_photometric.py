@@ -1,0 +1,139 @@
+"""Every photometric operation against torchvision's, within two grey levels (in fact far closer)."""
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as reference
+
+from pipelines import photometric as ph
+from pipelines.photometric import NUM_PARAMETERS, PLACES, augment, draw_parameters
+from pipelines.recipe import Recipe, moco_v1, moco_v2
+
+LEVEL = 1 / 255
+
+
+@pytest.fixture(scope="module")
+def views() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(12, 3, 9, 9, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=48, mode="bicubic").clamp(0, 1)
+    noisy = smooth + 0.05 * torch.randn(smooth.shape, generator=generator)
+    return (noisy.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+def _image(views: Tensor) -> Tensor:
+    return views.permute(0, 3, 1, 2).float() / 255
+
+
+def _identity(num: int) -> Tensor:
+    params = torch.zeros(num, NUM_PARAMETERS)
+    params[:, [ph.BRIGHTNESS, ph.CONTRAST, ph.SATURATION]] = 1.0
+    return params
+
+
+@pytest.mark.parametrize(
+    ("column", "which", "name"),
+    [
+        (ph.BRIGHTNESS, 1, "adjust_brightness"),
+        (ph.CONTRAST, 2, "adjust_contrast"),
+        (ph.SATURATION, 3, "adjust_saturation"),
+    ],
+)
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.4, 2.0])
+def test_blend_equals_torchvision(views: Tensor, column: int, which: int, name: str, factor: float) -> None:
+    params = _identity(len(views))
+    params[:, column] = factor
+    params[:, PLACES.start] = which
+    expected = getattr(reference, name)(_image(views), factor)
+    assert (ph.jitter(_image(views), params) - expected).abs().max() < 2 * LEVEL
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.1, 0.03, 0.1, 0.4])
+def test_hue_equals_torchvision(views: Tensor, turns: float) -> None:
+    got = ph.shift_hue(_image(views), torch.full((len(views),), turns))
+    assert (got - reference.adjust_hue(_image(views), turns)).abs().max() < 1e-4
+
+
+def test_hue_of_grey_is_grey() -> None:
+    grey = torch.linspace(0, 1, 64).view(1, 1, 8, 8).expand(1, 3, 8, 8)
+    assert torch.equal(ph.shift_hue(grey, torch.tensor([0.3])), grey)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_blur_equals_torchvision(views: Tensor, sigma: float) -> None:
+    got = ph.blur(_image(views), torch.full((len(views),), sigma), 2.0)
+    expected = reference.gaussian_blur(_image(views), [13, 13], [sigma, sigma])
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_grey_equals_torchvision(views: Tensor) -> None:
+    params = _identity(len(views))
+    params[:, ph.GREY] = 1
+    expected = reference.rgb_to_grayscale(_image(views), num_output_channels=3)
+    assert (ph.to_grey(_image(views), params) - expected).abs().max() < LEVEL
+
+
+def test_jitter_follows_its_drawn_order(views: Tensor) -> None:
+    """The whole jitter of random parameters against torchvision's functions called one by one."""
+    index = torch.arange(len(views))
+    params = draw_parameters(moco_v1(), seed=3, epoch=1, index_N=index, view=0)
+    got = ph.jitter(_image(views), params)
+    names = {1: "adjust_brightness", 2: "adjust_contrast", 3: "adjust_saturation"}
+    columns = {1: ph.BRIGHTNESS, 2: ph.CONTRAST, 3: ph.SATURATION}
+    for i in range(len(views)):
+        x = _image(views)[i]
+        places = [int(p) for p in params[i, PLACES]]
+        for which in [*places[:3], 4, *places[3:]]:
+            if which == 4:
+                x = reference.adjust_hue(x, float(params[i, ph.HUE]))
+            elif which:
+                x = getattr(reference, names[which])(x, float(params[i, columns[which]]))
+        assert (got[i] - x).abs().max() < 2 * LEVEL
+
+
+def test_every_jitter_fires_once_in_all_orders() -> None:
+    params = draw_parameters(moco_v2(), 0, 0, torch.arange(20_000), view=0)
+    places = params[:, PLACES]
+    assert torch.equal(places.sort(dim=1).values, torch.tensor([0, 0, 0, 1, 2, 3.0]).expand(20_000, 6))
+    before = (places[:, :3] > 0).sum(dim=1)
+    shares = torch.bincount(before, minlength=4) / 20_000
+    assert (shares - 0.25).abs().max() < 0.02  # hue is first, second, third and last equally often
+
+
+def test_operations_fire_as_often_as_the_recipe_says() -> None:
+    params = draw_parameters(moco_v2(), 0, 0, torch.arange(40_000), view=1)
+    share = {
+        "flip": (params[:, ph.FLIP] > 0, 0.5),
+        "grey": (params[:, ph.GREY] > 0, 0.2),
+        "blur": (params[:, ph.BLUR] > 0, 0.5),
+        "jitter": (params[:, ph.HUE] != 0, 0.8),
+    }
+    for name, (fired, expected) in share.items():
+        assert abs(fired.float().mean() - expected) < 0.01, name
+    fired = params[:, ph.BRIGHTNESS] != 1
+    factors = params[fired, ph.BRIGHTNESS]
+    assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4
+    assert abs(factors.mean() - 1) < 0.01
+
+
+def test_solarize_and_normalise(views: Tensor) -> None:
+    recipe = Recipe(crop_px=48, jitter_prob=0, grey_prob=0, blur_prob=0, flip_prob=0, solarize_prob=1)
+    params = draw_parameters(recipe, 0, 0, torch.arange(len(views)), 0)
+    got = augment(views, params, recipe)
+    solarised = reference.solarize(views.permute(0, 3, 1, 2), 128).float() / 255
+    expected = reference.normalize(solarised, list(recipe.mean), list(recipe.std))
+    assert (got - expected).abs().max() < 1e-5
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_flip_is_horizontal(views: Tensor) -> None:
+    recipe = Recipe(crop_px=48, jitter_prob=0, grey_prob=0, blur_prob=0, flip_prob=1, mean=(0, 0, 0), std=(1,) * 3)
+    got = augment(views, draw_parameters(recipe, 0, 0, torch.arange(len(views)), 0), recipe)
+    assert (got - reference.horizontal_flip(_image(views))).abs().max() < 1e-6
+
+
+def test_stage_compiles_as_one_graph(views: Tensor) -> None:
+    recipe = moco_v2(48)
+    params = draw_parameters(recipe, 0, 0, torch.arange(len(views)), 0)
+    graph = torch.compile(lambda v, p: augment(v, p, recipe), fullgraph=True, backend="aot_eager")
+    assert (graph(views, params) - augment(views, params, recipe)).abs().max() < 1e-5
