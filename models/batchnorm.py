@@ -1,0 +1,121 @@
+"""Keeping batch statistics from giving the positive pair away.
+
+BatchNorm lets images of one batch see each other. If a query and its key are normalised in the same
+company, the network can match them by that company and learn nothing. So the company of the keys is
+changed: the batch is dealt out anew, over ranks or over the groups of a `SplitBatchNorm2d`.
+
+Shape letters: N batch on this rank, C channels, S side, G groups, R ranks.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics are taken over ``num_splits`` consecutive parts of the batch.
+
+    One device then behaves like ``num_splits`` devices without synchronised BN. The running statistics move
+    towards the mean of the parts' statistics; in eval mode and in the state dict it is a plain BatchNorm2d.
+    Raises ValueError at a training batch that ``num_splits`` does not divide.
+    """
+
+    def __init__(self, num_features: int, num_splits: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        if num_splits < 1:
+            raise ValueError(f"num_splits is {num_splits}; it must be at least 1 (1 is plain BatchNorm)")
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.num_splits = num_splits
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, S, S) in, the same out."""
+        if not self.training or self.num_splits == 1:
+            return super().forward(input)
+        batch_size = input.shape[0]
+        if batch_size % self.num_splits:
+            raise ValueError(
+                f"a batch of {batch_size} cannot be split into {self.num_splits} equal parts for BatchNorm; "
+                f"choose a batch size that is a multiple of {self.num_splits}, or fewer splits"
+            )
+        # Each part updates a copy of the running statistics, and the copies are averaged.
+        means_GC = self._running(self.running_mean).expand(self.num_splits, -1).clone()
+        vars_GC = self._running(self.running_var).expand(self.num_splits, -1).clone()
+        parts = [
+            F.batch_norm(part, mean_C, var_C, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
+            for part, mean_C, var_C in zip(input.chunk(self.num_splits), means_GC, vars_GC, strict=True)
+        ]
+        with torch.no_grad():
+            self._running(self.running_mean).copy_(means_GC.mean(0))
+            self._running(self.running_var).copy_(vars_GC.mean(0))
+            self._running(self.num_batches_tracked).add_(1)
+        return torch.cat(parts)
+
+    @staticmethod
+    def _running(buffer: Tensor | None) -> Tensor:
+        assert buffer is not None  # running statistics are always tracked here
+        return buffer
+
+    def extra_repr(self) -> str:
+        """What BatchNorm2d shows, and the number of splits."""
+        return f"{super().extra_repr()}, num_splits={self.num_splits}"
+
+
+def _channels_first_to_last(x: Tensor) -> Tensor:
+    """The dense memory of a channels_last image batch, so that rows can be moved without another copy."""
+    return x.movedim(1, -1).contiguous() if x.dim() == 4 else x.contiguous()
+
+
+def _channels_last_to_first(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1) if x.dim() == 4 else x
+
+
+def deal_over_splits(x: Tensor, num_splits: int) -> Tensor:
+    """Reorder (N, …) so that each of ``num_splits`` consecutive parts draws evenly from all former parts.
+
+    Image batches come back channels_last. N must be a multiple of ``num_splits``.
+    """
+    rows = _channels_first_to_last(x)
+    dealt = rows.unflatten(0, (num_splits, -1)).transpose(0, 1).flatten(0, 1)
+    return _channels_last_to_first(dealt)
+
+
+def undeal_over_splits(x: Tensor, num_splits: int) -> Tensor:
+    """Undo `deal_over_splits`."""
+    rows = _channels_first_to_last(x)
+    gathered = rows.unflatten(0, (-1, num_splits)).transpose(0, 1).flatten(0, 1)
+    return _channels_last_to_first(gathered)
+
+
+def _hand_sizes(num_rows: int, rank: int, world_size: int) -> list[int]:
+    """How many rows ``rank`` sends to each rank. Row and column sums of the R × R table are ``num_rows``."""
+    share, rest = divmod(num_rows, world_size)
+    return [share + ((to - rank) % world_size < rest) for to in range(world_size)]
+
+
+def _exchange(x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    rows = _channels_first_to_last(x)
+    received = torch.empty_like(rows)
+    dist.all_to_all_single(received, rows, output_split_sizes=receive, input_split_sizes=send)
+    return _channels_last_to_first(received)
+
+
+def shuffle_across_ranks(x: Tensor) -> Tensor:
+    """Deal the (N, …) rows of every rank evenly over all ranks; N must be the same on all of them.
+
+    Only rows that change their place travel (all-to-all), about N·(R − 1)/R of them, where gathering whole
+    batches would bring in N·(R − 1). The deal is fixed: an epoch's order is random already, an even deal
+    leaves the fewest old neighbours together, and there is no generator state to agree on or to resume.
+    Image batches come back channels_last. No gradient passes. Needs an initialised process group.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    send = _hand_sizes(len(x), rank, world_size)
+    receive = [_hand_sizes(len(x), source, world_size)[rank] for source in range(world_size)]
+    return _exchange(x, send, receive)
+
+
+def unshuffle_across_ranks(x: Tensor) -> Tensor:
+    """Undo `shuffle_across_ranks`: row i is again what belongs to row i of this rank's batch."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    receive = _hand_sizes(len(x), rank, world_size)
+    send = [_hand_sizes(len(x), source, world_size)[rank] for source in range(world_size)]
+    return _exchange(x, send, receive)

@@ -1,0 +1,102 @@
+"""Contrastive losses against a queue of negatives, as pure functions.
+
+Shape letters: N batch, D embedding, K queue. All embeddings are L2-normalised rows. Everything is computed in
+float32 (float64 stays), whatever autocast says: at temperature 0.07 half-precision logits are off by 0.05.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_QUEUE_CHUNK = 16384
+"""Queue rows a block of logits spans: large enough to fill a GPU, small enough to keep memory flat."""
+
+
+class _NegativeLogSumExp(torch.autograd.Function):
+    """Row-wise log Σ exp(q·queueᵀ / T), never holding more than a block of the N × K logits.
+
+    The gradient by q is (softmax · queue) / T, an N × D matrix. The forward pass makes it while each block of
+    logits is at hand, so the backward pass needs neither logits nor queue: nothing of size N × K is kept, and
+    the queue may be overwritten in between. The queue receives no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        wants_gradient = ctx.needs_input_grad[0]
+        max_N = q_ND.new_full((len(q_ND),), -torch.inf)
+        sum_N = torch.zeros_like(max_N)
+        weighted_ND = torch.zeros_like(q_ND)
+        for block_CD in queue_KD.split(_QUEUE_CHUNK):
+            logits_NC = (q_ND @ block_CD.T).div_(temperature)
+            new_max_N = torch.maximum(max_N, logits_NC.amax(1))
+            rescale_N = (max_N - new_max_N).exp()
+            weights_NC = logits_NC.sub_(new_max_N[:, None]).exp_()
+            sum_N = sum_N * rescale_N + weights_NC.sum(1)
+            if wants_gradient:
+                weighted_ND = weighted_ND * rescale_N[:, None] + weights_NC @ block_CD
+            max_N = new_max_N
+        if wants_gradient:
+            ctx.save_for_backward(weighted_ND / (sum_N[:, None] * temperature))
+        ctx.mark_non_differentiable(max_N)
+        return max_N + sum_N.log(), max_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slope_ND,) = ctx.saved_tensors
+        return grads[0][:, None] * slope_ND, None, None
+
+
+def _full_precision(*tensors: Tensor) -> Sequence[Tensor]:
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def negative_logsumexp(q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(N,) log-sum-exp and (N,) maximum of each query's logits against the queue.
+
+    Only the first carries a gradient, only to the queries, and only once (no second derivatives).
+    """
+    with torch.autocast(q_ND.device.type, enabled=False):
+        q_ND, queue_KD = _full_precision(q_ND, queue_KD)
+        lse_N, max_N = _NegativeLogSumExp.apply(q_ND, queue_KD.detach(), temperature)
+    return lse_N, max_N
+
+
+def positive_logit(q_ND: Tensor, k_ND: Tensor, temperature: float) -> Tensor:
+    """(N,) logits q·k / T of each query with its own key."""
+    q_ND, k_ND = _full_precision(q_ND, k_ND)
+    return (q_ND * k_ND).sum(1) / temperature
+
+
+def cross_entropy(positive_N: Tensor, negative_lse_N: Tensor) -> Tensor:
+    """(N,) −log of the positive's share: log(exp(pos) + exp(lse)) − pos, without the cancellation."""
+    return F.softplus(negative_lse_N - positive_N)
+
+
+def info_nce(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, temperature: float) -> Tensor:
+    """Mean cross-entropy of each query with its key against the queue, a scalar (MoCo, eq. 1).
+
+    Keys and queue receive no gradient.
+    """
+    lse_N, _ = negative_logsumexp(q_ND, queue_KD, temperature)
+    return cross_entropy(positive_logit(q_ND, k_ND.detach(), temperature), lse_N).mean()
+
+
+def mixture_loss(
+    qm_ND: Tensor, k_ND: Tensor, partner_N: Tensor, lam_N: Tensor, queue_KD: Tensor, temperature: float
+) -> Tensor:
+    """Mean of λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]), a scalar (MixMask, arXiv 2210.11456; Un-Mix).
+
+    qm_ND: embedded mixed views; k_ND: clean keys; partner_N: int64, whose pixels fill view i; lam_N in
+    [0, 1]: share of the anchor's own pixels. Both terms have the same negatives, so one product with the
+    queue serves.
+    """
+    lse_N, _ = negative_logsumexp(qm_ND, queue_KD, temperature)
+    k_ND = k_ND.detach()
+    own_N = cross_entropy(positive_logit(qm_ND, k_ND, temperature), lse_N)
+    partners_N = cross_entropy(positive_logit(qm_ND, k_ND[partner_N], temperature), lse_N)
+    return (lam_N * own_N + (1 - lam_N) * partners_N).mean()
