@@ -1,0 +1,144 @@
+"""What stands beside a compiled set: ``X.json``, how it was made; ``X.paths``, where pictures came from."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+TIERS = ("jpeg", "raw")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of one compiled set, kept as JSON beside it."""
+
+    tier: str
+    """jpeg: pictures are stored as JPEG files; raw: as (H, W, 3) uint8 pixels."""
+    count: int
+    """Number of pictures."""
+    num_bytes: int
+    """Size of the compiled file."""
+    sha256: str
+    """Hash of all payloads in order, then of the mode, width, height and label columns (see BetonWriter)."""
+    source: str
+    """Name of what it was made from; a name, not a path of one machine."""
+    classes: tuple[str, ...] = ()
+    """Class names in the order of their labels; empty where the pictures carry none."""
+    replaced: Mapping[str, int] = field(default_factory=dict)
+    """Reason → number of pictures that were left out ("skipped: …") or encoded anew ("transcoded: …")."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The options it was made with."""
+    format: str = "beton"
+    """Layout of the compiled file."""
+    version: int = VERSION
+    """Version of this JSON."""
+
+    def write(self, beton_path: str | Path) -> Path:
+        """Write the JSON beside ``beton_path`` (temporary name, fsync, rename); return its path."""
+        target = manifest_path(beton_path)
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        partial = target.with_name(target.name + ".partial")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+    @staticmethod
+    def read(beton_path: str | Path) -> "Manifest | None":
+        """Return the manifest beside ``beton_path``, or None where there is none.
+
+        Raises ValueError, naming the file, where it is not JSON or its keys or types are not ours.
+        """
+        target = manifest_path(beton_path)
+        try:
+            text = target.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{target} is not UTF-8 text ({error}); compile the set again") from error
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{target} is not valid JSON ({error}); compile the set again") from error
+        return _from_json(content, target)
+
+
+def manifest_path(beton_path: str | Path) -> Path:
+    """Return the path of the manifest that belongs to ``beton_path``."""
+    return Path(beton_path).with_suffix(".json")
+
+
+def paths_path(beton_path: str | Path) -> Path:
+    """Return the path of the list of source paths that belongs to ``beton_path``."""
+    return Path(beton_path).with_suffix(".paths")
+
+
+def _from_json(content: Any, file: Path) -> Manifest:
+    """Build a manifest of parsed JSON; every surprise is a ValueError naming ``file``."""
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} holds a {type(content).__name__}, a manifest is an object; compile the set again"
+        )
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{file} has manifest version {content.get('version')!r}, this program reads {VERSION}; "
+            "compile the set again"
+        )
+    fields = {f.name: f for f in dataclasses.fields(Manifest)}
+    if unknown := sorted(set(content) - set(fields)):
+        raise ValueError(f"{file} has unknown keys {unknown}; known are {sorted(fields)}")
+    if missing := sorted({"tier", "count", "num_bytes", "sha256", "source"} - set(content)):
+        raise ValueError(f"{file} lacks the keys {missing}; compile the set again")
+    kinds: dict[str, type] = {
+        "count": int,
+        "num_bytes": int,
+        "classes": list,
+        "replaced": dict,
+        "settings": dict,
+    }
+    for name, value in content.items():
+        kind = kinds.get(name, int if name == "version" else str)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{file}: {name} is {value!r}, expected {kind.__name__}; compile the set again")
+    if content["tier"] not in TIERS:
+        raise ValueError(f"{file}: tier is {content['tier']!r}, known are {', '.join(TIERS)}")
+    return Manifest(**{**content, "classes": tuple(content.get("classes", ()))})
+
+
+# A file name may hold a newline; on its line in X.paths it must not.
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
+_UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
+
+
+def source_path_line(path: str) -> bytes:
+    r"""Return the line of ``X.paths`` for a relative source path; line breaks and ``\`` are escaped."""
+    escaped = re.sub(r"[\\\n\r]", lambda match: _ESCAPES[match.group()], path)
+    return os.fsencode(escaped) + b"\n"
+
+
+def read_source_path(beton_path: str | Path, index: int) -> str | None:
+    """Return where picture ``index`` came from, relative to its source; None where that is not recorded.
+
+    Reads ``X.paths`` line by line up to the one asked for: cheap in memory, meant for reports, not for loops.
+    """
+    if index < 0:
+        return None
+    try:
+        with paths_path(beton_path).open("rb") as file:
+            line = next(itertools.islice(file, index, None), None)
+    except FileNotFoundError:
+        return None
+    if line is None:
+        return None
+    return re.sub(r"\\[\\nr]", lambda match: _UNESCAPES[match.group()], os.fsdecode(line.rstrip(b"\n")))
