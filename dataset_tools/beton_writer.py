@@ -1,0 +1,242 @@
+"""A writer of FFCV ``.beton`` files that leaves encoded pictures as they are and never a half-written file.
+
+FFCV's own writer encodes every JPEG anew and waits for ever once one of its workers has raised.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from dataset_tools.beton_format import (
+    MAX_PAGE_BYTES,
+    MAX_SIDE_PX,
+    MODE_JPEG,
+    MODE_RAW,
+    TYPE_IMAGE,
+    TYPE_INT,
+    ffcv_types,
+    metadata_dtype,
+)
+from pipelines.manifest import Manifest, paths_path, source_path_line
+
+DEFAULT_PAGE_BYTES = 8 << 20
+_BUFFER_BYTES = 8 << 20
+_MODES = {"jpeg": MODE_JPEG, "raw": MODE_RAW}
+
+
+def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -> str:
+    """Finish the hash of a set: after all payloads come the columns mode, width, height and label.
+
+    Addresses stay out, so two files of the same pictures have the same hash whatever their pages.
+    """
+    for column in (metadata["f0"]["mode"], metadata["f0"]["width"], metadata["f0"]["height"], metadata["f1"]):
+        hasher.update(np.ascontiguousarray(column).data)
+    return hasher.hexdigest()
+
+
+class BetonWriter:
+    """Writes samples one after the other; the file appears under its name at ``commit`` and not before.
+
+    Use it as a context manager: leaving it without ``commit``, by an error or Ctrl-C, removes what was
+    written. ``capacity`` is the greatest number of samples; fewer may be added, and the place of the others
+    in the metadata stays empty.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        capacity: int,
+        tier: str = "jpeg",
+        page_bytes: int = DEFAULT_PAGE_BYTES,
+        overwrite: bool = False,
+    ) -> None:
+        """Check the options and open the temporary file ``<name>.partial``.
+
+        Raises ValueError for an unusable option, FileExistsError where ``path`` exists and ``overwrite`` is
+        off or where another process is writing it, FileNotFoundError where its folder does not exist.
+        """
+        self.path = Path(path)
+        if self.path.suffix != ".beton":
+            raise ValueError(f"{self.path} does not end in .beton; name the compiled set so")
+        if tier not in _MODES:
+            raise ValueError(f"tier is {tier!r}; known are {', '.join(_MODES)}")
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}; a compiled set holds at least one picture")
+        if not 4096 <= page_bytes <= MAX_PAGE_BYTES or page_bytes & (page_bytes - 1):
+            raise ValueError(f"page_bytes is {page_bytes}; choose a power of two in [4096, {MAX_PAGE_BYTES}]")
+        if self.path.exists() and not overwrite:
+            raise FileExistsError(f"{self.path} exists already; choose another name or add --overwrite")
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"the folder {self.path.parent} does not exist; make it first")
+        self.tier, self.page_bytes, self.count = tier, page_bytes, 0
+        self._types = ffcv_types()
+        self._metadata = np.zeros(capacity, metadata_dtype())
+        self._sizes = np.zeros(capacity, np.uint64)
+        self._hasher = hashlib.sha256()
+        self._descriptors = self._field_descriptors()
+        self._metadata_at = self._types.HeaderType.itemsize + self._descriptors.nbytes
+        self._end: int = self._metadata_at + self._metadata.nbytes
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._partial_paths = self.path.with_name(self.path.name + ".paths.partial")
+        self._file = _open_alone(self._partial)
+        try:
+            self._paths: BinaryIO = self._partial_paths.open("wb")
+        except BaseException:
+            self.discard()
+            raise
+
+    def __enter__(self) -> "BetonWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+    def add(
+        self,
+        payload: bytes | npt.NDArray[np.uint8],
+        *,
+        label: int,
+        width: int,
+        height: int,
+        source_path: str,
+    ) -> int:
+        """Append one picture and return its index.
+
+        ``payload`` is a whole JPEG file, or contiguous (height, width, 3) uint8 pixels in the raw tier.
+        Raises ValueError where it is empty or of another size, or a side is outside 1 … 65,535 px.
+        """
+        data = memoryview(payload if isinstance(payload, bytes) else payload.data).cast("B")
+        index, size = self.count, data.nbytes
+        if index == len(self._metadata):
+            raise ValueError(f"the set was opened for {index} pictures and is full")
+        if not (1 <= width <= MAX_SIDE_PX and 1 <= height <= MAX_SIDE_PX):
+            raise ValueError(f"{source_path} is {width} × {height} px; sides must lie in 1 … {MAX_SIDE_PX}")
+        if size == 0 or (self.tier == "raw" and size != width * height * 3):
+            raise ValueError(
+                f"{source_path}: a {self.tier} payload of {size} bytes for {width} × {height} px"
+            )
+        if size > MAX_PAGE_BYTES:
+            raise ValueError(f"{source_path} has {size} bytes; a page holds at most {MAX_PAGE_BYTES}")
+        pointer = self._place(size)
+        self._file.seek(pointer)
+        self._file.write(data)
+        self._hasher.update(data)
+        self._end = pointer + size
+        image = self._metadata["f0"]
+        image["mode"][index], image["width"][index] = _MODES[self.tier], width
+        image["height"][index], image["data_ptr"][index] = height, pointer
+        self._metadata["f1"][index], self._sizes[index] = label, size
+        self._paths.write(source_path_line(source_path))
+        self.count += 1
+        return index
+
+    def commit(
+        self,
+        *,
+        source: str,
+        classes: Sequence[str] = (),
+        replaced: Mapping[str, int] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Write tables and header, fsync, give the set and its side files their names, the set last.
+
+        Raises ValueError where no picture was added.
+        """
+        if self.count == 0:
+            raise ValueError(f"no picture is left to put into {self.path}")
+        self._write_tables()
+        manifest = Manifest(
+            tier=self.tier,
+            count=self.count,
+            num_bytes=self._file.tell(),
+            sha256=contents_hash_end(self._hasher, self._metadata[: self.count]),
+            source=source,
+            classes=tuple(classes),
+            replaced=dict(replaced or {}),
+            settings=dict(settings or {}),
+        )
+        for file in (self._file, self._paths):
+            file.flush()
+            os.fsync(file.fileno())
+        # An old set goes before its side files change: no moment shows a set beside another one's manifest.
+        self.path.unlink(missing_ok=True)
+        self._partial_paths.replace(paths_path(self.path))
+        manifest.write(self.path)
+        self._partial.replace(self.path)
+        _sync_folder(self.path.parent)
+        return manifest
+
+    def discard(self) -> None:
+        """Close and remove the temporary files; after ``commit`` only closes."""
+        for name in ("_file", "_paths"):
+            if name in self.__dict__:
+                self.__dict__[name].close()
+        self._partial.unlink(missing_ok=True)
+        self._partial_paths.unlink(missing_ok=True)
+
+    def _place(self, size: int) -> int:
+        """Return the next address where ``size`` bytes stay within one page.
+
+        A payload larger than a page doubles the page for the whole file. What is already written stays valid:
+        every page of the old size lies within one of the new.
+        """
+        while size > self.page_bytes:
+            self.page_bytes *= 2
+        room: int = self.page_bytes - self._end % self.page_bytes
+        return self._end if size <= room else self._end + room
+
+    def _write_tables(self) -> None:
+        table = np.zeros(self.count, self._types.ALLOC_TABLE_TYPE)
+        table["sample_id"] = np.arange(self.count)
+        table["ptr"] = self._metadata["f0"]["data_ptr"][: self.count]
+        table["size"] = self._sizes[: self.count]
+        header = np.zeros(1, self._types.HeaderType)
+        header["version"], header["num_fields"] = self._types.CURRENT_VERSION, len(self._descriptors)
+        header["page_size"], header["num_samples"] = self.page_bytes, self.count
+        header["alloc_table_ptr"] = self._end
+        self._file.seek(0)
+        self._file.write(header.tobytes() + self._descriptors.tobytes())
+        self._file.write(self._metadata[: self.count].data.cast("B"))
+        self._file.seek(self._end)
+        self._file.write(table.data.cast("B"))
+
+    def _field_descriptors(self) -> npt.NDArray[np.void]:
+        fields = (("image", TYPE_IMAGE), ("label", TYPE_INT))
+        descriptors = np.zeros(len(fields), self._types.FieldDescType)
+        for descriptor, (name, type_id) in zip(descriptors, fields, strict=True):
+            descriptor["type_id"] = type_id
+            descriptor["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
+        return descriptors
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Open ``path`` empty for writing, or raise FileExistsError where another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise FileExistsError(
+            f"another process is writing {path}; wait for it or choose another name"
+        ) from error
+    os.ftruncate(descriptor, 0)
+    return os.fdopen(descriptor, "w+b", buffering=_BUFFER_BYTES)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames within ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,42 @@
+"""Work spread over threads, results taken in order, a bounded number of them waiting."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Result = TypeVar("Result")
+_AHEAD_PER_WORKER = 4
+
+
+def available_cores() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ordered_map(
+    function: Callable[[int], Result], count: int, *, workers: int, chunk: int = 1
+) -> Generator[Result, None, None]:
+    """Yield ``function(0) … function(count − 1)`` in order, computed by ``workers`` threads.
+
+    Threads run at most ``4 · workers`` chunks of ``chunk`` items ahead of the consumer, so memory does not
+    grow with ``count``. The first exception, in order, is raised here; work not yet started is dropped.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
+
+    def run(start: int) -> list[Result]:
+        return [function(i) for i in range(start, min(start + chunk, count))]
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="dataset-tools")
+    try:
+        waiting: deque[Future[list[Result]]] = deque()
+        for start in range(0, count, chunk):
+            waiting.append(pool.submit(run, start))
+            if len(waiting) >= _AHEAD_PER_WORKER * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
