@@ -1,1 +1,85 @@
 """A compiled set in, batches of views and mixtures on the training device out."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pipelines.batch import Batch, Mixture
+from pipelines.cores import usable_cores
+from pipelines.engines import Engine
+from pipelines.loader import ViewLoader
+from pipelines.recipe import Mixing, Recipe
+
+Backend = Literal["auto", "ffcv", "folder"]
+
+__all__ = ["Backend", "Batch", "Mixing", "Mixture", "Recipe", "ViewLoader", "build_loader"]
+
+
+def build_loader(
+    path: str | Path,
+    recipe: Recipe,
+    backend: Backend = "auto",
+    *,
+    batch_size: int,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    num_threads: int = 0,
+    shuffle: bool = True,
+    drop_last: bool = True,
+) -> ViewLoader:
+    """Build a loader over a compiled set or a folder.
+
+    Args:
+        path: a ``.beton`` file, or a folder of pictures.
+        recipe: what views and mixtures look like.
+        backend: ``ffcv`` for ``.beton`` files, ``folder`` for folders; ``auto`` tells by the path.
+        batch_size: pictures per batch on this rank.
+        seed: of every draw.
+        rank: of this process.
+        world_size: number of processes.
+        device: where batches are wanted.
+        num_threads: for decoding; 0 takes every core this process may use, shared among local ranks.
+        shuffle: visit the set in a new order each epoch.
+        drop_last: leave out the last, smaller batch of an epoch.
+
+    Raises:
+        FileNotFoundError: if the compiled set is not there.
+        ValueError: if the path does not fit the backend, or the batch is larger than the set.
+        RuntimeError: if a package of the backend is missing.
+    """
+    path = Path(path)
+    if backend == "auto":
+        backend = "ffcv" if path.suffix == ".beton" else "folder"
+    if backend == "ffcv" and path.suffix != ".beton":
+        raise ValueError(
+            f"backend ffcv reads .beton files, {path} is none; convert it with `make convert DATA={path}` "
+            "or choose backend folder"
+        )
+    if backend == "folder" and path.is_file():
+        raise ValueError(f"backend folder reads folders of pictures, {path} is a file; choose backend ffcv")
+    num_threads = usable_cores(num_threads)
+    engine: Engine
+    if backend == "ffcv":
+        from pipelines.ffcv_engine import FFCVEngine
+
+        engine = FFCVEngine(path, recipe.num_views, recipe.crop_px, num_threads)
+    elif backend == "folder":
+        from pipelines.folder_engine import FolderEngine
+
+        engine = FolderEngine(path, recipe.num_views, recipe.crop_px, num_threads)
+    else:
+        raise ValueError(f"backend is {backend!r}; known are auto, ffcv, folder")
+    return ViewLoader(
+        engine,
+        recipe,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        device=torch.device(device),
+        shuffle=shuffle,
+        drop_last=drop_last,
+    )
