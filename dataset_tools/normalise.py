@@ -65,7 +65,7 @@ def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> Norma
     4:4:4 what was not. Raises BadPicture where it cannot be decoded in full or has a side over 65,535 px.
     """
     if isinstance(payload, np.ndarray):
-        return _store(Image.fromarray(payload), "pixels", how, changed="" if how.tier == "raw" else "pixels")
+        return _normalise_pixels(payload, how)
     # Pillow's readers meet arbitrary bytes here and raise nearly anything; all of it means a bad picture.
     try:
         with Image.open(io.BytesIO(payload)) as image:
@@ -79,6 +79,20 @@ def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> Norma
     except Exception as error:
         reason = "truncated" if "truncated" in str(error).lower() else "damaged"
         raise BadPicture(reason, str(error)) from error
+
+
+def _normalise_pixels(pixels: npt.NDArray[np.uint8], how: Normalising) -> Normal:
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise BadPicture(
+            "not a picture", f"pixels are {pixels.dtype} of shape {pixels.shape}, not (H, W, 3) uint8"
+        )
+    height, width, _ = pixels.shape
+    reduced = how.max_side is not None and max(height, width) > how.max_side
+    if how.tier == "raw" and not reduced:
+        return Normal(np.ascontiguousarray(pixels), width, height)
+    return _store(
+        Image.fromarray(pixels), "pixels", how, f"reduced to {how.max_side} px" if reduced else "pixels"
+    )
 
 
 def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> Normal:
@@ -126,7 +140,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _store(image: Image.Image, kind: str, how: Normalising, changed: str) -> Normal:
-    """Reduce where asked, then encode for the tier."""
+    """Reduce where asked, then encode for the tier; in the raw tier only a reduction counts as a change."""
     if how.max_side is not None and max(image.size) > how.max_side:
         image.thumbnail((how.max_side, how.max_side), Image.Resampling.LANCZOS)
     if max(image.size) > MAX_SIDE_PX:

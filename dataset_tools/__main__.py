@@ -1,0 +1,51 @@
+"""Make and check compiled sets: convert, photographs, fashion-mnist, verify, stats."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import tyro
+from rich.console import Console
+
+from dataset_tools import commands
+
+COMMANDS: dict[str, Callable[..., commands.Command]] = {
+    "convert": commands.Convert,
+    "photographs": commands.Photographs,
+    "fashion-mnist": commands.FashionMnist,
+    "verify": commands.Verify,
+    "stats": commands.ShowStats,
+}
+"""Every sub-command by name."""
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the sub-command that ``args`` (default: the command line) name; return the exit code.
+
+    What a user can mend is one sentence on stderr and exit code 2; Ctrl-C and SIGTERM clean up and give 130.
+    """
+    command: commands.Command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="python -m dataset_tools", description=__doc__, args=args
+    )
+    err = Console(stderr=True)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return command.run(Console(), err)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing was left behind", style="red")
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 – the shape that signal asks for
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

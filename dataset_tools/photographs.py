@@ -1,0 +1,236 @@
+"""The sample set: ImageNet-like JPEGs cut from the photographs that scikit-image and scikit-learn carry.
+
+Nothing is downloaded. Picture i of a split is a function of (seed, split, i) alone: a crop of one source,
+resized to one of ImageNet's common sizes, recoloured, given a sensor's noise, stored as a 4:2:0 JPEG.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dataset_tools.parallel import available_cores, ordered_map
+
+RECIPE_VERSION = 1
+"""Raised whenever the same seed would give other pictures."""
+SPLITS = ("train", "val")
+# Drawings, texts, logos, masks and pictures under 300 px are left out.
+_SKIMAGE_FILES = (
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png",
+    "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
+    "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+_SKLEARN_FILES = ("china.jpg", "flower.jpg")
+_SIZES_PX = ((500, 375), (375, 500), (500, 333), (333, 500), (500, 500), (500, 400), (640, 480), (400, 300))
+_SIZE_SHARES = (0.46, 0.14, 0.16, 0.06, 0.06, 0.04, 0.05, 0.03)
+_QUALITIES = (93, 98)
+"""JPEG quality is drawn from here, both ends included; chosen for a mean of about 110 KB a picture."""
+_MARKER = "photographs.json"
+
+
+@dataclass(frozen=True)
+class Made:
+    """The sample set as it lies on disk."""
+
+    root: Path
+    counts: tuple[int, int]
+    """Pictures in train and val."""
+    num_bytes: int
+    """Sum of all JPEG files."""
+    already_there: bool
+    """True where a complete set of the same options was found and nothing was written."""
+
+
+def source_files() -> dict[str, Path]:
+    """Return name → file of the source photographs.
+
+    Raises ImportError with the command that installs them where one of the two packages is missing.
+    """
+    found = {}
+    for package, folder, files in (
+        ("skimage", "data", _SKIMAGE_FILES),
+        ("sklearn", "datasets/images", _SKLEARN_FILES),
+    ):
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError(
+                "the sample photographs lie inside scikit-image and scikit-learn; run `make setup` or "
+                "`pip install scikit-image scikit-learn`"
+            )
+        root = Path(spec.submodule_search_locations[0]) / folder
+        found.update({file.split(".")[0]: root / file for file in files if (root / file).is_file()})
+    if len(found) < 10:
+        raise ImportError(
+            f"only {len(found)} of {len(_SKIMAGE_FILES) + len(_SKLEARN_FILES)} photographs lie in the "
+            "installed packages; run `pip install --force-reinstall scikit-image scikit-learn`"
+        )
+    return found
+
+
+def make_photographs(
+    out: str | Path,
+    *,
+    count: int = 2000,
+    val: int = 200,
+    seed: int = 0,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[], None] | None = None,
+) -> Made:
+    """Make the tree ``out/{train,val}/<source>/<nnnn>.JPEG``; the source is the class.
+
+    ``count`` and ``val`` are the pictures of the two splits. The tree appears under its name when complete. A
+    complete tree of the same options is left as it is; one of other options is replaced where ``overwrite``
+    is on. Raises ValueError for unusable options, FileExistsError where ``out`` holds anything else,
+    ImportError without the source packages.
+    """
+    if count < 1 or val < 0:
+        raise ValueError(f"count is {count} and val is {val}; at least 1 and at least 0 are needed")
+    out = Path(out)
+    options = {"version": RECIPE_VERSION, "seed": seed, "count": count, "val": val}
+    known = _read_marker(out)
+    if known is not None and {key: known.get(key) for key in options} == options:
+        return Made(out, (count, val), int(known["num_bytes"]), already_there=True)
+    if known is not None and not overwrite:
+        raise FileExistsError(
+            f"{out} holds a sample set made as {known}; choose another folder or add --overwrite"
+        )
+    if known is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not a sample set of ours; choose another folder")
+
+    sources = {name: _open_source(file) for name, file in sorted(source_files().items())}
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        num_bytes = _write_tree(partial, sources, (count, val), seed, workers or available_cores(), progress)
+        (partial / _MARKER).write_text(json.dumps({**options, "num_bytes": num_bytes}) + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Made(out, (count, val), num_bytes, already_there=False)
+
+
+def _read_marker(root: Path) -> dict[str, Any] | None:
+    """Return how the sample set at ``root`` was made, None where there is none."""
+    try:
+        content = json.loads((root / _MARKER).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return content if isinstance(content, dict) and "num_bytes" in content else None
+
+
+def _write_tree(
+    root: Path,
+    sources: dict[str, Image.Image],
+    counts: tuple[int, int],
+    seed: int,
+    workers: int,
+    progress: Callable[[], None] | None,
+) -> int:
+    """Write all pictures of both splits; return the sum of their sizes."""
+    names = list(sources)
+    for split, count in zip(SPLITS, counts, strict=True):
+        for name in names[:count]:
+            (root / split / name).mkdir(parents=True)
+
+    def make(position: int) -> int:
+        split = 0 if position < counts[0] else 1
+        index = position - split * counts[0]
+        name = names[index % len(names)]
+        picture = draw_photograph(sources[name], np.random.default_rng((seed, split, index)))
+        return (root / SPLITS[split] / name / f"{index:04d}.JPEG").write_bytes(picture)
+
+    total = 0
+    with contextlib.closing(ordered_map(make, sum(counts), workers=workers, chunk=4)) as made:
+        for num_bytes in made:
+            total += num_bytes
+            if progress is not None:
+                progress()
+    return total
+
+
+def _open_source(file: Path) -> Image.Image:
+    """Read a source photograph, "RGB" or "L"."""
+    with Image.open(file) as image:
+        return image.convert("L" if image.mode == "L" else "RGB")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# One picture
+
+
+def draw_photograph(source: Image.Image, rng: np.random.Generator) -> bytes:
+    """Return one JPEG made of ``source`` ("RGB" or "L"): crop, flip, recolour, noise, 4:2:0 encoding."""
+    size = _SIZES_PX[rng.choice(len(_SIZES_PX), p=_SIZE_SHARES)]
+    image = source.resize(size, Image.Resampling.BICUBIC, box=_crop_box(source.size, size, rng))
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    image = _recolour(image, rng)
+    buffer = io.BytesIO()
+    pixels = _add_noise(np.asarray(image), rng)
+    quality = int(rng.integers(*_QUALITIES, endpoint=True))
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def _crop_box(
+    source: tuple[int, int], target: tuple[int, int], rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """Return (left, top, right, bottom) of a crop in the target's aspect ratio, at least a third as large."""
+    greatest = min(source[0] / target[0], source[1] / target[1])
+    scale = greatest * rng.uniform(0.33, 1.0)
+    width, height = target[0] * scale, target[1] * scale
+    left, top = rng.uniform(0, source[0] - width), rng.uniform(0, source[1] - height)
+    return left, top, min(left + width, source[0]), min(top + height, source[1])
+
+
+def _recolour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Change gains, gamma and hue mildly; grey pictures get a ramp between two colours first."""
+    if image.mode == "L":
+        dark, light = rng.integers(0, 60, 3), rng.integers(170, 256, 3)
+        middle = (dark + light) / 2 + rng.uniform(-45, 45, 3)
+        levels = [
+            np.interp(np.arange(256), [0, 127, 255], knots) for knots in zip(dark, middle, light, strict=True)
+        ]
+        ramp = np.stack(levels)
+        image = Image.merge("RGB", [image] * 3).point(ramp.astype(np.uint8).ravel().tolist())
+    # A small rotation about the grey axis, so grey stays grey.
+    angle = rng.normal(0, 0.18)
+    third, cosine, sine = (1 - np.cos(angle)) / 3, np.cos(angle), np.sin(angle) / np.sqrt(3)
+    rotation = (
+        np.full((3, 3), third) + np.eye(3) * cosine + sine * np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    )
+    matrix = np.concatenate([rotation, np.zeros((3, 1))], axis=1).ravel()
+    image = image.convert("RGB", tuple(float(m) for m in matrix))
+    gains, gamma = rng.uniform(0.85, 1.15, 3), np.exp(rng.normal(0, 0.18))
+    levels = np.linspace(0, 1, 256) ** gamma
+    table = np.clip(255 * gains[:, None] * levels[None, :] + 0.5, 0, 255).astype(np.uint8)
+    return image.point(table.ravel().tolist())
+
+
+def _add_noise(pixels_HWC: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Add a sensor's noise: read noise everywhere, shot noise growing with light.
+
+    Neighbours are slightly alike, and the three channels fully so, as demosaicing leaves them.
+    """
+    read, shot = rng.uniform(3.0, 6.5), rng.uniform(0.0, 0.5)
+    white_HW = rng.standard_normal(pixels_HWC.shape[:2], dtype=np.float32)
+    white_HW[:, 1:] += 0.35 * white_HW[:, :-1].copy()
+    white_HW[1:] += 0.35 * white_HW[:-1].copy()
+    deviation = np.sqrt(read**2 + shot * np.arange(256)).astype(np.float32)
+    noise_HWC = np.take(deviation, pixels_HWC)
+    noise_HWC *= white_HW[:, :, None]
+    noise_HWC += pixels_HWC
+    np.clip(noise_HWC + 0.5, 0, 255, out=noise_HWC)
+    return noise_HWC.astype(np.uint8)
