@@ -1,0 +1,210 @@
+"""The whole state of a run in one file that is either complete or not there.
+
+A file holds tensors and plain data only and is read with ``weights_only=True``: opening one from elsewhere
+runs none of its code.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+_NAME = re.compile(r"checkpoint_(\d{9})\.pt")
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, damaged, unsafe or of another run; the message says which and what to do."""
+
+
+@dataclass
+class TrainState:
+    """Everything a run needs to go on as if it had never stopped.
+
+    The learning rate is a function of ``step`` and the queue part of ``model``, so neither is listed apart.
+    Randomness of views is addressed by (seed, epoch, index), so one rank's state serves all.
+    """
+
+    step: int
+    """Optimizer steps done."""
+    epoch: int
+    """Epoch the next step belongs to."""
+    model: dict[str, Any]
+    """The model's state dict, without DDP's prefix."""
+    optimizer: dict[str, Any]
+    """The optimizer's state dict."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """The gradient scaler's state dict; empty unless fp16."""
+    loader: dict[str, Any] = field(default_factory=dict)
+    """The loader's cursor."""
+    generators: dict[str, Tensor] = field(default_factory=dict)
+    """As `generator_states` gives them."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The run's configuration as JSON would hold it; a resume must bring the same."""
+    meta: dict[str, str] = field(default_factory=dict)
+    """What an exported backbone says of itself: arch, feature_dim, small_stem, mean, std, …"""
+
+
+_FIELDS = [f.name for f in dataclasses.fields(TrainState)]
+
+
+def generator_states() -> dict[str, Tensor]:
+    """The state of torch's default generators: "cpu", and "cuda" (this process's GPU) where there is one."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: Mapping[str, Tensor]) -> None:
+    """Put the default generators back; a GPU's state is left out on a machine without one."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the state after ``step`` steps is kept."""
+    return run_dir / f"checkpoint_{step:09d}.pt"
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in run_dir.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name))
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, None if there is none."""
+    return next(reversed(_checkpoints(run_dir)), None)
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints, and what an interrupted write left behind."""
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay, or the run cannot be resumed")
+    for path in (*_checkpoints(run_dir)[:-keep], *run_dir.glob(".checkpoint_*.pt.partial")):
+        path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Have ``write`` fill a file that appears under ``path`` complete, or not at all.
+
+    The file is written under a temporary name beside it, synced to disk and renamed; whatever stood at
+    ``path`` stays until then, and stays if writing fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    # The rename itself reaches the disk only with the folder.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(path: Path, state: TrainState) -> None:
+    """Write ``state`` to ``path``, atomically.
+
+    Raises TypeError, before anything is written, if the state holds what `load_checkpoint` would refuse.
+    """
+    content = {name: getattr(state, name) for name in _FIELDS}
+    for where, kind in _not_plain(content, ""):
+        raise TypeError(
+            f"{where} is a {kind}; a checkpoint holds only tensors, numbers, strings, lists and dicts"
+        )
+    try:
+        json.dumps(state.config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the config cannot be written as JSON ({error}); use plain finite values") from error
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
+    """Paths and types of values that ``weights_only=True`` would not read back."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_plain(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _not_plain(item, f"{where}[{number}]")
+    elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, Tensor):
+        yield where, type(value).__name__
+
+
+def read_safely(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``, on the CPU, with ``weights_only=True``.
+
+    Raises CheckpointError if the file is missing, cut short, or holds objects that could run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}; check the path")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise _damaged(path, "not written by torch.save") from error
+        raise CheckpointError(
+            f"{path} holds {refused.group(1)}, which could run code when opened, and was not loaded; "
+            "take a file of tensors and plain data, or convert it where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise _damaged(path, str(error).split(". ")[0] or "it ends too early") from error
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is cut short or no checkpoint ({reason}); delete it and take an older one"
+    )
+
+
+def load_checkpoint(path: Path, config: Mapping[str, Any] | None = None) -> TrainState:
+    """The state in ``path``, on the CPU; with ``config``, only if the run that wrote it had the same.
+
+    Raises CheckpointError for a missing, damaged, unsafe or foreign file, and for a config that differs,
+    naming every key with both values.
+    """
+    content = read_safely(path)
+    if not isinstance(content, dict) or set(content) != set(_FIELDS):
+        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path} is no checkpoint of this project: expected {_FIELDS}, found {keys}")
+    state = TrainState(**content)
+    if config is not None and (differences := _differences(state.config, config)):
+        raise CheckpointError(
+            f"{path} was written by a run with another configuration ({'; '.join(differences)}); "
+            "resume with the same values, or start in a new folder"
+        )
+    return state
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _differences(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """One entry for each key that differs; tuples and lists are alike, as in JSON."""
+    left, right = (_flat(json.loads(json.dumps(config))) for config in (written, wanted))
+    return [
+        f"{key}: {left.get(key, 'absent')!r} then, {right.get(key, 'absent')!r} now"
+        for key in sorted(left | right)
+        if key not in left or key not in right or left[key] != right[key]
+    ]

@@ -1,0 +1,95 @@
+"""Who am I among the processes of a run: read from torchrun's environment, set up and torn down once."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process's place in the run and the device it computes on."""
+
+    rank: int
+    """Of all processes, 0 … world_size − 1."""
+    world_size: int
+    """Processes in the run."""
+    local_rank: int
+    """Of the processes on this machine; the number of its GPU."""
+    device: torch.device
+    """Where models and batches live."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the terminal."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until all processes are here; returns at once for a single one."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def _number_from_environment(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, str(otherwise))
+    if not text.isdecimal():
+        raise ValueError(
+            f"the environment variable {name} is {text!r}; it must be a whole number (torchrun sets it)"
+        )
+    return int(text)
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device named "auto" (a GPU where there is one), "cpu" or "cuda"; on cuda, GPU ``local_rank``.
+
+    Raises ValueError for another name, for "cuda" without a usable GPU, and for more processes than GPUs.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"device is {device!r}; choose auto, cpu or cuda (CUDA_VISIBLE_DEVICES chooses among GPUs)"
+        )
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ValueError(
+            "device is 'cuda', but PyTorch sees no GPU here; take 'cpu' or 'auto', or check nvidia-smi"
+        )
+    if device == "cpu" or not has_gpu:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own, this machine shows {torch.cuda.device_count()}; "
+            f"start torchrun with --nproc-per-node {torch.cuda.device_count()} or fewer"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launch]:
+    """Join the run that torchrun started, or be a run of one; leave it at the end of the ``with`` block.
+
+    device: see `choose_device`. Processes talk over NCCL on GPUs, over gloo on CPUs.
+    timeout_s: how long a collective waits for a missing process before it fails.
+    """
+    rank = _number_from_environment("RANK", 0)
+    world_size = _number_from_environment("WORLD_SIZE", 1)
+    local_rank = _number_from_environment("LOCAL_RANK", 0)
+    launch = Launch(rank, world_size, local_rank, choose_device(device, local_rank))
+    on_gpu = launch.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(launch.device)
+    if world_size == 1:
+        yield launch
+        return
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=launch.device if on_gpu else None,
+    )
+    try:
+        yield launch
+    finally:
+        dist.destroy_process_group()

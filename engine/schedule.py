@@ -1,0 +1,52 @@
+"""Learning rates as a function of the step, so that a resumed run needs no schedule state."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+ScheduleKind = Literal["cosine", "step"]
+
+
+def lr_at(
+    step: int,
+    total_steps: int,
+    base_lr: float,
+    warmup_steps: int = 0,
+    kind: ScheduleKind = "cosine",
+    milestones: Sequence[float] = (0.6, 0.8),
+    gamma: float = 0.1,
+) -> float:
+    """The learning rate of ``step`` (0 … total_steps − 1).
+
+    Over the first ``warmup_steps`` it climbs linearly, (step + 1) / warmup_steps of ``base_lr``. Then
+    cosine: half a period from ``base_lr`` towards 0, which step ``total_steps`` would reach.
+    step: ``base_lr`` · gammaⁿ after n milestones, each a share of ``total_steps`` in (0, 1); (0.6, 0.8) are
+    epochs 120 and 160 of 200, and 60 and 80 of a linear probe's 100.
+    Raises ValueError for a step, warm-up or milestone out of range and for an unknown kind.
+    """
+    if not 0 <= step < total_steps:
+        raise ValueError(f"step is {step}; a run of {total_steps} steps has steps 0 … {total_steps - 1}")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps is {warmup_steps}; it must lie in [0, {total_steps}), the run's steps"
+        )
+    if kind not in ("cosine", "step"):
+        raise ValueError(f"schedule is {kind!r}; choose cosine or step")
+    if any(not 0 < milestone < 1 for milestone in milestones):
+        raise ValueError(f"milestones are {tuple(milestones)}; each is a share of the run, in (0, 1)")
+    if step < warmup_steps:
+        return base_lr * (step + 1) / warmup_steps
+    if kind == "cosine":
+        done = (step - warmup_steps) / (total_steps - warmup_steps)
+        return base_lr * 0.5 * (1 + math.cos(math.pi * done))
+    # Rounded, because 0.6 · 100 000 need not be a whole number in floating point.
+    passed = sum(step >= round(milestone * total_steps) for milestone in milestones)
+    return base_lr * gamma**passed
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group the learning rate ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
