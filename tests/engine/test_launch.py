@@ -1,0 +1,225 @@
+"""Launch alone, and two gloo processes that must behave like one with the joint batch."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from engine.launch import choose_device, init_launch
+from models.batchnorm import shuffle_across_ranks, unshuffle_across_ranks
+from models.encoders import NormLayer
+from models.moco import MoCo
+
+PER_RANK = 6
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Mixture:
+    images: Tensor
+    partner: Tensor
+    lam: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    query: Tensor
+    key: Tensor
+    mixtures: tuple[Mixture, ...] = ()
+
+
+class _Small(nn.Module):
+    """A tiny encoder, with or without BatchNorm."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = norm
+        self.fc: nn.Module = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(images)).relu().mean((2, 3)))
+
+
+def _without_norm(norm_layer: NormLayer) -> tuple[nn.Module, int]:
+    return _Small(nn.Identity()), 8
+
+
+def _with_norm(norm_layer: NormLayer) -> tuple[nn.Module, int]:
+    return _Small(norm_layer(8)), 8
+
+
+def _moco(factory: Callable[..., tuple[nn.Module, int]], **options: object) -> MoCo:
+    torch.manual_seed(0)
+    return MoCo(factory, method="mixmask", dim=8, queue_len=20, momentum=0.9, **({"bn_splits": 1} | options))
+
+
+def _rank_batch(step: int, rank: int) -> Batch:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    query, key, mixed = torch.randn(3, PER_RANK, 3, 8, 8, generator=generator)
+    lam = torch.rand(PER_RANK, generator=generator)
+    return Batch(query, key, (Mixture(mixed, torch.arange(PER_RANK).flip(0), lam),))
+
+
+def _joint_batch(step: int) -> Batch:
+    first, second = (_rank_batch(step, rank) for rank in range(2))
+    (one,), (two,) = first.mixtures, second.mixtures
+    mixture = Mixture(
+        torch.cat([one.images, two.images]),
+        torch.cat([one.partner, two.partner + PER_RANK]),
+        torch.cat([one.lam, two.lam]),
+    )
+    return Batch(torch.cat([first.query, second.query]), torch.cat([first.key, second.key]), (mixture,))
+
+
+def _train(model: nn.Module, batches: list[Batch]) -> list[float]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    seen = []
+    for batch in batches:
+        loss, _ = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    return seen
+
+
+def _plain(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _worker(local_rank: int, port: int, folder: Path) -> None:
+    """Everything two ranks do in these tests, so that they are started once."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(local_rank), "LOCAL_RANK": str(local_rank)}
+    torch.set_num_threads(1)
+    seen: dict[str, object] = {}
+    with init_launch("cpu") as launch:
+        rank = launch.rank
+        seen["launch"] = [
+            launch.rank,
+            launch.world_size,
+            launch.is_main,
+            str(launch.device),
+            dist.get_backend(),
+        ]
+        for rows in (1, 5, 6):
+            images = torch.arange(rows * 12.0).view(rows, 3, 2, 2) + 1000 * rank
+            dealt = shuffle_across_ranks(images.to(memory_format=torch.channels_last))
+            seen[f"dealt_{rows}"] = dealt
+            seen[f"back_{rows}"] = torch.equal(unshuffle_across_ranks(dealt), images)
+
+        moco = _moco(_without_norm)
+        seen["losses"] = _train(DDP(moco), [_rank_batch(step, rank) for step in range(STEPS)])
+        seen["model"] = _plain(moco)
+
+        with_norm = _moco(_with_norm)
+        _train(DDP(with_norm), [_rank_batch(step, rank) for step in range(STEPS)])
+        seen["queue_with_norm"] = with_norm.queue_KD.clone()
+
+        split = _moco(_with_norm, bn_splits=3)
+        reference = _moco(_with_norm, bn_splits=1).encoder_k.eval()
+        split.encoder_k.eval()
+        key = _rank_batch(0, rank).key
+        keys = split._embed_keys(key)
+        want = torch.nn.functional.normalize(reference(key), dim=1)
+        seen["rows_stay"] = torch.allclose(keys, want, atol=1e-6)
+
+        own_queue = _moco(_without_norm, queue_seed=rank)
+        DDP(own_queue)(_rank_batch(0, rank))
+        seen["own_queue"] = own_queue.queue_KD.clone()
+        launch.barrier()
+    seen["left"] = not dist.is_initialized()
+    torch.save(seen, folder / f"{local_rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_worker, args=(port, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_both_ranks_know_their_place_and_leave(ranks: list[dict[str, object]]) -> None:
+    for rank in range(2):
+        assert ranks[rank]["launch"] == [rank, 2, rank == 0, "cpu", "gloo"]
+        assert ranks[rank]["left"]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6])
+def test_shuffle_is_undone_and_mixes_the_ranks_evenly(ranks: list[dict[str, object]], rows: int) -> None:
+    dealt = [ranks[rank][f"dealt_{rows}"] for rank in range(2)]
+    assert all(ranks[rank][f"back_{rows}"] for rank in range(2))
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in dealt)
+    for images in dealt:
+        strangers = int((images[:, 0, 0, 0] >= 1000).sum())
+        assert abs(strangers - rows / 2) <= 0.5
+    everything = torch.cat(dealt)[:, 0, 0, 0].sort().values
+    own = torch.arange(rows) * 12.0
+    assert torch.equal(everything, torch.cat([own, own + 1000]))
+
+
+def test_two_ranks_without_batchnorm_train_like_one_with_the_joint_batch(
+    ranks: list[dict[str, object]],
+) -> None:
+    moco = _moco(_without_norm)
+    joint_losses = _train(moco, [_joint_batch(step) for step in range(STEPS)])
+    mean_losses = torch.tensor([rank["losses"] for rank in ranks]).mean(0)
+    torch.testing.assert_close(mean_losses, torch.tensor(joint_losses), rtol=1e-5, atol=1e-6)
+    for rank in ranks:
+        torch.testing.assert_close(rank["model"], _plain(moco), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(moco.encoder_q.conv.weight, _moco(_without_norm).encoder_q.conv.weight)
+
+
+def test_queues_are_the_same_bits_on_both_ranks(ranks: list[dict[str, object]]) -> None:
+    assert torch.equal(ranks[0]["queue_with_norm"], ranks[1]["queue_with_norm"])
+    assert torch.equal(ranks[0]["model"]["queue_KD"], ranks[1]["model"]["queue_KD"])
+
+
+def test_keys_return_to_their_queries_through_ranks_and_splits(ranks: list[dict[str, object]]) -> None:
+    """In eval mode BatchNorm does not care for company, so dealt keys must equal undealt ones."""
+    assert ranks[0]["rows_stay"] and ranks[1]["rows_stay"]
+
+
+def test_ddp_does_not_broadcast_the_queue(ranks: list[dict[str, object]]) -> None:
+    """Each rank began with its own noise here; what lies beyond the new keys must still be that noise."""
+    for rank in range(2):
+        noise = _moco(_without_norm, queue_seed=rank).queue_KD[2 * PER_RANK :]
+        assert torch.equal(ranks[rank]["own_queue"][2 * PER_RANK :], noise)
+
+
+def test_alone_there_is_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with init_launch("cpu") as launch:
+        assert (launch.rank, launch.world_size, launch.local_rank, launch.is_main) == (0, 1, 0, True)
+        assert not dist.is_initialized()
+        launch.barrier()
+
+
+def test_devices_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="device is 'tpu'; choose auto, cpu or cuda"):
+        choose_device("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="'cuda', but PyTorch sees no GPU"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="local rank 2 has no GPU of its own, this machine shows 2"):
+        choose_device("cuda", 2)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 'two'"), init_launch("cpu"):
+        pass
