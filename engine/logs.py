@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from engine.checkpoint import write_atomically
+
 Value = float | int | str | None
 
 
@@ -45,8 +47,10 @@ class RunLog:
         plain_every_s: float = 30.0,
         console: Console | None = None,
     ) -> None:
-        """Open the files. first_step: where a resumed run goes on; TensorBoard drops what it had from there.
+        """Open the files.
 
+        first_step: where a resumed run goes on. Rows a killed run wrote beyond its last checkpoint, from this
+        step on, are dropped: those steps are run, and logged, again.
         plain_every_s: time between lines where the output is not a terminal.
         """
         self.is_main = is_main
@@ -54,9 +58,9 @@ class RunLog:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
-        _drop_cut_line(self._path)
+        _keep_rows_before(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         self._total_steps, self._every_s, self._plain_every_s = total_steps, every_s, plain_every_s
         self._terminal = _Terminal(console or Console(), total_steps, first_step)
         self._sums: dict[str, Tensor | float] = {}
@@ -170,15 +174,14 @@ class RunLog:
         self.close()
 
 
-def _drop_cut_line(path: Path) -> None:
-    """Remove the unfinished last line of a run that was killed while writing it."""
+def _keep_rows_before(path: Path, step: int) -> None:
+    """Drop rows from ``step`` on, and a last line cut short when the run was killed."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    complete = content.rfind(b"\n") + 1
-    if complete != len(content):
-        with path.open("rb+") as file:
-            file.truncate(complete)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step]
+    if kept != lines:
+        write_atomically(path, lambda file: file.writelines(kept))
 
 
 class _Terminal:

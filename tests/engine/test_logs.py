@@ -62,14 +62,30 @@ def test_events_follow_the_steps_before_them(tmp_path: Path) -> None:
         log.event({"top1": 0.5})
 
 
-def test_a_resumed_run_appends_and_drops_a_cut_line(tmp_path: Path) -> None:
+def test_a_resumed_run_appends_and_drops_what_will_be_run_again(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with _log(tmp_path) as log:
-        log.step(0, {"loss": 1.0})
+        for step in range(4):
+            log.step(step, {"loss": step + 1.0})
+            log.flush()
+        log.event({"kind": "knn", "top1": 0.5})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "lo')
-    with _log(tmp_path, first_step=1) as log:
-        log.step(1, {"loss": 2.0})
-    assert [row["loss"] for row in _rows(tmp_path)] == [1.0, 2.0]
+    with _log(tmp_path, first_step=2) as log:
+        log.step(2, {"loss": 30.0})
+    assert [(row["step"], row["loss"]) for row in _rows(tmp_path)] == [(0, 1.0), (1, 2.0), (2, 30.0)]
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("step/loss")] == [1.0, 2.0, 30.0]
+
+
+def test_a_complete_log_is_left_as_it_is(tmp_path: Path) -> None:
+    with _log(tmp_path) as log:
+        log.step(0, {"loss": 1.0})
+    before = (tmp_path / "metrics.jsonl").stat()
+    with _log(tmp_path, first_step=1):
+        pass
+    after = (tmp_path / "metrics.jsonl").stat()
+    assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
