@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.beton import import_ffcv
+
 MODE_JPEG, MODE_RAW = 0, 1
 """Values of an image's ``mode``, as in ffcv.fields.rgb_image.IMAGE_MODES."""
 TYPE_INT, TYPE_IMAGE = 1, 2
@@ -24,14 +26,10 @@ MAX_PAGE_BYTES = 1 << 31
 
 
 def ffcv_types() -> ModuleType:
-    """Return ``ffcv.types``; a missing FFCV is an ImportError that says how to install it."""
-    try:
-        import ffcv.types
-    except ImportError as error:
-        raise ImportError(
-            "ffcv is not installed; run `make setup` or `pip install ffcv==1.0.2` "
-            "(needs libopencv-dev libturbojpeg0-dev pkg-config)"
-        ) from error
+    """Return ``ffcv.types``; a missing FFCV is a RuntimeError that says how to install it."""
+    import_ffcv()
+    import ffcv.types
+
     types: ModuleType = ffcv.types
     return types
 

@@ -148,7 +148,8 @@ def _store(image: Image.Image, kind: str, how: Normalising, changed: str) -> Nor
             "too large", f"{image.width} × {image.height} px; the limit is {MAX_SIDE_PX} px a side"
         )
     if how.tier == "raw":
-        return Normal(np.ascontiguousarray(np.asarray(image)), image.width, image.height, changed)
+        reduced = changed if changed.startswith("reduced") else ""
+        return Normal(np.ascontiguousarray(np.asarray(image)), image.width, image.height, reduced)
     buffer = io.BytesIO()
     subsampling = "4:2:0" if kind in _JPEG_FORMATS else "4:4:4"
     image.save(buffer, "JPEG", quality=how.quality, subsampling=subsampling)
