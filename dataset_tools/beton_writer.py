@@ -3,6 +3,7 @@
 FFCV's own writer encodes every JPEG anew and waits for ever once one of its workers has raised.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -86,12 +87,9 @@ class BetonWriter:
         self._end: int = self._metadata_at + self._metadata.nbytes
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._partial_paths = self.path.with_name(self.path.name + ".paths.partial")
+        self._committed = False
         self._file = _open_alone(self._partial)
-        try:
-            self._paths: BinaryIO = self._partial_paths.open("wb")
-        except BaseException:
-            self.discard()
-            raise
+        self._paths: BinaryIO = self._partial_paths.open("wb")
 
     def __enter__(self) -> "BetonWriter":
         return self
@@ -173,16 +171,19 @@ class BetonWriter:
         self._partial_paths.replace(paths_path(self.path))
         manifest.write(self.path)
         self._partial.replace(self.path)
+        self._committed = True
         _sync_folder(self.path.parent)
         return manifest
 
     def discard(self) -> None:
         """Close and remove the temporary files; after ``commit`` only closes."""
-        for name in ("_file", "_paths"):
-            if name in self.__dict__:
-                self.__dict__[name].close()
-        self._partial.unlink(missing_ok=True)
-        self._partial_paths.unlink(missing_ok=True)
+        if not self._committed:
+            self._partial.unlink(missing_ok=True)
+            self._partial_paths.unlink(missing_ok=True)
+        for file in (self._file, self._paths):
+            # Closing writes what waits in the buffer, which fails again where the disk is full.
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _place(self, size: int) -> int:
         """Return the next address where ``size`` bytes stay within one page.

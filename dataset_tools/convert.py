@@ -146,9 +146,10 @@ class _SkippedList:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
         self._partial.unlink(missing_ok=True)
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk, reported already
+                self._file.close()
 
     def add(self, line: str) -> None:
         """Name one picture."""

@@ -163,12 +163,32 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """What could not be written waits in a buffer, whose closing fails again; that must not keep the file."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = BetonWriter(tmp_path / "set.beton", capacity=2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"), writer:
+            writer.add(bytes(3 << 20), label=0, width=1, height=1, source_path="1")
+            writer.commit(source="test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_writers_of_one_file_are_refused(tmp_path: Path) -> None:
     with BetonWriter(tmp_path / "set.beton", capacity=1) as first:
         with pytest.raises(FileExistsError, match="another process"):
             BetonWriter(tmp_path / "set.beton", capacity=1)
         first.add(b"one", label=0, width=1, height=1, source_path="1")
         first.commit(source="test")
+        with BetonWriter(tmp_path / "set.beton", capacity=1, overwrite=True) as second:
+            first.discard()
+            second.add(b"two", label=0, width=1, height=1, source_path="2")
+            assert (tmp_path / "set.beton.partial").exists(), "the first does not remove the second's file"
     assert open_beton(tmp_path / "set.beton").payload(0).tobytes() == b"one"
 
 
