@@ -1,5 +1,6 @@
 """Make and check compiled sets: convert, photographs, fashion-mnist, verify, stats."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +35,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return command.run(Console(), err)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = "; the output does not fit, make room where it goes or choose another place" if full else ""
+        err.print(f"error: {error}{mend}", style="red", markup=False, highlight=False, soft_wrap=True)
         return USER_ERROR
     except KeyboardInterrupt:
         err.print("interrupted; nothing was left behind", style="red")

@@ -9,8 +9,9 @@ from typing import BinaryIO, Literal
 
 from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter
 from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
-from dataset_tools.parallel import available_cores, ordered_map
+from dataset_tools.parallel import ordered_map
 from dataset_tools.sources import NO_LABEL, Source
+from pipelines.cores import usable_cores
 from pipelines.manifest import Manifest, source_path_line
 
 OnError = Literal["skip", "stop"]
@@ -65,7 +66,7 @@ def convert(
     how = Normalising(tier=tier, quality=quality, max_side=max_side, verify=verify)
     if on_error not in ("skip", "stop"):
         raise ValueError(f"on_error is {on_error!r}; known are skip, stop")
-    workers = available_cores() if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     replaced: Counter[str] = Counter()
     with (
         BetonWriter(

@@ -1,6 +1,5 @@
 """Work spread over threads, results taken in order, a bounded number of them waiting."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,11 +7,6 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 _AHEAD_PER_WORKER = 4
-
-
-def available_cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(

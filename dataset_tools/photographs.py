@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dataset_tools.parallel import available_cores, ordered_map
+from dataset_tools.parallel import ordered_map
+from pipelines.cores import usable_cores
 
 RECIPE_VERSION = 1
 """Raised whenever the same seed would give other pictures."""
@@ -108,10 +109,11 @@ def make_photographs(
         raise FileExistsError(f"{out} exists and is not a sample set of ours; choose another folder")
 
     sources = {name: _open_source(file) for name, file in sorted(source_files().items())}
+    workers = usable_cores() if workers is None else workers
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        num_bytes = _write_tree(partial, sources, (count, val), seed, workers or available_cores(), progress)
+        num_bytes = _write_tree(partial, sources, (count, val), seed, workers, progress)
         (partial / _MARKER).write_text(json.dumps({**options, "num_bytes": num_bytes}) + "\n")
         if out.exists():
             shutil.rmtree(out)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from dataset_tools.beton_format import MODE_JPEG, MODE_RAW, BetonFile, open_beton
 from dataset_tools.beton_writer import contents_hash_end
-from dataset_tools.parallel import available_cores, ordered_map
+from dataset_tools.parallel import ordered_map
 from dataset_tools.turbojpeg import check_jpeg
+from pipelines.cores import usable_cores
 from pipelines.manifest import Manifest, read_source_path
 
 NUM_NAMED = 20
@@ -90,7 +91,7 @@ def verify(
         beton = open_beton(path)
     except ValueError as error:
         return Report(path, 0, path.stat().st_size, manifest is not None, (*problems, str(error)), ())
-    reasons, digest = _check_pictures(beton, workers or available_cores(), progress)
+    reasons, digest = _check_pictures(beton, usable_cores() if workers is None else workers, progress)
     if manifest is not None:
         problems += _compare(beton, manifest, digest)
     bad = tuple(
