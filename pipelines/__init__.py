@@ -1,9 +1,12 @@
 """A compiled set in, batches of views and mixtures on the training device out."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pipelines.batch import Batch, Mixture
 from pipelines.cores import usable_cores
@@ -13,7 +16,16 @@ from pipelines.recipe import Mixing, Recipe
 
 Backend = Literal["auto", "ffcv", "folder"]
 
-__all__ = ["Backend", "Batch", "Mixing", "Mixture", "Recipe", "ViewLoader", "build_loader"]
+__all__ = [
+    "Backend",
+    "Batch",
+    "Mixing",
+    "Mixture",
+    "Recipe",
+    "ViewLoader",
+    "build_loader",
+    "evaluation_batches",
+]
 
 
 def build_loader(
@@ -48,7 +60,7 @@ def build_loader(
     Raises:
         FileNotFoundError: if the compiled set is not there.
         ValueError: if the path does not fit the backend, or the batch is larger than the set.
-        RuntimeError: if a package of the backend is missing.
+        ImportError: if a package of the backend is missing.
     """
     path = Path(path)
     if backend == "auto":
@@ -83,3 +95,46 @@ def build_loader(
         shuffle=shuffle,
         drop_last=drop_last,
     )
+
+
+def evaluation_batches(
+    path: str | Path,
+    recipe: Recipe,
+    backend: Backend = "auto",
+    *,
+    limit: int | None = None,
+    batch_size: int = 512,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    num_threads: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of a set, each picture once, in order; for features, kNN and validation.
+
+    Args:
+        path: as for :func:`build_loader`.
+        recipe: normally :func:`pipelines.recipe.evaluation` of a run's recipe.
+        backend: as for :func:`build_loader`.
+        limit: take this many pictures, drawn at random by ``seed``, instead of all.
+        batch_size: pictures per batch; the last may be smaller.
+        seed: of the drawing.
+        device: where images are wanted.
+        num_threads: for decoding; 0 takes all cores.
+
+    Yields:
+        (N, 3, S, S) float32 images and (N,) int64 labels.
+    """
+    loader = build_loader(
+        path,
+        recipe,
+        backend,
+        batch_size=min(batch_size, limit or batch_size),
+        seed=seed,
+        device=device,
+        num_threads=num_threads,
+        shuffle=limit is not None,
+        drop_last=False,
+    )
+    left = loader.engine.count if limit is None else limit
+    for batch in islice(loader, -(-left // loader.batch_size)):
+        yield batch.query[:left], batch.label[:left]
+        left -= len(batch.label)

@@ -52,7 +52,7 @@ def import_ffcv() -> None:
     """Import FFCV or say how to install it; keeps the thread count that importing it would change.
 
     Raises:
-        RuntimeError: if FFCV is missing.
+        ImportError: if FFCV is missing.
     """
     import torch
 
@@ -60,7 +60,7 @@ def import_ffcv() -> None:
     try:
         import ffcv.reader  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"{INSTALL_FFCV} ({error})") from error
+        raise ImportError(f"{INSTALL_FFCV} ({error})") from error
     finally:
         torch.set_num_threads(threads)
 
@@ -71,7 +71,7 @@ def open_beton(path: Path) -> Beton:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not a whole ``.beton`` of version 2, or holds no pictures.
-        RuntimeError: if FFCV is missing.
+        ImportError: if FFCV is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -88,7 +88,15 @@ def open_beton(path: Path) -> Beton:
         raise ValueError(f"{path} has {num_bytes} bytes, too few for a .beton header; {again}")
     try:
         reader = Reader(str(path))
-    except (AssertionError, ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError, OSError) as error:
+    except (
+        AssertionError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        UnicodeDecodeError,
+        OSError,
+    ) as error:
         raise ValueError(f"{path} is not a whole .beton file: {error}; {again}") from error
 
     table = reader.alloc_table

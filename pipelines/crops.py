@@ -22,7 +22,7 @@ def draw_boxes(
 
     The distribution is torchvision's ``RandomResizedCrop``: ten attempts at an area share uniform in
     ``crop_scale`` and a log-uniform ratio; if none fits, the largest centred box within the ratio range.
-    For ``crop="center"`` the box that ``Resize(crop_px · 256/224)`` and ``CenterCrop(crop_px)`` keep.
+    For ``crop="center"`` a square of ``center_share`` times the short side, in the middle.
 
     Args:
         recipe: crop kind, scale and ratio.
@@ -36,17 +36,19 @@ def draw_boxes(
         (N, V, 4) int32 boxes, each within its picture and at least one pixel wide and high.
     """
     if recipe.crop == "center":
-        box_N4 = _center_box(height_N, width_N)
+        box_N4 = _center_box(recipe.center_share, height_N, width_N)
         return box_N4[:, None].repeat(1, recipe.num_views, 1)
     views = [
-        _random_box(recipe, bits(seed, epoch, index_N, Purpose.CROP, _ATTEMPTS * _DRAWS, view), height_N, width_N)
+        _random_box(
+            recipe, bits(seed, epoch, index_N, Purpose.CROP, _ATTEMPTS * _DRAWS, view), height_N, width_N
+        )
         for view in range(recipe.num_views)
     ]
     return torch.stack(views, dim=1)
 
 
-def _center_box(height_N: Tensor, width_N: Tensor) -> Tensor:
-    side_N = (torch.minimum(height_N, width_N).double() * (224 / 256)).round().long().clamp(min=1)
+def _center_box(share: float, height_N: Tensor, width_N: Tensor) -> Tensor:
+    side_N = (torch.minimum(height_N, width_N).double() * share).round().long().clamp(min=1)
     top_N, left_N = (height_N - side_N) // 2, (width_N - side_N) // 2
     return torch.stack([top_N, left_N, side_N, side_N], dim=1).to(torch.int32)
 

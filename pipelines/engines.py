@@ -8,12 +8,16 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What PIL raises for files that are no pictures, broken or hostile."""
 
 MAX_TRIES = 16
 """How many neighbours are tried before a run of undecodable pictures is an error."""
 
 
-class BadPicturesError(RuntimeError):
+class BadPicturesError(ValueError):
     """Too many pictures of a set cannot be decoded."""
 
 
@@ -38,6 +42,9 @@ class Engine(Protocol):
         Returns:
             (N,) which pictures could be decoded; the crops of the others are left undefined.
         """
+
+    def picture(self, index: int) -> NDArray[np.uint8] | None:
+        """(H, W, 3) the whole picture, for previews; None where it cannot be decoded."""
 
     def picture_name(self, index: int) -> str:
         """Where picture ``index`` came from, for messages."""

@@ -20,8 +20,10 @@ from typing import Any
 import numba
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipelines.beton import import_ffcv, open_beton
+from pipelines.engines import DECODE_ERRORS
 from pipelines.resample import resample_crop
 
 import_ffcv()
@@ -38,7 +40,7 @@ def _turbojpeg() -> tuple[Any, Any, Any]:
     """libturbojpeg's init, decompress and destroy, callable from compiled code."""
     name = ctypes.util.find_library("turbojpeg")
     if name is None:
-        raise RuntimeError("libturbojpeg is not installed; apt-get install libturbojpeg0-dev")
+        raise ImportError("libturbojpeg is not installed; apt-get install libturbojpeg0-dev")
     library = ctypes.CDLL(name)
     init, decompress, destroy = library.tjInitDecompress, library.tjDecompress2, library.tjDestroy
     init.restype, init.argtypes = ctypes.c_void_p, []
@@ -51,7 +53,7 @@ def _turbojpeg() -> tuple[Any, Any, Any]:
     return init, decompress, destroy
 
 
-class MultiViewDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
+class MultiViewDecoder(SimpleRGBImageDecoder):
     """FFCV operator: one decode, V antialiased crops.
 
     Its memory is (views (V, S, S, 3) uint8, boxes (V, 4) int32, status int32) for each sample of a batch.
@@ -105,9 +107,7 @@ class MultiViewDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
                     if status_N[n] == 0:
                         for v in range(views_NVSS3.shape[1]):
                             top, left, box_height, box_width = boxes_NV4[n, v]
-                            resample_crop(
-                                picture_HW3, top, left, box_height, box_width, views_NVSS3[n, v]
-                            )
+                            resample_crop(picture_HW3, top, left, box_height, box_width, views_NVSS3[n, v])
                 destroy(handle)
             return views_NVSS3[:num]
 
@@ -115,7 +115,7 @@ class MultiViewDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
         return crop_views
 
 
-class _Reader(OSCacheManager):  # type: ignore[misc]
+class _Reader(OSCacheManager):
     """FFCV's mapped-file reader without its table of Python objects for every picture."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class FFCVEngine:
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it is not a whole ``.beton`` file.
-            RuntimeError: if FFCV or libturbojpeg is missing.
+            ImportError: if FFCV or libturbojpeg is missing.
         """
         self._beton = open_beton(path)
         self.count = len(self._beton.metadata_M)
@@ -167,7 +167,7 @@ class FFCVEngine:
         status_N = np.empty(len(index_N), np.int32)
         memory = (out_NVSS3, boxes_NV4, status_N)
         code(index_N.astype(np.uint64), memory, self._metadata, self._storage_state)
-        ok_N = status_N == 0
+        ok_N: NDArray[np.bool_] = status_N == 0
         for n in np.flatnonzero(~ok_N):
             ok_N[n] = self._second_opinion(int(index_N[n]), boxes_NV4[n], out_NVSS3[n])
         return ok_N
@@ -177,22 +177,24 @@ class FFCVEngine:
         self._operator.accept_globals(self._metadata, _Reader().compile_reader())
         return Compiler.compile(self._operator.generate_code())  # type: ignore[no-any-return]
 
-    def _second_opinion(
-        self, index: int, boxes_V4: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
-    ) -> bool:
+    def _second_opinion(self, index: int, boxes_V4: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
         """Libturbojpeg reports harmless warnings and broken data alike; PIL tells them apart."""
-        from PIL import Image
-
-        mapped, pointer_A, num_bytes_A = self._storage_state
-        start = int(self._metadata[index]["data_ptr"])
-        size = int(num_bytes_A[np.searchsorted(pointer_A, start)])
-        try:
-            image = Image.open(BytesIO(mapped[start : start + size].tobytes())).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return False
-        picture = np.asarray(image)
-        if picture.shape[:2] != tuple(self.sizes(np.array([index]))[0]):
+        picture = self.picture(index)
+        if picture is None or picture.shape[:2] != tuple(self.sizes(np.array([index]))[0]):
             return False
         for box, out_SS3 in zip(boxes_V4, out_VSS3, strict=True):
             resample_crop(picture, *(int(x) for x in box), out_SS3)
         return True
+
+    def picture(self, index: int) -> NDArray[np.uint8] | None:
+        """(H, W, 3) the whole picture by PIL; None where it cannot be decoded."""
+        mapped, pointer_A, num_bytes_A = self._storage_state
+        record = self._metadata[index]
+        start = int(record["data_ptr"])
+        data = mapped[start : start + int(num_bytes_A[np.searchsorted(pointer_A, start)])]
+        if record["mode"] != IMAGE_MODES["jpg"]:
+            return np.array(data).reshape(int(record["height"]), int(record["width"]), 3)
+        try:
+            return np.asarray(Image.open(BytesIO(data.tobytes())).convert("RGB"))
+        except DECODE_ERRORS:
+            return None

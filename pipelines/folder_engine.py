@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import InterpolationMode, resized_crop
 
+from pipelines.engines import DECODE_ERRORS
 from pipelines.listing import FolderListing
-
-# What PIL raises for files that are no pictures, broken or hostile.
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -48,6 +46,13 @@ class FolderEngine:
     def picture_name(self, index: int) -> str:
         """The file's path below the folder."""
         return self._listing.path(index)
+
+    def picture(self, index: int) -> NDArray[np.uint8] | None:
+        """(H, W, 3) the whole picture, upright; None where it cannot be decoded."""
+        try:
+            return np.asarray(open_rgb(self._listing.root / self._listing.path(index)))
+        except DECODE_ERRORS:
+            return None
 
     def sizes(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N, 2) heights and widths in pixels, read from the files' headers."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.batch import Batch
@@ -56,10 +57,10 @@ class _Buffer:
 class ViewLoader:
     """Iterable of :class:`Batch`; made by :func:`pipelines.build_loader`.
 
-    Every view is a function of (seed, epoch, index, view): threads, batch size, world size and resuming change
-    nothing about it. A picture that cannot be decoded is replaced by the next one of the set that can, listed in
-    ``faults`` and logged by name; when more than ``max_bad_fraction`` of the set (and more than ten) are bad, the
-    run stops with :class:`BadPicturesError`.
+    Every view is a function of (seed, epoch, index, view): threads, batch size, world size and resuming
+    change nothing about it. A picture that cannot be decoded is replaced by the next one of the set that can,
+    listed in ``faults`` and logged by name; when more than ``max_bad_fraction`` of the set (and more than
+    ten) are bad, the run stops with :class:`BadPicturesError`.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class ViewLoader:
         drop_last: bool,
         max_bad_fraction: float = 0.01,
     ) -> None:
-        if not 1 <= batch_size:
+        if not batch_size >= 1:
             raise ValueError(f"batch size is {batch_size}; it must be at least 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; it must lie in [0, {world_size})")
@@ -134,9 +135,7 @@ class ViewLoader:
         self._epoch, self._batches_done = int(state["epoch"]), int(state["batches_done"])
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the epoch, from the cursor on."""
-        if self._batches_done >= len(self):
-            self._batches_done = 0
+        """The rest of the epoch, from the cursor on; at its end the cursor is back at the start."""
         epoch, first = self._epoch, self._batches_done
         ahead: queue.Queue[_Crops | BaseException | None] = queue.Queue(_PREFETCHED)
         free: queue.Queue[_Buffer | None] = queue.Queue()
@@ -155,6 +154,7 @@ class ViewLoader:
                 free.put(_Buffer(crops.views_NVSS3, uploaded))
                 self._batches_done += 1
                 yield batch
+            self._batches_done = 0
         finally:
             stop.set()
             free.put(None)
@@ -196,7 +196,7 @@ class ViewLoader:
         index_N = wanted_N.numpy().copy()
         views = buffer[: len(index_N)]
         views_NVSS3 = views.numpy()
-        ok_N = self.engine.crop(index_N, self._boxes(epoch, index_N), views_NVSS3)
+        ok_N = self.engine.crop(index_N, self.boxes(epoch, index_N), views_NVSS3)
         tries = 0
         while len(bad_B := np.flatnonzero(~ok_N)):
             if tries == MAX_TRIES:
@@ -207,7 +207,7 @@ class ViewLoader:
             tries += 1
             index_N[bad_B] = (index_N[bad_B] + 1) % self.engine.count
             stand_in_BVSS3 = np.empty_like(views_NVSS3[bad_B])
-            ok_N[bad_B] = self.engine.crop(index_N[bad_B], self._boxes(epoch, index_N[bad_B]), stand_in_BVSS3)
+            ok_N[bad_B] = self.engine.crop(index_N[bad_B], self.boxes(epoch, index_N[bad_B]), stand_in_BVSS3)
             views_NVSS3[bad_B] = stand_in_BVSS3
         self._note_faults(wanted_N.numpy(), index_N)
         used_N = torch.from_numpy(index_N)
@@ -216,10 +216,12 @@ class ViewLoader:
         )
         return _Crops(views, used_N, torch.from_numpy(self.engine.labels(index_N)), params_VNP)
 
-    def _boxes(self, epoch: int, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> Any:
+    def boxes(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """(N, V, 4) crop boxes (top, left, height, width) of the pictures asked for, in pixels."""
         sizes = torch.from_numpy(self.engine.sizes(rows))
-        boxes = draw_boxes(self.recipe, self.seed, epoch, torch.from_numpy(rows), sizes[:, 0], sizes[:, 1])
-        return boxes.numpy()
+        drawn = draw_boxes(self.recipe, self.seed, epoch, torch.from_numpy(rows), sizes[:, 0], sizes[:, 1])
+        boxes_NV4: NDArray[np.int32] = drawn.numpy()
+        return boxes_NV4
 
     def _note_faults(self, wanted_N: Any, used_N: Any) -> None:
         for n in np.flatnonzero(wanted_N != used_N):
@@ -227,11 +229,13 @@ class ViewLoader:
             if index in self.faults:
                 continue
             fault = self.faults[index] = Fault(index, self.engine.picture_name(index), used)
-            log.warning("picture %d (%s) cannot be decoded; picture %d takes its place", *vars(fault).values())
+            log.warning(
+                "picture %d (%s) cannot be decoded; picture %d takes its place", *vars(fault).values()
+            )
         if len(self.faults) > self._fault_limit:
             raise BadPicturesError(
                 f"{len(self.faults)} pictures cannot be decoded, the limit is {self._fault_limit} of "
-                f"{self.engine.count}; the last is {self.engine.picture_name(max(self.faults))}; {_VERIFY_HINT}"
+                f"{self.engine.count}; one is {self.engine.picture_name(max(self.faults))}; {_VERIFY_HINT}"
             )
 
     def _finish(self, crops: _Crops, epoch: int) -> "tuple[Batch, torch.cuda.Event | None]":

@@ -36,7 +36,8 @@ def mix(recipe: Recipe, seed: int, epoch: int, index_N: Tensor, query: Tensor) -
         return ()
     if query.shape[-1] < mixing.grid_size:
         raise ValueError(
-            f"grid_size {mixing.grid_size} is finer than the views of {query.shape[-1]} px; choose a coarser grid"
+            f"grid_size {mixing.grid_size} is finer than the views of {query.shape[-1]} px; "
+            "choose a coarser grid"
         )
     if mixing.method == "erase":
         return (_erase(recipe, seed, epoch, index_N, query),)

@@ -34,7 +34,7 @@ class Mixing:
     grid_size: int = 8
     """Cells along a side of the mask."""
     mask_lam: float = 0.5
-    """Share of cells kept from the anchor: exactly int(mask_lam · grid_size²) for block, on average for grid."""
+    """Share of cells kept from the anchor; block keeps exactly int(mask_lam · grid_size²), grid about so."""
     mask_per: MaskPer = "batch"
     """One mask for the whole batch, as published, or one for each image."""
     partner: Partner = "reverse"
@@ -70,7 +70,9 @@ class Recipe:
     num_views: int = 2
     """Views per picture: 2 (query, key), or 1 for a classifier's training."""
     crop: Literal["random", "center"] = "random"
-    """center: short side to crop_px · 256/224, then the middle; the evaluation's view."""
+    """center: the evaluation's view, a square from the middle."""
+    center_share: float = 224 / 256
+    """Side of the centre crop over the picture's short side; as published for 224 px, 1 for tiny pictures."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of the crop's share of the picture's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -105,8 +107,11 @@ class Recipe:
     """How query views are mixed."""
 
     def __post_init__(self) -> None:
-        _check(self.crop_px >= 8, f"crop_px is {self.crop_px}; views of fewer than 8 pixels are not supported")
+        _check(
+            self.crop_px >= 8, f"crop_px is {self.crop_px}; views of fewer than 8 pixels are not supported"
+        )
         _check(self.num_views in (1, 2), f"num_views is {self.num_views}; it must be 1 or 2")
+        _check(0 < self.center_share <= 1, f"center_share is {self.center_share}; it must lie in (0, 1]")
         low, high = self.crop_scale
         _check(0 < low <= high <= 1, f"crop_scale is {self.crop_scale}; it must satisfy 0 < low ≤ high ≤ 1")
         low, high = self.crop_ratio
@@ -143,21 +148,20 @@ def moco_v2(crop_px: int = 224, mixing: Mixing | None = None) -> Recipe:
     return Recipe(crop_px=crop_px, mixing=mixing or Mixing(method="moco"))
 
 
-def linear_train(crop_px: int = 224) -> Recipe:
-    """The linear probe's training view: crop of 8 % … 100 % and flip."""
+def evaluation(recipe: Recipe) -> Recipe:
+    """One deterministic view of a recipe's size and normalisation: centre crop, nothing else."""
     return dataclasses.replace(
-        evaluation(crop_px), crop="random", crop_scale=(0.08, 1.0), flip_prob=0.5
-    )
-
-
-def evaluation(crop_px: int = 224) -> Recipe:
-    """One deterministic view: short side to crop_px · 256/224, centre crop, normalise."""
-    return Recipe(
-        crop_px=crop_px,
+        recipe,
         num_views=1,
         crop="center",
+        mixing=Mixing(method="moco"),
         flip_prob=0.0,
         jitter_prob=0.0,
         grey_prob=0.0,
         blur_prob=0.0,
     )
+
+
+def linear_train(recipe: Recipe) -> Recipe:
+    """The linear probe's training view: crop of 8 % … 100 % and flip."""
+    return dataclasses.replace(evaluation(recipe), crop="random", crop_scale=(0.08, 1.0), flip_prob=0.5)

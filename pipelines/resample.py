@@ -24,7 +24,11 @@ def max_taps(in_px: int, out_px: int) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def fill_weights(
-    in_px: int, out_px: int, first_S: NDArray[np.int32], taps_S: NDArray[np.int32], weight_ST: NDArray[np.int32]
+    in_px: int,
+    out_px: int,
+    first_S: NDArray[np.int32],
+    taps_S: NDArray[np.int32],
+    weight_ST: NDArray[np.int32],
 ) -> None:
     """Write for each output pixel its first input pixel, how many it takes, and their weights × 2²²."""
     scale = in_px / out_px

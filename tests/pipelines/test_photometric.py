@@ -127,7 +127,9 @@ def test_solarize_and_normalise(views: Tensor) -> None:
 
 
 def test_flip_is_horizontal(views: Tensor) -> None:
-    recipe = Recipe(crop_px=48, jitter_prob=0, grey_prob=0, blur_prob=0, flip_prob=1, mean=(0, 0, 0), std=(1,) * 3)
+    recipe = Recipe(
+        crop_px=48, jitter_prob=0, grey_prob=0, blur_prob=0, flip_prob=1, mean=(0, 0, 0), std=(1,) * 3
+    )
     got = augment(views, draw_parameters(recipe, 0, 0, torch.arange(len(views)), 0), recipe)
     assert (got - reference.horizontal_flip(_image(views))).abs().max() < 1e-6
 

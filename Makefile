@@ -1,0 +1,89 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` makes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# FFCV is compiled against these; the data set is optional, torchvision can download it instead.
+SYSTEM_PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev
+DATA_PACKAGES := dataset-fashion-mnist
+
+# What the user gives: make pretrain DATA=data/in1k-train.beton ARGS="--epochs 100 --val data/in1k-val.beton"
+DATA ?=
+VAL ?=
+OUT ?=
+PRETRAINED ?= runs/pretrain/backbone.safetensors
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup system doctor demo convert pretrain lincls samples bench report lint test clean
+
+help:  ## |this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {split($$2, part, "|"); printf "  %-46s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## |make .venv with everything in it, system packages first
+
+$(READY): pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory system
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; name a newer one: make setup PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module; apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --constraint constraints.txt --editable '.[ffcv,samples,dev]'
+	@touch $@
+
+# Installs what is missing where root or sudo allows it, and says the exact command where not.
+system:
+	@command -v apt-get >/dev/null || { echo "no apt-get here; install OpenCV, libturbojpeg, pkg-config and a C++ compiler by hand"; exit 0; }; \
+	wanted="$(SYSTEM_PACKAGES)"; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || wanted="$$wanted python3-venv"; \
+	$(PYTHON) -c 'import pathlib, sysconfig, sys; sys.exit(not (pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h").exists())' || wanted="$$wanted python3-dev"; \
+	missing=""; for package in $$wanted $(DATA_PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	test -z "$$missing" && exit 0; \
+	if [ "$$(id -u)" = 0 ]; then sudo=""; elif sudo -n true 2>/dev/null; then sudo="sudo"; else \
+		echo "system packages are missing and this user may not install them; run"; \
+		echo "    sudo apt-get update && sudo apt-get install --no-install-recommends$$missing"; exit 1; fi; \
+	echo "installing$$missing"; \
+	$$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -qq -y --no-install-recommends $$missing
+
+doctor: $(READY)  ## |what is installed, which backends work, and the mend for what is missing
+	@$(BIN)/python -m engine.doctor
+
+demo: $(READY)  ## |from pictures to a probed encoder, with a preview, in minutes on two cores
+	@$(BIN)/python -m benchmarks.demo $(ARGS)
+
+convert: $(READY)  ## DATA=folder [OUT=x.beton]|compile a folder of pictures
+	@$(call need,DATA,a folder of pictures)
+	@$(BIN)/python -m dataset_tools convert $(DATA) $(or $(OUT),data/$(notdir $(patsubst %/,%,$(DATA))).beton) $(ARGS)
+
+pretrain: $(READY)  ## DATA=x.beton [ARGS="…"]|pretrain an encoder; ARGS=--help lists the options
+	@$(if $(findstring --help,$(ARGS)),,$(call need,DATA,a compiled set or a folder))
+	@$(BIN)/python train_pretrain.py $(DATA) $(ARGS)
+
+lincls: $(READY)  ## DATA=x.beton VAL=y.beton|linear probe and kNN of a frozen encoder
+	@$(call need,DATA,a labelled training set)
+	@$(call need,VAL,a labelled test set)
+	@$(BIN)/python train_lincls.py $(DATA) --val $(VAL) --pretrained $(PRETRAINED) $(ARGS)
+
+samples: $(READY)
+	@$(BIN)/python -m dataset_tools photographs data/photographs
+	@test -f data/photographs.beton || $(BIN)/python -m dataset_tools convert data/photographs/train data/photographs.beton
+
+bench: samples  ## |our loader beside its peers on the same pictures
+	@$(BIN)/python -m benchmarks.loader data/photographs/train data/photographs.beton --json benchmarks/results/loader.json $(ARGS)
+
+report: $(READY)  ## |one page of all measured figures, runs/report.html
+	@$(BIN)/python -m benchmarks.report
+
+lint: $(READY)  ## |ruff and the strict type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(READY)  ## [ARGS="-k masks"]|the whole test suite
+	$(BIN)/pytest $(ARGS)
+
+clean:  ## |remove runs and made data, keep .venv
+	rm -rf runs data
+
+# $(call need,NAME,what it is): refuse, with a sentence, to go on without a value.
+need = test -n "$($(1))" || { echo "$(1) is not given: $(2), such as make $@ $(1)=…; see make help"; exit 2; }

@@ -1,0 +1,161 @@
+"""The whole way once: sample pictures → compiled sets → MixMask pretraining → probe → loader figures → preview.
+
+    make demo
+
+Every step is one of the house's own programs, run as a user would run it. Made data stays in data/ and is used
+again; the run's files lie in runs/demo, summary.json and preview.png among them.
+"""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import environment
+from engine import cli
+from engine.checkpoint import write_atomically
+
+console = Console(highlight=False, soft_wrap=True)
+_KEYS = ("knn_top1", "linear_top1")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Show the whole way, from pictures to a probed encoder."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the run; an earlier demo there is replaced."""
+    data: Path = Path("data")
+    """Folder of the two sample sets."""
+    photographs: int = 2000
+    """Pictures in the set of photographs."""
+    fashion: int = 60_000
+    """Training pictures of Fashion-MNIST, of 60,000."""
+    epochs: int = 2
+    """Passes of the pretraining over Fashion-MNIST."""
+    loader_seconds: float = 4.0
+    """Length of one turn of a loader; there are six turns for each of two."""
+
+
+def main(config: Demo) -> None:
+    """Run the demo; see the top of this file."""
+    start = time.perf_counter()
+    for earlier in ("pretrain", "random"):
+        shutil.rmtree(config.out / earlier, ignore_errors=True)
+    files = config.data / "photographs"
+    photographs = config.data / "photographs.beton"
+    train, test = (config.data / f"fashion-mnist-{split}.beton" for split in ("train", "test"))
+
+    _banner("1  Sample sets: photographs cut from installed packages, and Fashion-MNIST")
+    _python("-m", "dataset_tools", "photographs", files, "--count", config.photographs)
+    _compile(photographs, config.photographs, "convert", files / "train", photographs)
+    _compile(train, config.fashion, "fashion-mnist", config.data, "--limit", config.fashion)
+
+    _banner("2  Pretraining with MixMask on Fashion-MNIST, labels unseen")
+    pretrain = config.out / "pretrain"
+    run = ("train_pretrain.py", train, "--preset", "fashion")
+    _python(*run, "--out", pretrain, "--epochs", config.epochs)
+    # The same encoder before its first step, to compare with.
+    _python(*run, "--out", config.out / "random", "--epochs", 0)
+
+    _banner("3  Probing: nearest neighbours and a linear classifier on frozen features")
+    probes = {}
+    for name, folder in (("random", config.out / "random"), ("mixmask", pretrain)):
+        encoder = folder / "backbone.safetensors"
+        _python(
+            *("train_lincls.py", train, "--val", test, "--pretrained", encoder, "--cached"),
+            *("--out", folder, "--lr", 1, "--epochs", 30),
+        )
+        probes[name] = json.loads((folder / "result.json").read_text())
+
+    _banner("4  Loading the photographs at 224 px, beside torchvision")
+    figures = config.out / "loader.json"
+    _python(
+        *("-m", "benchmarks.loader", files / "train", photographs, "--json", figures),
+        *("--seconds", config.loader_seconds, "--batch-size", 32),
+    )
+    loader = json.loads(figures.read_text())
+
+    _banner("5  What the loader makes of the photographs")
+    preview = config.out / "preview.png"
+    _python("-m", "dataset_tools", "preview", photographs, preview)
+
+    rates = {name: rate["median"] for name, rate in loader["rates"].items()}
+    summary = {
+        **{f"{key}_{name}": probes[name][key] for key in _KEYS for name in probes},
+        "loader_samples_per_s": rates["ours (ffcv)"],
+        "torchvision_samples_per_s": rates["torchvision + PIL"],
+        "data_wait_fraction": _data_wait_fraction(pretrain / "metrics.jsonl"),
+        "seconds": round(time.perf_counter() - start, 1),
+        "environment": environment(),
+    }
+    path = config.out / "summary.json"
+    write_atomically(path, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
+    _print(summary)
+    console.print(f"figures: {path}\npicture: {preview}")
+    console.print("next, with your own pictures: make convert DATA=<folder>")
+
+
+def _banner(title: str) -> None:
+    console.print(f"\n[bold]{title}[/]")
+
+
+def _python(*words: object) -> None:
+    """Run one of our programs; its failure, already told in its own words, ends the demo."""
+    command = [sys.executable, *map(str, words)]
+    console.print(f"[dim]$ python {' '.join(command[1:])}[/]")
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise ValueError(f"the step above ended with code {code}; mend what it says and run the demo again")
+
+
+def _compile(made: Path, count: int, *words: object) -> None:
+    """Make a compiled set unless it is there with as many pictures."""
+    manifest = made.with_suffix(".json")
+    if made.is_file() and manifest.is_file() and json.loads(manifest.read_text())["count"] == count:
+        console.print(f"{made} is there already")
+        return
+    _python("-m", "dataset_tools", *words, "--overwrite")
+
+
+def _data_wait_fraction(metrics: Path) -> float:
+    """Share of the pretraining's time spent waiting for data, over all steps but those of the first row.
+
+    The first row holds the first batch, whose time is the compiler's.
+    """
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"][1:]
+    if not steps:
+        raise ValueError(f"{metrics} has too few rows to tell the waiting time; train for longer")
+    num = [row["step"] - row["first_step"] + 1 for row in steps]
+    time_s = [n / row["samples_per_s"] for n, row in zip(num, steps, strict=True)]
+    waited = [t * row["wait_percent"] / 100 for t, row in zip(time_s, steps, strict=True)]
+    return sum(waited) / sum(time_s)
+
+
+def _print(summary: dict[str, Any]) -> None:
+    table = Table(title="Fashion-MNIST, frozen encoder")
+    for heading in ("top-1", "random encoder", "pretrained with MixMask"):
+        table.add_column(heading, justify="left" if heading == "top-1" else "right")
+    for key, name in zip(_KEYS, (f"kNN (k = {200})", "linear"), strict=True):
+        table.add_row(name, *(f"{100 * summary[f'{key}_{which}']:.1f} %" for which in ("random", "mixmask")))
+    console.print("\n", table)
+    ours, theirs = summary["loader_samples_per_s"], summary["torchvision_samples_per_s"]
+    console.print(
+        f"loader {ours:.0f} samples/s, torchvision {theirs:.0f} samples/s on the same pictures: "
+        f"{ours / theirs:.1f} ×; {100 * summary['data_wait_fraction']:.1f} % of the pretraining waited for data; "
+        f"{summary['seconds']:.0f} s in all"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(functools.partial(lambda argv: main(tyro.cli(Demo, args=argv)), sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""A sheet that shows at a glance what the loader does to pictures: crops, views, masks and mixtures."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.checkpoint import write_atomically
+from pipelines import Batch, ViewLoader, build_loader
+from pipelines.masks import draw_masks, upsample_masks
+from pipelines.recipe import Mixing, moco_v2
+
+_QUERY_COLOUR, _KEY_COLOUR = "#e8590c", "#1c7ed6"
+_TITLES = (
+    "picture and its two crops",
+    "query view",
+    "key view",
+    "mixed in: another\nquery of the batch",
+    "mask: white keeps\nthe row's own pixels",
+    "MixMask",
+    "Un-Mix",
+)
+
+
+def preview(
+    data: str | Path, out: str | Path, *, rows: int = 6, crop_px: int = 224, grid_size: int = 8, seed: int = 0
+) -> Path:
+    """Draw the sheet for the first batch that a run with this seed would see.
+
+    Args:
+        data: a compiled set or a folder.
+        out: the PNG to write.
+        rows: pictures on the sheet, at least 2.
+        crop_px: side of the views.
+        grid_size: cells along a side of the mask.
+        seed: of the run.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: for fewer than two rows, or more than the set has pictures.
+    """
+    if rows < 2:
+        raise ValueError(f"{rows} rows cannot be mixed with each other; take at least 2")
+    mixing = Mixing(method="both", grid_size=grid_size, mask_per="image")
+    loader = build_loader(data, moco_v2(crop_px, mixing), batch_size=rows, seed=seed)
+    batch = next(iter(loader))
+    masks, _ = upsample_masks(draw_masks(mixing, seed, 0, batch.index), crop_px)
+
+    # A figure without a window, drawn straight into the file.
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(rows, len(_TITLES), figsize=(2.1 * len(_TITLES), 2.25 * rows), dpi=80)
+    figure.suptitle(
+        "What the loader hands to the model: two augmented views of each picture, and mixtures of queries. "
+        "λ is the share of the row's own picture.",
+        fontsize=13,
+    )
+    for row in range(rows):
+        _draw_row(axes[row], row, loader, batch, masks)
+    for axis, title in zip(axes[0], _TITLES, strict=True):
+        axis.set_title(title, fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
+    write_atomically(Path(out), lambda file: figure.savefig(file, format="png"))
+    plt.close(figure)
+    return Path(out)
+
+
+def _draw_row(axes: Any, row: int, loader: ViewLoader, batch: Batch, masks: Tensor) -> None:
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    index = batch.index[row : row + 1].numpy()
+    picture = loader.engine.picture(int(index[0]))
+    assert picture is not None, "the loader has just decoded it"
+    axes[0].imshow(picture)
+    axes[0].set_ylabel(f"row {row + 1}", fontsize=11)
+    for box, colour in zip(loader.boxes(0, index)[0], (_QUERY_COLOUR, _KEY_COLOUR), strict=True):
+        top, left, height, width = (int(x) for x in box)
+        axes[0].add_patch(
+            matplotlib.patches.Rectangle(
+                (left, top), width, height, fill=False, edgecolor=colour, linewidth=2.5
+            )
+        )
+    unmix, mixmask = batch.mixtures
+    partner = int(mixmask.partner[row])
+    for axis, view, colour in (
+        (axes[1], batch.query[row], _QUERY_COLOUR),
+        (axes[2], batch.key[row], _KEY_COLOUR),
+    ):
+        axis.imshow(_to_picture(view, loader))
+        for spine in axis.spines.values():
+            spine.set(edgecolor=colour, linewidth=2.5)
+    axes[3].imshow(_to_picture(batch.query[partner], loader))
+    axes[3].set_xlabel(f"query of row {partner + 1}", fontsize=10)
+    axes[4].imshow(masks[row, 0], cmap="gray", vmin=0, vmax=1)
+    for axis, mixture in zip(axes[5:], (mixmask, unmix), strict=True):
+        lam = float(mixture.lam[row])
+        axis.imshow(_to_picture(mixture.images[row], loader))
+        axis.set_xlabel(
+            f"λ = {lam:.2f} of row {row + 1}, {1 - lam:.2f} of row {int(mixture.partner[row]) + 1}",
+            fontsize=9,
+        )
+
+
+def _to_picture(view: Tensor, loader: ViewLoader) -> npt.NDArray[np.uint8]:
+    """(3, S, S) normalised → (S, S, 3) uint8."""
+    mean, std = torch.tensor(loader.recipe.mean), torch.tensor(loader.recipe.std)
+    pixels = (view.permute(1, 2, 0) * std + mean) * 255
+    picture: npt.NDArray[np.uint8] = pixels.round().clamp(0, 255).byte().numpy()
+    return picture

@@ -1,0 +1,40 @@
+"""Pictures and compiled sets that many tests share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_tools.convert import convert
+from dataset_tools.sources import FolderSource
+
+
+def photograph_like(seed: int, width: int, height: int) -> Image.Image:
+    """A smooth, coloured picture with some noise: what JPEG and resampling are made for."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float32)
+    noisy = smooth + rng.normal(0, 6, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of twenty JPEGs of different sizes."""
+    root = tmp_path_factory.mktemp("pictures")
+    sizes = ((120, 90), (90, 120), (64, 64), (200, 81))
+    for label, name in enumerate(("bird", "cat")):
+        (root / name).mkdir()
+        for i in range(20):
+            picture = photograph_like(100 * label + i, *sizes[i % len(sizes)])
+            picture.save(root / name / f"{i:02}.JPEG", quality=92, subsampling=2 * (i % 2))
+    return root
+
+
+@pytest.fixture(scope="session")
+def beton(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures compiled."""
+    out = tmp_path_factory.mktemp("compiled") / "pictures.beton"
+    convert(FolderSource(picture_folder), out, workers=1)
+    return out

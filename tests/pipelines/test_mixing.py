@@ -1,0 +1,117 @@
+"""Mixtures: what they are made of, λ, partners, polarity."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipelines.mixing import draw_partner, mix
+from pipelines.recipe import Mixing, moco_v2
+
+
+def _queries(num: int, side: int = 16) -> Tensor:
+    """Image n is the constant n + 1, so that every pixel of a mixture tells where it came from."""
+    return torch.arange(1.0, num + 1).view(num, 1, 1, 1).expand(num, 3, side, side).contiguous()
+
+
+def _mix(num: int = 6, side: int = 16, seed: int = 0, **options: object) -> tuple:
+    recipe = dataclasses.replace(moco_v2(side), mixing=dataclasses.replace(Mixing(grid_size=4), **options))
+    return mix(recipe, seed, 0, torch.arange(10, 10 + num), _queries(num, side))
+
+
+@given(num=st.integers(2, 40), kind=st.sampled_from(["reverse", "random"]), seed=st.integers(0, 999))
+@settings(max_examples=200, deadline=None)
+def test_partner_is_invertible_and_never_itself(num: int, kind: str, seed: int) -> None:
+    partner = draw_partner(kind, seed, 0, torch.arange(num))
+    assert torch.equal(partner.sort().values, torch.arange(num))
+    assert (partner != torch.arange(num)).all()
+
+
+@pytest.mark.parametrize("num", [2, 6, 100])
+def test_reverse_is_the_batch_backwards(num: int) -> None:
+    assert torch.equal(draw_partner("reverse", 0, 0, torch.arange(num)), torch.arange(num).flip(0))
+
+
+@pytest.mark.parametrize("mask_type", ["block", "grid"])
+@pytest.mark.parametrize("mask_per", ["batch", "image"])
+@pytest.mark.parametrize("num", [2, 5, 6])
+def test_mixmask_keeps_lam_of_the_anchor(num: int, mask_per: str, mask_type: str) -> None:
+    (mixture,) = _mix(num, method="mixmask", mask_type=mask_type, mask_per=mask_per)
+    for i in range(num):
+        image, own, other = mixture.images[i], i + 1.0, float(mixture.partner[i]) + 1
+        from_anchor = image == own
+        assert (from_anchor | (image == other)).all()
+        assert float(mixture.lam[i]) == pytest.approx(float(from_anchor.float().mean()))
+    if mask_type == "block":
+        assert (mixture.lam == 0.5).all()
+    same = (mixture.images == mixture.images.new_tensor(range(1, num + 1)).view(-1, 1, 1, 1)).flatten(1)
+    if mask_per == "batch":
+        assert (same == same[0]).all()
+    assert mixture.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@given(seed=st.integers(0, 5000))
+@settings(max_examples=120, deadline=None)
+def test_unmix_lam_is_the_anchors_share(seed: int) -> None:
+    (mixture,) = _mix(4, method="unmix", seed=seed)
+    lam = float(mixture.lam[0])
+    assert 0 <= lam <= 1
+    assert torch.equal(mixture.partner, torch.tensor([3, 2, 1, 0]))
+    expected = lam * 1 + (1 - lam) * 4  # image 0 is all ones, its partner all fours
+    assert float(mixture.images[0].mean()) == pytest.approx(expected, abs=1e-4)
+
+
+def test_unmix_is_global_as_often_as_asked() -> None:
+    values = [_mix(2, method="unmix", seed=s)[0].images[0].unique().numel() for s in range(400)]
+    # A global mixture has one value; a rectangle has two (or one, where it is empty or everything).
+    assert 0.42 < sum(v == 1 for v in values) / 400 < 0.62
+    always = [
+        _mix(2, method="unmix", seed=s, unmix_global_prob=1.0)[0].images[0].unique().numel() for s in range(50)
+    ]
+    assert set(always) == {1}
+
+
+def test_unmix_lam_follows_beta() -> None:
+    lam = torch.tensor(
+        [float(_mix(2, method="unmix", seed=s, unmix_global_prob=1.0)[0].lam[0]) for s in range(1500)]
+    )
+    assert (torch.quantile(lam, torch.tensor([0.1, 0.5, 0.9])) - torch.tensor([0.1, 0.5, 0.9])).abs().max() < 0.04
+
+
+def test_both_are_unmix_then_mixmask_with_their_partners() -> None:
+    unmix, mixmask = _mix(8, method="both")
+    assert torch.equal(unmix.partner, torch.arange(8).flip(0))
+    assert torch.equal(mixmask.partner, draw_partner("random", 0, 0, torch.arange(10, 18)))
+    assert (mixmask.lam == 0.5).all()
+
+
+@pytest.mark.parametrize(("fill", "value"), [("mean", 0.0), ("zero", -0.485 / 0.229)])
+def test_erase_fills_the_rest(fill: str, value: float) -> None:
+    (mixture,) = _mix(5, method="erase", erase_fill=fill, mask_per="image")
+    erased = mixture.images[2, 0] != 3.0
+    assert float(erased.float().mean()) == pytest.approx(1 - float(mixture.lam[2]))
+    assert mixture.images[2, 0][erased].unique().tolist() == pytest.approx([value])
+
+
+def test_erase_with_noise_is_noise() -> None:
+    (mixture,) = _mix(64, method="erase", erase_fill="noise")
+    erased = mixture.images != _queries(64)
+    noise = mixture.images[erased]
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+
+
+def test_moco_mixes_nothing_and_a_batch_of_one_is_refused() -> None:
+    assert _mix(4, method="moco") == ()
+    with pytest.raises(ValueError, match="batch of 1"):
+        _mix(1, method="mixmask")
+    with pytest.raises(ValueError, match="finer than the views"):
+        _mix(4, side=8, method="mixmask", grid_size=9)
+
+
+def test_mixtures_are_addressed_not_consumed() -> None:
+    first, again, other = (_mix(6, method="both", seed=s) for s in (1, 1, 2))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
+    assert any(not torch.equal(a.images, b.images) for a, b in zip(first, other, strict=True))

@@ -1,0 +1,70 @@
+"""The generator against its authors' test vectors, and the promise of addressing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.randomness import Purpose, bits, epoch_order, normal, philox4x32, uniform
+
+# Known answers of philox4x32-10 published with Random123: counter, key, result.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_philox_gives_the_known_answers(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
+    c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
+    assert tuple(int(word) for word in philox4x32((c0, c1, c2, c3), key)) == expected
+
+
+@given(seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**32 - 1), num=st.integers(1, 9))
+def test_draws_depend_on_the_address_alone(seed: int, epoch: int, num: int) -> None:
+    index = torch.tensor([5, 0, 2**32 - 1, 17])
+    together = bits(seed, epoch, index, Purpose.CROP, num)
+    assert together.shape == (4, num)
+    assert int(together.min()) >= 0 and int(together.max()) < 2**32
+    for n in range(4):
+        assert torch.equal(bits(seed, epoch, index[n : n + 1], Purpose.CROP, num)[0], together[n])
+    assert torch.equal(bits(seed, epoch, index, Purpose.CROP, num + 3)[:, :num], together)
+
+
+def test_every_part_of_the_address_matters() -> None:
+    index = torch.arange(64)
+    base = bits(1, 2, index, Purpose.CROP, 2, view=0)
+    others = [
+        bits(2, 2, index, Purpose.CROP, 2),
+        bits(1 + 2**32, 2, index, Purpose.CROP, 2),
+        bits(1, 3, index, Purpose.CROP, 2),
+        bits(1, 2, index + 64, Purpose.CROP, 2),
+        bits(1, 2, index, Purpose.MASK, 2),
+        bits(1, 2, index, Purpose.CROP, 2, view=1),
+    ]
+    assert all((base != other).all() for other in others)
+
+
+def test_uniform_and_normal_have_their_moments() -> None:
+    index = torch.arange(50_000)
+    u = uniform(0, 0, index, Purpose.NOISE, 4)
+    assert u.min() >= 0 and u.max() < 1
+    assert (u.mean(0) - 0.5).abs().max() < 0.01
+    assert (torch.corrcoef(u.T) - torch.eye(4)).abs().max() < 0.02
+    z = normal(0, 0, index, Purpose.NOISE, 3)
+    assert z.mean(0).abs().max() < 0.02
+    assert (z.std(0) - 1).abs().max() < 0.02
+
+
+def test_epoch_order_is_a_permutation_of_its_own() -> None:
+    first, second = epoch_order(3, 0, 1000), epoch_order(3, 1, 1000)
+    assert torch.equal(first.sort().values, torch.arange(1000))
+    assert torch.equal(first, epoch_order(3, 0, 1000))
+    assert not torch.equal(first, second)
