@@ -55,8 +55,8 @@ class ProbeConfig:
     data: tyro.conf.Positional[Path]
     """Labelled training set: a .beton, a folder of class folders, or a folder that holds train/ and val/."""
     pretrained: Path
-    """Checkpoint, backbone.safetensors or published .pth.tar. `train_pretrain.py --epochs 0` exports an encoder
-    that has learned nothing, to compare with."""
+    """Checkpoint, backbone.safetensors or published .pth.tar. `train_pretrain.py --epochs 0` exports an
+    encoder that has learned nothing, to compare with."""
     val: Path | None = None
     """Labelled test set; by default DATA/val."""
     out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = Path("runs/lincls")

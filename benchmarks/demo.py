@@ -1,9 +1,9 @@
-"""The whole way once: sample pictures → compiled sets → MixMask pretraining → probe → loader figures → preview.
+"""The whole way once: sample pictures → compiled sets → pretraining → probe → loader figures → preview.
 
     make demo
 
-Every step is one of the house's own programs, run as a user would run it. Made data stays in data/ and is used
-again; the run's files lie in runs/demo, summary.json and preview.png among them.
+Every step is one of the house's own programs, run as a user would run it. Made data stays in data/ and is
+used again; the run's files lie in runs/demo, summary.json and preview.png among them.
 """
 
 import functools
@@ -133,7 +133,7 @@ def _data_wait_fraction(metrics: Path) -> float:
     The first row holds the first batch, whose time is the compiler's.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [row for row in rows if row["kind"] == "step"][1:]
+    steps: list[dict[str, float]] = [row for row in rows if row["kind"] == "step"][1:]
     if not steps:
         raise ValueError(f"{metrics} has too few rows to tell the waiting time; train for longer")
     num = [row["step"] - row["first_step"] + 1 for row in steps]
@@ -152,8 +152,8 @@ def _print(summary: dict[str, Any]) -> None:
     ours, theirs = summary["loader_samples_per_s"], summary["torchvision_samples_per_s"]
     console.print(
         f"loader {ours:.0f} samples/s, torchvision {theirs:.0f} samples/s on the same pictures: "
-        f"{ours / theirs:.1f} ×; {100 * summary['data_wait_fraction']:.1f} % of the pretraining waited for data; "
-        f"{summary['seconds']:.0f} s in all"
+        f"{ours / theirs:.1f} ×; {100 * summary['data_wait_fraction']:.1f} % of the pretraining was "
+        f"waiting for data; {summary['seconds']:.0f} s in all"
     )
 
 

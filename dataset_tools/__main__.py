@@ -1,4 +1,4 @@
-"""Make and check compiled sets: convert, photographs, fashion-mnist, verify, stats."""
+"""Make and check compiled sets: convert, photographs, fashion-mnist, verify, stats, preview."""
 
 import errno
 import signal
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Callable[..., commands.Command]] = {
     "fashion-mnist": commands.FashionMnist,
     "verify": commands.Verify,
     "stats": commands.ShowStats,
+    "preview": commands.Preview,
 }
 """Every sub-command by name."""
 USER_ERROR, INTERRUPTED = 2, 130

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.beton_format import (
+from pipelines.beton import (
     MAX_PAGE_BYTES,
     MAX_SIDE_PX,
     MODE_JPEG,

@@ -12,13 +12,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dataset_tools.beton_format import ffcv_types, open_beton
 from dataset_tools.convert import Converted, convert, skipped_path
 from dataset_tools.fashion_mnist import compile_fashion_mnist, locate
 from dataset_tools.photographs import make_photographs
+from dataset_tools.preview import preview
 from dataset_tools.progress import track
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import NUM_NAMED, Stats, stats, verify
+from pipelines.beton import ffcv_types, open_beton
 
 _FASHION_MNIST_PICTURES = 70_000
 
@@ -129,6 +130,8 @@ class FashionMnist:
     """Where torchvision downloads the files when Debian's package is not installed."""
     workers: int | None = None
     """Threads; all cores by default."""
+    limit: int | None = None
+    """Take only this many pictures of the training set, and a sixth as many of the test set."""
     overwrite: bool = False
     """Replace the sets where they exist."""
 
@@ -137,13 +140,20 @@ class FashionMnist:
         pairs = locate(self.download_to)
         ffcv_types()
         started = time.monotonic()
-        with track(_FASHION_MNIST_PICTURES, "compiling Fashion-MNIST", err) as advance:
+        expected = _FASHION_MNIST_PICTURES if self.limit is None else self.limit + self.limit // 6
+        with track(expected, "compiling Fashion-MNIST", err) as advance:
             outcome = compile_fashion_mnist(
-                self.output, pairs, workers=self.workers, overwrite=self.overwrite, progress=advance
+                self.output,
+                pairs,
+                workers=self.workers,
+                limit=self.limit,
+                overwrite=self.overwrite,
+                progress=advance,
             )
         seconds = time.monotonic() - started
+        total = sum(converted.manifest.count for converted in outcome.values())
         for path, converted in outcome.items():
-            _say_done(path, converted, seconds * converted.manifest.count / _FASHION_MNIST_PICTURES, out)
+            _say_done(path, converted, seconds * converted.manifest.count / total, out)
         return 0
 
 
@@ -200,6 +210,37 @@ class ShowStats:
         if self.classes > 0:
             out.print(_class_table(found, self.classes))
         _line(out, f"{self.path}: {found.count:,} pictures. Next: python -m dataset_tools verify {self.path}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Draw a sheet of what the loader makes of a set: crops, views, masks, mixtures and their λ."""
+
+    data: tyro.conf.Positional[Path]
+    """A .beton file or a folder of pictures."""
+    output: tyro.conf.Positional[Path]
+    """The PNG to write."""
+    rows: int = 6
+    """Pictures on the sheet."""
+    crop_px: int = 224
+    """Side of the views."""
+    grid_size: int = 8
+    """Cells along a side of the mask."""
+    seed: int = 0
+    """Of the run whose first batch is shown."""
+
+    def run(self, out: Console, err: Console) -> int:  # noqa: ARG002 – nothing here takes long
+        """Draw the sheet."""
+        path = preview(
+            self.data,
+            self.output,
+            rows=self.rows,
+            crop_px=self.crop_px,
+            grid_size=self.grid_size,
+            seed=self.seed,
+        )
+        _line(out, f"{path}: {self.rows} pictures. Next: make pretrain DATA={self.data}")
         return 0
 
 

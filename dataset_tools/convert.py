@@ -10,8 +10,9 @@ from typing import BinaryIO, Literal
 from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter
 from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
 from dataset_tools.parallel import ordered_map
-from dataset_tools.sources import NO_LABEL, Source
+from dataset_tools.sources import Source
 from pipelines.cores import usable_cores
+from pipelines.listing import NO_LABEL
 from pipelines.manifest import Manifest, source_path_line
 
 OnError = Literal["skip", "stop"]
@@ -51,6 +52,7 @@ def convert(
     max_side: int | None = None,
     verify: bool = True,
     on_error: OnError = "skip",
+    limit: int | None = None,
     page_bytes: int = DEFAULT_PAGE_BYTES,
     overwrite: bool = False,
     progress: Callable[[], None] | None = None,
@@ -58,23 +60,24 @@ def convert(
     """Compile ``source`` into the file ``out`` (.beton), with its manifest and list of paths beside it.
 
     The bytes written depend on the source and the options, not on ``workers`` (None: all cores).
-    ``progress`` is called once a picture. Pictures that cannot be decoded are left out, counted in the
-    manifest and named in ``out`` with the suffix .skipped.txt; with ``on_error="stop"`` the first of them is
+    ``limit`` takes only the first pictures of the source; ``progress`` is called once a picture.
+    Pictures that cannot be decoded are left out, counted in the manifest and named in ``out`` with the suffix .skipped.txt; with ``on_error="stop"`` the first of them is
     a ValueError naming it. After any error nothing new is left on disk. Raises ValueError where no picture is
-    usable, FileExistsError where ``out`` exists and ``overwrite`` is off, RuntimeError without FFCV.
+    usable, FileExistsError where ``out`` exists and ``overwrite`` is off, ImportError without FFCV.
     """
     how = Normalising(tier=tier, quality=quality, max_side=max_side, verify=verify)
     if on_error not in ("skip", "stop"):
         raise ValueError(f"on_error is {on_error!r}; known are skip, stop")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1")
     workers = usable_cores() if workers is None else workers
+    count = len(source) if limit is None else min(limit, len(source))
     replaced: Counter[str] = Counter()
     with (
-        BetonWriter(
-            out, capacity=len(source), tier=tier, page_bytes=page_bytes, overwrite=overwrite
-        ) as writer,
+        BetonWriter(out, capacity=count, tier=tier, page_bytes=page_bytes, overwrite=overwrite) as writer,
         _SkippedList(skipped_path(out)) as skipped,
         contextlib.closing(
-            ordered_map(lambda index: _make(source, index, how), len(source), workers=workers, chunk=4)
+            ordered_map(lambda index: _make(source, index, how), count, workers=workers, chunk=4)
         ) as made,
     ):
         for picture in made:

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dataset_tools.beton_format import MAX_SIDE_PX
 from dataset_tools.turbojpeg import check_jpeg
+from pipelines.beton import MAX_SIDE_PX
 
 _EXIF_ORIENTATION = 0x0112
 _JPEG_FORMATS = ("JPEG", "MPO")

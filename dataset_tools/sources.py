@@ -5,7 +5,6 @@ object per picture is kept.
 """
 
 import gzip
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Compared in lower case."""
-NO_LABEL = -1
-_SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
+from pipelines.listing import FolderListing
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -57,119 +53,18 @@ class Source(Protocol):
         """Read picture ``index``; called from several threads. Raises OSError where it cannot be read."""
 
 
-class FolderSource:
-    """Pictures in folders: one folder a class, or one flat folder of unlabelled pictures.
-
-    Classes are the sub-folders that hold pictures at any depth, sorted by name; within a class files are
-    sorted, those of a folder before those of its sub-folders. Names starting with a dot are passed over.
-    Pictures both loose in ``root`` and in sub-folders are refused, as it cannot be told what the loose ones
-    are; so are sub-folders that are splits (train, val, …). With ``labelled=False`` everything below
-    ``root`` is taken as one unlabelled set.
-    """
-
-    def __init__(self, root: str | Path, *, labelled: bool = True) -> None:
-        """List ``root``. Raises ValueError, naming it and the mend, where it holds no usable pictures."""
-        self.root = Path(root)
-        if not self.root.is_dir():
-            what = "is a file, not a folder" if self.root.exists() else "does not exist"
-            raise ValueError(f"the source folder {self.root} {what}; give the folder that holds the pictures")
-        # The relative paths of all pictures in one string, and where each of them stops in it.
-        self._blob = bytearray()
-        self._stops_by_folder: list[npt.NDArray[np.uint64]] = []
-        per_class = self._list_classes() if labelled else self._list_flat()
-        self._labels = np.repeat(
-            np.array([label for label, _ in per_class], np.int64), [count for _, count in per_class]
-        )
-        self._stops = np.concatenate([np.zeros(0, np.uint64), *self._stops_by_folder])
-        del self._stops_by_folder
-        if not len(self._stops):
-            raise ValueError(
-                f"no pictures in {self.root}: looked for {' '.join(PICTURE_SUFFIXES)} there and in its "
-                "sub-folders; give the folder above the class folders, or a flat folder of pictures"
-            )
+class FolderSource(FolderListing):
+    """Picture files, one folder a class or one flat folder, listed by FolderListing."""
 
     @property
     def name(self) -> str:
         """The folder's own name."""
         return self.root.resolve().name
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the class folders; empty for a flat folder."""
-        return self._classes
-
-    def __len__(self) -> int:
-        return len(self._stops)
-
-    def path(self, index: int) -> str:
-        """Return the path of picture ``index`` relative to the root."""
-        start = int(self._stops[index - 1]) if index else 0
-        return os.fsdecode(bytes(self._blob[start : int(self._stops[index])]))
-
     def read(self, index: int) -> Sample:
         """Read the file of picture ``index``."""
         path = self.path(index)
-        return Sample((self.root / path).read_bytes(), int(self._labels[index]), path)
-
-    def _list_flat(self) -> list[tuple[int, int]]:
-        self._classes: tuple[str, ...] = ()
-        return [(NO_LABEL, self._walk(self.root, "", ()))]
-
-    def _list_classes(self) -> list[tuple[int, int]]:
-        """Fill the list of files; return (label, count) of each class in order."""
-        loose, folders = _entries(self.root)
-        loose_count = self._add("", loose)
-        found = [(name, count) for name in folders if (count := self._walk(self.root / name, name + "/", ()))]
-        if loose_count and found:
-            raise ValueError(
-                f"{self.root} holds {loose_count} pictures of its own (first: {loose[0]}) and {len(found)} "
-                f"sub-folders with pictures (first: {found[0][0]}); move the loose ones into a class folder, "
-                "or add --no-labels to take all of them as one unlabelled set"
-            )
-        if found and {name.lower() for name, _ in found} <= _SPLIT_NAMES:
-            names = ", ".join(name for name, _ in found)
-            raise ValueError(
-                f"the sub-folders of {self.root} are splits, not classes ({names}); give one of them, such "
-                f"as {self.root / found[0][0]}, or add --no-labels to take all of them as one unlabelled set"
-            )
-        self._classes = tuple(name for name, _ in found)
-        return (
-            [(NO_LABEL, loose_count)] if loose_count else [(i, count) for i, (_, count) in enumerate(found)]
-        )
-
-    def _walk(self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> int:
-        """Add all pictures below ``folder``; ``above`` are the folders on the way, against circular links."""
-        status = folder.stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            return 0
-        files, folders = _entries(folder)
-        count = self._add(prefix, files)
-        return count + sum(self._walk(folder / f, f"{prefix}{f}/", (*above, identity)) for f in folders)
-
-    def _add(self, prefix: str, names: Sequence[str]) -> int:
-        """Append the paths ``prefix + name``; return how many."""
-        if not names:
-            return 0
-        encoded = [os.fsencode(prefix + name) for name in names]
-        stops = np.cumsum([len(path) for path in encoded]).astype(np.uint64) + np.uint64(len(self._blob))
-        self._stops_by_folder.append(stops)
-        self._blob += b"".join(encoded)
-        return len(names)
-
-
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the pictures and of the sub-folders of ``folder``, hidden ones left out."""
-    files, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(PICTURE_SUFFIXES):
-                files.append(entry.name)
-    return sorted(files), sorted(folders)
+        return Sample((self.root / path).read_bytes(), self.label(index), path)
 
 
 class IdxSource:

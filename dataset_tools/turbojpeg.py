@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.beton_format import ffcv_types
+from pipelines.beton import ffcv_types
 
 State = Literal["whole", "irregular", "damaged"]
 _TJPF_RGB, _TJPF_CMYK = 0, 11

@@ -22,13 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.beton import import_ffcv, open_beton
+from pipelines.beton import MODE_JPEG, import_ffcv, matching_manifest, open_beton
 from pipelines.engines import DECODE_ERRORS
+from pipelines.manifest import read_source_path
 from pipelines.resample import resample_crop
 
 import_ffcv()
 
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder  # noqa: E402
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder  # noqa: E402
 from ffcv.memory_managers.os_cache import OSCacheManager  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
@@ -61,7 +62,7 @@ class MultiViewDecoder(SimpleRGBImageDecoder):
     libturbojpeg's return code otherwise. Scratch memory is one decoded picture per thread.
     """
 
-    def __init__(self, num_views: int, crop_px: int) -> None:
+    def __init__(self, num_views: int = 2, crop_px: int = 224) -> None:
         super().__init__()
         self.num_views, self.crop_px = num_views, crop_px
 
@@ -83,12 +84,14 @@ class MultiViewDecoder(SimpleRGBImageDecoder):
         memory_read = self.memory_read
         thread_range, num_threads = Compiler.get_iterator(), Compiler.num_threads
         init, decompress, destroy = _turbojpeg()
-        jpeg_mode = IMAGE_MODES["jpg"]
-        max_pixels = int((self.metadata["height"].astype(np.int64) * self.metadata["width"]).max())
 
         def crop_views(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
             views_NVSS3, boxes_NV4, status_N = memory
             num = len(batch_indices)
+            max_pixels = 0
+            for n in range(num):
+                record = metadata[batch_indices[n]]
+                max_pixels = max(max_pixels, np.int64(record["height"]) * np.int64(record["width"]))
             for thread in thread_range(num_threads):
                 pixels = np.empty(3 * max_pixels, np.uint8)
                 handle = init()
@@ -97,7 +100,7 @@ class MultiViewDecoder(SimpleRGBImageDecoder):
                     data = memory_read(record["data_ptr"], storage_state)
                     height, width = np.int64(record["height"]), np.int64(record["width"])
                     status_N[n] = 0
-                    if record["mode"] == jpeg_mode:
+                    if record["mode"] == MODE_JPEG:
                         picture_HW3 = pixels[: 3 * height * width].reshape((height, width, 3))
                         status_N[n] = decompress(
                             handle, data.ctypes.data, data.size, pixels.ctypes.data, width, 0, height, 0, 0
@@ -122,6 +125,16 @@ class _Reader(OSCacheManager):
         pass
 
 
+@lru_cache
+def _compile(num_threads: int) -> Callable[..., Any]:
+    """The operator's machine code; one for all sets, views and sizes."""
+    Compiler.num_threads = num_threads
+    decoder = MultiViewDecoder()
+    decoder.accept_globals(None, _Reader().compile_reader())
+    code: Callable[..., Any] = Compiler.compile(decoder.generate_code())
+    return code
+
+
 class FFCVEngine:
     """Views from a ``.beton`` file through :class:`MultiViewDecoder`."""
 
@@ -136,22 +149,26 @@ class FFCVEngine:
             ImportError: if FFCV or libturbojpeg is missing.
         """
         self._beton = open_beton(path)
-        self.count = len(self._beton.metadata_M)
-        self.classes = self._beton.classes
-        self._metadata = self._beton.metadata_M["f0"]
+        manifest = matching_manifest(self._beton)
+        self.count = len(self._beton)
+        self.classes = manifest.classes if manifest else ()
+        self._metadata = self._beton.metadata["f0"]
         self._num_threads = num_threads
-        mapped = np.memmap(path, np.uint8, mode="r")
-        self._storage_state = (mapped, self._beton.pointer_A, self._beton.num_bytes_A)
-        self._operator = MultiViewDecoder(num_views, crop_px)
-        self._code: Callable[..., Any] | None = None
+        # FFCV's reader looks sizes up by address.
+        order = np.argsort(self._metadata["data_ptr"])
+        addresses = self._metadata["data_ptr"][order], self._beton.sizes[order]
+        self._storage_state = (self._beton.data, *addresses)
+        del num_views, crop_px  # boxes and output tell
 
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) labels, −1 where the set has none."""
-        return self._beton.labels(index_N)
+        labels_N: NDArray[np.int64] = self._beton.labels[index_N].reshape(len(index_N))
+        return labels_N
 
     def picture_name(self, index: int) -> str:
         """The source path of picture ``index``."""
-        return self._beton.picture_name(index)
+        name = read_source_path(self._beton.path, index)
+        return name or f"picture {index} of {self._beton.path.name}"
 
     def sizes(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N, 2) heights and widths in pixels."""
@@ -162,7 +179,7 @@ class FFCVEngine:
         self, index_N: NDArray[np.int64], boxes_NV4: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
         """Decode each picture once and write its crops; see :class:`pipelines.engines.Engine`."""
-        code = self._code = self._code or self._compile()
+        code = _compile(self._num_threads)
         numba.set_num_threads(self._num_threads)
         status_N = np.empty(len(index_N), np.int32)
         memory = (out_NVSS3, boxes_NV4, status_N)
@@ -171,11 +188,6 @@ class FFCVEngine:
         for n in np.flatnonzero(~ok_N):
             ok_N[n] = self._second_opinion(int(index_N[n]), boxes_NV4[n], out_NVSS3[n])
         return ok_N
-
-    def _compile(self) -> Callable[..., Any]:
-        Compiler.num_threads = self._num_threads
-        self._operator.accept_globals(self._metadata, _Reader().compile_reader())
-        return Compiler.compile(self._operator.generate_code())  # type: ignore[no-any-return]
 
     def _second_opinion(self, index: int, boxes_V4: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
         """Libturbojpeg reports harmless warnings and broken data alike; PIL tells them apart."""
@@ -188,11 +200,8 @@ class FFCVEngine:
 
     def picture(self, index: int) -> NDArray[np.uint8] | None:
         """(H, W, 3) the whole picture by PIL; None where it cannot be decoded."""
-        mapped, pointer_A, num_bytes_A = self._storage_state
-        record = self._metadata[index]
-        start = int(record["data_ptr"])
-        data = mapped[start : start + int(num_bytes_A[np.searchsorted(pointer_A, start)])]
-        if record["mode"] != IMAGE_MODES["jpg"]:
+        record, data = self._metadata[index], self._beton.payload(index)
+        if record["mode"] != MODE_JPEG:
             return np.array(data).reshape(int(record["height"]), int(record["width"]), 3)
         try:
             return np.asarray(Image.open(BytesIO(data.tobytes())).convert("RGB"))

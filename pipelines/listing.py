@@ -48,11 +48,6 @@ class FolderListing:
             )
 
     @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.root.resolve().name
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """Names of the class folders; empty for a flat folder."""
         return self._classes
@@ -64,6 +59,10 @@ class FolderListing:
         """Return the path of picture ``index`` relative to the root."""
         start = int(self._stops[index - 1]) if index else 0
         return os.fsdecode(bytes(self._blob[start : int(self._stops[index])]))
+
+    def label(self, index: int) -> int:
+        """Return the class number of picture ``index``, −1 without classes."""
+        return int(self._labels[index])
 
     def labels(self, index_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """(N,) class numbers of the pictures asked for, −1 without classes."""

@@ -4,6 +4,8 @@ A thread asks the engine for uint8 crops a few batches ahead; photometric stage 
 device when the batch is handed over. Shape letters: N batch, V views, S side in pixels.
 """
 
+import atexit
+import functools
 import logging
 import queue
 import threading
@@ -145,6 +147,9 @@ class ViewLoader:
         worker = threading.Thread(
             target=self._work, args=(epoch, first, ahead, free, stop), name="view-loader", daemon=True
         )
+        # A thread inside compiled code at the interpreter's end would abort the process.
+        finish = functools.partial(_finish_thread, worker, stop, free)
+        atexit.register(finish)
         worker.start()
         try:
             while (crops := ahead.get()) is not None:
@@ -156,9 +161,8 @@ class ViewLoader:
                 yield batch
             self._batches_done = 0
         finally:
-            stop.set()
-            free.put(None)
-            worker.join()
+            finish()
+            atexit.unregister(finish)
 
     def _empty_views(self) -> Tensor:
         recipe = self.recipe
@@ -252,6 +256,14 @@ class ViewLoader:
         mixtures = mix(self.recipe, self.seed, epoch, crops.index_N, query)
         index, label = crops.index_N.to(self.device), crops.label_N.to(self.device)
         return Batch(query, key, mixtures, index, label), uploaded
+
+
+def _finish_thread(
+    worker: threading.Thread, stop: threading.Event, free: "queue.Queue[_Buffer | None]"
+) -> None:
+    stop.set()
+    free.put(None)
+    worker.join()
 
 
 def _put(ahead: "queue.Queue[Any]", item: Any, stop: threading.Event) -> bool:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataset_tools.beton_format import open_beton
 from dataset_tools.beton_writer import BetonWriter
+from pipelines.beton import open_beton
 from pipelines.manifest import Manifest, paths_path
 
 ffcv = pytest.importorskip("ffcv")

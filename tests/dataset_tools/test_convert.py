@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataset_tools.beton_format import open_beton
 from dataset_tools.convert import convert, skipped_path
 from dataset_tools.sources import FolderSource, Sample
 from dataset_tools.verify import verify
+from pipelines.beton import open_beton
 from pipelines.manifest import Manifest, read_source_path
 
 pytest.importorskip("ffcv")

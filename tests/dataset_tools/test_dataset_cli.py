@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dataset_tools.__main__ import COMMANDS, main
-from dataset_tools.beton_format import open_beton
+from pipelines.beton import open_beton
 
 pytest.importorskip("ffcv")
 ROOT = Path(__file__).resolve().parents[2]

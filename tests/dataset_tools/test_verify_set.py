@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_tools.beton_format import open_beton
 from dataset_tools.convert import convert
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import stats, verify
+from pipelines.beton import open_beton
 
 pytest.importorskip("ffcv")
 
@@ -118,7 +118,7 @@ def test_foreign_manifest_is_found(beton: Path) -> None:
 
 
 def test_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="python -m dataset_tools convert"):
+    with pytest.raises(FileNotFoundError, match="make convert"):
         verify(tmp_path / "none.beton")
 
 

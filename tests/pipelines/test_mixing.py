@@ -69,7 +69,8 @@ def test_unmix_is_global_as_often_as_asked() -> None:
     # A global mixture has one value; a rectangle has two (or one, where it is empty or everything).
     assert 0.42 < sum(v == 1 for v in values) / 400 < 0.62
     always = [
-        _mix(2, method="unmix", seed=s, unmix_global_prob=1.0)[0].images[0].unique().numel() for s in range(50)
+        _mix(2, method="unmix", seed=s, unmix_global_prob=1.0)[0].images[0].unique().numel()
+        for s in range(50)
     ]
     assert set(always) == {1}
 
@@ -78,7 +79,9 @@ def test_unmix_lam_follows_beta() -> None:
     lam = torch.tensor(
         [float(_mix(2, method="unmix", seed=s, unmix_global_prob=1.0)[0].lam[0]) for s in range(1500)]
     )
-    assert (torch.quantile(lam, torch.tensor([0.1, 0.5, 0.9])) - torch.tensor([0.1, 0.5, 0.9])).abs().max() < 0.04
+    assert (
+        torch.quantile(lam, torch.tensor([0.1, 0.5, 0.9])) - torch.tensor([0.1, 0.5, 0.9])
+    ).abs().max() < 0.04
 
 
 def test_both_are_unmix_then_mixmask_with_their_partners() -> None:

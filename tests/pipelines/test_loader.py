@@ -1,0 +1,285 @@
+"""The loader's promises: what views depend on, sharding, resuming, bad pictures; ffcv held against folder."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
+from pipelines.engines import BadPicturesError
+from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
+
+RECIPE = moco_v2(48, Mixing(method="both", grid_size=4))
+
+
+def _load(path: Path, **options: object) -> ViewLoader:
+    return build_loader(path, RECIPE, **{"batch_size": 8, "seed": 3, **options})
+
+
+def _views(batches: list[Batch]) -> dict[int, torch.Tensor]:
+    """index → its two views."""
+    return {
+        int(i): torch.stack([q, k]) for b in batches for i, q, k in zip(b.index, b.query, b.key, strict=True)
+    }
+
+
+def _same(first: Batch, second: Batch) -> bool:
+    mixed = zip(first.mixtures, second.mixtures, strict=True)
+    return (
+        torch.equal(first.query, second.query)
+        and torch.equal(first.key, second.key)
+        and torch.equal(first.index, second.index)
+        and torch.equal(first.label, second.label)
+        and all(torch.equal(a.images, b.images) and torch.equal(a.lam, b.lam) for a, b in mixed)
+    )
+
+
+def test_batch_is_what_the_contract_says(beton: Path) -> None:
+    loader = _load(beton)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 5
+    for batch in batches:
+        assert batch.query.shape == batch.key.shape == (8, 3, 48, 48)
+        assert batch.query.dtype == torch.float32
+        assert batch.query.is_contiguous(memory_format=torch.channels_last)
+        assert batch.index.dtype == batch.label.dtype == torch.int64
+        assert len(batch.mixtures) == 2
+        assert (batch.label == (batch.index >= 20).long()).all()
+    assert sorted(int(i) for b in batches for i in b.index) == list(range(40))
+    assert loader.classes == ("bird", "cat")
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "folder"])
+def test_views_do_not_depend_on_threads(backend: str, beton: Path, picture_folder: Path) -> None:
+    path = beton if backend == "ffcv" else picture_folder
+    one, two = (list(_load(path, num_threads=n)) for n in (1, 2))
+    assert all(_same(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_views_do_not_depend_on_batch_size(beton: Path) -> None:
+    small, large = (_views(list(_load(beton, batch_size=n))) for n in (4, 20))
+    assert small.keys() == large.keys()
+    # The blur's batched product may sum in another order: the same to the last bits of a float.
+    assert all(torch.allclose(small[i], large[i], atol=1e-5) for i in small)
+
+
+def test_epochs_differ_and_repeat(beton: Path) -> None:
+    loader = _load(beton)
+    first = list(loader)
+    loader.set_epoch(1)
+    second = list(loader)
+    loader.set_epoch(0)
+    assert all(_same(a, b) for a, b in zip(first, loader, strict=True))
+    one, two = _views(first), _views(second)
+    assert not any(torch.equal(one[i], two[i]) for i in one)
+
+
+def test_ranks_share_the_epoch_without_overlap(beton: Path) -> None:
+    """Two ranks with half the batch see, step by step, what one process with the whole batch sees."""
+    alone = list(_load(beton, batch_size=8))
+    ranks = [list(_load(beton, batch_size=4, rank=r, world_size=2)) for r in (0, 1)]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        assert torch.equal(whole.index, torch.cat([part.index for part in parts]))
+        assert torch.allclose(whole.query, torch.cat([part.query for part in parts]), atol=1e-5)
+
+
+def test_resumed_in_the_middle_gives_the_rest(beton: Path) -> None:
+    whole = _load(beton)
+    whole.set_epoch(2)
+    expected = list(whole)
+    stopped = _load(beton, num_threads=1)
+    stopped.set_epoch(2)
+    batches = iter(stopped)
+    for _ in range(2):
+        next(batches)
+    state = stopped.state_dict()
+    batches.close()  # type: ignore[attr-defined]
+
+    resumed = _load(beton, num_threads=2)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(2)
+    rest = list(resumed)
+    assert len(rest) == 3
+    assert all(_same(a, b) for a, b in zip(expected[2:], rest, strict=True))
+    resumed.set_epoch(3)
+    assert len(list(resumed)) == 5
+
+
+def test_state_after_the_last_batch_resumes_with_nothing_left(beton: Path) -> None:
+    loader = _load(beton)
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    resumed = _load(beton)
+    resumed.load_state_dict(loader.state_dict())
+    assert list(resumed) == []
+    assert len(list(resumed)) == 5
+
+
+def test_state_of_another_run_is_refused(beton: Path) -> None:
+    state = _load(beton).state_dict()
+    with pytest.raises(ValueError, match="seed"):
+        _load(beton, seed=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="global_batch"):
+        _load(beton, batch_size=4).load_state_dict(state)
+
+
+def test_ffcv_equals_folder_on_the_same_boxes(beton: Path, picture_folder: Path) -> None:
+    compiled, files = _load(beton).engine, _load(picture_folder).engine
+    index = np.arange(40)
+    assert np.array_equal(compiled.sizes(index), files.sizes(index))
+    assert np.array_equal(compiled.labels(index), files.labels(index))
+    boxes = _load(beton).boxes(5, index)
+    got, expected = (np.zeros((40, 2, 48, 48, 3), np.uint8) for _ in range(2))
+    assert compiled.crop(index, boxes, got).all()
+    assert files.crop(index, boxes, expected).all()
+    assert np.abs(got.astype(int) - expected).max() <= 2
+    assert expected.std() > 20
+
+
+def test_ffcv_equals_folder_on_whole_batches(beton: Path, picture_folder: Path) -> None:
+    one_level = 1 / 255 / min(RECIPE.std)
+    for a, b in zip(_load(beton), _load(picture_folder), strict=True):
+        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.label, b.label)
+        # Jitter may enlarge the one grey level in which the two may differ.
+        assert (a.query - b.query).abs().max() < 6 * one_level
+        assert (a.query - b.query).abs().mean() < 0.25 * one_level
+
+
+def test_one_view_for_evaluation(beton: Path) -> None:
+    view = evaluation(RECIPE)
+    batches = list(evaluation_batches(beton, view, batch_size=16))
+    assert [len(labels) for _, labels in batches] == [16, 16, 8]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 20 + [1] * 20
+    limited = list(evaluation_batches(beton, view, batch_size=16, limit=20))
+    assert sum(len(labels) for _, labels in limited) == 20
+    again = list(evaluation_batches(beton, view, batch_size=7))
+    images, others = (torch.cat([images for images, _ in b]) for b in (batches, again))
+    assert torch.allclose(images, others)
+
+
+def test_one_pixel_picture_makes_flat_views(tmp_path: Path) -> None:
+    for i in range(2):
+        Image.new("RGB", (1, 1), (200, 30, 60)).save(tmp_path / f"{i}.png")
+    plain = Recipe(crop_px=16, jitter_prob=0, grey_prob=0, blur_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
+    batch = next(iter(build_loader(tmp_path, plain, batch_size=2)))
+    expected = torch.tensor([200, 30, 60]).view(1, 3, 1, 1) / 255
+    assert (batch.query - expected).abs().max() < 1e-6
+
+
+@pytest.fixture
+def damaged_folder(picture_folder: Path, tmp_path: Path) -> Path:
+    """Forty pictures, of which three do not decode: cut short, no picture at all, and the last one empty."""
+    root = tmp_path / "damaged"
+    shutil.copytree(picture_folder, root)
+    cut = root / "bird" / "03.JPEG"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    (root / "cat" / "00.JPEG").write_bytes(b"not a picture")
+    (root / "cat" / "19.JPEG").write_bytes(b"")
+    return root
+
+
+def test_bad_pictures_are_replaced_counted_and_named(
+    damaged_folder: Path, picture_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = _load(damaged_folder)
+    views = list(loader)
+    faults = {fault.index: (fault.name, fault.replaced_by) for fault in loader.faults.values()}
+    assert faults == {3: ("bird/03.JPEG", 4), 20: ("cat/00.JPEG", 21), 39: ("cat/19.JPEG", 0)}
+    assert "bird/03.JPEG" in caplog.text
+    indices = sorted(int(i) for b in views for i in b.index)
+    assert len(indices) == 40 and not {3, 20, 39} & set(indices)
+    # A stand-in is the neighbour's own view, label and all.
+    sound = _views(list(_load(picture_folder)))
+    for i, view in _views(views).items():
+        assert torch.allclose(view, sound[i], atol=1e-5)
+
+
+def test_damage_inside_a_compiled_set_is_replaced_too(beton: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "damaged.beton"
+    for file in beton.parent.glob("pictures.*"):
+        shutil.copy(file, copy.with_suffix(file.suffix))
+    engine = _load(copy).engine
+    start = int(engine._metadata[7]["data_ptr"])
+    with copy.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(200))
+    loader = _load(copy)
+    batches = list(loader)
+    assert {i: fault.replaced_by for i, fault in loader.faults.items()} == {7: 8}
+    assert loader.faults[7].name == "bird/07.JPEG"
+    sound = _views(list(_load(beton)))
+    assert all(torch.allclose(v, sound[i], atol=1e-5) for i, v in _views(batches).items())
+
+
+def test_too_many_bad_pictures_stop_the_run(picture_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "bad"
+    shutil.copytree(picture_folder, root)
+    for i in range(0, 20):
+        (root / "bird" / f"{i:02}.JPEG").write_bytes(b"broken")
+    with pytest.raises(BadPicturesError, match=r"pictures .*cannot be decoded"):
+        list(_load(root))
+
+
+def test_stopping_early_leaves_no_thread_behind(beton: Path) -> None:
+    import threading
+
+    for _ in range(3):
+        batches = iter(_load(beton))
+        next(batches)
+        batches.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name == "view-loader"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 41}, "larger than the set of 40"),
+        ({"batch_size": 21, "world_size": 2}, "at most 20"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"rank": 2, "world_size": 2}, "rank is 2"),
+        ({"num_threads": 4096}, "4096 threads"),
+        ({"backend": "folder"}, "is a file"),
+        ({"backend": "dali"}, "known are"),
+    ],
+)
+def test_wrong_options_are_refused(beton: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _load(beton, **options)
+
+
+def test_wrong_paths_are_refused(beton: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="make convert"):
+        _load(tmp_path / "absent.beton")
+    with pytest.raises(ValueError, match="does not exist"):
+        _load(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures"):
+        _load(tmp_path / "empty")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("hello")
+    with pytest.raises(ValueError, match="no pictures"):
+        _load(tmp_path / "notes")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
+def test_beton_cut_short_is_refused(beton: Path, tmp_path: Path, share: float) -> None:
+    cut = tmp_path / "cut.beton"
+    content = beton.read_bytes()
+    cut.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"cut\.beton.* cut short; convert it again"):
+        _load(cut)
+
+
+def test_beton_that_does_not_fit_its_manifest_is_refused(beton: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "other.beton"
+    shutil.copy(beton, copy)
+    shutil.copy(beton.with_suffix(".json"), copy.with_suffix(".json"))
+    with copy.open("ab") as file:
+        file.write(bytes(24))
+    with pytest.raises(ValueError, match="manifest"):
+        _load(copy)
