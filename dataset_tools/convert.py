@@ -61,9 +61,11 @@ def convert(
 
     The bytes written depend on the source and the options, not on ``workers`` (None: all cores).
     ``limit`` takes only the first pictures of the source; ``progress`` is called once a picture.
-    Pictures that cannot be decoded are left out, counted in the manifest and named in ``out`` with the suffix .skipped.txt; with ``on_error="stop"`` the first of them is
-    a ValueError naming it. After any error nothing new is left on disk. Raises ValueError where no picture is
-    usable, FileExistsError where ``out`` exists and ``overwrite`` is off, ImportError without FFCV.
+    Pictures that cannot be decoded are left out, counted in the manifest and named in ``out`` with the
+    suffix .skipped.txt; with ``on_error="stop"`` the first of them is a ValueError naming it. After any error
+    nothing new is left on disk.
+    Raises ValueError where no picture is usable, FileExistsError where ``out`` exists and ``overwrite`` is
+    off, ImportError without FFCV.
     """
     how = Normalising(tier=tier, quality=quality, max_side=max_side, verify=verify)
     if on_error not in ("skip", "stop"):

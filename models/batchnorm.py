@@ -13,6 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def _check_divisible(batch_size: int, num_splits: int) -> None:
+    if batch_size % num_splits:
+        raise ValueError(
+            f"a batch of {batch_size} cannot be split into {num_splits} equal parts for BatchNorm; "
+            f"choose a batch size that is a multiple of {num_splits}, or fewer splits"
+        )
+
+
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are taken over ``num_splits`` consecutive parts of the batch.
 
@@ -31,12 +39,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """(N, C, S, S) in, the same out."""
         if not self.training or self.num_splits == 1:
             return super().forward(input)
-        batch_size = input.shape[0]
-        if batch_size % self.num_splits:
-            raise ValueError(
-                f"a batch of {batch_size} cannot be split into {self.num_splits} equal parts for BatchNorm; "
-                f"choose a batch size that is a multiple of {self.num_splits}, or fewer splits"
-            )
+        _check_divisible(len(input), self.num_splits)
         # Each part updates a copy of the running statistics, and the copies are averaged.
         means_GC = self._running(self.running_mean).expand(self.num_splits, -1).clone()
         vars_GC = self._running(self.running_var).expand(self.num_splits, -1).clone()
@@ -72,8 +75,9 @@ def _channels_last_to_first(x: Tensor) -> Tensor:
 def deal_over_splits(x: Tensor, num_splits: int) -> Tensor:
     """Reorder (N, …) so that each of ``num_splits`` consecutive parts draws evenly from all former parts.
 
-    Image batches come back channels_last. N must be a multiple of ``num_splits``.
+    Image batches come back channels_last. Raises ValueError where ``num_splits`` does not divide N.
     """
+    _check_divisible(len(x), num_splits)
     rows = _channels_first_to_last(x)
     dealt = rows.unflatten(0, (num_splits, -1)).transpose(0, 1).flatten(0, 1)
     return _channels_last_to_first(dealt)

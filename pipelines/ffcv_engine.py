@@ -88,10 +88,11 @@ class MultiViewDecoder(SimpleRGBImageDecoder):
         def crop_views(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
             views_NVSS3, boxes_NV4, status_N = memory
             num = len(batch_indices)
-            max_pixels = 0
+            max_pixels = np.int64(0)
             for n in range(num):
                 record = metadata[batch_indices[n]]
-                max_pixels = max(max_pixels, np.int64(record["height"]) * np.int64(record["width"]))
+                num_pixels = np.int64(record["height"]) * np.int64(record["width"])
+                max_pixels = num_pixels if num_pixels > max_pixels else max_pixels
             for thread in thread_range(num_threads):
                 pixels = np.empty(3 * max_pixels, np.uint8)
                 handle = init()

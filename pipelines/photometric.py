@@ -71,7 +71,8 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe) -> Tensor:
     Returns:
         (N, 3, S, S) float32, normalised, channels_last.
     """
-    x = views.permute(0, 3, 1, 2).to(torch.float32)
+    # Planes of one channel each: on a CPU the colour operations run twice as fast on them.
+    x = views.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     if recipe.flip_prob > 0:
         x = torch.where(_column(params_NP, FLIP) > 0, x.flip(3), x)
     x = x.mul(1 / 255)

@@ -1,0 +1,184 @@
+"""The pretraining program from its command line: what it leaves, resuming, refusals, two processes."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+import train_pretrain
+from engine import cli
+from engine.checkpoint import latest, load_checkpoint
+from presets import PRESETS
+from train_pretrain import StopRequest, config_as_json, main, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = shlex.split(
+    "--arch resnet10w16 --crop-px 32 --grid-size 4 --batch-size 8 --moco-k 24 --bn-splits 2 --epochs 2 "
+    "--knn-k 5 --knn-every-epochs 1 --num-threads 1 --log-every-s 0.01"
+)
+
+
+def _argv(data: Path, out: Path, *more: str) -> list[str]:
+    return [str(data), "--out", str(out), *SMALL, *more]
+
+
+def _rows(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["moco", "mixmask", "unmix", "both", "erase"])
+def test_every_method_runs_and_leaves_its_files(method: str, beton: Path, tmp_path: Path) -> None:
+    main(parse(_argv(beton, tmp_path, "--method", method, "--val", str(beton))))
+    rows = _rows(tmp_path)
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert steps[-1]["step"] == 9
+    assert all(row["loss"] > 0 for row in steps)
+    assert ("loss_mix" in steps[0]) == (method != "moco")
+    assert [row["epoch"] for row in rows if row["kind"] == "knn"] == [1, 2]
+    assert all(0 <= row["top1"] <= 1 for row in rows if row["kind"] == "knn")
+    assert list((tmp_path / "tensorboard").iterdir())
+
+    published = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
+    assert published["arch"] == "resnet10w16" and published["epoch"] == 2
+    assert "module.encoder_q.fc.2.weight" in published["state_dict"]
+    assert published["state_dict"]["module.queue"].shape == (128, 24)
+    backbone = safetensors.torch.load_file(tmp_path / "backbone.safetensors")
+    for name, tensor in backbone.items():
+        assert torch.equal(tensor, published["state_dict"][f"module.encoder_q.{name}"])
+
+
+def test_backbone_loads_in_torchvision(beton: Path, tmp_path: Path) -> None:
+    main(parse(_argv(beton, tmp_path, "--arch", "resnet18", "--epochs", "0")))
+    encoder = torchvision.models.resnet18()
+    keys = encoder.load_state_dict(
+        safetensors.torch.load_file(tmp_path / "backbone.safetensors"), strict=False
+    )
+    assert keys.missing_keys == ["fc.weight", "fc.bias"] and not keys.unexpected_keys
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 7])
+def test_a_stopped_run_resumes_to_the_same_weights(
+    stop_after: int,
+    beton: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the middle of the first epoch, at its very end, and in the middle of the second."""
+    more = ("--method", "both")
+    main(parse(_argv(beton, tmp_path / "whole", *more)))
+
+    def stop_there(self: StopRequest, launch: object, step: int) -> bool:
+        self.requested = step >= stop_after
+        return self.requested
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "agreed", stop_there)
+        main(parse(_argv(beton, tmp_path / "parts", *more)))
+    assert "--resume" in capsys.readouterr().out
+    assert not (tmp_path / "parts" / "backbone.safetensors").exists()
+    main(parse(_argv(beton, tmp_path / "parts", *more, "--resume")))
+
+    whole, parts = (load_checkpoint(latest(tmp_path / name)) for name in ("whole", "parts"))
+    assert whole.step == parts.step == 10
+    assert whole.model.keys() == parts.model.keys()
+    for name, tensor in whole.model.items():
+        assert torch.equal(tensor, parts.model[name]), name
+    for row, other in zip(_rows(tmp_path / "whole")[-1:], _rows(tmp_path / "parts")[-1:], strict=True):
+        assert row["loss"] == other["loss"]
+
+
+def test_state_holds_everything(beton: Path, tmp_path: Path) -> None:
+    config = parse(_argv(beton, tmp_path))
+    main(config)
+    state = load_checkpoint(latest(tmp_path))
+    assert {"queue_KD", "queue_ptr"} <= state.model.keys()
+    assert state.optimizer["state"] and state.generators["cpu"].numel()
+    assert state.loader["seed"] == 0
+    assert state.config == config_as_json(config)
+    assert int(state.model["queue_ptr"]) == 10 * 8 % 24
+
+
+def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: main(parse(argv)))
+    assert stop.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_mistakes_are_one_sentence(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    run = tmp_path / "run"
+    assert "larger than the set of 40" in _refusal(_argv(beton, run, "--batch-size", "64"), capsys)
+    assert "no pictures" in _refusal(_argv(empty, run), capsys)
+    assert "make convert" in _refusal(_argv(tmp_path / "absent.beton", run), capsys)
+    assert "resnet50" in _refusal(_argv(beton, run, "--arch", "resnet51"), capsys)
+    assert "mask_lam" in _refusal(_argv(beton, run, "--mask-lam", "0.01"), capsys)
+    assert "fp16" in _refusal(_argv(beton, run, "--precision", "fp16", "--device", "cpu"), capsys)
+    assert "equal parts for BatchNorm" in _refusal(_argv(beton, run, "--bn-splits", "3"), capsys)
+    assert "--moco-kk" in _refusal(_argv(beton, run, "--moco-kk", "3"), capsys)
+    main(parse(_argv(beton, run, "--epochs", "1")))
+    assert "--resume" in _refusal(_argv(beton, run, "--epochs", "1"), capsys)
+    assert "moco_t" in _refusal(_argv(beton, run, "--epochs", "1", "--moco-t", "0.5", "--resume"), capsys)
+
+
+def test_published_command_line_is_understood() -> None:
+    published = (
+        "-a resnet50 --lr 0.03 --epochs 200 --batch-size 256 --mask_lam 0.5 --mask_type block --mlp "
+        "--moco-t 0.2 --aug-plus --method mixmask --cos --grid_size 8 --exp_path OUT DATA"
+    )
+    config = parse(shlex.split(published))
+    assert config.data == Path("DATA") and config.out == Path("OUT")
+    assert (config.mixing.mask_type, config.mixing.grid_size, config.mixing.mask_lam) == ("block", 8, 0.5)
+    # The published flags are the defaults.
+    default = parse(["DATA", "--out", "OUT"])
+    assert config_as_json(config) == config_as_json(default)
+    assert default.recipe().blur_prob == 0.5
+    assert parse(["DATA", "--no-aug-plus"]).recipe().grey_before_jitter
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_can_be_overridden(name: str) -> None:
+    preset = PRESETS[name](Path("DATA"))
+    assert preset.preset == name
+    config = parse(["DATA", "--preset", name, "--lr", "0.5", "--grid-size", "5"])
+    assert config.lr == 0.5 and config.mixing.grid_size == 5
+    assert (config.arch, config.moco_k) == (preset.arch, preset.moco_k)
+    preset.recipe()
+
+
+def test_two_processes_share_one_run(beton: Path, tmp_path: Path) -> None:
+    """torchrun over gloo: one log, one checkpoint, and the batch of 8 shared."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(ROOT / "train_pretrain.py"), *_argv(beton, tmp_path, "--device", "cpu")]
+    done = subprocess.run([*command, *script], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("finished:") == 1
+    state = load_checkpoint(latest(tmp_path))
+    assert state.step == 10 and int(state.model["queue_ptr"]) == 10 * 8 % 24
+    assert [row["step"] for row in _rows(tmp_path) if row["kind"] == "step"][-1] == 9
+
+
+def test_sigterm_finishes_the_step_and_says_how_to_go_on(beton: Path, tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "train_pretrain.py"), *_argv(beton, tmp_path, "--epochs", "4000")]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:  # the first row of metrics: the loop is running
+        if line.startswith("epoch"):
+            break
+    process.terminate()
+    rest = process.stdout.read()
+    assert process.wait(60) == 0
+    assert "--resume" in rest
+    assert load_checkpoint(latest(tmp_path)).step > 0
+
+
+def test_nothing_happens_at_import() -> None:
+    assert callable(train_pretrain.main)
