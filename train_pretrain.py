@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,16 +131,7 @@ def run(config: PretrainConfig, launch: Launch) -> None:
     )
 
     # ---------------------------------------------------------------------------------------- resume
-    step, epoch = 0, 0
-    if found:
-        state = load_checkpoint(found, config_as_json(config))
-        model.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
-        if state.scaler:
-            precision.scaler.load_state_dict(state.scaler)
-        loader.load_state_dict(state.loader)
-        restore_generators(state.generators)
-        step, epoch = state.step, state.epoch
+    step, epoch = restore(found, config, model, optimizer, precision, loader) if found else (0, 0)
     forward: nn.Module = model
     if launch.world_size > 1:
         forward = DistributedDataParallel(model, broadcast_buffers=False)
@@ -170,6 +162,7 @@ def run(config: PretrainConfig, launch: Launch) -> None:
             else:
                 epoch += 1
                 if config.val and launch.is_main and due(epoch, config.knn_every_epochs, config.epochs):
+                    log.flush()
                     log.event({"kind": "knn", "epoch": epoch, "top1": online_knn(config, model, precision)})
             if stop.requested or due(epoch, config.save_every_epochs, config.epochs):
                 log.flush()
@@ -238,6 +231,25 @@ def with_waiting_time(loader: ViewLoader) -> Iterator[tuple[float, Batch]]:
 def due(epoch: int, every: int, last: int) -> bool:
     """Whether something done every few epochs is due after ``epoch`` of them; always after the last."""
     return epoch > 0 and (epoch % every == 0 or epoch == last)
+
+
+def restore(
+    checkpoint: Path,
+    config: PretrainConfig,
+    model: MoCo,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    loader: ViewLoader,
+) -> tuple[int, int]:
+    """Put everything back as `save` wrote it; the steps done, and the epoch the next one belongs to."""
+    state = load_checkpoint(checkpoint, config_as_json(config))
+    model.load_state_dict(state.model)
+    optimizer.load_state_dict(state.optimizer)
+    if state.scaler:
+        precision.scaler.load_state_dict(state.scaler)
+    loader.load_state_dict(state.loader)
+    restore_generators(state.generators)
+    return state.step, state.epoch
 
 
 def online_knn(config: PretrainConfig, model: MoCo, precision: Precision) -> float:

@@ -1,7 +1,6 @@
 """Is a JPEG whole? Asked of the very TurboJPEG that FFCV decodes with, so the answer holds for the loader."""
 
 import ctypes
-import functools
 import threading
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.beton import ffcv_types
+from pipelines.turbojpeg import library
 
 State = Literal["whole", "irregular", "damaged"]
 _TJPF_RGB, _TJPF_CMYK = 0, 11
@@ -42,7 +41,7 @@ class _Decoder:
     """One TurboJPEG handle and its scratch memory; not to be shared by threads."""
 
     def __init__(self) -> None:
-        self._lib = _library()
+        self._lib = library()
         self._handle = ctypes.c_void_p(self._lib.tjInitDecompress())
         if not self._handle.value:
             raise MemoryError("TurboJPEG gave no decoder")
@@ -81,23 +80,6 @@ class _Decoder:
     def _message(self) -> str:
         words: bytes = self._lib.tjGetErrorStr2(self._handle)
         return words.decode("utf-8", "replace")
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """Return FFCV's compiled library; TurboJPEG's functions are found through it."""
-    ffcv_types()
-    import ffcv._libffcv
-
-    lib = ctypes.CDLL(ffcv._libffcv.__file__)
-    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
-    lib.tjInitDecompress.argtypes, lib.tjInitDecompress.restype = [], pointer
-    lib.tjDestroy.argtypes = [pointer]
-    lib.tjDecompressHeader3.argtypes = [pointer, pointer, size, *[ctypes.POINTER(integer)] * 4]
-    lib.tjDecompress2.argtypes = [pointer, pointer, size, pointer, *[integer] * 5]
-    lib.tjGetErrorCode.argtypes = [pointer]
-    lib.tjGetErrorStr2.argtypes, lib.tjGetErrorStr2.restype = [pointer], ctypes.c_char_p
-    return lib
 
 
 def check_jpeg(payload: bytes | npt.NDArray[np.uint8]) -> Verdict:

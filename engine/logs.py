@@ -145,6 +145,8 @@ class RunLog:
         self.flush()
         self._write({"step": self._last_step} | dict(row))
         self._terminal.say(row)
+        # What the event took, say an evaluation, is not the steps' time.
+        self._window_start = time.monotonic()
 
     def _write(self, row: Mapping[str, Value]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

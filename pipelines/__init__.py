@@ -92,6 +92,7 @@ def build_loader(
         rank=rank,
         world_size=world_size,
         device=torch.device(device),
+        num_threads=num_threads,
         shuffle=shuffle,
         drop_last=drop_last,
     )

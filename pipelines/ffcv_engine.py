@@ -8,8 +8,6 @@ decoder asks for the fast one, off by up to 8 grey levels), so decoded pictures 
 Shape letters: N batch, V views, S side in pixels, H, W of the decoded picture.
 """
 
-import ctypes
-import ctypes.util
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -26,6 +24,7 @@ from pipelines.beton import MODE_JPEG, import_ffcv, matching_manifest, open_beto
 from pipelines.engines import DECODE_ERRORS
 from pipelines.manifest import read_source_path
 from pipelines.resample import resample_crop
+from pipelines.turbojpeg import library
 
 import_ffcv()
 
@@ -34,24 +33,6 @@ from ffcv.memory_managers.os_cache import OSCacheManager  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.state import State  # noqa: E402
-
-
-@lru_cache(maxsize=1)
-def _turbojpeg() -> tuple[Any, Any, Any]:
-    """libturbojpeg's init, decompress and destroy, callable from compiled code."""
-    name = ctypes.util.find_library("turbojpeg")
-    if name is None:
-        raise ImportError("libturbojpeg is not installed; apt-get install libturbojpeg0-dev")
-    library = ctypes.CDLL(name)
-    init, decompress, destroy = library.tjInitDecompress, library.tjDecompress2, library.tjDestroy
-    init.restype, init.argtypes = ctypes.c_void_p, []
-    # handle, JPEG, its size, pixels, width, pitch, height, pixel format, flags
-    decompress.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p),
-        *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int),
-    ]
-    destroy.argtypes = [ctypes.c_void_p]
-    return init, decompress, destroy
 
 
 class MultiViewDecoder(SimpleRGBImageDecoder):
@@ -83,7 +64,12 @@ class MultiViewDecoder(SimpleRGBImageDecoder):
         """The function that FFCV's compiler turns into machine code."""
         memory_read = self.memory_read
         thread_range, num_threads = Compiler.get_iterator(), Compiler.num_threads
-        init, decompress, destroy = _turbojpeg()
+        turbojpeg = library()
+        init, decompress, destroy = (
+            turbojpeg.tjInitDecompress,
+            turbojpeg.tjDecompress2,
+            turbojpeg.tjDestroy,
+        )
 
         def crop_views(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
             views_NVSS3, boxes_NV4, status_N = memory

@@ -23,6 +23,7 @@ from pipelines.crops import draw_boxes
 from pipelines.engines import MAX_TRIES, BadPicturesError, Engine, Fault
 from pipelines.mixing import mix
 from pipelines.photometric import augment, draw_parameters
+from pipelines.photometric_cpu import augment_on_cpu
 from pipelines.randomness import epoch_order
 from pipelines.recipe import Recipe
 
@@ -75,6 +76,7 @@ class ViewLoader:
         rank: int,
         world_size: int,
         device: torch.device,
+        num_threads: int,
         shuffle: bool,
         drop_last: bool,
         max_bad_fraction: float = 0.01,
@@ -92,6 +94,7 @@ class ViewLoader:
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.faults: dict[int, Fault] = {}
         self._rank, self._world_size = rank, world_size
+        self._num_threads = num_threads
         self._shuffle, self._drop_last = shuffle, drop_last
         self._fault_limit = max(10, int(max_bad_fraction * engine.count))
         self._epoch, self._batches_done = 0, 0
@@ -250,7 +253,13 @@ class ViewLoader:
         if self.device.type == "cuda":
             uploaded = torch.cuda.Event()
             uploaded.record(torch.cuda.current_stream(self.device))
-        finished = [augment(views[:, v], params_VNP[v], self.recipe) for v in range(self.recipe.num_views)]
+        if self.device.type == "cpu":
+            finished = augment_on_cpu(views, params_VNP, self.recipe, self._num_threads)
+        else:
+            finished = [
+                augment(view, params, self.recipe)
+                for view, params in zip(views.unbind(1), params_VNP, strict=True)
+            ]
         query = finished[0]
         key = finished[1] if len(finished) > 1 else query[:0]
         mixtures = mix(self.recipe, self.seed, epoch, crops.index_N, query)

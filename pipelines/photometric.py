@@ -22,7 +22,7 @@ FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARIZE = range(8)
 PLACES = slice(8, 14)
 NUM_PARAMETERS = 14
 _NUM_DRAWS = 16
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL and torchvision use it
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL and torchvision use it
 
 
 def draw_parameters(recipe: Recipe, seed: int, epoch: int, index_N: Tensor, view: int) -> Tensor:
@@ -97,7 +97,7 @@ def _column(params_NP: Tensor, column: int) -> Tensor:
 
 def luma(x: Tensor) -> Tensor:
     """(N, 3, S, S) in [0, 1] → (N, 1, S, S) brightness as the eye weighs it."""
-    red, green, blue = _LUMA
+    red, green, blue = LUMA
     return red * x[:, 0:1] + green * x[:, 1:2] + blue * x[:, 2:3]
 
 
@@ -165,11 +165,16 @@ def blur(x: Tensor, sigma_N: Tensor, largest_sigma: float) -> Tensor:
     Args:
         x: (N, 3, S, S) float32.
         sigma_N: (N,) float32 pixels; 0 leaves a view as it is.
-        largest_sigma: pixels; the kernel reaches out to three times this, at most S − 1.
+        largest_sigma: pixels; see :func:`blur_radius_px`.
     """
     side = x.shape[-1]
-    band_NSS = _blur_matrix(sigma_N, side, min(int(3 * largest_sigma + 0.5), side - 1))[:, None]
+    band_NSS = _blur_matrix(sigma_N, side, blur_radius_px(largest_sigma, side))[:, None]
     return band_NSS @ x.contiguous() @ band_NSS.transpose(2, 3)
+
+
+def blur_radius_px(largest_sigma: float, side: int) -> int:
+    """How far the blur's kernel reaches: three times the largest standard deviation, at most side − 1."""
+    return min(int(3 * largest_sigma + 0.5), side - 1)
 
 
 def _blur_matrix(sigma_N: Tensor, side: int, radius: int) -> Tensor:

@@ -1,5 +1,8 @@
 """Every photometric operation against torchvision's, within two grey levels (in fact far closer)."""
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +10,7 @@ from torchvision.transforms.v2 import functional as reference
 
 from pipelines import photometric as ph
 from pipelines.photometric import NUM_PARAMETERS, PLACES, augment, draw_parameters
+from pipelines.photometric_cpu import augment_on_cpu
 from pipelines.recipe import Recipe, moco_v1, moco_v2
 
 LEVEL = 1 / 255
@@ -139,3 +143,34 @@ def test_stage_compiles_as_one_graph(views: Tensor) -> None:
     params = draw_parameters(recipe, 0, 0, torch.arange(len(views)), 0)
     graph = torch.compile(lambda v, p: augment(v, p, recipe), fullgraph=True, backend="aot_eager")
     assert (graph(views, params) - augment(views, params, recipe)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("make", [moco_v1, moco_v2])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stage_for_cpus_equals_the_batched_one(
+    views: Tensor, threads: int, make: Callable[[int], Recipe]
+) -> None:
+    recipe = dataclasses.replace(make(48), solarize_prob=0.3)
+    both = torch.stack([views, views.flip(1)], dim=1).repeat(20, 1, 1, 1, 1)
+    index = torch.arange(len(both))
+    params = torch.stack([draw_parameters(recipe, 5, 2, index, view) for view in range(2)])
+    got = augment_on_cpu(both, params, recipe, threads)
+    # Where a pixel sits on solarisation's threshold, the last bit decides which side it falls on.
+    limit = 0.01 * LEVEL / min(recipe.std)
+    for view in range(2):
+        expected = augment(both[:, view], params[view], recipe)
+        off = (got[view] - expected).abs() > limit
+        assert off.float().mean() < 1e-4
+        plain = params[view][:, ph.SOLARIZE] == 0
+        assert (got[view] - expected)[plain].abs().max() < limit
+        assert got[view].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("side", [8, 13, 224])
+def test_stage_for_cpus_at_other_sizes(side: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    crops = torch.randint(0, 256, (6, 1, side, side, 3), dtype=torch.uint8, generator=generator)
+    recipe = dataclasses.replace(moco_v2(side), blur_prob=1.0)
+    params = draw_parameters(recipe, 0, 0, torch.arange(6), 0)
+    (got,) = augment_on_cpu(crops, params[None], recipe, 2)
+    assert (got - augment(crops[:, 0], params, recipe)).abs().max() < 0.01 * LEVEL / min(recipe.std)
