@@ -31,21 +31,29 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --editable '.[ffcv,samples,dev]'
 	@touch $@
 
-# Installs what is missing where root or sudo allows it, and says the exact command where not.
+# Installs what is missing where root or sudo allows it, and says the exact command where not. The data set is a
+# convenience: without it torchvision downloads one.
 system:
 	@command -v apt-get >/dev/null || { echo "no apt-get here; install OpenCV, libturbojpeg, pkg-config and a C++ compiler by hand"; exit 0; }; \
 	wanted="$(SYSTEM_PACKAGES)"; \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || wanted="$$wanted python3-venv"; \
 	$(PYTHON) -c 'import pathlib, sysconfig, sys; sys.exit(not (pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h").exists())' || wanted="$$wanted python3-dev"; \
-	missing=""; for package in $$wanted $(DATA_PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
-	test -z "$$missing" && exit 0; \
+	missing=""; for package in $$wanted; do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	data=""; for package in $(DATA_PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || data="$$data $$package"; done; \
+	test -z "$$missing$$data" && exit 0; \
 	if [ "$$(id -u)" = 0 ]; then sudo=""; elif sudo -n true 2>/dev/null; then sudo="sudo"; else \
-		echo "system packages are missing and this user may not install them; run"; \
-		echo "    sudo apt-get update && sudo apt-get install --no-install-recommends$$missing"; exit 1; fi; \
-	echo "installing$$missing"; \
-	$$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -qq -y --no-install-recommends $$missing
+		echo "this user may not install system packages; run"; \
+		echo "    sudo apt-get update && sudo apt-get install --no-install-recommends$$missing$$data"; \
+		test -z "$$missing" || exit 1; \
+		echo "only the data set is missing, torchvision will download it"; exit 0; fi; \
+	echo "installing$$missing$$data"; \
+	install="$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends"; \
+	$$sudo apt-get update -qq || exit 1; \
+	test -z "$$missing" || $$install $$missing || exit 1; \
+	test -z "$$data" || $$install $$data || echo "$$data cannot be installed here; torchvision will download the data set"
 
-doctor: $(READY)  ## |what is installed, which backends work, and the mend for what is missing
+doctor:  ## |what is installed, which backends work, and the mend for what is missing
+	@test -x $(BIN)/python || { echo "there is no $(VENV) yet; run make setup"; exit 1; }
 	@$(BIN)/python -m engine.doctor
 
 demo: $(READY)  ## |from pictures to a probed encoder, with a preview, in minutes on two cores

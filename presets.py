@@ -14,7 +14,7 @@ import tyro
 
 from engine.precision import PrecisionName
 from pipelines import Backend
-from pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD, Mixing, Recipe, moco_v1, moco_v2
+from pipelines.recipe import Mixing, Recipe, moco_v1, moco_v2
 
 PresetName = Literal["in1k", "fashion"]
 
@@ -23,17 +23,17 @@ PresetName = Literal["in1k", "fashion"]
 class Views:
     """What views look like, beyond what MoCo v1 or v2 fixes."""
 
-    crop_px: int = 224
+    crop_px: int = Recipe.crop_px
     """Side of a view."""
-    crop_min: float = 0.2
+    crop_min: float = Recipe.crop_scale[0]
     """Smallest share of the picture's area that a crop takes."""
     blur: bool = True
     """Gaussian blur in the MoCo v2 recipe; CIFAR-sized pictures do without."""
-    eval_center_share: float = 224 / 256
+    eval_center_share: float = Recipe.center_share
     """Side of the evaluation's centre crop over the picture's short side; 1 for tiny pictures."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[float, float, float] = Recipe.mean
     """Subtracted from pixels in [0, 1]."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, float, float] = Recipe.std
     """Divides after the mean is subtracted."""
 
 
@@ -69,9 +69,10 @@ class PretrainConfig:
     """Share of the key encoder that stays at each step."""
     moco_t: float = 0.2
     """Temperature of the contrast; MoCo v1 takes 0.07."""
-    bn_splits: int = 8
-    """Parts of the batch with BatchNorm statistics of their own, as if each were on a GPU of its own: on one
-    device this keeps BN from giving the pairs away. 1 is plain BN; it must divide the batch of a process."""
+    bn_splits: int = 0
+    """Parts of a process's batch with BatchNorm statistics of their own, as if each were on a GPU of its own:
+    on one device this keeps BN from giving the pairs away. 1 is plain BN; 0 makes eight parts over all
+    processes, as published, or as many as divide the batch."""
     epochs: int = 200
     """Passes over the set."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 256
@@ -101,13 +102,31 @@ class PretrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     knn_every_epochs: int = 10
-    """Epochs between online kNN evaluations; the last epoch always has one."""
+    """Epochs between online kNN evaluations; the last epoch always has one, where there is a --val."""
     knn_bank: int = 50_000
     """Training pictures, drawn at random, among which neighbours are looked for."""
     knn_k: int = 200
     """Neighbours that vote."""
     log_every_s: float = 5.0
     """Seconds between rows of the log."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in ("epochs", "bn_splits", "num_threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.batch_size < 1 or self.lr < 0:
+            raise ValueError(f"batch_size is {self.batch_size}, lr {self.lr}; take at least 1 and 0")
+
+    def splits(self, world_size: int) -> int:
+        """The number of BatchNorm splits on each of so many processes."""
+        if self.bn_splits:
+            return self.bn_splits
+        batch = self.batch_size // world_size
+        return next(parts for parts in range(max(1, 8 // world_size), 0, -1) if batch % parts == 0)
 
     def recipe(self) -> Recipe:
         """The loader's recipe for this run."""
@@ -134,8 +153,10 @@ def in1k(data: Path) -> PretrainConfig:
 def fashion(data: Path) -> PretrainConfig:
     """The demo's run: a 0.3 M parameter ResNet on Fashion-MNIST at 32 px, a few epochs.
 
-    Minutes on two CPU cores; `make demo` prints what came out. Low learning of colour is asked for by grey
-    pictures, so the blur is left out and the queue is short enough to be full within the first tenth.
+    Four minutes on two CPU cores; `make demo` prints what came out. What so short a run needs: a queue that
+    real keys fill within the first tenth, crops of at least half the picture (MoCo's kNN after two epochs:
+    76.1 against 73.7 with 0.2) and batch statistics that do not leak (75.3 with four splits against 73.7 with
+    one; two cost less). Blur would leave little of pictures of 28 px.
     """
     return PretrainConfig(
         data,
@@ -143,12 +164,14 @@ def fashion(data: Path) -> PretrainConfig:
         out=Path("runs/fashion"),
         arch="resnet10w16",
         mixing=Mixing(grid_size=4, mask_per="image"),
-        views=Views(crop_px=32, blur=False, eval_center_share=1.0, mean=(0.286,) * 3, std=(0.353,) * 3),
+        views=Views(
+            crop_px=32, crop_min=0.5, blur=False, eval_center_share=1.0, mean=(0.286,) * 3, std=(0.353,) * 3
+        ),
         moco_k=4096,
         moco_m=0.99,
         moco_t=0.1,
-        bn_splits=1,
-        epochs=3,
+        bn_splits=2,
+        epochs=2,
         batch_size=128,
         lr=0.06,
         weight_decay=5e-4,

@@ -14,11 +14,12 @@ module.encoder_q.*), all read without running code from them. DATA may also be a
 val/. Ends with the top-1 figures and result.json in --out.
 """
 
+import contextlib
 import functools
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from engine import cli
@@ -39,7 +40,7 @@ from engine.precision import Precision, PrecisionName
 from engine.schedule import lr_at, set_lr
 from models.encoders import build_encoder
 from pipelines import Backend, build_loader, evaluation_batches
-from pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe, evaluation, linear_train
+from pipelines.recipe import Recipe, evaluation, linear_train
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -92,6 +93,11 @@ class ProbeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "knn_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -136,7 +142,7 @@ def main(config: ProbeConfig) -> None:
             train_on_cache(config, classifier, *bank)
         else:
             train_on_crops(config, classifier, frozen, precision, train)
-        predicted = classifier(test[0]).argmax(1)
+        predicted = classifier.cpu()(test[0]).argmax(1)
         result["linear_top1"] = (predicted == test[1]).float().mean().item()
         result["protocol"] = "cached centre view" if config.cached else "published"
 
@@ -177,9 +183,8 @@ def load_frozen(config: ProbeConfig, device: torch.device) -> Frozen:
         raise ValueError(f"{config.pretrained} does not say its architecture; give --arch")
     if meta.get("arch", arch) != arch:
         raise ValueError(f"{config.pretrained} holds a {meta['arch']}, --arch says {arch}")
-    small_stem = (
-        json.loads(meta.get("small_stem", "false")) if config.small_stem is None else config.small_stem
-    )
+    known = {name: json.loads(text) for name, text in meta.items() if name not in ("arch", "method")}
+    small_stem = known.get("small_stem", False) if config.small_stem is None else config.small_stem
     encoder, feature_dim = build_encoder(arch, small_stem=small_stem)
     try:
         encoder.load_state_dict(state)
@@ -191,10 +196,10 @@ def load_frozen(config: ProbeConfig, device: torch.device) -> Frozen:
     encoder.requires_grad_(False).eval()
     view = evaluation(
         Recipe(
-            crop_px=config.crop_px or int(meta.get("crop_px", "224")),
-            center_share=json.loads(meta.get("eval_center_share", "0.875")),
-            mean=tuple(json.loads(meta.get("mean", json.dumps(IMAGENET_MEAN)))),
-            std=tuple(json.loads(meta.get("std", json.dumps(IMAGENET_STD)))),
+            crop_px=config.crop_px or known.get("crop_px", Recipe.crop_px),
+            center_share=known.get("eval_center_share", Recipe.center_share),
+            mean=tuple(known.get("mean", Recipe.mean)),
+            std=tuple(known.get("std", Recipe.std)),
         )
     )
     encoder.to(device)
@@ -209,7 +214,8 @@ def cache(
     batches = evaluation_batches(
         path, frozen.view, config.backend, device=precision.device, num_threads=config.num_threads
     )
-    return extract_features(frozen.encoder, with_progress(batches, what), precision)
+    # Kept in main memory: ImageNet's would fill ten gigabytes of a GPU.
+    return extract_features(frozen.encoder, with_progress(batches, what), precision, torch.device("cpu"))
 
 
 def with_progress(batches: Iterable[tuple[Tensor, Tensor]], what: str) -> Iterable[tuple[Tensor, Tensor]]:
@@ -221,6 +227,23 @@ def with_progress(batches: Iterable[tuple[Tensor, Tensor]], what: str) -> Iterab
             num += len(labels)
             status.update(f"{what}: {num:,} ({num / (time.perf_counter() - start):,.0f}/s)")
     console.print(f"{what}: {num:,} ({num / (time.perf_counter() - start):,.0f}/s)")
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, steps: int, batch_size: int) -> Iterator[Callable[[], None]]:
+    """A bar with rate and time left; yields what to call after each step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    start, done = time.perf_counter(), 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=steps)
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            rate = done * batch_size / (time.perf_counter() - start)
+            progress.update(task, advance=1, description=f"{what} {rate:,.0f}/s")
+
+        yield advance
 
 
 def check_labels(train: Path, train_label_N: Tensor, val: Path, val_label_M: Tensor) -> int:
@@ -241,12 +264,14 @@ def train_on_cache(config: ProbeConfig, classifier: nn.Linear, feature_ND: Tenso
     steps = max(1, len(feature_ND) // config.batch_size)
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.SGD(classifier.parameters(), config.lr, momentum=0.9)
-    for epoch in track(range(config.epochs), "classifier", console=console, disable=not console.is_terminal):
-        set_lr(optimizer, lr_at(epoch, config.epochs, config.lr, kind="step"))
-        order = torch.randperm(len(feature_ND), generator=generator).to(feature_ND.device)
-        for step in range(steps):
-            rows = order[step * config.batch_size : (step + 1) * config.batch_size]
-            classify(classifier, optimizer, feature_ND[rows], label_N[rows])
+    with progress_bar("classifier", config.epochs * steps, config.batch_size) as advance:
+        for epoch in range(config.epochs):
+            set_lr(optimizer, lr_at(epoch, config.epochs, config.lr, kind="step"))
+            order = torch.randperm(len(feature_ND), generator=generator)
+            for rows in order.split(config.batch_size)[:steps]:
+                features, labels = (x[rows].to(classifier.weight.device) for x in (feature_ND, label_N))
+                classify(classifier, optimizer, features, labels)
+                advance()
 
 
 def train_on_crops(
@@ -263,13 +288,15 @@ def train_on_crops(
         num_threads=config.num_threads,
     )
     optimizer = torch.optim.SGD(classifier.parameters(), config.lr, momentum=0.9)
-    for epoch in track(range(config.epochs), "linear probe", console=console):
-        set_lr(optimizer, lr_at(epoch, config.epochs, config.lr, kind="step"))
-        loader.set_epoch(epoch)
-        for batch in loader:
-            with torch.no_grad(), precision.autocast():
-                features = frozen.encoder(batch.query)
-            classify(classifier, optimizer, features.float(), batch.label)
+    with progress_bar("linear probe", config.epochs * len(loader), config.batch_size) as advance:
+        for epoch in range(config.epochs):
+            set_lr(optimizer, lr_at(epoch, config.epochs, config.lr, kind="step"))
+            loader.set_epoch(epoch)
+            for batch in loader:
+                with torch.no_grad(), precision.autocast():
+                    features = frozen.encoder(batch.query)
+                classify(classifier, optimizer, features.float(), batch.label)
+                advance()
 
 
 def classify(

@@ -6,7 +6,7 @@ One GPU, or a CPU:
 One node of eight GPUs (the batch of 256 is shared among them):
     torchrun --nproc-per-node 8 train_pretrain.py data/in1k-train.beton --out runs/mixmask
 
-Two nodes (the same line on both; set HEAD to the first one's address):
+Two nodes (the same line on both, --out on a file system they share, HEAD the first one's address):
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
         train_pretrain.py data/in1k-train.beton --out runs/mixmask
 
@@ -22,6 +22,7 @@ finishes the step, writes the state and tells the line that resumes.
 import dataclasses
 import functools
 import json
+import shlex
 import signal
 import sys
 import time
@@ -29,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 import tyro
@@ -76,7 +78,10 @@ def parse(argv: list[str]) -> PretrainConfig:
 
 def config_as_json(config: PretrainConfig) -> dict[str, Any]:
     """What decides the run's numbers, as plain data; a resumed run must agree on all of it."""
-    free = {"data", "val", "out", "resume", "device", "num_threads", "log_every_s", "keep_checkpoints"}
+    free = {
+        *("preset", "data", "val", "out", "resume", "device", "num_threads", "log_every_s"),
+        *("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"),
+    }
     plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return {key: value for key, value in plain.items() if key not in free}
 
@@ -120,8 +125,11 @@ def run(config: PretrainConfig, launch: Launch) -> None:
         num_threads=config.num_threads,
     )
 
+    if config.val:
+        check_labels(config, loader)
+
     # ----------------------------------------------------------------------------------------- model
-    model = build_model(config).to(launch.device)
+    model = build_model(config, launch.world_size).to(launch.device)
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(),
@@ -132,6 +140,7 @@ def run(config: PretrainConfig, launch: Launch) -> None:
 
     # ---------------------------------------------------------------------------------------- resume
     step, epoch = restore(found, config, model, optimizer, precision, loader) if found else (0, 0)
+    check_agreement(launch, step)
     forward: nn.Module = model
     if launch.world_size > 1:
         forward = DistributedDataParallel(model, broadcast_buffers=False)
@@ -144,7 +153,7 @@ def run(config: PretrainConfig, launch: Launch) -> None:
     with RunLog(
         config.out, launch.is_main, total_steps=total_steps, first_step=step, every_s=config.log_every_s
     ) as log:
-        while epoch < config.epochs and not stop.requested:
+        while epoch < config.epochs:
             loader.set_epoch(epoch)
             for wait_s, batch in with_waiting_time(loader):
                 lr = lr_at(step, total_steps, config.lr, kind="cosine" if config.cos else "step")
@@ -157,18 +166,21 @@ def run(config: PretrainConfig, launch: Launch) -> None:
                 precision.scaler.update()
                 log.step(step, metrics | {"lr": lr}, epoch=epoch, samples=config.batch_size, wait_s=wait_s)
                 step += 1
-                if stop.agreed(launch, step):
+                if stop.agreed(launch, ask=step % 10 == 0):
                     break
             else:
                 epoch += 1
-                if config.val and launch.is_main and due(epoch, config.knn_every_epochs, config.epochs):
-                    log.flush()
-                    log.event({"kind": "knn", "epoch": epoch, "top1": online_knn(config, model, precision)})
+                stop.agreed(launch, ask=True)
+            log.flush()
             if stop.requested or due(epoch, config.save_every_epochs, config.epochs):
-                log.flush()
                 save(config, launch, model, optimizer, precision, loader, step, epoch)
+            if stop.requested:
+                break
+            if config.val and launch.is_main and due(epoch, config.knn_every_epochs, config.epochs):
+                log.event({"kind": "knn", "epoch": epoch, "top1": online_knn(config, model, precision)})
     if stop.requested:
-        say(launch, f"stopped after step {step} of {total_steps}; continue with the same line and --resume")
+        line = shlex.join([*sys.orig_argv, *([] if config.resume else ["--resume"])])
+        say(launch, f"stopped after step {step} of {total_steps}; continue with\n    {line}")
         return
     export(config, launch, model, optimizer)
     if loader.faults:
@@ -180,7 +192,29 @@ def run(config: PretrainConfig, launch: Launch) -> None:
 # ======================================================================================================
 
 
-def build_model(config: PretrainConfig) -> MoCo:
+def check_labels(config: PretrainConfig, loader: ViewLoader) -> None:
+    """Refuse sets without labels before the first step, and not at the first kNN."""
+    assert config.val is not None
+    held_out = build_loader(config.val, evaluation(config.recipe()), batch_size=1, drop_last=False)
+    for path, engine in ((config.data, loader.engine), (config.val, held_out.engine)):
+        if engine.labels(np.arange(engine.count)).min() < 0:
+            raise ValueError(f"{path} has no labels, which the online kNN needs; leave out --val")
+
+
+def check_agreement(launch: Launch, step: int) -> None:
+    """Refuse to go on where processes found different checkpoints to resume from."""
+    if launch.world_size == 1:
+        return
+    steps = [torch.zeros((), dtype=torch.int64, device=launch.device) for _ in range(launch.world_size)]
+    torch.distributed.all_gather(steps, torch.tensor(step, device=launch.device))
+    if len({int(other) for other in steps}) > 1:
+        raise ValueError(
+            f"the processes would resume after different steps {[int(other) for other in steps]}; "
+            "--out must lie on a file system that all nodes share"
+        )
+
+
+def build_model(config: PretrainConfig, world_size: int) -> MoCo:
     """The model of a config, freshly initialised from torch's default generator."""
     return MoCo(
         functools.partial(build_encoder, config.arch, small_stem=config.small_stem),
@@ -190,28 +224,30 @@ def build_model(config: PretrainConfig) -> MoCo:
         momentum=config.moco_m,
         temperature=config.moco_t,
         mlp=config.mlp,
-        bn_splits=config.bn_splits,
+        bn_splits=config.splits(world_size),
         queue_seed=config.seed,
     )
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that the loop can end after a whole step."""
+    """Remembers SIGTERM and SIGINT, so that the loop can end after a whole step, everywhere the same."""
 
     def __init__(self) -> None:
         self.requested = False
+        """Whether the processes have agreed to stop."""
+        self._signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 
     def _remember(self, _number: int, _frame: object) -> None:
-        self.requested = True
+        self._signalled = True
 
-    def agreed(self, launch: Launch, step: int) -> bool:
-        """Whether to stop now. The processes of a run ask each other every tenth step and stop together."""
-        if launch.world_size > 1:
-            if step % 10:
-                return False
-            flag = torch.tensor(self.requested, device=launch.device, dtype=torch.uint8)
+    def agreed(self, launch: Launch, *, ask: bool) -> bool:
+        """Whether to stop now. Several processes must all ``ask`` after the same step; one alone need not."""
+        if launch.world_size == 1:
+            self.requested = self._signalled
+        elif ask:
+            flag = torch.tensor(self._signalled, device=launch.device, dtype=torch.uint8)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.requested = bool(flag)
         return self.requested
@@ -346,12 +382,21 @@ def announce(
         launch,
         f"{config.mixing.method} on {config.data}: {loader.engine.count} pictures by {loader.engine.name}, "
         f"{config.arch} of {millions:.1f} M parameters, {config.epochs} epochs of {len(loader)} steps, "
-        f"{precision.name} on {launch.device} × {launch.world_size}",
+        f"{precision.name} on {launch.device} × {launch.world_size}, "
+        f"{batch_statistics(config, launch.world_size)}",
     )
     if step:
         say(launch, f"continuing after step {step}")
     else:
         say(launch, "the loss rises at first, until the queue's noise has given way to real keys")
+
+
+def batch_statistics(config: PretrainConfig, world_size: int) -> str:
+    """In words, what keeps BatchNorm from giving the pairs away."""
+    splits = config.splits(world_size)
+    if world_size > 1:
+        return f"keys dealt out over {world_size} processes, {splits} BN split(s) on each"
+    return f"BN over {splits} splits of the batch" if splits > 1 else "plain BN, which may leak the pairs"
 
 
 def say(launch: Launch, line: str) -> None:

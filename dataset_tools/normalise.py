@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from dataset_tools.turbojpeg import check_jpeg
 from pipelines.beton import MAX_SIDE_PX
+from pipelines.pictures import EXIF_ORIENTATION, upright_rgb
+from pipelines.turbojpeg import check_jpeg
 
-_EXIF_ORIENTATION = 0x0112
 _JPEG_FORMATS = ("JPEG", "MPO")
 
 
@@ -110,7 +110,7 @@ def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> N
             changed = "irregular JPEG"
     if not changed and how.tier == "jpeg":
         return Normal(payload, image.width, image.height)
-    return _store(_upright_rgb(image), kind, how, changed)
+    return _store(upright_rgb(image), kind, how, changed)
 
 
 def _why_not_as_is(image: Image.Image, kind: str, how: Normalising) -> str:
@@ -121,22 +121,9 @@ def _why_not_as_is(image: Image.Image, kind: str, how: Normalising) -> str:
         return kind
     if image.mode != "RGB":
         return {"L": "greyscale JPEG", "CMYK": "CMYK JPEG"}.get(image.mode, f"{image.mode} JPEG")
-    if image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1):
+    if image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1):
         return "EXIF rotation"
     return ""
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode, turn as the EXIF tag says, convert to 8-bit RGB; transparency is dropped."""
-    image.load()
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        # Sixteen bits a pixel: Pillow's conversion would clip instead of scale.
-        grey = np.asarray(upright).astype(np.float32)
-        return Image.fromarray(np.clip(grey / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
-    if upright.mode == "F":
-        raise BadPicture("floating-point pixels", "their range is unknown; convert them to 8 bits first")
-    return upright.convert("RGB")
 
 
 def _store(image: Image.Image, kind: str, how: Normalising, changed: str) -> Normal:

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from dataset_tools.beton_writer import contents_hash_end
 from dataset_tools.parallel import ordered_map
-from dataset_tools.turbojpeg import check_jpeg
 from pipelines.beton import MODE_JPEG, MODE_RAW, BetonFile, open_beton
 from pipelines.cores import usable_cores
 from pipelines.manifest import Manifest, read_source_path
+from pipelines.turbojpeg import check_jpeg
 
 NUM_NAMED = 20
 """How many bad pictures a report names."""

@@ -10,24 +10,30 @@ from rich.markup import escape
 from engine.checkpoint import CheckpointError
 from engine.logs import NonFiniteLoss
 
-USER_ERRORS = (ValueError, FileNotFoundError, ImportError, CheckpointError, NonFiniteLoss)
+USER_ERRORS = (ValueError, OSError, ImportError, CheckpointError, NonFiniteLoss)
 """What is a sentence for the user; anything else is a defect of ours and keeps its traceback."""
 
 
+USER_ERROR, INTERRUPTED = 2, 130
+"""Exit codes."""
+
+
 def run(program: Callable[[], object]) -> None:
-    """Run a program; a user's mistake becomes one red sentence on stderr and exit code 2.
+    """Run a program; a user's mistake becomes one red sentence on stderr and exit code 2, Ctrl-C code 130.
 
     With MASKMIX_TRACEBACK=1 in the environment the traceback is shown all the same.
     """
+    err = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         program()
+    except KeyboardInterrupt:
+        err.print("[red]interrupted[/]")
+        sys.exit(INTERRUPTED)
     except USER_ERRORS as error:
         if os.environ.get("MASKMIX_TRACEBACK") == "1":
             raise
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]error:[/] {escape(str(error))}"
-        )
-        sys.exit(2)
+        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(USER_ERROR)
 
 
 def value_of(argv: Sequence[str], flag: str, default: str) -> str:

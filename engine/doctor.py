@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+try:
+    import torch
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+except ImportError as error:
+    sys.exit(f"{error.name} is not installed, the set-up did not finish; run make setup again")
 
 Verdict = Literal["ok", "absent", "broken"]
 
@@ -134,9 +137,9 @@ def check_fashion_mnist(folder: Path = _FASHION_MNIST) -> Finding:
     """The labelled pictures the demo learns from."""
     files = sorted(folder.glob("*ubyte*")) if folder.is_dir() else []
     if len(files) < 4:
-        detail = f"{len(files)} of 4 files under {folder}"
-        return Finding("fashion-mnist", "absent", detail, "apt install dataset-fashion-mnist", needed=True)
-    return Finding("fashion-mnist", "ok", str(folder), needed=True)
+        detail = f"{len(files)} of 4 files under {folder}; the demo will download them"
+        return Finding("fashion-mnist", "absent", detail, "apt install dataset-fashion-mnist")
+    return Finding("fashion-mnist", "ok", str(folder))
 
 
 def _backend(name: str, needs: list[Finding], mend: str) -> Finding:
@@ -148,7 +151,7 @@ def _backend(name: str, needs: list[Finding], mend: str) -> Finding:
 
 def examine() -> list[Finding]:
     """Look at everything; rows in the order of the table."""
-    install = "pip install -e ."
+    install = "make setup"
     core = [
         check_package(package, distribution, install, needed=True)
         for package, distribution in (
@@ -159,6 +162,10 @@ def examine() -> list[Finding]:
             ("PIL", "pillow"),
             ("safetensors", "safetensors"),
             ("tensorboard", "tensorboard"),
+            ("tyro", "tyro"),
+            ("matplotlib", "matplotlib"),
+            ("skimage", "scikit-image"),
+            ("sklearn", "scikit-learn"),
         )
     ]
     libraries = [
@@ -166,7 +173,7 @@ def examine() -> list[Finding]:
         check_library("opencv4", "apt install libopencv-dev"),
     ]
     install_ffcv = "apt install libopencv-dev libturbojpeg0-dev pkg-config && pip install -e '.[ffcv]'"
-    ffcv = check_package("ffcv", "ffcv", install_ffcv)
+    ffcv = check_package("ffcv", "ffcv", install_ffcv, needed=True)
     dali_version = "nvidia-dali-cuda130"
     dali = check_package("nvidia.dali", dali_version, f"pip install {dali_version}")
     detectron = check_package(
@@ -177,7 +184,6 @@ def examine() -> list[Finding]:
     backends = [
         _backend("folder", core[:2], install),
         _backend("ffcv", [ffcv], install_ffcv),
-        _backend("dali", [dali], f"pip install {dali_version}"),
     ]
     machine = [check_cores(), check_memory(), check_disk(Path.cwd()), *check_gpus()]
     return [

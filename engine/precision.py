@@ -23,7 +23,7 @@ class Precision:
 
     @classmethod
     def choose(cls, name: PrecisionName, device: torch.device) -> "Precision":
-        """Pick a format for ``device`` and allow TF32 for float32 products on GPUs.
+        """Pick a format for ``device``; with 16 bits, what stays float32 may use TF32 products on GPUs.
 
         "auto" is bf16 on GPUs that compute in it, fp16 on older ones and fp32 on CPUs.
         Raises ValueError for an unknown name, for fp16 on a CPU and for bf16 on a GPU that lacks it.
@@ -42,7 +42,7 @@ class Precision:
             raise ValueError(
                 f"precision is 'bf16', which the GPU {device} only emulates; take 'fp16' or 'auto'"
             )
-        if on_gpu:
+        if on_gpu and name != "fp32":
             torch.set_float32_matmul_precision("high")
         return cls(name, device, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
 

@@ -77,11 +77,11 @@ def build_loader(
     if backend == "ffcv":
         from pipelines.ffcv_engine import FFCVEngine
 
-        engine = FFCVEngine(path, recipe.num_views, recipe.crop_px, num_threads)
+        engine = FFCVEngine(path, num_threads)
     elif backend == "folder":
         from pipelines.folder_engine import FolderEngine
 
-        engine = FolderEngine(path, recipe.num_views, recipe.crop_px, num_threads)
+        engine = FolderEngine(path, num_threads)
     else:
         raise ValueError(f"backend is {backend!r}; known are auto, ffcv, folder")
     return ViewLoader(

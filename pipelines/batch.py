@@ -15,9 +15,10 @@ class Mixture:
     images: Tensor
     """(N, 3, S, S) float32, channels_last, on the training device."""
     partner: Tensor
-    """(N,) int64, a permutation without fixed points: images[i] is made of query[i] and query[partner[i]]."""
+    """(N,) int64: images[i] is made of query[i] and query[partner[i]]. A permutation without fixed
+    points, but for erased views, in which nobody else is mixed: there partner[i] is i."""
     lam: Tensor
-    """(N,) float32 in [0, 1]: the share of query[i] in images[i]. An erased view keeps lam of its pixels."""
+    """(N,) float32 in [0, 1]: the share of query[i] in images[i]."""
 
 
 @dataclass(frozen=True)

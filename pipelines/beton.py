@@ -38,6 +38,9 @@ def import_ffcv() -> None:
     """
     import torch
 
+    # Importing FFCV starts numba's threads, whose kind must be chosen before.
+    import pipelines.cores  # noqa: F401
+
     threads = torch.get_num_threads()
     try:
         import ffcv.reader  # noqa: F401
@@ -176,6 +179,16 @@ def _sizes(
         )
     size: npt.NDArray[np.uint64] = sizes[found] if len(sizes) else np.zeros(0, np.uint64)
     stop = pointers + size
+    image = metadata["f0"]
+    raw = image["mode"] == MODE_RAW
+    pixels = image["width"].astype(np.uint64) * image["height"]
+    misfit = (raw & (size != 3 * pixels)) | (pixels == 0) | ~(raw | (image["mode"] == MODE_JPEG))
+    if misfit.any():
+        index = int(np.argmax(misfit))
+        raise ValueError(
+            f"{path}: picture {index} of {image['width'][index]} × {image['height'][index]} px, mode "
+            f"{image['mode'][index]}, cannot have {size[index]} bytes; {_AGAIN}"
+        )
     bad = (size == 0) | (stop > table_at) | (stop < pointers) | (pointers // page != (stop - 1) // page)
     if bad.any():
         index = int(np.argmax(bad))

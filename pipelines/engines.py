@@ -8,10 +8,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What PIL raises for files that are no pictures, broken or hostile."""
 
 MAX_TRIES = 16
 """How many neighbours are tried before a run of undecodable pictures is an error."""

@@ -15,16 +15,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.beton import MODE_JPEG, import_ffcv, matching_manifest, open_beton
-from pipelines.engines import DECODE_ERRORS
+from pipelines.cores import set_numba_threads
 from pipelines.manifest import read_source_path
+from pipelines.pictures import read_rgb
 from pipelines.resample import resample_crop
-from pipelines.turbojpeg import library
+from pipelines.turbojpeg import check_jpeg, library
 
 import_ffcv()
 
@@ -127,7 +126,7 @@ class FFCVEngine:
 
     name = "ffcv"
 
-    def __init__(self, path: Path, num_views: int, crop_px: int, num_threads: int) -> None:
+    def __init__(self, path: Path, num_threads: int) -> None:
         """Open the set. Compiling the operator takes some seconds, at the first batch.
 
         Raises:
@@ -145,7 +144,6 @@ class FFCVEngine:
         order = np.argsort(self._metadata["data_ptr"])
         addresses = self._metadata["data_ptr"][order], self._beton.sizes[order]
         self._storage_state = (self._beton.data, *addresses)
-        del num_views, crop_px  # boxes and output tell
 
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) labels, −1 where the set has none."""
@@ -167,7 +165,7 @@ class FFCVEngine:
     ) -> NDArray[np.bool_]:
         """Decode each picture once and write its crops; see :class:`pipelines.engines.Engine`."""
         code = _compile(self._num_threads)
-        numba.set_num_threads(self._num_threads)
+        set_numba_threads(self._num_threads)
         status_N = np.empty(len(index_N), np.int32)
         memory = (out_NVSS3, boxes_NV4, status_N)
         code(index_N.astype(np.uint64), memory, self._metadata, self._storage_state)
@@ -177,8 +175,9 @@ class FFCVEngine:
         return ok_N
 
     def _second_opinion(self, index: int, boxes_V4: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
-        """Libturbojpeg reports harmless warnings and broken data alike; PIL tells them apart."""
-        picture = self.picture(index)
+        """A picture that libturbojpeg complained of: sound if no pixel was lost, and PIL reads it too."""
+        damaged = check_jpeg(self._beton.payload(index)).state == "damaged"
+        picture = None if damaged else self.picture(index)
         if picture is None or picture.shape[:2] != tuple(self.sizes(np.array([index]))[0]):
             return False
         for box, out_SS3 in zip(boxes_V4, out_VSS3, strict=True):
@@ -190,7 +189,5 @@ class FFCVEngine:
         record, data = self._metadata[index], self._beton.payload(index)
         if record["mode"] != MODE_JPEG:
             return np.array(data).reshape(int(record["height"]), int(record["width"]), 3)
-        try:
-            return np.asarray(Image.open(BytesIO(data.tobytes())).convert("RGB"))
-        except DECODE_ERRORS:
-            return None
+        image = read_rgb(BytesIO(data.tobytes()))
+        return None if image is None else np.asarray(image)

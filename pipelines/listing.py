@@ -82,13 +82,13 @@ class FolderListing:
             raise ValueError(
                 f"{self.root} holds {loose_count} pictures of its own (first: {loose[0]}) and {len(found)} "
                 f"sub-folders with pictures (first: {found[0][0]}); move the loose ones into a class folder, "
-                "or add --no-labels to take all of them as one unlabelled set"
+                "or convert with --no-labels to take all of them as one unlabelled set"
             )
         if found and {name.lower() for name, _ in found} <= _SPLIT_NAMES:
             names = ", ".join(name for name, _ in found)
             raise ValueError(
                 f"the sub-folders of {self.root} are splits, not classes ({names}); give one of them, such "
-                f"as {self.root / found[0][0]}, or add --no-labels to take all of them as one unlabelled set"
+                f"as {self.root / found[0][0]}, or convert with --no-labels to take all as one unlabelled set"
             )
         self._classes = tuple(name for name, _ in found)
         return (

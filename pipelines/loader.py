@@ -90,6 +90,11 @@ class ViewLoader:
                 f"a batch of {batch_size} on {world_size} rank(s) is larger than the set of {engine.count} "
                 f"pictures; choose a batch size of at most {engine.count // world_size}"
             )
+        if not drop_last and (world_size > 1 or recipe.mixing.method != "moco"):
+            raise ValueError(
+                "drop_last=False leaves a smaller last batch, which several ranks cannot share and mixing "
+                "may find too small; use it with one rank and without mixing"
+            )
         self.engine, self.recipe = engine, recipe
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.faults: dict[int, Fault] = {}
@@ -217,11 +222,15 @@ class ViewLoader:
             ok_N[bad_B] = self.engine.crop(index_N[bad_B], self.boxes(epoch, index_N[bad_B]), stand_in_BVSS3)
             views_NVSS3[bad_B] = stand_in_BVSS3
         self._note_faults(wanted_N.numpy(), index_N)
-        used_N = torch.from_numpy(index_N)
+        used_N = self._pinned(torch.from_numpy(index_N))
         params_VNP = torch.stack(
             [draw_parameters(self.recipe, self.seed, epoch, used_N, v) for v in range(self.recipe.num_views)]
         )
-        return _Crops(views, used_N, torch.from_numpy(self.engine.labels(index_N)), params_VNP)
+        label_N = torch.from_numpy(self.engine.labels(index_N))
+        return _Crops(views, used_N, self._pinned(label_N), self._pinned(params_VNP))
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def boxes(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """(N, V, 4) crop boxes (top, left, height, width) of the pictures asked for, in pixels."""
@@ -263,7 +272,7 @@ class ViewLoader:
         query = finished[0]
         key = finished[1] if len(finished) > 1 else query[:0]
         mixtures = mix(self.recipe, self.seed, epoch, crops.index_N, query)
-        index, label = crops.index_N.to(self.device), crops.label_N.to(self.device)
+        index, label = (t.to(self.device, non_blocking=True) for t in (crops.index_N, crops.label_N))
         return Batch(query, key, mixtures, index, label), uploaded
 
 

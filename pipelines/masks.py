@@ -79,7 +79,7 @@ def grid_masks(grid_size: int, keep: float, seed: int, epoch: int, index_N: Tens
     u_N = uniform(seed, epoch, index_N, Purpose.MASK, 1)[:, 0].contiguous()
     # Every cell draws its rank; view 1 keeps these draws apart from the count's.
     rank_NC = uniform(seed, epoch, index_N, Purpose.MASK, cells, view=1)
-    cdf = _restricted_binomial_cdf(cells, keep).to(index_N.device)
+    cdf = _restricted_binomial_cdf(cells, keep, index_N.device)
     count_N = torch.searchsorted(cdf, u_N, right=True) + 1
     return _keep_lowest(rank_NC, count_N[:, None]).view(-1, grid_size, grid_size)
 
@@ -90,7 +90,7 @@ def _keep_lowest(score_NC: Tensor, count: Tensor | int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _restricted_binomial_cdf(cells: int, keep: float) -> Tensor:
+def _restricted_binomial_cdf(cells: int, keep: float, device: torch.device) -> Tensor:
     """(cells − 2,) inner edges of P(count ≤ k), k = 1 … cells − 2, given 0 < count < cells."""
     log_pmf = [
         math.lgamma(cells + 1) - math.lgamma(k + 1) - math.lgamma(cells - k + 1)
@@ -98,7 +98,7 @@ def _restricted_binomial_cdf(cells: int, keep: float) -> Tensor:
         for k in range(1, cells)
     ]  # fmt: skip
     pmf = torch.tensor(log_pmf, dtype=torch.float64).exp()
-    return (pmf.cumsum(0) / pmf.sum())[:-1].float()
+    return (pmf.cumsum(0) / pmf.sum())[:-1].float().to(device)
 
 
 def upsample_masks(mask_NGG: Tensor, side_px: int) -> tuple[Tensor, Tensor]:

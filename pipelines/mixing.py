@@ -39,20 +39,22 @@ def mix(recipe: Recipe, seed: int, epoch: int, index_N: Tensor, query: Tensor) -
             f"grid_size {mixing.grid_size} is finer than the views of {query.shape[-1]} px; "
             "choose a coarser grid"
         )
+    # The host's copy decides what a host must decide, so that nothing waits for the device.
+    device_index_N = index_N.to(query.device, non_blocking=True)
     if mixing.method == "erase":
-        return (_erase(recipe, seed, epoch, index_N, query),)
+        return (_erase(recipe, seed, epoch, index_N, device_index_N, query),)
     if len(query) < 2:
         raise ValueError("a batch of 1 has nobody to be mixed with; use a batch of at least 2")
     mixtures = []
     if mixing.method in ("unmix", "both"):
         partner = mixing.partner if mixing.method == "unmix" else "reverse"
-        partner_N = draw_partner(partner, seed, epoch, index_N).to(query.device)
+        partner_N = draw_partner(partner, seed, epoch, device_index_N)
         mask, lam_N = _unmix_mask(mixing, seed, epoch, index_N, query)
         mixtures.append(blend(query, partner_N, mask, lam_N))
     if mixing.method in ("mixmask", "both"):
         partner = mixing.partner if mixing.method == "mixmask" else "random"
-        partner_N = draw_partner(partner, seed, epoch, index_N).to(query.device)
-        mask, lam_N = _cell_mask(mixing, seed, epoch, index_N, query)
+        partner_N = draw_partner(partner, seed, epoch, device_index_N)
+        mask, lam_N = _cell_mask(mixing, seed, epoch, device_index_N, query)
         mixtures.append(blend(query, partner_N, mask, lam_N))
     return tuple(mixtures)
 
@@ -87,7 +89,7 @@ def _cell_mask(
     mixing: Mixing, seed: int, epoch: int, index_N: Tensor, query: Tensor
 ) -> tuple[Tensor, Tensor]:
     address_N = index_N if mixing.mask_per == "image" else index_N[:1]
-    mask_NGG = draw_masks(mixing, seed, epoch, address_N.to(query.device, non_blocking=True))
+    mask_NGG = draw_masks(mixing, seed, epoch, address_N)
     mask, lam_N = upsample_masks(mask_NGG, query.shape[-1])
     return mask, lam_N.expand(len(query))
 
@@ -114,9 +116,11 @@ def _unmix_mask(
     return mask, mask.mean(dim=(1, 2, 3)).expand(len(query))
 
 
-def _erase(recipe: Recipe, seed: int, epoch: int, index_N: Tensor, query: Tensor) -> Mixture:
+def _erase(
+    recipe: Recipe, seed: int, epoch: int, index_N: Tensor, device_index_N: Tensor, query: Tensor
+) -> Mixture:
     mixing = recipe.mixing
-    mask, lam_N = _cell_mask(mixing, seed, epoch, index_N, query)
+    mask, lam_N = _cell_mask(mixing, seed, epoch, device_index_N, query)
     if mixing.erase_fill == "noise":
         # One stream for the whole batch, addressed by its first row: N · S² addressed draws would cost more
         # than the encoder's input is worth. Erased views therefore depend on the batch, as mixtures do.
@@ -126,8 +130,9 @@ def _erase(recipe: Recipe, seed: int, epoch: int, index_N: Tensor, query: Tensor
     elif mixing.erase_fill == "mean":
         fill = query.new_zeros((1, 3, 1, 1))
     else:
-        mean, std = query.new_tensor(recipe.mean), query.new_tensor(recipe.std)
-        fill = (-mean / std).view(1, 3, 1, 1)
+        fill = query.new_empty((1, 3, 1, 1))
+        for channel, (mean, std) in enumerate(zip(recipe.mean, recipe.std, strict=True)):
+            fill[:, channel] = -mean / std
     images = torch.lerp(fill.expand_as(query), query, mask).contiguous(memory_format=torch.channels_last)
     # Nobody is mixed in: every erased view is its own partner.
     return Mixture(images, torch.arange(len(query), device=query.device), lam_N)

@@ -87,8 +87,11 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe) -> Tensor:
     if recipe.solarize_prob > 0:
         bright = (_column(params_NP, SOLARIZE) > 0) & (x >= 128 / 255)
         x = torch.where(bright, 1 - x, x)
-    mean, std = x.new_tensor(recipe.mean).view(1, 3, 1, 1), x.new_tensor(recipe.std).view(1, 3, 1, 1)
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    # Numbers, not tensors: a tensor made of them here would be one more upload.
+    planes = [
+        (plane - mean) / std for plane, mean, std in zip(x.unbind(1), recipe.mean, recipe.std, strict=True)
+    ]
+    return torch.stack(planes, dim=1).contiguous(memory_format=torch.channels_last)
 
 
 def _column(params_NP: Tensor, column: int) -> Tensor:

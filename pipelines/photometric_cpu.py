@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.cores import set_numba_threads
 from pipelines.photometric import (
     BLUR,
     BRIGHTNESS,
@@ -49,7 +50,7 @@ def augment_on_cpu(views_NVSS3: Tensor, params_VNP: Tensor, recipe: Recipe, num_
     num, num_views, side = views_NVSS3.shape[:3]
     assert params_VNP.shape == (num_views, num, NUM_PARAMETERS)
     out_VNSS3 = torch.empty((num_views, num, side, side, 3))
-    numba.set_num_threads(num_threads)
+    set_numba_threads(num_threads)
     _augment_views(
         views_NVSS3.numpy(),
         params_VNP.numpy(),
@@ -117,6 +118,8 @@ def _blend(planes_3C: NDArray[np.float32], params: NDArray[np.float32], which: i
     if which == 0:
         return
     factor = params[BRIGHTNESS - 1 + which]
+    if factor == 1:
+        return
     rest = np.float32(1) - factor
     red, green, blue = planes_3C
     if which == 3:

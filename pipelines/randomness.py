@@ -84,15 +84,6 @@ def uniform(seed: int, epoch: int, index_N: Tensor, purpose: Purpose, num: int, 
     return (bits(seed, epoch, index_N, purpose, num, view) >> 8).to(torch.float32) * 2.0**-24
 
 
-def normal(seed: int, epoch: int, index_N: Tensor, purpose: Purpose, num: int, view: int = 0) -> Tensor:
-    """(N, R) float32 standard normal draws by Box and Muller's transform of :func:`uniform`."""
-    u = uniform(seed, epoch, index_N, purpose, 2 * ((num + 1) // 2), view)
-    half = u.shape[1] // 2
-    radius = torch.sqrt(-2.0 * torch.log1p(-u[:, :half]))
-    angle = 2 * torch.pi * u[:, half:]
-    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :num]
-
-
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """(count,) int64: the order in which an epoch visits the set; the same on every rank."""
     generator = torch.Generator().manual_seed(

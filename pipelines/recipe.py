@@ -159,6 +159,7 @@ def evaluation(recipe: Recipe) -> Recipe:
         jitter_prob=0.0,
         grey_prob=0.0,
         blur_prob=0.0,
+        solarize_prob=0.0,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from train_pretrain import StopRequest, config_as_json, main, parse
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split(
     "--arch resnet10w16 --crop-px 32 --grid-size 4 --batch-size 8 --moco-k 24 --bn-splits 2 --epochs 2 "
-    "--knn-k 5 --knn-every-epochs 1 --num-threads 1 --log-every-s 0.01"
+    "--knn-k 5 --knn-every-epochs 1 --num-threads 1 --log-every-s 0"
 )
 
 
@@ -74,8 +75,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     more = ("--method", "both")
     main(parse(_argv(beton, tmp_path / "whole", *more)))
 
-    def stop_there(self: StopRequest, launch: object, step: int) -> bool:
-        self.requested = step >= stop_after
+    steps = iter(range(1, 100))
+
+    def stop_there(self: StopRequest, launch: object, *, ask: bool) -> bool:
+        self.requested = self.requested or next(steps) >= stop_after
         return self.requested
 
     with monkeypatch.context() as patch:
@@ -112,7 +115,9 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_mistakes_are_one_sentence(beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(
+    beton: Path, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     run = tmp_path / "run"
@@ -124,8 +129,13 @@ def test_mistakes_are_one_sentence(beton: Path, tmp_path: Path, capsys: pytest.C
     assert "fp16" in _refusal(_argv(beton, run, "--precision", "fp16", "--device", "cpu"), capsys)
     assert "equal parts for BatchNorm" in _refusal(_argv(beton, run, "--bn-splits", "3"), capsys)
     assert "--moco-kk" in _refusal(_argv(beton, run, "--moco-kk", "3"), capsys)
+    flat = tmp_path / "flat"
+    shutil.copytree(picture_folder / "cat", flat)
+    assert "has no labels" in _refusal(_argv(beton, run, "--val", str(flat)), capsys)
+    assert "is a file" in _refusal([str(beton), "--out", str(run), "--backend", "folder"], capsys)
     main(parse(_argv(beton, run, "--epochs", "1")))
     assert "--resume" in _refusal(_argv(beton, run, "--epochs", "1"), capsys)
+    assert "knn_bank is 0" in _refusal(_argv(beton, run, "--knn-bank", "0"), capsys)
     assert "moco_t" in _refusal(_argv(beton, run, "--epochs", "1", "--moco-t", "0.5", "--resume"), capsys)
 
 

@@ -1,12 +1,14 @@
 """Crop boxes against torchvision's distribution."""
 
+import dataclasses
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
 from pipelines.crops import draw_boxes
-from pipelines.recipe import Recipe, evaluation, moco_v2
+from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
 
 
 @given(
@@ -71,3 +73,10 @@ def test_center_crop_is_the_middle_square() -> None:
     recipe = evaluation(moco_v2())
     box = draw_boxes(recipe, 0, 0, torch.arange(1), torch.tensor([256]), torch.tensor([341]))
     assert box.tolist() == [[[16, 58, 224, 224]]]
+
+
+def test_evaluation_leaves_nothing_to_chance() -> None:
+    recipe = evaluation(Recipe(solarize_prob=1.0, mixing=Mixing(method="both")))
+    chances = [f.name for f in dataclasses.fields(recipe) if f.name.endswith("_prob")]
+    assert len(chances) == 5 and all(getattr(recipe, name) == 0 for name in chances)
+    assert (recipe.num_views, recipe.crop, recipe.mixing.method) == (1, "center", "moco")

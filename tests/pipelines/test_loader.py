@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset_tools.beton_writer import BetonWriter
 from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
+from pipelines.beton import open_beton
 from pipelines.engines import BadPicturesError
 from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
 
@@ -199,21 +201,37 @@ def test_bad_pictures_are_replaced_counted_and_named(
         assert torch.allclose(view, sound[i], atol=1e-5)
 
 
-def test_damage_inside_a_compiled_set_is_replaced_too(beton: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["header", "middle of the scan"])
+def test_damage_inside_a_compiled_set_is_replaced_too(where: str, beton: Path, tmp_path: Path) -> None:
+    """In the middle of the scan PIL would give pixels without a word."""
     copy = tmp_path / "damaged.beton"
     for file in beton.parent.glob("pictures.*"):
         shutil.copy(file, copy.with_suffix(file.suffix))
-    engine = _load(copy).engine
-    start = int(engine._metadata[7]["data_ptr"])
+    opened = open_beton(copy)
+    start = int(opened.metadata["f0"]["data_ptr"][7])
     with copy.open("r+b") as file:
-        file.seek(start)
-        file.write(bytes(200))
+        file.seek(start if where == "header" else start + int(opened.sizes[7]) // 2)
+        file.write(bytes(200) if where == "header" else b"\xff\xd9" + bytes(200))
     loader = _load(copy)
     batches = list(loader)
     assert {i: fault.replaced_by for i, fault in loader.faults.items()} == {7: 8}
     assert loader.faults[7].name == "bird/07.JPEG"
     sound = _views(list(_load(beton)))
     assert all(torch.allclose(v, sound[i], atol=1e-5) for i, v in _views(batches).items())
+
+
+def test_raw_pictures_must_have_their_size(tmp_path: Path) -> None:
+    path = tmp_path / "raw.beton"
+    with BetonWriter(path, capacity=2, tier="raw") as writer:
+        for value in range(2):
+            writer.add(bytes([value]) * 60, label=0, width=5, height=4, source_path="x")
+        writer.commit(source="test", classes=("one",), replaced={}, settings={})
+    record = open_beton(path).metadata[1:].copy()
+    sound = record.tobytes()
+    record["f0"]["width"] = 6
+    path.write_bytes(path.read_bytes().replace(sound, record.tobytes()))
+    with pytest.raises(ValueError, match=r"picture 1 of 6 × 4 px, mode 1, cannot have 60 bytes"):
+        _load(path, batch_size=2)
 
 
 def test_too_many_bad_pictures_stop_the_run(picture_folder: Path, tmp_path: Path) -> None:
@@ -241,6 +259,7 @@ def test_stopping_early_leaves_no_thread_behind(beton: Path) -> None:
         ({"batch_size": 41}, "larger than the set of 40"),
         ({"batch_size": 21, "world_size": 2}, "at most 20"),
         ({"batch_size": 0}, "at least 1"),
+        ({"drop_last": False}, "without mixing"),
         ({"rank": 2, "world_size": 2}, "rank is 2"),
         ({"num_threads": 4096}, "4096 threads"),
         ({"backend": "folder"}, "is a file"),

@@ -1,0 +1,49 @@
+"""Any picture file → upright 8-bit RGB, the same way for the converter and for every backend."""
+
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+EXIF_ORIENTATION = 0x0112
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode, turn as the EXIF tag says, convert to 8-bit RGB; transparency is dropped.
+
+    Raises ValueError for floating-point pixels, and what Pillow raises for a file that is no whole picture.
+    """
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        # Sixteen bits a pixel: Pillow's conversion would clip instead of scale.
+        grey = np.asarray(upright).astype(np.float32)
+        return Image.fromarray(np.clip(grey / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if upright.mode == "F":
+        raise ValueError("floating-point pixels, whose range is unknown; convert them to 8 bits first")
+    return upright.convert("RGB")
+
+
+def read_rgb(file: Path | IO[bytes]) -> Image.Image | None:
+    """The picture in ``file`` by :func:`upright_rgb`, None where it cannot be decoded."""
+    # Pillow's readers meet arbitrary bytes here and raise nearly anything; all of it means a bad picture.
+    try:
+        with Image.open(file) as image:
+            return upright_rgb(image)
+    except MemoryError:
+        raise
+    except Exception:
+        return None
+
+
+def read_size(file: Path) -> tuple[int, int] | None:
+    """(height, width) in pixels of the upright picture, from the file's header; None where it has none."""
+    try:
+        with Image.open(file) as image:
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except MemoryError:
+        raise
+    except Exception:
+        return None
