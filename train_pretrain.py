@@ -370,7 +370,7 @@ def export(config: PretrainConfig, launch: Launch, model: MoCo, optimizer: torch
         optimizer=optimizer.state_dict(),
     )
     say(launch, f"finished: {backbone} (and checkpoint.pth.tar in the published layout)")
-    say(launch, f"next: python train_lincls.py {config.data} VAL --pretrained {backbone}")
+    say(launch, f"next: python train_lincls.py {config.data} --val VAL --pretrained {backbone}")
 
 
 def announce(
@@ -387,7 +387,7 @@ def announce(
     )
     if step:
         say(launch, f"continuing after step {step}")
-    else:
+    elif config.epochs:
         say(launch, "the loss rises at first, until the queue's noise has given way to real keys")
 
 

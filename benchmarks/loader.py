@@ -62,17 +62,17 @@ def main(config: LoaderBenchmark) -> dict[str, Any]:
         )
     threads = usable_cores(config.threads)
     recipe = moco_v2(224)
+    # Processes are forked before ours starts threads, which a fork would cut off.
+    peer = torchvision_pil(config.folder, recipe, config.batch_size, threads)
+    next(peer)
     ours = build_loader(config.compiled, recipe, batch_size=config.batch_size, num_threads=threads)
-    loaders: dict[str, Iterator[Any]] = {
-        "ours (ffcv)": _endless(ours),
-        "torchvision + PIL": torchvision_pil(config.folder, recipe, config.batch_size, threads),
-    }
+    loaders: dict[str, Iterator[Any]] = {"ours (ffcv)": _endless(ours), "torchvision + PIL": peer}
     # DataLoader keeps two batches per worker, ours keeps four.
     queued = max(2 * threads, 4)
     turn = functools.partial(
         _samples_per_s, seconds=config.seconds, batch_size=config.batch_size, queued=queued
     )
-    rates = _take_turns(loaders, turn, config.repeats)
+    rates = _take_turns(loaders, turn, config.repeats, queued * config.batch_size)
     result = {
         "work": "two views, MoCo v2 recipe, 224 px, normalised float32",
         "rates": {name: _summary(values) for name, values in rates.items()},
@@ -111,7 +111,10 @@ def _samples_per_s(batches: Iterator[Any], *, seconds: float, batch_size: int, q
 
 
 def _take_turns(
-    loaders: dict[str, Iterator[Any]], turn: Callable[[Iterator[Any]], float], repeats: int
+    loaders: dict[str, Iterator[Any]],
+    turn: Callable[[Iterator[Any]], float],
+    repeats: int,
+    queue_samples: int,
 ) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -120,6 +123,8 @@ def _take_turns(
             for name, batches in loaders.items():
                 progress.update(task, description=name)
                 rate = turn(batches)
+                # Having stopped asking, let it fill its queue on its own time and not on the next one's.
+                time.sleep(min(10.0, 1.5 * queue_samples / rate))
                 if repeat:  # the first turn of each is the warm-up
                     rates[name].append(rate)
                 progress.advance(task)
