@@ -302,3 +302,24 @@ def test_beton_that_does_not_fit_its_manifest_is_refused(beton: Path, tmp_path: 
         file.write(bytes(24))
     with pytest.raises(ValueError, match="manifest"):
         _load(copy)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["mixmask", "unmix", "both", "erase"])
+def test_batches_on_a_gpu_equal_the_cpus_without_a_host_sync(method: str, beton: Path) -> None:
+    recipe = moco_v2(48, Mixing(method=method, grid_size=4))
+    options = {"batch_size": 8, "seed": 3}
+    expected = list(build_loader(beton, recipe, **options))
+    batches = iter(build_loader(beton, recipe, device="cuda", **options))
+    got = [next(batches)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got += batches
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for gpu, cpu in zip(got, expected, strict=True):
+        assert (gpu.query.cpu() - cpu.query).abs().max() < 1e-2
+        for on_gpu, on_cpu in zip(gpu.mixtures, cpu.mixtures, strict=True):
+            assert torch.equal(on_gpu.partner.cpu(), on_cpu.partner)
+            assert torch.allclose(on_gpu.lam.cpu(), on_cpu.lam)
