@@ -43,7 +43,7 @@ class Demo:
     """Training pictures of Fashion-MNIST, of 60,000."""
     epochs: int = 2
     """Passes of the pretraining over Fashion-MNIST."""
-    loader_seconds: float = 4.0
+    loader_seconds: float = 3.0
     """Length of one turn of a loader; there are six turns for each of two."""
 
 

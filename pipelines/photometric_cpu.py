@@ -31,8 +31,8 @@ from pipelines.recipe import Recipe
 
 _RED, _GREEN, _BLUE = LUMA
 _FIRST_PLACE = PLACES.start
-# Sums may be taken in any order and fused: far below a grey level, and the loops become vector code.
-_FAST = {"reassoc", "contract", "nsz"}
+# No fastmath anywhere: what the compiler makes of it depends on where a function is inlined, and a kernel loaded
+# from the cache would differ in its last bits from the one just compiled.
 
 
 def augment_on_cpu(views_NVSS3: Tensor, params_VNP: Tensor, recipe: Recipe, num_threads: int) -> list[Tensor]:
@@ -104,7 +104,7 @@ def _load(view_SS3: NDArray[np.uint8], flip: bool, x_3SS: NDArray[np.float32]) -
                 x_3SS[c, y, x] = view_SS3[y, source, c] * np.float32(1 / 255)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@numba.njit(nogil=True, cache=True)
 def _to_grey(planes_3C: NDArray[np.float32]) -> None:
     red, green, blue = planes_3C
     for i in range(len(red)):
@@ -112,7 +112,25 @@ def _to_grey(planes_3C: NDArray[np.float32]) -> None:
         red[i] = green[i] = blue[i] = grey
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@numba.njit(nogil=True, cache=True)
+def _mean_luma(red: NDArray[np.float32], green: NDArray[np.float32], blue: NDArray[np.float32]) -> float:
+    # Sixteen sums side by side, because one sum alone would have to be taken one number after the other.
+    sums = np.zeros(16, np.float32)
+    whole = len(red) // 16 * 16
+    for start in range(0, whole, 16):
+        for j in range(16):
+            i = start + j
+            sums[j] += np.float32(_RED) * red[i] + np.float32(_GREEN) * green[i] + np.float32(_BLUE) * blue[i]
+    for i in range(whole, len(red)):
+        sums[0] += np.float32(_RED) * red[i] + np.float32(_GREEN) * green[i] + np.float32(_BLUE) * blue[i]
+    total = np.float32(0)
+    for j in range(16):
+        total += sums[j]
+    mean: float = total / np.float32(len(red))
+    return mean
+
+
+@numba.njit(nogil=True, cache=True)
 def _blend(planes_3C: NDArray[np.float32], params: NDArray[np.float32], which: int) -> None:
     """factor · x + (1 − factor) · other, clamped. which: 0 none, 1 brightness, 2 contrast, 3 saturation."""
     if which == 0:
@@ -131,18 +149,14 @@ def _blend(planes_3C: NDArray[np.float32], params: NDArray[np.float32], which: i
         return
     other = np.float32(0)
     if which == 2:
-        total = np.float32(0)
-        for i in range(len(red)):
-            total += np.float32(_RED) * red[i]
-            total += np.float32(_GREEN) * green[i] + np.float32(_BLUE) * blue[i]
-        other = rest * total / np.float32(len(red))
+        other = rest * _mean_luma(red, green, blue)
     for c in range(3):
         plane = planes_3C[c]
         for i in range(len(plane)):
             plane[i] = min(max(factor * plane[i] + other, np.float32(0)), np.float32(1))
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@numba.njit(nogil=True, cache=True)
 def _shift_hue(planes_3C: NDArray[np.float32], turns: float) -> None:
     """Through HSV and back in closed form, as :func:`pipelines.photometric.shift_hue`."""
     red, green, blue = planes_3C
@@ -170,7 +184,7 @@ def _shift_hue(planes_3C: NDArray[np.float32], turns: float) -> None:
         blue[i] = value - chroma * min(max(min(k, four - k), zero), one)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@numba.njit(nogil=True, cache=True)
 def _blur(
     x_3SS: NDArray[np.float32],
     rows_3SS: NDArray[np.float32],

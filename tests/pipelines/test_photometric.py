@@ -1,7 +1,11 @@
 """Every photometric operation against torchvision's, within two grey levels (in fact far closer)."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,3 +178,31 @@ def test_stage_for_cpus_at_other_sizes(side: int) -> None:
     params = draw_parameters(recipe, 0, 0, torch.arange(6), 0)
     (got,) = augment_on_cpu(crops, params[None], recipe, 2)
     assert (got - augment(crops[:, 0], params, recipe)).abs().max() < 0.01 * LEVEL / min(recipe.std)
+
+
+def test_stage_for_cpus_gives_the_same_bits_compiled_or_cached(tmp_path: Path) -> None:
+    """A resumed run loads from numba's cache what the first one compiled."""
+    program = """
+import hashlib, torch
+from pipelines.photometric import draw_parameters
+from pipelines.photometric_cpu import augment_on_cpu
+from pipelines.recipe import moco_v2
+torch.manual_seed(0)
+crops = torch.randint(0, 256, (64, 1, 32, 32, 3), dtype=torch.uint8)
+params = draw_parameters(moco_v2(32), 0, 0, torch.arange(64), 0)
+(views,) = augment_on_cpu(crops, params[None], moco_v2(32), 1)
+print(hashlib.sha256(views.contiguous().numpy().tobytes()).hexdigest())
+"""
+    bits = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert list(tmp_path.rglob("*.nbi"))
+    assert bits[0] == bits[1]
