@@ -31,8 +31,8 @@ from pipelines.recipe import Recipe
 
 _RED, _GREEN, _BLUE = LUMA
 _FIRST_PLACE = PLACES.start
-# No fastmath anywhere: what the compiler makes of it depends on where a function is inlined, and a kernel loaded
-# from the cache would differ in its last bits from the one just compiled.
+# No fastmath anywhere: what the compiler makes of it depends on where a function is inlined, and a kernel
+# loaded from the cache would differ in its last bits from the one just compiled.
 
 
 def augment_on_cpu(views_NVSS3: Tensor, params_VNP: Tensor, recipe: Recipe, num_threads: int) -> list[Tensor]:
@@ -113,7 +113,7 @@ def _to_grey(planes_3C: NDArray[np.float32]) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _mean_luma(red: NDArray[np.float32], green: NDArray[np.float32], blue: NDArray[np.float32]) -> float:
+def _mean_luma(red: NDArray[np.float32], green: NDArray[np.float32], blue: NDArray[np.float32]) -> np.float32:
     # Sixteen sums side by side, because one sum alone would have to be taken one number after the other.
     sums = np.zeros(16, np.float32)
     whole = len(red) // 16 * 16
@@ -126,8 +126,7 @@ def _mean_luma(red: NDArray[np.float32], green: NDArray[np.float32], blue: NDArr
     total = np.float32(0)
     for j in range(16):
         total += sums[j]
-    mean: float = total / np.float32(len(red))
-    return mean
+    return np.float32(total / np.float32(len(red)))
 
 
 @numba.njit(nogil=True, cache=True)
