@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import json
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 import tyro
 from rich.console import Console
 from torch import nn
@@ -51,10 +49,11 @@ from engine.checkpoint import (
 )
 from engine.export import save_backbone, save_published
 from engine.knn import extract_features, knn_top1
-from engine.launch import Launch, init_launch
+from engine.launch import Launch, check_agreement, init_launch
 from engine.logs import RunLog
 from engine.precision import Precision
 from engine.schedule import lr_at, set_lr
+from engine.stop import StopRequest
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
@@ -201,19 +200,6 @@ def check_labels(config: PretrainConfig, loader: ViewLoader) -> None:
             raise ValueError(f"{path} has no labels, which the online kNN needs; leave out --val")
 
 
-def check_agreement(launch: Launch, step: int) -> None:
-    """Refuse to go on where processes found different checkpoints to resume from."""
-    if launch.world_size == 1:
-        return
-    steps = [torch.zeros((), dtype=torch.int64, device=launch.device) for _ in range(launch.world_size)]
-    torch.distributed.all_gather(steps, torch.tensor(step, device=launch.device))
-    if len({int(other) for other in steps}) > 1:
-        raise ValueError(
-            f"the processes would resume after different steps {[int(other) for other in steps]}; "
-            "--out must lie on a file system that all nodes share"
-        )
-
-
 def build_model(config: PretrainConfig, world_size: int) -> MoCo:
     """The model of a config, freshly initialised from torch's default generator."""
     return MoCo(
@@ -227,30 +213,6 @@ def build_model(config: PretrainConfig, world_size: int) -> MoCo:
         bn_splits=config.splits(world_size),
         queue_seed=config.seed,
     )
-
-
-class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that the loop can end after a whole step, everywhere the same."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        """Whether the processes have agreed to stop."""
-        self._signalled = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
-
-    def _remember(self, _number: int, _frame: object) -> None:
-        self._signalled = True
-
-    def agreed(self, launch: Launch, *, ask: bool) -> bool:
-        """Whether to stop now. Several processes must all ``ask`` after the same step; one alone need not."""
-        if launch.world_size == 1:
-            self.requested = self._signalled
-        elif ask:
-            flag = torch.tensor(self._signalled, device=launch.device, dtype=torch.uint8)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.requested = bool(flag)
-        return self.requested
 
 
 def with_waiting_time(loader: ViewLoader) -> Iterator[tuple[float, Batch]]:

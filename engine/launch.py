@@ -93,3 +93,16 @@ def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launc
         yield launch
     finally:
         dist.destroy_process_group()
+
+
+def check_agreement(launch: Launch, step: int) -> None:
+    """Refuse to go on where processes found different checkpoints to resume from."""
+    if launch.world_size == 1:
+        return
+    steps = [torch.zeros((), dtype=torch.int64, device=launch.device) for _ in range(launch.world_size)]
+    dist.all_gather(steps, torch.tensor(step, device=launch.device))
+    if len({int(other) for other in steps}) > 1:
+        raise ValueError(
+            f"the processes would resume after different steps {[int(other) for other in steps]}; "
+            "--out must lie on a file system that all nodes share"
+        )

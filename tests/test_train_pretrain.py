@@ -15,8 +15,9 @@ import torchvision
 import train_pretrain
 from engine import cli
 from engine.checkpoint import latest, load_checkpoint
+from engine.stop import StopRequest
 from presets import PRESETS
-from train_pretrain import StopRequest, config_as_json, main, parse
+from train_pretrain import config_as_json, main, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split(
