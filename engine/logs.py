@@ -125,7 +125,7 @@ class RunLog:
             raise NonFiniteLoss(
                 f"the loss became {means['loss']} between steps {first_step} and {self._last_step} "
                 f"(learning rate {means.get('lr', math.nan):.3g}); resume from the last checkpoint with a "
-                "lower learning rate, a longer warm-up, or precision bf16 or fp32"
+                "lower learning rate, or precision bf16 or fp32"
             )
 
     def _fetch_means(self) -> dict[str, float]:
