@@ -3,12 +3,14 @@
 A file is: header, one descriptor per field, the metadata of all samples, payloads, and at the very end
 the allocation table (sample, address, size). Addresses are absolute. FFCV's process cache reads whole pages,
 page p being the bytes [p · page_size, (p + 1) · page_size) of the file, so no payload straddles two pages.
+Two samples may share one payload.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +23,23 @@ INSTALL_FFCV = (
 )
 MODE_JPEG, MODE_RAW = 0, 1
 """Values of an image's ``mode``, as in ffcv.fields.rgb_image.IMAGE_MODES."""
+MODE_YUV420 = 2
+"""Our own mode: raw planes Y (H × W), U, V (each ceil(H/2) × ceil(W/2)) one after the other, uint8, rows
+without padding; JFIF's full-range BT.601, chroma sited as in JPEG. FFCV itself cannot read it."""
 TYPE_INT, TYPE_IMAGE = 1, 2
 """Field type numbers, as in ffcv.types.TYPE_ID_HANDLER."""
+TYPE_PLANES = 255
+"""Field type of an image stored in MODE_YUV420. It is FFCV's number of a custom field, which its own reader
+refuses without a handler; under TYPE_IMAGE it would take planes for pixels and read past their end."""
 MAX_SIDE_PX = 65_535
 """Width and height are stored in 16 bits."""
 _AGAIN = "convert it again"
 MAX_PAGE_BYTES = 1 << 31
 """The page size is a power of two stored in 32 bits."""
+_MODES_OF_TYPE = {TYPE_IMAGE: (MODE_JPEG, MODE_RAW), TYPE_PLANES: (MODE_YUV420,)}
+_BLOCK = 1 << 18
+"""Entries of the index checked at a time: the checks need memory for a block, not for the index."""
+_Integers = TypeVar("_Integers", int, npt.NDArray[np.uint64])
 
 
 def import_ffcv() -> None:
@@ -76,8 +88,10 @@ class BetonFile:
     page_bytes: int
     metadata: npt.NDArray[np.void]
     """(N,) records, see metadata_dtype."""
+    pointers: npt.NDArray[np.uint64]
+    """(N,) addresses of the payloads in ``data``; a strided, unaligned view of ``metadata``."""
     sizes: npt.NDArray[np.uint64]
-    """(N,) payload sizes in bytes."""
+    """(N,) payload sizes in bytes; a strided view of the file where its table is in sample order."""
 
     def __len__(self) -> int:
         return len(self.metadata)
@@ -89,13 +103,22 @@ class BetonFile:
 
     def payload(self, index: int) -> npt.NDArray[np.uint8]:
         """Return the stored bytes of one picture, without a copy."""
-        start = int(self.metadata["f0"]["data_ptr"][index])
+        start = int(self.pointers[index])
         return self.data[start : start + int(self.sizes[index])]
+
+
+def pixel_bytes(mode: int, width: _Integers, height: _Integers) -> _Integers:
+    """Return the payload size of a picture stored as pixels (MODE_RAW) or as planes (MODE_YUV420)."""
+    if mode == MODE_RAW:
+        return 3 * width * height
+    return width * height + 2 * ((width + 1) // 2) * ((height + 1) // 2)
 
 
 def open_beton(path: str | Path) -> BetonFile:
     """Map a compiled set and check everything but the pictures.
 
+    Takes time linear in the number of samples, and next to no memory but the mapped index, for files of our
+    writer; other writers' tables, whose order is arbitrary, are sorted.
     Raises FileNotFoundError where there is no file, and ValueError naming the file and what is wrong with it:
     too short, another version, other fields, a table or an address outside the file, a payload across a page.
     """
@@ -114,10 +137,15 @@ def open_beton(path: str | Path) -> BetonFile:
     data = np.memmap(path, np.uint8, mode="r")
     header = data[: types.HeaderType.itemsize].view(types.HeaderType)[0]
     _check_header(path, header, size, types)
-    metadata, table_at = _metadata(path, data, header, types), int(header["alloc_table_ptr"])
+    metadata, modes = _metadata(path, data, header, types)
+    table_at, page = int(header["alloc_table_ptr"]), int(header["page_size"])
     table = data[table_at:].view(types.ALLOC_TABLE_TYPE)
-    sizes = _sizes(path, metadata, table, int(header["page_size"]), table_at)
-    return BetonFile(path, data, int(header["page_size"]), metadata, sizes)
+    pointers = metadata["f0"]["data_ptr"]
+    sizes = table["size"] if _in_sample_order(pointers, table) else _sizes_by_address(path, pointers, table)
+    for rows in _blocks(len(metadata)):
+        _check_sizes(path, rows.start, metadata["f0"][rows], sizes[rows], modes)
+        _check_places(path, rows.start, pointers[rows], sizes[rows], page, table_at)
+    return BetonFile(path, data, page, metadata, pointers, sizes)
 
 
 def _check_header(path: Path, header: Any, size: int, types: ModuleType) -> None:
@@ -142,7 +170,10 @@ def _check_header(path: Path, header: Any, size: int, types: ModuleType) -> None
         )
 
 
-def _metadata(path: Path, data: Any, header: Any, types: ModuleType) -> npt.NDArray[np.void]:
+def _metadata(
+    path: Path, data: Any, header: Any, types: ModuleType
+) -> tuple[npt.NDArray[np.void], tuple[int, ...]]:
+    """Return the records and the modes that the type of the field ``image`` allows."""
     start = types.HeaderType.itemsize
     num_fields, count = int(header["num_fields"]), int(header["num_samples"])
     stop = start + num_fields * types.FieldDescType.itemsize
@@ -153,19 +184,35 @@ def _metadata(path: Path, data: Any, header: Any, types: ModuleType) -> npt.NDAr
         )
     fields = data[start:stop].view(types.FieldDescType)
     found = [(bytes(f["name"]).split(b"\0")[0].decode("ascii", "replace"), int(f["type_id"])) for f in fields]
-    if found != [("image", TYPE_IMAGE), ("label", TYPE_INT)]:
-        raise ValueError(
-            f"{path} has the fields {found}; expected image (type {TYPE_IMAGE}), label (type {TYPE_INT})"
-        )
-    metadata: npt.NDArray[np.void] = data[stop : stop + count * dtype.itemsize].view(dtype)
-    return metadata
+    for image_type, modes in _MODES_OF_TYPE.items():
+        if found == [("image", image_type), ("label", TYPE_INT)]:
+            metadata: npt.NDArray[np.void] = data[stop : stop + count * dtype.itemsize].view(dtype)
+            return metadata, modes
+    raise ValueError(
+        f"{path} has the fields {found}; expected image (type {TYPE_IMAGE}, or {TYPE_PLANES} for planes), "
+        f"label (type {TYPE_INT})"
+    )
 
 
-def _sizes(
-    path: Path, metadata: npt.NDArray[np.void], table: Any, page: int, table_at: int
+def _blocks(count: int) -> Iterator[slice]:
+    """Yield slices that cover ``range(count)``."""
+    for start in range(0, count, _BLOCK):
+        yield slice(start, min(start + _BLOCK, count))
+
+
+def _in_sample_order(pointers: npt.NDArray[np.uint64], table: npt.NDArray[np.void]) -> bool:
+    """Is entry i of the table that of sample i? So our writer leaves it."""
+    return len(table) == len(pointers) and all(
+        np.array_equal(table["sample_id"][rows], np.arange(rows.start, rows.stop, dtype=np.uint64))
+        and np.array_equal(table["ptr"][rows], pointers[rows])
+        for rows in _blocks(len(table))
+    )
+
+
+def _sizes_by_address(
+    path: Path, pointers: npt.NDArray[np.uint64], table: npt.NDArray[np.void]
 ) -> npt.NDArray[np.uint64]:
-    """Return the payload size of each sample after checking the table against the metadata."""
-    pointers = metadata["f0"]["data_ptr"]
+    """Return the payload size of each sample from a table in any order; every address must be in it."""
     order = np.argsort(table["ptr"], kind="stable")
     starts, sizes = table["ptr"][order], table["size"][order]
     found = np.searchsorted(starts, pointers)
@@ -178,25 +225,35 @@ def _sizes(
             f"{path}: picture {index} at byte {pointers[index]} is not in the allocation table; {_AGAIN}"
         )
     size: npt.NDArray[np.uint64] = sizes[found] if len(sizes) else np.zeros(0, np.uint64)
-    stop = pointers + size
-    image = metadata["f0"]
-    raw = image["mode"] == MODE_RAW
-    pixels = image["width"].astype(np.uint64) * image["height"]
-    misfit = (raw & (size != 3 * pixels)) | (pixels == 0) | ~(raw | (image["mode"] == MODE_JPEG))
-    if misfit.any():
-        index = int(np.argmax(misfit))
+    return size
+
+
+def _check_sizes(path: Path, first: int, image: Any, size: Any, modes: tuple[int, ...]) -> None:
+    """Raise ValueError where a picture's mode is none of ``modes`` or does not give its size."""
+    width, height = image["width"].astype(np.uint64), image["height"].astype(np.uint64)
+    fits = np.zeros(len(size), bool)
+    for mode in modes:
+        sized = size > 0 if mode == MODE_JPEG else size == pixel_bytes(mode, width, height)
+        fits |= (image["mode"] == mode) & sized
+    fits &= (width > 0) & (height > 0)
+    if not fits.all():
+        index = int(np.argmin(fits))
         raise ValueError(
-            f"{path}: picture {index} of {image['width'][index]} × {image['height'][index]} px, mode "
+            f"{path}: picture {first + index} of {width[index]} × {height[index]} px, mode "
             f"{image['mode'][index]}, cannot have {size[index]} bytes; {_AGAIN}"
         )
-    bad = (size == 0) | (stop > table_at) | (stop < pointers) | (pointers // page != (stop - 1) // page)
+
+
+def _check_places(path: Path, first: int, pointers: Any, size: Any, page: int, table_at: int) -> None:
+    """Raise ValueError where a payload reaches out of the file's payloads or across a page."""
+    stop = pointers + size
+    bad = (stop > table_at) | (stop < pointers) | (pointers // page != (stop - 1) // page)
     if bad.any():
         index = int(np.argmax(bad))
         raise ValueError(
-            f"{path}: picture {index} lies at bytes {pointers[index]} … {stop[index]}, outside the payloads "
-            f"(end at {table_at}) or across a page of {page} bytes; {_AGAIN}"
+            f"{path}: picture {first + index} lies at bytes {pointers[index]} … {stop[index]}, outside the "
+            f"payloads (end at {table_at}) or across a page of {page} bytes; {_AGAIN}"
         )
-    return size
 
 
 def matching_manifest(beton: BetonFile) -> Manifest | None:

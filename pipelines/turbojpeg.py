@@ -1,4 +1,4 @@
-"""The TurboJPEG that FFCV is linked with: the loader's decoder, and whether a JPEG is whole.
+"""The TurboJPEG that FFCV is linked with: the loader's decoder, planes, and whether a JPEG is whole.
 
 PIL gives pixels for a JPEG that is damaged inside its coded data without a word; libturbojpeg warns.
 """
@@ -7,7 +7,7 @@ import ctypes
 import functools
 import threading
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,9 @@ from pipelines.beton import import_ffcv
 
 State = Literal["whole", "irregular", "damaged"]
 _TJPF_RGB, _TJPF_CMYK = 0, 11
-_TJCS_CMYK, _TJCS_YCCK = 3, 4
+_TJCS_YCBCR, _TJCS_CMYK, _TJCS_YCCK = 1, 3, 4
+_TJSAMP_420 = 2
+_TJFLAG_ACCURATEDCT = 4096
 _TJERR_FATAL = 1
 # libjpeg's warnings that cost no pixel; any other ("premature end", "bad Huffman code") means lost data.
 _HARMLESS = (
@@ -41,6 +43,38 @@ class Verdict:
     """The decoder's own words, empty for a whole picture."""
 
 
+class Planes(NamedTuple):
+    """A picture of H × W px as uint8 planes at 4:2:0: JFIF's full-range BT.601, chroma sited as in JPEG."""
+
+    y: npt.NDArray[np.uint8]
+    """(H, W)"""
+    u: npt.NDArray[np.uint8]
+    """(ceil(H/2), ceil(W/2))"""
+    v: npt.NDArray[np.uint8]
+    """(ceil(H/2), ceil(W/2))"""
+
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """Return Y, U, V one after the other, rows without padding: a payload of MODE_YUV420."""
+        return np.concatenate([plane.reshape(-1) for plane in self])
+
+
+class _PlaneBuffer:
+    """Memory for planes as TurboJPEG lays them out: Y padded to even sides, each plane its own array."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self._size = height, width
+        half = (height + 1) // 2, (width + 1) // 2
+        self._planes = [np.empty(shape, np.uint8) for shape in ((2 * half[0], 2 * half[1]), half, half)]
+        self.addresses = (ctypes.c_void_p * 3)(*(plane.ctypes.data for plane in self._planes))
+        self.strides = (ctypes.c_int * 3)(*(plane.shape[1] for plane in self._planes))
+
+    def planes(self) -> Planes:
+        """The planes without the padding."""
+        height, width = self._size
+        y, u, v = self._planes
+        return Planes(y[:height, :width], u, v)
+
+
 class _Decoder:
     """One TurboJPEG handle and its scratch memory; not to be shared by threads."""
 
@@ -55,23 +89,46 @@ class _Decoder:
         if (handle := getattr(self, "_handle", None)) and handle.value:
             self._lib.tjDestroy(handle)
 
-    def check(self, payload: npt.NDArray[np.uint8]) -> Verdict:
+    def header(self, payload: npt.NDArray[np.uint8]) -> tuple[int, int, int, int, str]:
+        """Width, height, subsampling and colour space; the last is why the header is unusable, or ""."""
         size = [ctypes.c_int(0) for _ in range(4)]
-        data = payload.ctypes.data
         references = [ctypes.byref(n) for n in size]
-        code = self._lib.tjDecompressHeader3(self._handle, data, payload.size, *references)
-        width, height = size[0].value, size[1].value
-        if code != 0 and (width < 1 or height < 1 or self._is_fatal()):
-            return Verdict("damaged", width, height, self._message())
+        code = self._lib.tjDecompressHeader3(self._handle, payload.ctypes.data, payload.size, *references)
+        width, height, subsampling, colours = (n.value for n in size)
+        bad = code != 0 and (width < 1 or height < 1 or self._is_fatal())
+        return width, height, subsampling, colours, self._message() if bad else ""
+
+    def check(self, payload: npt.NDArray[np.uint8]) -> Verdict:
+        width, height, _, colours, fault = self.header(payload)
+        if fault:
+            return Verdict("damaged", width, height, fault)
         # At one eighth the entropy decoding, where damage shows, is complete, and the rest is nearly free.
         small_width, small_height = (width + 7) // 8, (height + 7) // 8
         if self._scratch.size < small_width * small_height * 4:
             self._scratch = np.empty(small_width * small_height * 4, np.uint8)
-        target = self._scratch.ctypes.data
-        pixels = _TJPF_CMYK if size[3].value in (_TJCS_CMYK, _TJCS_YCCK) else _TJPF_RGB
+        source, target = payload.ctypes.data, self._scratch.ctypes.data
+        pixels = _TJPF_CMYK if colours in (_TJCS_CMYK, _TJCS_YCCK) else _TJPF_RGB
         code = self._lib.tjDecompress2(
-            self._handle, data, payload.size, target, small_width, 0, small_height, pixels, 0
+            self._handle, source, payload.size, target, small_width, 0, small_height, pixels, 0
         )
+        return self._verdict(code, width, height)
+
+    def is_420(self, payload: npt.NDArray[np.uint8]) -> bool:
+        _, _, subsampling, colours, fault = self.header(payload)
+        return not fault and (subsampling, colours) == (_TJSAMP_420, _TJCS_YCBCR)
+
+    def planes(self, payload: npt.NDArray[np.uint8]) -> tuple[Verdict, Planes]:
+        width, height, _, _, fault = self.header(payload)
+        assert not fault, fault
+        buffer = _PlaneBuffer(width, height)
+        source, size = payload.ctypes.data, payload.size
+        code = self._lib.tjDecompressToYUVPlanes(
+            self._handle, source, size, buffer.addresses, width, buffer.strides, height, _TJFLAG_ACCURATEDCT
+        )
+        return self._verdict(code, width, height), buffer.planes()
+
+    def _verdict(self, code: int, width: int, height: int) -> Verdict:
+        """What the return code of a complete decode means."""
         if code == 0:
             return Verdict("whole", width, height)
         message = self._message()
@@ -86,10 +143,39 @@ class _Decoder:
         return words.decode("utf-8", "replace")
 
 
+class _Encoder:
+    """One TurboJPEG handle; not to be shared by threads."""
+
+    def __init__(self) -> None:
+        self._lib = library()
+        self._handle = ctypes.c_void_p(self._lib.tjInitCompress())
+        if not self._handle.value:
+            raise MemoryError("TurboJPEG gave no encoder")
+
+    def __del__(self) -> None:
+        if (handle := getattr(self, "_handle", None)) and handle.value:
+            self._lib.tjDestroy(handle)
+
+    def planes(self, rgb_HW3: npt.NDArray[np.uint8]) -> Planes:
+        height, width, _ = rgb_HW3.shape
+        pixels = np.ascontiguousarray(rgb_HW3)
+        buffer = _PlaneBuffer(width, height)
+        code = self._lib.tjEncodeYUVPlanes(
+            self._handle, pixels.ctypes.data, width, 0, height, _TJPF_RGB,
+            buffer.addresses, buffer.strides, _TJSAMP_420, 0,
+        )  # fmt: skip
+        if code != 0:
+            words: bytes = self._lib.tjGetErrorStr2(self._handle)
+            raise ValueError(f"TurboJPEG made no planes of {width} × {height} px: {words.decode()}")
+        return buffer.planes()
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """FFCV's compiled library, through which TurboJPEG's functions are found, with their types declared.
 
+    Pointers, but for those of tjDecompressHeader3, are declared as plain addresses, which compiled code can
+    pass too: ``uint8 **planes`` is the address of three addresses, ``int *strides`` that of three int32.
     Raises ImportError where FFCV is missing.
     """
     import_ffcv()
@@ -98,10 +184,21 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(ffcv._libffcv.__file__)
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
     lib.tjInitDecompress.argtypes, lib.tjInitDecompress.restype = [], pointer
+    lib.tjInitCompress.argtypes, lib.tjInitCompress.restype = [], pointer
     lib.tjDestroy.argtypes = [pointer]
     lib.tjDecompressHeader3.argtypes = [pointer, pointer, size, *[ctypes.POINTER(integer)] * 4]
     # handle, JPEG, its size, pixels, width, pitch, height, pixel format, flags
     lib.tjDecompress2.argtypes = [pointer, pointer, size, pointer, *[integer] * 5]
+    # handle, JPEG, its size, planes, width, strides, height, flags
+    lib.tjDecompressToYUVPlanes.argtypes = [
+        pointer, pointer, size, pointer, integer, pointer, integer, integer
+    ]  # fmt: skip
+    # handle, planes, strides, subsampling, pixels, width, pitch, height, pixel format, flags
+    lib.tjDecodeYUVPlanes.argtypes = [pointer, pointer, pointer, integer, pointer, *[integer] * 5]
+    # handle, pixels, width, pitch, height, pixel format, planes, strides, subsampling, flags
+    lib.tjEncodeYUVPlanes.argtypes = [
+        pointer, pointer, *[integer] * 4, pointer, pointer, integer, integer
+    ]  # fmt: skip
     lib.tjGetErrorCode.argtypes = [pointer]
     lib.tjGetErrorStr2.argtypes, lib.tjGetErrorStr2.restype = [pointer], ctypes.c_char_p
     return lib
@@ -109,7 +206,45 @@ def library() -> ctypes.CDLL:
 
 def check_jpeg(payload: bytes | npt.NDArray[np.uint8]) -> Verdict:
     """Decode a JPEG completely and say whether it is whole. Runs without the interpreter's lock."""
+    return _decoder().check(np.frombuffer(payload, np.uint8))
+
+
+def is_yuv420(payload: bytes | npt.NDArray[np.uint8]) -> bool:
+    """Does the header say a JPEG of Y, Cb, Cr at 4:2:0, whose planes ``decode_planes`` gives?"""
+    return _decoder().is_420(np.frombuffer(payload, np.uint8))
+
+
+def decode_planes(payload: bytes | npt.NDArray[np.uint8]) -> Planes:
+    """Decode a JPEG to its own planes: libjpeg-turbo's accurate transform, no conversion of colours or sizes.
+
+    Raises ValueError, with the decoder's words, where pixels are missing, and where the JPEG is not of
+    Y, Cb, Cr at 4:2:0; warnings that cost no pixel are passed over.
+    """
+    data = np.frombuffer(payload, np.uint8)
+    if not _decoder().is_420(data):
+        raise ValueError("not a JPEG of Y, Cb, Cr at 4:2:0; decode it to RGB and use encode_planes")
+    verdict, planes = _decoder().planes(data)
+    if verdict.state == "damaged":
+        raise ValueError(verdict.message)
+    return planes
+
+
+def encode_planes(rgb_HW3: npt.NDArray[np.uint8]) -> Planes:
+    """Convert (H, W, 3) uint8 RGB to planes; each chroma sample is the mean of its 2 × 2 pixels.
+
+    A last odd row or column counts twice. Raises ValueError where the array is another.
+    """
+    if rgb_HW3.ndim != 3 or rgb_HW3.shape[2] != 3 or rgb_HW3.dtype != np.uint8 or not rgb_HW3.size:
+        raise ValueError(f"pixels are {rgb_HW3.dtype} of shape {rgb_HW3.shape}; give (H, W, 3) uint8")
+    encoder: _Encoder | None = getattr(_local, "encoder", None)
+    if encoder is None:
+        encoder = _local.encoder = _Encoder()
+    return encoder.planes(rgb_HW3)
+
+
+def _decoder() -> _Decoder:
+    """This thread's decoder."""
     decoder: _Decoder | None = getattr(_local, "decoder", None)
     if decoder is None:
         decoder = _local.decoder = _Decoder()
-    return decoder.check(np.frombuffer(payload, np.uint8))
+    return decoder
