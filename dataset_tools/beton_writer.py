@@ -18,18 +18,18 @@ import numpy.typing as npt
 from pipelines.beton import (
     MAX_PAGE_BYTES,
     MAX_SIDE_PX,
-    MODE_JPEG,
-    MODE_RAW,
+    TIER_MODES,
     TYPE_IMAGE,
     TYPE_INT,
+    TYPE_PLANES,
     ffcv_types,
     metadata_dtype,
+    pixel_bytes,
 )
-from pipelines.manifest import Manifest, paths_path, source_path_line
+from pipelines.manifest import Manifest, Tier, paths_path, source_path_line
 
 DEFAULT_PAGE_BYTES = 8 << 20
 _BUFFER_BYTES = 8 << 20
-_MODES = {"jpeg": MODE_JPEG, "raw": MODE_RAW}
 
 
 def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -> str:
@@ -55,7 +55,7 @@ class BetonWriter:
         path: str | Path,
         *,
         capacity: int,
-        tier: str = "jpeg",
+        tier: Tier = "jpeg",
         page_bytes: int = DEFAULT_PAGE_BYTES,
         overwrite: bool = False,
     ) -> None:
@@ -67,8 +67,8 @@ class BetonWriter:
         self.path = Path(path)
         if self.path.suffix != ".beton":
             raise ValueError(f"{self.path} does not end in .beton; name the compiled set so")
-        if tier not in _MODES:
-            raise ValueError(f"tier is {tier!r}; known are {', '.join(_MODES)}")
+        if tier not in TIER_MODES:
+            raise ValueError(f"tier is {tier!r}; known are {', '.join(TIER_MODES)}")
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; a compiled set holds at least one picture")
         if not 4096 <= page_bytes <= MAX_PAGE_BYTES or page_bytes & (page_bytes - 1):
@@ -78,6 +78,7 @@ class BetonWriter:
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"the folder {self.path.parent} does not exist; make it first")
         self.tier, self.page_bytes, self.count = tier, page_bytes, 0
+        self._mode = TIER_MODES[tier]
         self._types = ffcv_types()
         self._metadata = np.zeros(capacity, metadata_dtype())
         self._sizes = np.zeros(capacity, np.uint64)
@@ -89,6 +90,7 @@ class BetonWriter:
         self._partial_paths = self.path.with_name(self.path.name + ".paths.partial")
         self._committed = False
         self._file = _open_alone(self._partial)
+        self._file.seek(self._end)
         self._paths: BinaryIO = self._partial_paths.open("wb")
 
     def __enter__(self) -> "BetonWriter":
@@ -110,7 +112,8 @@ class BetonWriter:
     ) -> int:
         """Append one picture and return its index.
 
-        ``payload`` is a whole JPEG file, or contiguous (height, width, 3) uint8 pixels in the raw tier.
+        ``payload`` is a whole JPEG file; in the raw tier contiguous (height, width, 3) uint8 pixels; in the
+        yuv420 tier what ``Planes.packed`` gives.
         Raises ValueError where it is empty or of another size, or a side is outside 1 … 65,535 px.
         """
         data = memoryview(payload if isinstance(payload, bytes) else payload.data).cast("B")
@@ -119,19 +122,20 @@ class BetonWriter:
             raise ValueError(f"the set was opened for {index} pictures and is full")
         if not (1 <= width <= MAX_SIDE_PX and 1 <= height <= MAX_SIDE_PX):
             raise ValueError(f"{source_path} is {width} × {height} px; sides must lie in 1 … {MAX_SIDE_PX}")
-        if size == 0 or (self.tier == "raw" and size != width * height * 3):
+        if size == 0 or (self.tier != "jpeg" and size != pixel_bytes(self._mode, width, height)):
             raise ValueError(
                 f"{source_path}: a {self.tier} payload of {size} bytes for {width} × {height} px"
             )
         if size > MAX_PAGE_BYTES:
             raise ValueError(f"{source_path} has {size} bytes; a page holds at most {MAX_PAGE_BYTES}")
         pointer = self._place(size)
-        self._file.seek(pointer)
+        if pointer != self._end:  # a seek would empty the buffer of small pictures each time
+            self._file.seek(pointer)
         self._file.write(data)
         self._hasher.update(data)
         self._end = pointer + size
         image = self._metadata["f0"]
-        image["mode"][index], image["width"][index] = _MODES[self.tier], width
+        image["mode"][index], image["width"][index] = self._mode, width
         image["height"][index], image["data_ptr"][index] = height, pointer
         self._metadata["f1"][index], self._sizes[index] = label, size
         self._paths.write(source_path_line(source_path))
@@ -212,7 +216,7 @@ class BetonWriter:
         self._file.write(table.data.cast("B"))
 
     def _field_descriptors(self) -> npt.NDArray[np.void]:
-        fields = (("image", TYPE_IMAGE), ("label", TYPE_INT))
+        fields = (("image", TYPE_PLANES if self.tier == "yuv420" else TYPE_IMAGE), ("label", TYPE_INT))
         descriptors = np.zeros(len(fields), self._types.FieldDescType)
         for descriptor, (name, type_id) in zip(descriptors, fields, strict=True):
             descriptor["type_id"] = type_id

@@ -20,6 +20,7 @@ from dataset_tools.progress import track
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import NUM_NAMED, Stats, stats, verify
 from pipelines.beton import ffcv_types, open_beton
+from pipelines.manifest import Tier
 
 _FASHION_MNIST_PICTURES = 70_000
 
@@ -41,12 +42,17 @@ class Convert:
     """The .beton file to write."""
     workers: int | None = None
     """Threads; all cores by default."""
-    tier: Literal["jpeg", "raw"] = "jpeg"
-    """jpeg: keep JPEG files as they are; raw: store pixels, for tiny pictures."""
+    tier: Tier = "jpeg"
+    """jpeg: keep JPEG files as they are; yuv420: store decoded planes, fast to load, 1.5 bytes a pixel, best
+    with --short-side; raw: store pixels, for tiny pictures."""
     quality: int = 95
     """JPEG quality of pictures that must be encoded anew."""
-    max_side: int | None = None
-    """Reduce pictures to this longer side in px; by default sizes stay."""
+    max_side: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
+    """Reduce pictures to this longer side in px; by default sizes stay, and none is ever enlarged."""
+    short_side: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
+    """Reduce pictures to this shorter side in px, instead of --max-side."""
+    recompress: bool = False
+    """Encode every JPEG anew at --quality, even one that could stay as it is."""
     verify: bool = True
     """Decode every JPEG once to find cut and corrupt ones."""
     labels: bool = True
@@ -72,6 +78,8 @@ class Convert:
                 workers=self.workers,
                 quality=self.quality,
                 max_side=self.max_side,
+                short_side=self.short_side,
+                recompress=self.recompress,
                 verify=self.verify,
                 on_error=self.on_error,
                 overwrite=self.overwrite,
@@ -190,7 +198,8 @@ class Verify:
             "as its manifest says" if report.has_manifest else "no manifest to compare the contents with"
         )
         pace = _pace(report.count, time.monotonic() - started)
-        _line(out, f"{self.path} is whole, {compared}: {pace}. Next: make pretrain DATA={self.path}")
+        whole = f"{self.path} is whole, tier {report.tier}, {compared}"
+        _line(out, f"{whole}: {pace}. Next: make pretrain DATA={self.path}")
         return 0
 
 
@@ -265,7 +274,7 @@ def _report_replaced(path: Path, converted: Converted, out: Console) -> None:
 
 def _say_done(path: Path, converted: Converted, seconds: float, out: Console) -> None:
     manifest = converted.manifest
-    size = f"{manifest.count:,} pictures, {manifest.num_bytes / 1e6:,.1f} MB"
+    size = f"{manifest.count:,} pictures, tier {manifest.tier}, {manifest.num_bytes / 1e6:,.1f} MB"
     _line(out, f"{path}: {size}, {_pace(manifest.count, seconds)}. Next: make pretrain DATA={path}")
 
 

@@ -13,7 +13,7 @@ from dataset_tools.parallel import ordered_map
 from dataset_tools.sources import Source
 from pipelines.cores import usable_cores
 from pipelines.listing import NO_LABEL
-from pipelines.manifest import Manifest, source_path_line
+from pipelines.manifest import Manifest, Tier, source_path_line
 
 OnError = Literal["skip", "stop"]
 NUM_NAMED = 20
@@ -46,10 +46,12 @@ def convert(
     source: Source,
     out: str | Path,
     *,
-    tier: Literal["jpeg", "raw"] = "jpeg",
+    tier: Tier = "jpeg",
     workers: int | None = None,
     quality: int = 95,
     max_side: int | None = None,
+    short_side: int | None = None,
+    recompress: bool = False,
     verify: bool = True,
     on_error: OnError = "skip",
     limit: int | None = None,
@@ -59,15 +61,23 @@ def convert(
 ) -> Converted:
     """Compile ``source`` into the file ``out`` (.beton), with its manifest and list of paths beside it.
 
-    The bytes written depend on the source and the options, not on ``workers`` (None: all cores).
+    The options from ``tier`` to ``verify``, but for ``workers``, are those of Normalising. The bytes written
+    depend on the source and the options, not on ``workers`` (None: all cores).
     ``limit`` takes only the first pictures of the source; ``progress`` is called once a picture.
     Pictures that cannot be decoded are left out, counted in the manifest and named in ``out`` with the
     suffix .skipped.txt; with ``on_error="stop"`` the first of them is a ValueError naming it. After any error
     nothing new is left on disk.
-    Raises ValueError where no picture is usable, FileExistsError where ``out`` exists and ``overwrite`` is
-    off, ImportError without FFCV.
+    Raises ValueError for an unusable option and where no picture is usable, FileExistsError where ``out``
+    exists and ``overwrite`` is off, ImportError without FFCV.
     """
-    how = Normalising(tier=tier, quality=quality, max_side=max_side, verify=verify)
+    how = Normalising(
+        tier=tier,
+        quality=quality,
+        max_side=max_side,
+        short_side=short_side,
+        recompress=recompress,
+        verify=verify,
+    )
     if on_error not in ("skip", "stop"):
         raise ValueError(f"on_error is {on_error!r}; known are skip, stop")
     if limit is not None and limit < 1:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dataset_tools.beton_writer import contents_hash_end
 from dataset_tools.parallel import ordered_map
-from pipelines.beton import MODE_JPEG, MODE_RAW, BetonFile, open_beton
+from pipelines.beton import MODE_JPEG, TIER_MODES, BetonFile, open_beton, pixel_bytes
 from pipelines.cores import usable_cores
 from pipelines.manifest import Manifest, read_source_path
 from pipelines.turbojpeg import check_jpeg
@@ -37,6 +37,8 @@ class Report:
     path: Path
     count: int
     """Pictures in the set; 0 where not even its tables can be read."""
+    tier: str
+    """As in Stats; "" where the tables cannot be read."""
     num_bytes: int
     has_manifest: bool
     """Without a manifest the contents cannot be compared with what was written."""
@@ -58,7 +60,7 @@ class Stats:
     path: Path
     count: int
     tier: str
-    """jpeg, raw, or "jpeg and raw" in a set that another program wrote."""
+    """jpeg, yuv420, raw, or "jpeg and raw" in a set that another program wrote; "" without pictures."""
     num_bytes: int
     """Size of the file."""
     page_bytes: int
@@ -90,7 +92,7 @@ def verify(
     try:
         beton = open_beton(path)
     except ValueError as error:
-        return Report(path, 0, path.stat().st_size, manifest is not None, (*problems, str(error)), ())
+        return Report(path, 0, "", path.stat().st_size, manifest is not None, (*problems, str(error)), ())
     reasons, digest = _check_pictures(beton, usable_cores() if workers is None else workers, progress)
     if manifest is not None:
         problems += _compare(beton, manifest, digest)
@@ -98,7 +100,7 @@ def verify(
         BadIndex(index, read_source_path(path, index) if named < NUM_NAMED else None, reason)
         for named, (index, reason) in enumerate(reasons)
     )
-    return Report(path, len(beton), beton.data.size, manifest is not None, tuple(problems), bad)
+    return Report(path, len(beton), _tier(beton), beton.data.size, manifest is not None, tuple(problems), bad)
 
 
 def _check_pictures(
@@ -123,15 +125,11 @@ def _fault(beton: BetonFile, index: int) -> str:
     image = beton.metadata["f0"][index]
     mode, width, height = int(image["mode"]), int(image["width"]), int(image["height"])
     payload = beton.payload(index)
-    if mode == MODE_RAW:
-        wanted = width * height * 3
-        return (
-            ""
-            if wanted == payload.size
-            else f"{payload.size} bytes for {width} × {height} px, expected {wanted}"
-        )
     if mode != MODE_JPEG:
-        return f"unknown mode {mode}"
+        wanted = pixel_bytes(mode, width, height)
+        if payload.size == wanted:
+            return ""
+        return f"{payload.size} bytes for {width} × {height} px in mode {mode}, expected {wanted}"
     verdict = check_jpeg(payload)
     if verdict.state == "damaged":
         return f"damaged: {verdict.message}"
@@ -149,6 +147,8 @@ def _compare(beton: BetonFile, manifest: Manifest, digest: str) -> list[str]:
         problems.append(f"the file holds {len(beton)} pictures, the manifest says {manifest.count}")
     if manifest.sha256 != digest:
         problems.append(f"the contents hash to {digest}, the manifest says {manifest.sha256}")
+    if manifest.tier != _tier(beton):
+        problems.append(f"the pictures are of tier {_tier(beton)}, the manifest says {manifest.tier}")
     if len(beton):
         low, high = int(beton.labels.min()), int(beton.labels.max())
         if low < -1 or (manifest.classes and high >= len(manifest.classes)):
@@ -165,12 +165,10 @@ def stats(path: str | Path) -> Stats:
     if not len(beton):
         raise ValueError(f"{path} holds no pictures; compile it again")
     image = beton.metadata["f0"]
-    names = {MODE_JPEG: "jpeg", MODE_RAW: "raw"}
-    modes = np.unique(image["mode"])
     return Stats(
         path=beton.path,
         count=len(beton),
-        tier=" and ".join(names.get(int(mode), f"mode {mode}") for mode in modes),
+        tier=_tier(beton),
         num_bytes=beton.data.size,
         page_bytes=beton.page_bytes,
         per_class=_per_class(beton.labels, manifest.classes if manifest else ()),
@@ -179,6 +177,12 @@ def stats(path: str | Path) -> Stats:
         payload_bytes_mean=float(beton.sizes.mean()),
         payload_bytes_median=float(np.median(beton.sizes)),
     )
+
+
+def _tier(beton: BetonFile) -> str:
+    """Name the tiers of the modes that occur."""
+    modes = np.unique(beton.metadata["f0"]["mode"])
+    return " and ".join(tier for tier, mode in TIER_MODES.items() if mode in modes)
 
 
 def _per_class(labels: npt.NDArray[np.int64], classes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, Tier
 
 INSTALL_FFCV = (
     "FFCV is not installed. `make setup` installs it; by hand: "
@@ -26,6 +26,8 @@ MODE_JPEG, MODE_RAW = 0, 1
 MODE_YUV420 = 2
 """Our own mode: raw planes Y (H × W), U, V (each ceil(H/2) × ceil(W/2)) one after the other, uint8, rows
 without padding; JFIF's full-range BT.601, chroma sited as in JPEG. FFCV itself cannot read it."""
+TIER_MODES: dict[Tier, int] = {"jpeg": MODE_JPEG, "yuv420": MODE_YUV420, "raw": MODE_RAW}
+"""The mode of every picture of a tier."""
 TYPE_INT, TYPE_IMAGE = 1, 2
 """Field type numbers, as in ffcv.types.TYPE_ID_HANDLER."""
 TYPE_PLANES = 255

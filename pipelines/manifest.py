@@ -8,10 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 VERSION = 1
-TIERS = ("jpeg", "raw")
+Tier = Literal["jpeg", "yuv420", "raw"]
+"""In what form pictures are stored: JPEG files, planes Y, U, V at 4:2:0, or (H, W, 3) uint8 pixels."""
+TIERS: tuple[Tier, ...] = get_args(Tier)
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Manifest:
     """The facts of one compiled set, kept as JSON beside it."""
 
     tier: str
-    """jpeg: pictures are stored as JPEG files; raw: as (H, W, 3) uint8 pixels."""
+    """One of TIERS."""
     count: int
     """Number of pictures."""
     num_bytes: int

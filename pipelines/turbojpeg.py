@@ -15,8 +15,8 @@ import numpy.typing as npt
 from pipelines.beton import import_ffcv
 
 State = Literal["whole", "irregular", "damaged"]
-_TJPF_RGB, _TJPF_CMYK = 0, 11
-_TJCS_YCBCR, _TJCS_CMYK, _TJCS_YCCK = 1, 3, 4
+_TJPF_RGB, _TJPF_GRAY, _TJPF_CMYK = 0, 6, 11
+_TJCS_RGB, _TJCS_YCBCR, _TJCS_CMYK, _TJCS_YCCK = 0, 1, 3, 4
 _TJSAMP_420 = 2
 _TJFLAG_ACCURATEDCT = 4096
 _TJERR_FATAL = 1
@@ -41,6 +41,27 @@ class Verdict:
     height: int
     message: str = ""
     """The decoder's own words, empty for a whole picture."""
+
+
+class Header(NamedTuple):
+    """What the header of a JPEG says."""
+
+    width: int
+    height: int
+    subsampling: int
+    """TurboJPEG's TJSAMP number."""
+    colours: int
+    """TurboJPEG's TJCS number."""
+
+    @property
+    def is_colour(self) -> bool:
+        """True for three components, Y, Cb, Cr or R, G, B."""
+        return self.colours in (_TJCS_RGB, _TJCS_YCBCR)
+
+    @property
+    def is_yuv420(self) -> bool:
+        """True for Y, Cb, Cr at 4:2:0, whose planes ``decode_planes`` gives."""
+        return (self.subsampling, self.colours) == (_TJSAMP_420, _TJCS_YCBCR)
 
 
 class Planes(NamedTuple):
@@ -89,36 +110,33 @@ class _Decoder:
         if (handle := getattr(self, "_handle", None)) and handle.value:
             self._lib.tjDestroy(handle)
 
-    def header(self, payload: npt.NDArray[np.uint8]) -> tuple[int, int, int, int, str]:
-        """Width, height, subsampling and colour space; the last is why the header is unusable, or ""."""
-        size = [ctypes.c_int(0) for _ in range(4)]
-        references = [ctypes.byref(n) for n in size]
+    def header(self, payload: npt.NDArray[np.uint8]) -> tuple[Header, str]:
+        """The header, and why it cannot be used, "" where it can."""
+        numbers = [ctypes.c_int(0) for _ in range(4)]
+        references = [ctypes.byref(n) for n in numbers]
         code = self._lib.tjDecompressHeader3(self._handle, payload.ctypes.data, payload.size, *references)
-        width, height, subsampling, colours = (n.value for n in size)
-        bad = code != 0 and (width < 1 or height < 1 or self._is_fatal())
-        return width, height, subsampling, colours, self._message() if bad else ""
+        header = Header(*(n.value for n in numbers))
+        bad = code != 0 and (header.width < 1 or header.height < 1 or self._is_fatal())
+        return header, self._message() if bad else ""
 
     def check(self, payload: npt.NDArray[np.uint8]) -> Verdict:
-        width, height, _, colours, fault = self.header(payload)
+        (width, height, _, colours), fault = self.header(payload)
         if fault:
             return Verdict("damaged", width, height, fault)
-        # At one eighth the entropy decoding, where damage shows, is complete, and the rest is nearly free.
+        # In grey at one eighth the entropy decoding, where damage shows, is complete, the rest nearly free.
+        pixels = _TJPF_CMYK if colours in (_TJCS_CMYK, _TJCS_YCCK) else _TJPF_GRAY
         small_width, small_height = (width + 7) // 8, (height + 7) // 8
-        if self._scratch.size < small_width * small_height * 4:
-            self._scratch = np.empty(small_width * small_height * 4, np.uint8)
+        num_bytes = small_width * small_height * (4 if pixels == _TJPF_CMYK else 1)
+        if self._scratch.size < num_bytes:
+            self._scratch = np.empty(num_bytes, np.uint8)
         source, target = payload.ctypes.data, self._scratch.ctypes.data
-        pixels = _TJPF_CMYK if colours in (_TJCS_CMYK, _TJCS_YCCK) else _TJPF_RGB
         code = self._lib.tjDecompress2(
             self._handle, source, payload.size, target, small_width, 0, small_height, pixels, 0
         )
         return self._verdict(code, width, height)
 
-    def is_420(self, payload: npt.NDArray[np.uint8]) -> bool:
-        _, _, subsampling, colours, fault = self.header(payload)
-        return not fault and (subsampling, colours) == (_TJSAMP_420, _TJCS_YCBCR)
-
     def planes(self, payload: npt.NDArray[np.uint8]) -> tuple[Verdict, Planes]:
-        width, height, _, _, fault = self.header(payload)
+        (width, height, _, _), fault = self.header(payload)
         assert not fault, fault
         buffer = _PlaneBuffer(width, height)
         source, size = payload.ctypes.data, payload.size
@@ -209,9 +227,10 @@ def check_jpeg(payload: bytes | npt.NDArray[np.uint8]) -> Verdict:
     return _decoder().check(np.frombuffer(payload, np.uint8))
 
 
-def is_yuv420(payload: bytes | npt.NDArray[np.uint8]) -> bool:
-    """Does the header say a JPEG of Y, Cb, Cr at 4:2:0, whose planes ``decode_planes`` gives?"""
-    return _decoder().is_420(np.frombuffer(payload, np.uint8))
+def read_header(payload: bytes | npt.NDArray[np.uint8]) -> Header | None:
+    """Return what the header of a JPEG says, None where the decoder cannot use it. Decodes nothing."""
+    header, fault = _decoder().header(np.frombuffer(payload, np.uint8))
+    return None if fault else header
 
 
 def decode_planes(payload: bytes | npt.NDArray[np.uint8]) -> Planes:
@@ -220,10 +239,10 @@ def decode_planes(payload: bytes | npt.NDArray[np.uint8]) -> Planes:
     Raises ValueError, with the decoder's words, where pixels are missing, and where the JPEG is not of
     Y, Cb, Cr at 4:2:0; warnings that cost no pixel are passed over.
     """
-    data = np.frombuffer(payload, np.uint8)
-    if not _decoder().is_420(data):
+    header = read_header(payload)
+    if header is None or not header.is_yuv420:
         raise ValueError("not a JPEG of Y, Cb, Cr at 4:2:0; decode it to RGB and use encode_planes")
-    verdict, planes = _decoder().planes(data)
+    verdict, planes = _decoder().planes(np.frombuffer(payload, np.uint8))
     if verdict.state == "damaged":
         raise ValueError(verdict.message)
     return planes

@@ -20,7 +20,7 @@ def test_convert_says_where_how_many_and_what_next(tree: Path, tmp_path: Path, c
     out, err = capsys.readouterr()
     assert err == "", "no bar where nobody looks"
     (line,) = out.splitlines()
-    assert line.startswith(f"{output}: 5 pictures, 0.0 MB, 5 in ")
+    assert line.startswith(f"{output}: 5 pictures, tier jpeg, 0.0 MB, 5 in ")
     assert line.endswith(f"Next: make pretrain DATA={output}")
     assert len(open_beton(output)) == 5
 
@@ -99,7 +99,7 @@ def test_verify_and_stats_report(tree: Path, tmp_path: Path, capsys: Capture) ->
     main(["convert", str(tree), str(path)])
     capsys.readouterr()
     assert main(["verify", str(path)]) == 0
-    assert f"{path} is whole, as its manifest says" in capsys.readouterr().out
+    assert f"{path} is whole, tier jpeg, as its manifest says" in capsys.readouterr().out
     assert main(["stats", str(path)]) == 0
     out = capsys.readouterr().out
     assert "cats" in out
