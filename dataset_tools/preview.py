@@ -82,7 +82,7 @@ def _draw_row(axes: Any, row: int, loader: ViewLoader, batch: Batch, masks: Tens
     axes[0].imshow(picture)
     axes[0].set_ylabel(f"row {row + 1}", fontsize=11)
     for box, colour in zip(loader.boxes(0, index)[0], (_QUERY_COLOUR, _KEY_COLOUR), strict=True):
-        top, left, height, width = (int(x) for x in box)
+        top, left, height, width = (int(x) for x in box[:4])
         axes[0].add_patch(
             matplotlib.patches.Rectangle(
                 (left, top), width, height, fill=False, edgecolor=colour, linewidth=2.5

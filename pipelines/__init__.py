@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.batch import Batch, Mixture
 from pipelines.cores import usable_cores
-from pipelines.engines import Engine
+from pipelines.engines import Engine, Reading
 from pipelines.loader import ViewLoader
 from pipelines.recipe import Mixing, Recipe
 
@@ -21,6 +21,7 @@ __all__ = [
     "Batch",
     "Mixing",
     "Mixture",
+    "Reading",
     "Recipe",
     "ViewLoader",
     "build_loader",
@@ -41,6 +42,7 @@ def build_loader(
     num_threads: int = 0,
     shuffle: bool = True,
     drop_last: bool = True,
+    reading: Reading = "auto",
 ) -> ViewLoader:
     """Build a loader over a compiled set or a folder.
 
@@ -56,6 +58,8 @@ def build_loader(
         num_threads: for decoding; 0 takes every core this process may use, shared among local ranks.
         shuffle: visit the set in a new order each epoch.
         drop_last: leave out the last, smaller batch of an epoch.
+        reading: how the ffcv backend reads its file: ``map`` it and let the system keep what fits, ``read``
+            each picture ahead of its turn, for sets larger than memory, or ``auto``, which goes by the sizes.
 
     Raises:
         FileNotFoundError: if the compiled set is not there.
@@ -77,11 +81,11 @@ def build_loader(
     if backend == "ffcv":
         from pipelines.ffcv_engine import FFCVEngine
 
-        engine = FFCVEngine(path, num_threads)
+        engine = FFCVEngine(path, reading)
     elif backend == "folder":
         from pipelines.folder_engine import FolderEngine
 
-        engine = FolderEngine(path, num_threads)
+        engine = FolderEngine(path)
     else:
         raise ValueError(f"backend is {backend!r}; known are auto, ffcv, folder")
     return ViewLoader(

@@ -1,23 +1,29 @@
 """Crop boxes, drawn by address for every backend alike.
 
-A box is (top, left, height, width) in pixels of the decoded picture. Shape letters: N samples, V views.
+A box is (top, left, height, width, mirrored): pixels of the decoded picture, and 1 where the view is flipped
+left to right. Flipping belongs to the crop because there it costs nothing.
+
+Shape letters: N samples, V views.
 """
 
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from pipelines.randomness import Purpose, bits
+from pipelines.compiled import kernel
+from pipelines.randomness import Purpose, words
 from pipelines.recipe import Recipe
 
 _ATTEMPTS = 10
-_DRAWS = 4  # area, ratio, top, left
+"""Each takes one block of draws: area, ratio, top, left. The block after the last decides the flip."""
+_CROP = int(Purpose.CROP)
+_UNIT = 2.0**-32
 
 
 def draw_boxes(
-    recipe: Recipe, seed: int, epoch: int, index_N: Tensor, height_N: Tensor, width_N: Tensor
-) -> Tensor:
+    recipe: Recipe, seed: int, epoch: int, index_N: NDArray[np.int64], size_N2: NDArray[np.int64]
+) -> NDArray[np.int32]:
     """Draw the crop boxes of a batch.
 
     The distribution is torchvision's ``RandomResizedCrop``: ten attempts at an area share uniform in
@@ -25,60 +31,60 @@ def draw_boxes(
     For ``crop="center"`` a square of ``center_share`` times the short side, in the middle.
 
     Args:
-        recipe: crop kind, scale and ratio.
+        recipe: crop kind, scale and ratio, probability of a flip.
         seed: of the run.
         epoch: number of the epoch.
         index_N: (N,) int64 positions in the compiled set.
-        height_N: (N,) int64 pixels.
-        width_N: (N,) int64 pixels.
+        size_N2: (N, 2) int64 heights and widths in pixels.
 
     Returns:
-        (N, V, 4) int32 boxes, each within its picture and at least one pixel wide and high.
+        (N, V, 5) int32 boxes, each within its picture and at least one pixel wide and high.
     """
-    if recipe.crop == "center":
-        box_N4 = _center_box(recipe.center_share, height_N, width_N)
-        return box_N4[:, None].repeat(1, recipe.num_views, 1)
-    views = [
-        _random_box(
-            recipe, bits(seed, epoch, index_N, Purpose.CROP, _ATTEMPTS * _DRAWS, view), height_N, width_N
-        )
-        for view in range(recipe.num_views)
-    ]
-    return torch.stack(views, dim=1)
+    boxes_NV5 = np.empty((len(index_N), recipe.num_views, 5), np.int32)
+    log_ratio = math.log(recipe.crop_ratio[0]), math.log(recipe.crop_ratio[1])
+    share = recipe.center_share if recipe.crop == "center" else 0.0
+    key = np.uint64(seed).view(np.int64)
+    _draw(key, epoch, index_N, size_N2, recipe.crop_scale, log_ratio, share, recipe.flip_prob, boxes_NV5)
+    return boxes_NV5
 
 
-def _center_box(share: float, height_N: Tensor, width_N: Tensor) -> Tensor:
-    side_N = (torch.minimum(height_N, width_N).double() * share).round().long().clamp(min=1)
-    top_N, left_N = (height_N - side_N) // 2, (width_N - side_N) // 2
-    return torch.stack([top_N, left_N, side_N, side_N], dim=1).to(torch.int32)
+@kernel
+def _draw(seed, epoch, index_N, size_N2, scale, log_ratio, center_share, flip_prob, boxes_NV5):  # type: ignore[no-untyped-def]
+    for n in range(len(index_N)):
+        height, width = size_N2[n]
+        for v in range(boxes_NV5.shape[1]):
+            box = boxes_NV5[n, v]
+            if center_share > 0:
+                _center(height, width, center_share, box)
+            else:
+                _random(seed, epoch, index_N[n], v, height, width, scale, log_ratio, box)
+            flip = words(seed, epoch, index_N[n], _CROP, v, _ATTEMPTS)[0]
+            box[4] = flip * _UNIT < flip_prob
 
 
-def _random_box(recipe: Recipe, bits_NR: Tensor, height_N: Tensor, width_N: Tensor) -> Tensor:
-    u_NAD = (bits_NR.double() * 2.0**-32).view(-1, _ATTEMPTS, _DRAWS)
-    height_N1, width_N1 = height_N[:, None], width_N[:, None]
-    low, high = recipe.crop_scale
-    area_NA = (height_N1 * width_N1).double() * (low + (high - low) * u_NAD[..., 0])
-    log_low, log_high = math.log(recipe.crop_ratio[0]), math.log(recipe.crop_ratio[1])
-    ratio_NA = torch.exp(log_low + (log_high - log_low) * u_NAD[..., 1])
-    w_NA = torch.sqrt(area_NA * ratio_NA).round().long()
-    h_NA = torch.sqrt(area_NA / ratio_NA).round().long()
-    fits_NA = (w_NA > 0) & (w_NA <= width_N1) & (h_NA > 0) & (h_NA <= height_N1)
-    top_NA = (u_NAD[..., 2] * (height_N1 - h_NA + 1)).floor().long()
-    left_NA = (u_NAD[..., 3] * (width_N1 - w_NA + 1)).floor().long()
-    boxes_NA4 = torch.stack([top_NA, left_NA, h_NA, w_NA], dim=2)
-
-    # argmax finds the first True: the first attempt that fits.
-    first_N = fits_NA.to(torch.uint8).argmax(dim=1)
-    drawn_N4 = boxes_NA4[torch.arange(len(first_N)), first_N]
-    fallback_N4 = _fallback_box(recipe, height_N, width_N)
-    return torch.where(fits_NA.any(dim=1, keepdim=True), drawn_N4, fallback_N4).to(torch.int32)
+@kernel
+def _center(height, width, share, box):  # type: ignore[no-untyped-def]
+    side = max(1, int(np.rint(min(height, width) * share)))
+    box[0], box[1], box[2], box[3] = (height - side) // 2, (width - side) // 2, side, side
 
 
-def _fallback_box(recipe: Recipe, height_N: Tensor, width_N: Tensor) -> Tensor:
-    low, high = recipe.crop_ratio
-    ratio_N = width_N.double() / height_N.double()
-    w_N = torch.where(ratio_N > high, (height_N.double() * high).round().long(), width_N).clamp(min=1)
-    h_N = torch.where(ratio_N < low, (width_N.double() / low).round().long(), height_N).clamp(min=1)
-    # Rounding may not take a box past its picture.
-    w_N, h_N = torch.minimum(w_N, width_N), torch.minimum(h_N, height_N)
-    return torch.stack([(height_N - h_N) // 2, (width_N - w_N) // 2, h_N, w_N], dim=1)
+@kernel
+def _random(seed, epoch, index, view, height, width, scale, log_ratio, box):  # type: ignore[no-untyped-def]
+    for attempt in range(_ATTEMPTS):
+        drawn = words(seed, epoch, index, _CROP, view, attempt)
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * (drawn[0] * _UNIT))
+        ratio = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * (drawn[1] * _UNIT))
+        w, h = int(np.rint(np.sqrt(area * ratio))), int(np.rint(np.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            box[0] = int(drawn[2] * _UNIT * (height - h + 1))
+            box[1] = int(drawn[3] * _UNIT * (width - w + 1))
+            box[2], box[3] = h, w
+            return
+    # None fits: the largest centred box within the ratio's range. Rounding may not take it past its picture.
+    low, high = np.exp(log_ratio[0]), np.exp(log_ratio[1])
+    w, h = width, height
+    if width / height > high:
+        w = min(max(1, int(np.rint(height * high))), width)
+    elif width / height < low:
+        h = min(max(1, int(np.rint(width / low))), height)
+    box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, h, w

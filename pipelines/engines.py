@@ -1,13 +1,18 @@
 """What a backend must do: turn indices and crop boxes into uint8 views. Everything else is common.
 
-Shape letters: N batch, V views, S side in pixels.
+Shape letters: N pictures of a call, V views, S side in pixels.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Reading = Literal["auto", "map", "read"]
+"""map: pages of the file are touched where they are needed, and the system keeps what fits; read: every
+picture is read into the process's own memory ahead of its turn, for sets larger than memory; auto: read where
+the file is larger than three quarters of the memory."""
 
 MAX_TRIES = 16
 """How many neighbours are tried before a run of undecodable pictures is an error."""
@@ -17,23 +22,37 @@ class BadPicturesError(ValueError):
     """Too many pictures of a set cannot be decoded."""
 
 
+class Fetched(Protocol):
+    """Some pictures, encoded, within reach of the decoder."""
+
+    index_N: NDArray[np.int64]
+    """(N,) their positions in the set."""
+    size_N2: NDArray[np.int64]
+    """(N, 2) heights and widths in pixels; (1, 1) for a picture whose header cannot be read."""
+
+
 class Engine(Protocol):
-    """A backend: encoded pictures in, uint8 crops out. Draws nothing and decides nothing."""
+    """A backend: encoded pictures in, uint8 crops out. Draws nothing and decides nothing.
+
+    All methods may be called from several threads at once; the loader's parallelism is calling them so.
+    """
 
     name: str
     count: int
     classes: tuple[str, ...]
+    reads_ahead: bool
+    """Whether ``fetch`` waits for a disk, so that the loader should call it early and on other threads."""
 
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) labels, −1 where the set has none."""
 
-    def sizes(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(N, 2) heights and widths in pixels; (1, 1) for a picture whose header cannot be read."""
+    def fetch(self, index_N: NDArray[np.int64]) -> Any:
+        """Get hold of the encoded pictures; returns a :class:`Fetched` for ``crop``."""
 
     def crop(
-        self, index_N: NDArray[np.int64], boxes_NV4: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
+        self, fetched: Any, boxes_NV5: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
-        """Decode each picture once, write its crops into ``out_NVSS3``.
+        """Decode each picture once, write its crops into ``out_NVSS3``; boxes as in :mod:`pipelines.crops`.
 
         Returns:
             (N,) which pictures could be decoded; the crops of the others are left undefined.

@@ -5,23 +5,34 @@ Class folders become labels; a flat folder has none. Nothing is kept per picture
 is taken for whole: a JPEG damaged inside its coded data gives pixels without a word; converting finds it out.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.transforms.functional import InterpolationMode, resized_crop
+from torchvision.transforms.functional import InterpolationMode, hflip, resized_crop
 
 from pipelines.listing import FolderListing
 from pipelines.pictures import read_rgb, read_size
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The contents of some files; see :class:`pipelines.engines.Fetched`."""
+
+    index_N: NDArray[np.int64]
+    size_N2: NDArray[np.int64]
+    contents: list[bytes]
 
 
 class FolderEngine:
     """Views from picture files by PIL's decoder and torchvision's ``resized_crop``."""
 
     name = "folder"
+    reads_ahead = True
 
-    def __init__(self, path: Path, num_threads: int) -> None:
+    def __init__(self, path: Path) -> None:
         """List the folder.
 
         Raises:
@@ -29,7 +40,6 @@ class FolderEngine:
         """
         self._listing = FolderListing(path)
         self.count, self.classes = len(self._listing), self._listing.classes
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="folder")
 
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) labels, −1 where the folder has no classes."""
@@ -41,31 +51,36 @@ class FolderEngine:
 
     def picture(self, index: int) -> NDArray[np.uint8] | None:
         """(H, W, 3) the whole picture, upright; None where it cannot be decoded."""
-        image = read_rgb(self._file(index))
+        image = read_rgb(BytesIO(self._contents(index)))
         return None if image is None else np.asarray(image)
 
-    def _file(self, index: int) -> Path:
-        return self._listing.root / self._listing.path(index)
+    def _contents(self, index: int) -> bytes:
+        """The file's bytes; none where it cannot be read, which is a picture that cannot be decoded."""
+        try:
+            return (self._listing.root / self._listing.path(index)).read_bytes()
+        except OSError:
+            return b""
 
-    def sizes(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(N, 2) heights and widths in pixels, read from the files' headers."""
-        return np.array(list(self._pool.map(self._size, index_N.tolist())), np.int64)
-
-    def _size(self, index: int) -> tuple[int, int]:
-        return read_size(self._file(index)) or (1, 1)
+    def fetch(self, index_N: NDArray[np.int64]) -> _Files:
+        """Read the files."""
+        contents = [self._contents(index) for index in index_N.tolist()]
+        sizes = [read_size(BytesIO(content)) or (1, 1) for content in contents]
+        return _Files(index_N, np.array(sizes, np.int64).reshape(-1, 2), contents)
 
     def crop(
-        self, index_N: NDArray[np.int64], boxes_NV4: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
+        self, fetched: _Files, boxes_NV5: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
         """Decode each picture once and write its crops; see :class:`pipelines.engines.Engine`."""
-        return np.array(list(self._pool.map(self._crop, index_N.tolist(), boxes_NV4, out_NVSS3)), np.bool_)
+        sound = map(self._crop, fetched.contents, boxes_NV5, out_NVSS3)
+        return np.fromiter(sound, np.bool_, len(fetched.contents))
 
-    def _crop(self, index: int, boxes_V4: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
-        image = read_rgb(self._file(index))
+    def _crop(self, content: bytes, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
+        image = read_rgb(BytesIO(content))
         if image is None:
             return False
         size = list(out_VSS3.shape[1:3])
-        for box, out_SS3 in zip(boxes_V4, out_VSS3, strict=True):
-            top, left, height, width = (int(x) for x in box)
-            out_SS3[...] = resized_crop(image, top, left, height, width, size, InterpolationMode.BILINEAR)
+        for box, out_SS3 in zip(boxes_V5, out_VSS3, strict=True):
+            top, left, height, width, mirrored = (int(x) for x in box)
+            view = resized_crop(image, top, left, height, width, size, InterpolationMode.BILINEAR)
+            out_SS3[...] = hflip(view) if mirrored else view
         return True

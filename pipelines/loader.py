@@ -1,15 +1,19 @@
 """The loader: order, sharding, cursor, crops and mixtures for every backend alike.
 
-A thread asks the engine for uint8 crops a few batches ahead; photometric stage and mixing run on the training
-device when the batch is handed over. Shape letters: N batch, V views, S side in pixels.
+A batch is cut into slices; each worker thread takes the next one and does everything to it that can be done
+on the host: it draws the boxes, has the engine decode and crop, and on a machine without a GPU runs the
+photometric stage while the views are still in the cache. Workers go on to the next batch without waiting for
+each other. What is left for the thread that iterates is to put slices together, upload and mix.
+
+Shape letters: N batch, V views, S side in pixels, P parameters.
 """
 
-import atexit
-import functools
 import logging
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,40 +25,54 @@ from torch import Tensor
 from pipelines.batch import Batch
 from pipelines.crops import draw_boxes
 from pipelines.engines import MAX_TRIES, BadPicturesError, Engine, Fault
+from pipelines.memory import Lender
 from pipelines.mixing import mix
-from pipelines.photometric import augment, draw_parameters
+from pipelines.parameters import draw_parameters
+from pipelines.photometric import augment
 from pipelines.photometric_cpu import augment_on_cpu
-from pipelines.randomness import epoch_order
+from pipelines.randomness import EpochOrder
 from pipelines.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-_PREFETCHED = 3
-_STATE_VERSION = 1
+_AHEAD = 4
+"""Batches under way or ready, the one handed out next among them."""
+_LEAST_SLICE = 8
+"""Pictures; smaller slices cost more in hand-overs than they gain in balance."""
+_READERS_PER_THREAD = 4
+"""Threads that wait for the disk, for each one that decodes."""
+_STATE_VERSION = 2
 _VERIFY_HINT = "verify the set with `python -m dataset_tools verify`"
 
 
-@dataclass
-class _Crops:
-    """One batch on the host, between the engine and the device."""
-
-    views_NVSS3: Tensor
-    index_N: Tensor
-    label_N: Tensor
-    params_VNP: Tensor
-
-
-@dataclass
-class _Buffer:
-    """Host memory for the crops of one batch, and the upload that must be over before it is written again."""
+@dataclass(frozen=True)
+class Crops:
+    """A batch before its photometric stage."""
 
     views: Tensor
-    uploaded: "torch.cuda.Event | None" = None
+    """(N, V, S, S, 3) uint8, on the host."""
+    index: Tensor
+    """(N,) int64, position in the set."""
+    label: Tensor
+    """(N,) int64, −1 where the set has no labels."""
 
-    def ready(self) -> Tensor:
-        if self.uploaded is not None:
-            self.uploaded.synchronize()
-        return self.views
+
+@dataclass(frozen=True)
+class _Slice:
+    """What a worker has found out of its part of a batch, beside the pixels."""
+
+    index_N: NDArray[np.int64]
+    label_N: NDArray[np.int64]
+    params_VNP: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A batch under way: the pictures wanted, the memory that is being filled, the slices."""
+
+    wanted_N: NDArray[np.int64]
+    pixels: Tensor
+    slices: "list[Future[_Slice]]"
 
 
 class ViewLoader:
@@ -103,6 +121,10 @@ class ViewLoader:
         self._shuffle, self._drop_last = shuffle, drop_last
         self._fault_limit = max(10, int(max_bad_fraction * engine.count))
         self._epoch, self._batches_done = 0, 0
+        side, views = recipe.crop_px, recipe.num_views
+        self._bytes = Lender((batch_size, views, side, side, 3), torch.uint8, pinned=device.type == "cuda")
+        self._floats = Lender((views, batch_size, side, side, 3), torch.float32)
+        self._scratch = threading.local()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -146,69 +168,136 @@ class ViewLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch, from the cursor on; at its end the cursor is back at the start."""
-        epoch, first = self._epoch, self._batches_done
-        ahead: queue.Queue[_Crops | BaseException | None] = queue.Queue(_PREFETCHED)
-        free: queue.Queue[_Buffer | None] = queue.Queue()
-        for _ in range(_PREFETCHED + 1):
-            free.put(_Buffer(self._empty_views()))
-        stop = threading.Event()
-        worker = threading.Thread(
-            target=self._work, args=(epoch, first, ahead, free, stop), name="view-loader", daemon=True
-        )
-        # A thread inside compiled code at the interpreter's end would abort the process.
-        finish = functools.partial(_finish_thread, worker, stop, free)
-        atexit.register(finish)
-        worker.start()
-        try:
-            while (crops := ahead.get()) is not None:
-                if isinstance(crops, BaseException):
-                    raise crops
-                batch, uploaded = self._finish(crops, epoch)
-                free.put(_Buffer(crops.views_NVSS3, uploaded))
+        epoch = self._epoch
+        on_host = self.device.type == "cpu"
+        uploads: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        for pixels, made in self._batches(augmented=on_host):
+            index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
+            if on_host:
+                views = [view.permute(0, 3, 1, 2) for view in pixels[:, : len(index)]]
+            else:
+                index, label = index.pin_memory(), label.pin_memory()
+                views = self._upload(pixels[: len(index)], made.params_VNP)
+                # The host memory is lent anew only once the copy out of it is over.
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(self.device))
+                uploads.append((event, pixels))
+                while uploads[0][0].query():
+                    uploads.popleft()
+            key = views[1] if len(views) > 1 else views[0][:0]
+            mixtures = mix(self.recipe, self.seed, epoch, index, views[0])
+            index, label = (column.to(self.device, non_blocking=True) for column in (index, label))
+            yield Batch(views[0], key, mixtures, index, label)
+
+    def crops(self) -> Iterator[Crops]:
+        """Like iterating, but only the crops: no photometric stage, no mixtures, nothing on a device."""
+        for pixels, made in self._batches(augmented=False):
+            index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
+            yield Crops(pixels[: len(index)], index, label)
+
+    def boxes(self, epoch: int, index_N: NDArray[np.int64]) -> NDArray[np.int32]:
+        """(N, V, 5) crop boxes of the pictures asked for; see :mod:`pipelines.crops`."""
+        return draw_boxes(self.recipe, self.seed, epoch, index_N, self.engine.fetch(index_N).size_N2)
+
+    def _upload(self, crops: Tensor, params_VNP: NDArray[np.float32]) -> list[Tensor]:
+        """Copy to the training device and run the photometric stage there."""
+        params = torch.from_numpy(params_VNP).pin_memory().to(self.device, non_blocking=True)
+        on_device = crops.to(self.device, non_blocking=True).unbind(1)
+        return [augment(view, p, self.recipe) for view, p in zip(on_device, params, strict=True)]
+
+    def _batches(self, *, augmented: bool) -> Iterator[tuple[Tensor, _Slice]]:
+        """Pixels of the rest of the epoch's batches, and what belongs to them; moves the cursor."""
+        epoch, number = self._epoch, self._batches_done
+        ahead: deque[_Started] = deque()
+        with ExitStack() as stack:
+            workers = _pool("view-loader", self._num_threads, stack)
+            readers = None
+            if self.engine.reads_ahead:
+                readers = _pool("view-reader", _READERS_PER_THREAD * self._num_threads, stack)
+            while True:
+                while number < len(self) and len(ahead) < _AHEAD:
+                    ahead.append(self._start(epoch, number, augmented, workers, readers))
+                    number += 1
+                if not ahead:
+                    break
+                started = ahead.popleft()
+                parts = [part.result() for part in started.slices]
+                made = _Slice(
+                    np.concatenate([part.index_N for part in parts]),
+                    np.concatenate([part.label_N for part in parts]),
+                    np.concatenate([part.params_VNP for part in parts], axis=1),
+                )
+                self._note_faults(started.wanted_N, made.index_N)
                 self._batches_done += 1
-                yield batch
-            self._batches_done = 0
-        finally:
-            finish()
-            atexit.unregister(finish)
+                yield started.pixels, made
+                del started, parts, made  # or the memory stays lent while we wait
+        self._batches_done = 0
 
-    def _empty_views(self) -> Tensor:
-        recipe = self.recipe
-        shape = (self.batch_size, recipe.num_views, recipe.crop_px, recipe.crop_px, 3)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-
-    def _work(
+    def _start(
         self,
         epoch: int,
-        first: int,
-        ahead: "queue.Queue[_Crops | BaseException | None]",
-        free: "queue.Queue[_Buffer | None]",
-        stop: threading.Event,
-    ) -> None:
-        """The prefetching thread: crops of the epoch's batches, in order, until told to stop."""
-        last: _Crops | BaseException | None = None
-        try:
-            order = self._order(epoch)
-            for number in range(first, len(self)):
-                start = (number * self._world_size + self._rank) * self.batch_size
-                index_N = order[start : start + self.batch_size]
-                buffer = free.get()
-                if buffer is None or not _put(ahead, self._crop(epoch, index_N, buffer.ready()), stop):
-                    return
-        except BaseException as error:  # handed to the thread that iterates, which raises it
-            last = error
-        _put(ahead, last, stop)
+        number: int,
+        augmented: bool,
+        workers: ThreadPoolExecutor,
+        readers: ThreadPoolExecutor | None,
+    ) -> _Started:
+        """Give a batch's slices to the workers, and to the readers before them where there are any."""
+        first = (number * self._world_size + self._rank) * self.batch_size
+        wanted_N = self._order(epoch, slice(first, first + self.batch_size))
+        pixels = (self._floats if augmented else self._bytes).take()
+        size = max(_LEAST_SLICE, -(-self.batch_size // (2 * self._num_threads)))
+        slices = []
+        for start in range(0, len(wanted_N), size):
+            index_N = wanted_N[start : start + size]
+            fetched = readers.submit(self.engine.fetch, index_N) if readers else None
+            slices.append(workers.submit(self._make, epoch, index_N, fetched, pixels, start, augmented))
+        return _Started(wanted_N, pixels, slices)
 
-    def _order(self, epoch: int) -> Tensor:
+    def _order(self, epoch: int, places: slice) -> NDArray[np.int64]:
         count = self.engine.count
-        return epoch_order(self.seed, epoch, count) if self._shuffle else torch.arange(count)
+        if self._shuffle:
+            return EpochOrder(self.seed, epoch, count)[places]
+        return np.arange(*places.indices(count), dtype=np.int64)
 
-    def _crop(self, epoch: int, wanted_N: Tensor, buffer: Tensor) -> _Crops:
-        """Crops of one batch; undecodable pictures are replaced by the next sound one of the set."""
-        index_N = wanted_N.numpy().copy()
-        views = buffer[: len(index_N)]
-        views_NVSS3 = views.numpy()
-        ok_N = self.engine.crop(index_N, self.boxes(epoch, index_N), views_NVSS3)
+    def _make(
+        self,
+        epoch: int,
+        wanted_N: NDArray[np.int64],
+        fetched: "Future[Any] | None",
+        pixels: Tensor,
+        start: int,
+        augmented: bool,
+    ) -> _Slice:
+        """A worker's task: crops of one slice, written to its place in the batch; or finished views."""
+        if augmented:
+            views_NVSS3 = self._scratch_views(len(wanted_N))
+        else:
+            views_NVSS3 = pixels[start : start + len(wanted_N)].numpy()
+        found = fetched.result() if fetched else self.engine.fetch(wanted_N)
+        index_N = self._crop(epoch, wanted_N, found, views_NVSS3)
+        params_VNP = draw_parameters(self.recipe, self.seed, epoch, index_N)
+        if augmented:
+            augment_on_cpu(views_NVSS3, params_VNP, self.recipe, pixels.numpy(), start)
+        return _Slice(index_N, self.engine.labels(index_N), params_VNP)
+
+    def _scratch_views(self, num: int) -> NDArray[np.uint8]:
+        """This worker's own memory for the crops of a slice."""
+        recipe, views = self.recipe, getattr(self._scratch, "views", None)
+        if views is None or len(views) < num:
+            shape = (num, recipe.num_views, recipe.crop_px, recipe.crop_px, 3)
+            views = self._scratch.views = np.empty(shape, np.uint8)
+        part: NDArray[np.uint8] = views[:num]
+        return part
+
+    def _crop(
+        self, epoch: int, wanted_N: NDArray[np.int64], fetched: Any, views_NVSS3: NDArray[np.uint8]
+    ) -> NDArray[np.int64]:
+        """Crop a slice; an undecodable picture gives way to the next sound one. Returns the ones used."""
+        recipe, seed = self.recipe, self.seed
+        index_N = wanted_N.copy()
+        ok_N = self.engine.crop(
+            fetched, draw_boxes(recipe, seed, epoch, index_N, fetched.size_N2), views_NVSS3
+        )
         tries = 0
         while len(bad_B := np.flatnonzero(~ok_N)):
             if tries == MAX_TRIES:
@@ -218,28 +307,14 @@ class ViewLoader:
                 )
             tries += 1
             index_N[bad_B] = (index_N[bad_B] + 1) % self.engine.count
+            next_ones = self.engine.fetch(index_N[bad_B])
+            boxes_BV5 = draw_boxes(recipe, seed, epoch, index_N[bad_B], next_ones.size_N2)
             stand_in_BVSS3 = np.empty_like(views_NVSS3[bad_B])
-            ok_N[bad_B] = self.engine.crop(index_N[bad_B], self.boxes(epoch, index_N[bad_B]), stand_in_BVSS3)
+            ok_N[bad_B] = self.engine.crop(next_ones, boxes_BV5, stand_in_BVSS3)
             views_NVSS3[bad_B] = stand_in_BVSS3
-        self._note_faults(wanted_N.numpy(), index_N)
-        used_N = self._pinned(torch.from_numpy(index_N))
-        params_VNP = torch.stack(
-            [draw_parameters(self.recipe, self.seed, epoch, used_N, v) for v in range(self.recipe.num_views)]
-        )
-        label_N = torch.from_numpy(self.engine.labels(index_N))
-        return _Crops(views, used_N, self._pinned(label_N), self._pinned(params_VNP))
+        return index_N
 
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
-
-    def boxes(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """(N, V, 4) crop boxes (top, left, height, width) of the pictures asked for, in pixels."""
-        sizes = torch.from_numpy(self.engine.sizes(rows))
-        drawn = draw_boxes(self.recipe, self.seed, epoch, torch.from_numpy(rows), sizes[:, 0], sizes[:, 1])
-        boxes_NV4: NDArray[np.int32] = drawn.numpy()
-        return boxes_NV4
-
-    def _note_faults(self, wanted_N: Any, used_N: Any) -> None:
+    def _note_faults(self, wanted_N: NDArray[np.int64], used_N: NDArray[np.int64]) -> None:
         for n in np.flatnonzero(wanted_N != used_N):
             index, used = int(wanted_N[n]), int(used_N[n])
             if index in self.faults:
@@ -254,42 +329,9 @@ class ViewLoader:
                 f"{self.engine.count}; one is {self.engine.picture_name(max(self.faults))}; {_VERIFY_HINT}"
             )
 
-    def _finish(self, crops: _Crops, epoch: int) -> "tuple[Batch, torch.cuda.Event | None]":
-        """Upload, augment, normalise and mix on the training device; tell when the upload is over."""
-        views = crops.views_NVSS3.to(self.device, non_blocking=True)
-        params_VNP = crops.params_VNP.to(self.device, non_blocking=True)
-        uploaded = None
-        if self.device.type == "cuda":
-            uploaded = torch.cuda.Event()
-            uploaded.record(torch.cuda.current_stream(self.device))
-        if self.device.type == "cpu":
-            finished = augment_on_cpu(views, params_VNP, self.recipe, self._num_threads)
-        else:
-            finished = [
-                augment(view, params, self.recipe)
-                for view, params in zip(views.unbind(1), params_VNP, strict=True)
-            ]
-        query = finished[0]
-        key = finished[1] if len(finished) > 1 else query[:0]
-        mixtures = mix(self.recipe, self.seed, epoch, crops.index_N, query)
-        index, label = (t.to(self.device, non_blocking=True) for t in (crops.index_N, crops.label_N))
-        return Batch(query, key, mixtures, index, label), uploaded
 
-
-def _finish_thread(
-    worker: threading.Thread, stop: threading.Event, free: "queue.Queue[_Buffer | None]"
-) -> None:
-    stop.set()
-    free.put(None)
-    worker.join()
-
-
-def _put(ahead: "queue.Queue[Any]", item: Any, stop: threading.Event) -> bool:
-    """Put, but give up when the reader has gone."""
-    while not stop.is_set():
-        try:
-            ahead.put(item, timeout=0.2)
-            return True
-        except queue.Full:
-            continue
-    return False
+def _pool(name: str, num_threads: int, stack: ExitStack) -> ThreadPoolExecutor:
+    """Threads that end with the stack, after what each is doing and before what still waits."""
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+    stack.callback(pool.shutdown, cancel_futures=True)
+    return pool

@@ -1,10 +1,10 @@
-"""Photometric augmentation of a batch: flip, colour jitter, grey, blur, solarise, normalise.
+"""Photometric augmentation of a batch: colour jitter, grey, blur, solarise, normalise.
 
-The parameters of every view are drawn on the host by address and sent to the device as one small tensor;
-the stage itself is batched torch code of fixed shapes with no host sync. An operation that does not fire for
-a view gets its identity parameter, so all views take the same path. Semantics are torchvision's: factors and
-hue as in ``ColorJitter``, its four operations in an order drawn per view, blur with reflected borders as in
-``GaussianBlur``.
+The parameters of every view are drawn on the host (:mod:`pipelines.parameters`) and sent to the device as one
+small tensor; the stage itself is batched torch code of fixed shapes with no host sync. An operation that does
+not fire for a view has its identity parameter, so all views take the same path. Semantics are torchvision's:
+factors and hue as in ``ColorJitter``, its four operations in an order drawn per view, blur with reflected
+borders as in ``GaussianBlur``.
 
 Shape letters: N views, S side in pixels, P parameters.
 """
@@ -12,52 +12,19 @@ Shape letters: N views, S side in pixels, P parameters.
 import torch
 from torch import Tensor
 
-from pipelines.randomness import Purpose, uniform
+from pipelines.parameters import (
+    BLUR,
+    BRIGHTNESS,
+    CONTRAST,
+    GREY,
+    HUE,
+    LUMA,
+    PLACES,
+    SATURATION,
+    SOLARIZE,
+    blur_radius_px,
+)
 from pipelines.recipe import Recipe
-
-# Columns of the parameter tensor.
-FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARIZE = range(8)
-# Columns 8 … 13: which blend (0 none, 1 brightness, 2 contrast, 3 saturation) goes into each of the three
-# places before the hue shift and the three after it.
-PLACES = slice(8, 14)
-NUM_PARAMETERS = 14
-_NUM_DRAWS = 16
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL and torchvision use it
-
-
-def draw_parameters(recipe: Recipe, seed: int, epoch: int, index_N: Tensor, view: int) -> Tensor:
-    """(N, P) float32 parameters of one view of each sample; columns are named at the top of this file."""
-    u_ND = uniform(seed, epoch, index_N, Purpose.PHOTOMETRIC, _NUM_DRAWS, view)
-    params_NP = torch.zeros(len(index_N), NUM_PARAMETERS)
-    params_NP[:, FLIP] = (u_ND[:, 0] < recipe.flip_prob).float()
-    params_NP[:, GREY] = (u_ND[:, 2] < recipe.grey_prob).float()
-    params_NP[:, SOLARIZE] = (u_ND[:, 3] < recipe.solarize_prob).float()
-
-    low, high = recipe.blur_sigma_px
-    sigma_N = low + (high - low) * u_ND[:, 5]
-    params_NP[:, BLUR] = torch.where(u_ND[:, 4] < recipe.blur_prob, sigma_N, 0.0)
-
-    jitter_N = u_ND[:, 1] < recipe.jitter_prob
-    strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
-    for column, strength in zip((BRIGHTNESS, CONTRAST, SATURATION), strengths, strict=True):
-        factor_N = 1 + strength * (2 * u_ND[:, 5 + column] - 1)
-        params_NP[:, column] = torch.where(jitter_N, factor_N, 1.0)
-    params_NP[:, HUE] = torch.where(jitter_N, recipe.hue_turns * (2 * u_ND[:, 9] - 1), 0.0)
-    params_NP[:, PLACES] = _blend_places(u_ND[:, 10:14])
-    return params_NP
-
-
-def _blend_places(key_N4: Tensor) -> Tensor:
-    """Turn four random keys into an order of brightness, contrast, saturation and hue.
-
-    Hue is the dear one, so it is computed once: blends ordered before it go to the first three places, the
-    others to the last three. (N, 6) float32 of 0 … 3.
-    """
-    rank_N4 = key_N4.argsort(dim=1).argsort(dim=1)
-    hue_rank_N1 = rank_N4[:, 3:]
-    place_N3 = torch.where(rank_N4[:, :3] < hue_rank_N1, rank_N4[:, :3], rank_N4[:, :3] - hue_rank_N1 - 1 + 3)
-    places_N6 = torch.zeros(len(key_N4), 6)
-    return places_N6.scatter_(1, place_N3, torch.tensor([[1.0, 2.0, 3.0]]).expand(len(key_N4), 3))
 
 
 def augment(views: Tensor, params_NP: Tensor, recipe: Recipe) -> Tensor:
@@ -65,7 +32,7 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe) -> Tensor:
 
     Args:
         views: (N, S, S, 3) uint8 crops.
-        params_NP: (N, P) float32 of :func:`draw_parameters`, on the same device.
+        params_NP: (N, P) float32 of :func:`pipelines.parameters.draw_parameters`, on the same device.
         recipe: mean, std, the largest blur and the place of grey.
 
     Returns:
@@ -73,8 +40,6 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe) -> Tensor:
     """
     # Planes of one channel each: on a CPU the colour operations run twice as fast on them.
     x = views.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    if recipe.flip_prob > 0:
-        x = torch.where(_column(params_NP, FLIP) > 0, x.flip(3), x)
     x = x.mul(1 / 255)
     if recipe.grey_before_jitter and recipe.grey_prob > 0:
         x = to_grey(x, params_NP)
@@ -173,11 +138,6 @@ def blur(x: Tensor, sigma_N: Tensor, largest_sigma: float) -> Tensor:
     side = x.shape[-1]
     band_NSS = _blur_matrix(sigma_N, side, blur_radius_px(largest_sigma, side))[:, None]
     return band_NSS @ x.contiguous() @ band_NSS.transpose(2, 3)
-
-
-def blur_radius_px(largest_sigma: float, side: int) -> int:
-    """How far the blur's kernel reaches: three times the largest standard deviation, at most side − 1."""
-    return min(int(3 * largest_sigma + 0.5), side - 1)
 
 
 def _blur_matrix(sigma_N: Tensor, side: int, radius: int) -> Tensor:

@@ -37,7 +37,7 @@ def read_rgb(file: Path | IO[bytes]) -> Image.Image | None:
         return None
 
 
-def read_size(file: Path) -> tuple[int, int] | None:
+def read_size(file: Path | IO[bytes]) -> tuple[int, int] | None:
     """(height, width) in pixels of the upright picture, from the file's header; None where it has none."""
     try:
         with Image.open(file) as image:

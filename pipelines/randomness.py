@@ -2,16 +2,21 @@
 
 Nothing is consumed, so views do not depend on threads, batch size, world size or on where a run was
 resumed. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011), written on int64 tensors so that the host and the training device run the same lines: torch
-has no unsigned 32 × 32 → 64 bit product, but int64's wraps to the same bits.
+SC 2011), written twice: on int64 tensors for what is drawn on the training device (torch has no unsigned
+32 × 32 → 64 bit product, but int64's wraps to the same bits), and in numba for what is drawn on the host,
+where a batch of tensor operations would cost more than the picture's decoding leaves over.
 
 Shape letters: N samples, V views, R draws.
 """
 
 from enum import IntEnum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from pipelines.compiled import kernel
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -29,6 +34,9 @@ class Purpose(IntEnum):
     UNMIX = 5
     NOISE = 6
     ORDER = 7
+
+
+_ORDER = int(Purpose.ORDER)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -84,9 +92,68 @@ def uniform(seed: int, epoch: int, index_N: Tensor, purpose: Purpose, num: int, 
     return (bits(seed, epoch, index_N, purpose, num, view) >> 8).to(torch.float32) * 2.0**-24
 
 
-def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """(count,) int64: the order in which an epoch visits the set; the same on every rank."""
-    generator = torch.Generator().manual_seed(
-        int(bits(seed, epoch, torch.zeros(1, dtype=torch.int64), Purpose.ORDER, 1).item())
-    )
-    return torch.randperm(count, generator=generator)
+@kernel
+def words(
+    seed: int, epoch: int, index: int, purpose: int, view: int, block: int
+) -> tuple[int, int, int, int]:
+    """Four of the draws that :func:`bits` gives, numbers 4 · block and on; ``seed`` as a signed integer."""
+    return _philox(index, epoch, purpose << 8 | view, block, seed & _MASK, seed >> 32 & _MASK)
+
+
+@kernel
+def _philox(c0: int, c1: int, c2: int, c3: int, k0: int, k1: int) -> tuple[int, int, int, int]:
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = (product1 >> 32 & _MASK) ^ c1 ^ k0, product1 & _MASK
+        c2, c3 = (product0 >> 32 & _MASK) ^ c3 ^ k1, product0 & _MASK
+        k0, k1 = k0 + _WEYL[0] & _MASK, k1 + _WEYL[1] & _MASK
+    return c0, c1, c2, c3
+
+
+class EpochOrder:
+    """The order in which an epoch visits the set; the same on every rank.
+
+    A keyed permutation that is evaluated where it is asked, so neither a shuffle nor a resume costs anything,
+    whatever the size of the set: a Feistel network (Luby and Rackoff, "How to construct pseudorandom
+    permutations", 1988) over the next even power of two, walked on until it lands within the set.
+    """
+
+    def __init__(self, seed: int, epoch: int, count: int) -> None:
+        if not 1 <= count <= 1 << 32:
+            raise ValueError(f"a set of {count} pictures cannot be ordered; it must have 1 … 2³²")
+        self._seed, self._epoch, self._count = seed, epoch, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, places: slice) -> NDArray[np.int64]:
+        """(n,) positions in the set of the epoch's pictures ``places``; steps other than 1 are refused."""
+        start, stop, step = places.indices(self._count)
+        if step != 1:
+            raise ValueError(f"an epoch is read forwards, its order in steps of {step} is not to be had")
+        key = int(np.uint64(self._seed).view(np.int64))
+        return _permute(key, self._epoch, self._count, start, max(start, stop))
+
+
+_FEISTEL_ROUNDS = 6
+
+
+@kernel
+def _permute(seed: int, epoch: int, count: int, start: int, stop: int) -> NDArray[np.int64]:
+    half_bits = 1
+    while count > 1 << 2 * half_bits:
+        half_bits += 1
+    mask = (1 << half_bits) - 1
+    out = np.empty(stop - start, np.int64)
+    for i in range(stop - start):
+        x = start + i
+        while True:
+            left, right = x >> half_bits, x & mask
+            for round_number in range(_FEISTEL_ROUNDS):
+                drawn = words(seed, epoch, right, _ORDER, 0, round_number)[0]
+                left, right = right, left ^ drawn & mask
+            x = left << half_bits | right
+            if x < count:
+                break
+        out[i] = x
+    return out

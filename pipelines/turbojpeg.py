@@ -85,14 +85,14 @@ class _PlaneBuffer:
     def __init__(self, width: int, height: int) -> None:
         self._size = height, width
         half = (height + 1) // 2, (width + 1) // 2
-        self._planes = [np.empty(shape, np.uint8) for shape in ((2 * half[0], 2 * half[1]), half, half)]
-        self.addresses = (ctypes.c_void_p * 3)(*(plane.ctypes.data for plane in self._planes))
-        self.strides = (ctypes.c_int * 3)(*(plane.shape[1] for plane in self._planes))
+        self.arrays = [np.empty(shape, np.uint8) for shape in ((2 * half[0], 2 * half[1]), half, half)]
+        self.addresses = (ctypes.c_void_p * 3)(*(plane.ctypes.data for plane in self.arrays))
+        self.strides = (ctypes.c_int * 3)(*(plane.shape[1] for plane in self.arrays))
 
     def planes(self) -> Planes:
         """The planes without the padding."""
         height, width = self._size
-        y, u, v = self._planes
+        y, u, v = self.arrays
         return Planes(y[:height, :width], u, v)
 
 
@@ -144,6 +144,20 @@ class _Decoder:
             self._handle, source, size, buffer.addresses, width, buffer.strides, height, _TJFLAG_ACCURATEDCT
         )
         return self._verdict(code, width, height), buffer.planes()
+
+    def rgb(self, planes: Planes) -> npt.NDArray[np.uint8]:
+        height, width = planes.y.shape
+        buffer = _PlaneBuffer(width, height)
+        for padded, plane in zip(buffer.arrays, planes, strict=True):
+            padded[: plane.shape[0], : plane.shape[1]] = plane
+        pixels = np.empty((height, width, 3), np.uint8)
+        code = self._lib.tjDecodeYUVPlanes(
+            self._handle, buffer.addresses, buffer.strides, _TJSAMP_420,
+            pixels.ctypes.data, width, 0, height, _TJPF_RGB, 0,
+        )  # fmt: skip
+        if code != 0:
+            raise ValueError(f"TurboJPEG made no pixels of {width} × {height} px: {self._message()}")
+        return pixels
 
     def _verdict(self, code: int, width: int, height: int) -> Verdict:
         """What the return code of a complete decode means."""
@@ -267,3 +281,11 @@ def _decoder() -> _Decoder:
     if decoder is None:
         decoder = _local.decoder = _Decoder()
     return decoder
+
+
+def planes_to_rgb(payload: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Make (H, W, 3) uint8 pixels of a payload of MODE_YUV420, as libjpeg-turbo ends a JPEG's decoding."""
+    half = (height + 1) // 2, (width + 1) // 2
+    luma, chroma = height * width, half[0] * half[1]
+    y, u, v = np.split(payload, (luma, luma + chroma))
+    return _decoder().rgb(Planes(y.reshape(height, width), u.reshape(half), v.reshape(half)))

@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
+from pipelines import parameters
 from pipelines import photometric as ph
-from pipelines.photometric import NUM_PARAMETERS, PLACES, augment, draw_parameters
+from pipelines.parameters import NUM_PARAMETERS, PLACES
+from pipelines.photometric import augment
 from pipelines.photometric_cpu import augment_on_cpu
 from pipelines.recipe import Recipe, moco_v1, moco_v2
 
@@ -31,6 +34,19 @@ def views() -> Tensor:
 
 def _image(views: Tensor) -> Tensor:
     return views.permute(0, 3, 1, 2).float() / 255
+
+
+def _draw(recipe: Recipe, num: int, *, seed: int = 0, epoch: int = 0) -> Tensor:
+    """(V, N, P) parameters of the first samples."""
+    return torch.from_numpy(parameters.draw_parameters(recipe, seed, epoch, np.arange(num)))
+
+
+def _on_cpu(crops_NVSS3: Tensor, params_VNP: Tensor, recipe: Recipe) -> list[Tensor]:
+    """The numba stage's views, (N, 3, S, S) each."""
+    num, num_views, side = crops_NVSS3.shape[:3]
+    out = torch.full((num_views, num, side, side, 3), torch.nan)
+    augment_on_cpu(crops_NVSS3.numpy(), params_VNP.numpy(), recipe, out.numpy())
+    return [view.permute(0, 3, 1, 2) for view in out]
 
 
 def _identity(num: int) -> Tensor:
@@ -83,8 +99,7 @@ def test_grey_equals_torchvision(views: Tensor) -> None:
 
 def test_jitter_follows_its_drawn_order(views: Tensor) -> None:
     """The whole jitter of random parameters against torchvision's functions called one by one."""
-    index = torch.arange(len(views))
-    params = draw_parameters(moco_v1(), seed=3, epoch=1, index_N=index, view=0)
+    params = _draw(moco_v1(), len(views), seed=3, epoch=1)[0]
     got = ph.jitter(_image(views), params)
     names = {1: "adjust_brightness", 2: "adjust_contrast", 3: "adjust_saturation"}
     columns = {1: ph.BRIGHTNESS, 2: ph.CONTRAST, 3: ph.SATURATION}
@@ -100,7 +115,7 @@ def test_jitter_follows_its_drawn_order(views: Tensor) -> None:
 
 
 def test_every_jitter_fires_once_in_all_orders() -> None:
-    params = draw_parameters(moco_v2(), 0, 0, torch.arange(20_000), view=0)
+    params = _draw(moco_v2(), 20_000)[0]
     places = params[:, PLACES]
     assert torch.equal(places.sort(dim=1).values, torch.tensor([0, 0, 0, 1, 2, 3.0]).expand(20_000, 6))
     before = (places[:, :3] > 0).sum(dim=1)
@@ -109,9 +124,8 @@ def test_every_jitter_fires_once_in_all_orders() -> None:
 
 
 def test_operations_fire_as_often_as_the_recipe_says() -> None:
-    params = draw_parameters(moco_v2(), 0, 0, torch.arange(40_000), view=1)
+    params = _draw(moco_v2(), 40_000)[1]
     share = {
-        "flip": (params[:, ph.FLIP] > 0, 0.5),
         "grey": (params[:, ph.GREY] > 0, 0.2),
         "blur": (params[:, ph.BLUR] > 0, 0.5),
         "jitter": (params[:, ph.HUE] != 0, 0.8),
@@ -125,8 +139,8 @@ def test_operations_fire_as_often_as_the_recipe_says() -> None:
 
 
 def test_solarize_and_normalise(views: Tensor) -> None:
-    recipe = Recipe(crop_px=48, jitter_prob=0, grey_prob=0, blur_prob=0, flip_prob=0, solarize_prob=1)
-    params = draw_parameters(recipe, 0, 0, torch.arange(len(views)), 0)
+    recipe = Recipe(crop_px=48, jitter_prob=0, grey_prob=0, blur_prob=0, solarize_prob=1)
+    params = _draw(recipe, len(views))[0]
     got = augment(views, params, recipe)
     solarised = reference.solarize(views.permute(0, 3, 1, 2), 128).float() / 255
     expected = reference.normalize(solarised, list(recipe.mean), list(recipe.std))
@@ -134,31 +148,19 @@ def test_solarize_and_normalise(views: Tensor) -> None:
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_flip_is_horizontal(views: Tensor) -> None:
-    recipe = Recipe(
-        crop_px=48, jitter_prob=0, grey_prob=0, blur_prob=0, flip_prob=1, mean=(0, 0, 0), std=(1,) * 3
-    )
-    got = augment(views, draw_parameters(recipe, 0, 0, torch.arange(len(views)), 0), recipe)
-    assert (got - reference.horizontal_flip(_image(views))).abs().max() < 1e-6
-
-
 def test_stage_compiles_as_one_graph(views: Tensor) -> None:
     recipe = moco_v2(48)
-    params = draw_parameters(recipe, 0, 0, torch.arange(len(views)), 0)
+    params = _draw(recipe, len(views))[0]
     graph = torch.compile(lambda v, p: augment(v, p, recipe), fullgraph=True, backend="aot_eager")
     assert (graph(views, params) - augment(views, params, recipe)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("make", [moco_v1, moco_v2])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_stage_for_cpus_equals_the_batched_one(
-    views: Tensor, threads: int, make: Callable[[int], Recipe]
-) -> None:
+def test_stage_for_cpus_equals_the_batched_one(views: Tensor, make: Callable[[int], Recipe]) -> None:
     recipe = dataclasses.replace(make(48), solarize_prob=0.3)
     both = torch.stack([views, views.flip(1)], dim=1).repeat(20, 1, 1, 1, 1)
-    index = torch.arange(len(both))
-    params = torch.stack([draw_parameters(recipe, 5, 2, index, view) for view in range(2)])
-    got = augment_on_cpu(both, params, recipe, threads)
+    params = _draw(recipe, len(both), seed=5, epoch=2)
+    got = _on_cpu(both, params, recipe)
     # Where a pixel sits on solarisation's threshold, the last bit decides which side it falls on.
     limit = 0.01 * LEVEL / min(recipe.std)
     for view in range(2):
@@ -171,27 +173,40 @@ def test_stage_for_cpus_equals_the_batched_one(
 
 
 @pytest.mark.parametrize("side", [8, 13, 224])
-def test_stage_for_cpus_at_other_sizes(side: int) -> None:
+@pytest.mark.parametrize("sigma", [2.0, 5.0])
+def test_stage_for_cpus_at_other_sizes(side: int, sigma: float) -> None:
     generator = torch.Generator().manual_seed(1)
     crops = torch.randint(0, 256, (6, 1, side, side, 3), dtype=torch.uint8, generator=generator)
-    recipe = dataclasses.replace(moco_v2(side), blur_prob=1.0)
-    params = draw_parameters(recipe, 0, 0, torch.arange(6), 0)
-    (got,) = augment_on_cpu(crops, params[None], recipe, 2)
-    assert (got - augment(crops[:, 0], params, recipe)).abs().max() < 0.01 * LEVEL / min(recipe.std)
+    recipe = dataclasses.replace(moco_v2(side), num_views=1, blur_prob=1.0, blur_sigma_px=(0.1, sigma))
+    params = _draw(recipe, 6)
+    (got,) = _on_cpu(crops, params, recipe)
+    assert (got - augment(crops[:, 0], params[0], recipe)).abs().max() < 0.01 * LEVEL / min(recipe.std)
+
+
+def test_stage_for_cpus_writes_its_place_in_the_batch(views: Tensor) -> None:
+    recipe = moco_v2(48)
+    crops, params = torch.stack([views, views], dim=1), _draw(recipe, len(views))
+    whole = _on_cpu(crops, params, recipe)
+    out = torch.zeros((2, len(views), 48, 48, 3))
+    for first in (8, 0, 4):
+        part = slice(first, first + 4)
+        some = np.ascontiguousarray(params[:, part])
+        augment_on_cpu(crops[part].numpy(), some, recipe, out.numpy(), first)
+    assert all(torch.equal(a, b.permute(0, 3, 1, 2)) for a, b in zip(whole, out, strict=True))
 
 
 def test_stage_for_cpus_gives_the_same_bits_compiled_or_cached(tmp_path: Path) -> None:
     """A resumed run loads from numba's cache what the first one compiled."""
     program = """
-import hashlib, torch
-from pipelines.photometric import draw_parameters
+import hashlib, numpy as np
+from pipelines.parameters import draw_parameters
 from pipelines.photometric_cpu import augment_on_cpu
 from pipelines.recipe import moco_v2
-torch.manual_seed(0)
-crops = torch.randint(0, 256, (64, 1, 32, 32, 3), dtype=torch.uint8)
-params = draw_parameters(moco_v2(32), 0, 0, torch.arange(64), 0)
-(views,) = augment_on_cpu(crops, params[None], moco_v2(32), 1)
-print(hashlib.sha256(views.contiguous().numpy().tobytes()).hexdigest())
+crops = np.random.default_rng(0).integers(0, 256, (64, 2, 32, 32, 3), dtype=np.uint8)
+params = draw_parameters(moco_v2(32), 0, 0, np.arange(64))
+views = np.empty((2, 64, 32, 32, 3), np.float32)
+augment_on_cpu(crops, params, moco_v2(32), views)
+print(hashlib.sha256(views.tobytes()).hexdigest())
 """
     bits = [
         subprocess.run(

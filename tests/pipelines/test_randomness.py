@@ -1,11 +1,12 @@
 """The generator against its authors' test vectors, and the promise of addressing."""
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.randomness import Purpose, bits, epoch_order, philox4x32, uniform
+from pipelines.randomness import EpochOrder, Purpose, bits, philox4x32, uniform, words
 
 # Known answers of philox4x32-10 published with Random123: counter, key, result.
 KNOWN = [
@@ -60,8 +61,46 @@ def test_uniform_has_its_moments() -> None:
     assert (torch.corrcoef(u.T) - torch.eye(4)).abs().max() < 0.02
 
 
-def test_epoch_order_is_a_permutation_of_its_own() -> None:
-    first, second = epoch_order(3, 0, 1000), epoch_order(3, 1, 1000)
-    assert torch.equal(first.sort().values, torch.arange(1000))
-    assert torch.equal(first, epoch_order(3, 0, 1000))
-    assert not torch.equal(first, second)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 2**32 - 1),
+    index=st.integers(0, 2**32 - 1),
+    view=st.integers(0, 255),
+)
+def test_the_host_draws_the_same_words(seed: int, epoch: int, index: int, view: int) -> None:
+    expected = bits(seed, epoch, torch.tensor([index]), Purpose.MASK, 12, view)[0]
+    key = int(np.uint64(seed).view(np.int64))
+    got = [word for block in range(3) for word in words(key, epoch, index, Purpose.MASK, view, block)]
+    assert got == expected.tolist()
+
+
+@given(count=st.integers(1, 3000), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_epoch_order_is_a_permutation_that_can_be_read_anywhere(count: int, seed: int, epoch: int) -> None:
+    order = EpochOrder(seed, epoch, count)
+    whole = order[:]
+    assert np.array_equal(np.sort(whole), np.arange(count))
+    assert np.array_equal(order[count // 3 : count // 2], whole[count // 3 : count // 2])
+    assert len(order[count : count + 5]) == 0
+
+
+def test_epoch_orders_look_random() -> None:
+    """No place prefers a picture, neighbours do not stay together, epochs and seeds differ."""
+    count = 40
+    orders = np.stack([EpochOrder(seed, epoch, count)[:] for seed in range(40) for epoch in range(100)])
+    hits = np.zeros((count, count))
+    np.add.at(hits, (np.arange(count)[None].repeat(len(orders), 0), orders), 1)
+    expected = len(orders) / count
+    chi_square = ((hits - expected) ** 2 / expected).sum()
+    freedom = (count - 1) ** 2
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+    together = np.abs(np.diff(orders, axis=1)) == 1
+    assert abs(together.mean() - 2 / count) < 0.003
+    assert len(np.unique(orders, axis=0)) == len(orders)
+
+
+def test_an_epoch_cannot_be_read_backwards_nor_be_empty() -> None:
+    with pytest.raises(ValueError, match="steps of -1"):
+        EpochOrder(0, 0, 10)[::-1]
+    with pytest.raises(ValueError, match="set of 0 pictures"):
+        EpochOrder(0, 0, 0)

@@ -1,0 +1,176 @@
+"""From encoded pictures to crops in one compiled loop: the inside of the ``ffcv`` backend.
+
+A JPEG is decoded once, to the planes it is made of, and every view is cut out of those; planes and pixels
+that are stored as such are not even copied. The loop holds no lock and belongs to the thread that calls it.
+
+Shape letters: N pictures, V views, S side in pixels.
+"""
+
+import ctypes
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from pipelines.beton import MODE_JPEG, MODE_YUV420
+from pipelines.compiled import kernel
+from pipelines.native import address_of, call_int, call_word
+from pipelines.resample import SLACK, crop_planes, crop_rgb, make_scratch
+from pipelines.turbojpeg import library
+
+# Of turbojpeg.h.
+TJSAMP_444, TJSAMP_422, TJSAMP_420, TJSAMP_440 = 0, 1, 2, 4
+TJCS_YCBCR = 1
+TJPF_RGB = 0
+TJFLAG_ACCURATEDCT = 4096
+
+WRONG_SIZE = -2
+"""Status of a picture whose header disagrees with the set's index."""
+# libjpeg enlarges the chroma of narrower pictures by repeating it.
+_LEAST_SIDE = 8
+
+
+class Functions(NamedTuple):
+    """Addresses of libturbojpeg's functions, as numbers."""
+
+    init: int
+    destroy: int
+    header: int
+    to_rgb: int
+    to_planes: int
+
+
+@cache
+def functions() -> Functions:
+    """Find libturbojpeg's functions, through FFCV; raises ImportError where that is missing."""
+    found = library()
+    return Functions(
+        address_of(found.tjInitDecompress),
+        address_of(found.tjDestroy),
+        address_of(found.tjDecompressHeader3),
+        address_of(found.tjDecompress2),
+        address_of(found.tjDecompressToYUVPlanes),
+    )
+
+
+@kernel
+def crop_pictures(  # type: ignore[no-untyped-def]
+    functions, data_C, address_N, num_bytes_N, mode_N, size_N2, boxes_NV5, out_NVSS3, status_N
+):
+    """Cut all views of some pictures.
+
+    Args:
+        functions: of :func:`functions`.
+        data_C: memory that holds the encoded pictures, with SLACK bytes behind them.
+        address_N: where in it each begins.
+        num_bytes_N: how long each is.
+        mode_N: how it is stored, MODE_JPEG, MODE_RAW or MODE_YUV420.
+        size_N2: heights and widths by the index.
+        boxes_NV5: see :mod:`pipelines.crops`.
+        out_NVSS3: (N, V, S, S, 3) uint8 views.
+        status_N: becomes 0 for a sound picture, else libturbojpeg's return code or WRONG_SIZE.
+    """
+    side = out_NVSS3.shape[2]
+    scratch = make_scratch(side, boxes_NV5[:, :, 2:4].max())
+    decoded_C = np.empty(SLACK, np.uint8)
+    header = np.empty(4, np.int32)
+    decoder = call_word(functions.init, ())
+    for n in range(len(address_N)):
+        height, width = size_N2[n]
+        start, stop = int(address_N[n]), int(address_N[n] + num_bytes_N[n])
+        pixels_C, planes, halved = data_C, mode_N[n] == MODE_YUV420, (True, True)
+        layout = _plane_layout(height, width, halved, False)
+        status_N[n] = 0
+        if mode_N[n] == MODE_JPEG:
+            jpeg_C = data_C[start:stop]
+            if len(decoded_C) < 3 * (width + 1) * (height + 1) + SLACK:
+                decoded_C = np.empty(3 * (width + 1) * (height + 1) + SLACK, np.uint8)
+            status_N[n] = _read_header(functions, decoder, jpeg_C, height, width, header)
+            if status_N[n] == 0:
+                planes, halved = _kind(header, height, width)
+                layout = _plane_layout(height, width, halved, True)
+                status_N[n] = _decode(functions, decoder, jpeg_C, height, width, planes, layout, decoded_C)
+            pixels_C, start = decoded_C, 0
+        if status_N[n] == 0:
+            for v in range(boxes_NV5.shape[1]):
+                b = boxes_NV5[n, v]
+                box = int(b[0]), int(b[1]), int(b[2]), int(b[3]), int(b[4])
+                out_C = out_NVSS3[n, v].reshape(side * side * 3)
+                if planes:
+                    starts = start, start + layout[0], start + layout[1]
+                    pitches = layout[2], layout[3]
+                    crop_planes(pixels_C, starts, pitches, (height, width), halved, box, out_C, scratch)
+                else:
+                    crop_rgb(pixels_C[start:], width, box, out_C, scratch)
+    call_int(functions.destroy, (decoder,))
+
+
+@kernel
+def _read_header(functions, decoder, jpeg_C, height, width, header):  # type: ignore[no-untyped-def]
+    """Fill in width, height, subsampling and colour space; returns a status."""
+    at = np.int64(header.ctypes.data)  # an unsigned address plus a number would be a float
+    places = (at, at + 4, at + 8, at + 12)
+    status = call_int(functions.header, (decoder, jpeg_C.ctypes.data, len(jpeg_C), *places))
+    if status != 0:
+        return int(status)
+    return 0 if header[0] == width and header[1] == height else WRONG_SIZE
+
+
+@kernel
+def _kind(header, height, width):  # type: ignore[no-untyped-def]
+    """Whether to decode to planes, and whether the chroma's rows and columns are halved.
+
+    Anything but the usual kinds is decoded to RGB by libturbojpeg, which knows them all.
+    """
+    sampling = header[2]
+    planes = (
+        header[3] == TJCS_YCBCR
+        and min(height, width) >= _LEAST_SIDE
+        and sampling in (TJSAMP_444, TJSAMP_422, TJSAMP_420, TJSAMP_440)
+    )
+    return planes, (sampling in (TJSAMP_420, TJSAMP_440), sampling in (TJSAMP_420, TJSAMP_422))
+
+
+@kernel
+def _plane_layout(height, width, halved, padded):  # type: ignore[no-untyped-def]
+    """Where U and V begin behind Y, and the pitches of Y and of U and V.
+
+    libturbojpeg pads Y to whole samples of the chroma; our own compiled sets do not.
+    """
+    chroma_rows = (height + 1) // 2 if halved[0] else height
+    chroma_pitch = (width + 1) // 2 if halved[1] else width
+    rows = 2 * chroma_rows if padded and halved[0] else height
+    pitch = 2 * chroma_pitch if padded and halved[1] else width
+    return rows * pitch, rows * pitch + chroma_rows * chroma_pitch, pitch, chroma_pitch
+
+
+@kernel
+def _decode(functions, decoder, jpeg_C, height, width, planes, layout, decoded_C):  # type: ignore[no-untyped-def]
+    at = np.int64(decoded_C.ctypes.data)
+    source = (decoder, jpeg_C.ctypes.data, len(jpeg_C))
+    if not planes:
+        target = (at, width, 0, height, TJPF_RGB, TJFLAG_ACCURATEDCT)
+        return int(call_int(functions.to_rgb, source + target))
+    starts = np.array([at, at + layout[0], at + layout[1]])
+    to_planes = (np.int64(starts.ctypes.data), width, 0, height, TJFLAG_ACCURATEDCT)
+    return int(call_int(functions.to_planes, source + to_planes))
+
+
+@kernel
+def read_pieces(pread, file, address_N, num_bytes_N, start_N, data_C):  # type: ignore[no-untyped-def]
+    """Read pieces of an open file one after the other; returns −1, or the first that could not be had."""
+    for n in range(len(address_N)):
+        done, wanted = 0, int(num_bytes_N[n])
+        while done < wanted:
+            place = np.int64(data_C.ctypes.data) + start_N[n] + done
+            got = call_word(pread, (file, place, wanted - done, int(address_N[n]) + done))
+            if got <= 0:
+                return n
+            done += got
+    return -1
+
+
+@cache
+def pread_address() -> int:
+    """Where the C library's ``pread`` lies."""
+    return address_of(ctypes.CDLL(None, use_errno=True).pread)
