@@ -17,7 +17,7 @@ PRETRAINED ?= runs/pretrain/backbone.safetensors
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system doctor demo convert pretrain lincls samples bench report lint test clean
+.PHONY: help setup system doctor demo convert pretrain lincls samples bench scale report lint test clean
 
 help:  ## |this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {split($$2, part, "|"); printf "  %-46s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
@@ -79,8 +79,11 @@ samples: $(READY)
 bench: samples  ## |our loader beside its peers on the same pictures
 	@$(BIN)/python -m benchmarks.loader data/photographs/train data/photographs.beton --json benchmarks/results/loader.json $(ARGS)
 
-report: $(READY)  ## |one page of all measured figures, runs/report.html
-	@$(BIN)/python -m benchmarks.report
+scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming cost at 1.28 and 10 million pictures
+	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)
+
+report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, and the block in README.md
+	@$(BIN)/python -m benchmarks.report $(ARGS)
 
 lint: $(READY)  ## |ruff and the strict type checker
 	$(BIN)/ruff check .

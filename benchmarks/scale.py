@@ -1,0 +1,321 @@
+"""What opening, shuffling and resuming cost by the number of pictures in a set: 1.28 million and 10 million.
+
+    make scale
+
+The sets are synthetic: real ``.beton`` files whose entries share the payloads of a few hundred photographs,
+with rising addresses as a converter leaves them, in a temporary folder that is deleted at the end. So the
+index has its full size while the payloads do not, and what is measured is what grows with the index.
+
+Each turn is a fresh Python process. It imports what loading needs, notes its memory, and then measures
+through the loader's public methods. Sets take turns, after one warm-up each that fills the compilers' caches;
+the files were just written, so the page cache is warm.
+"""
+
+import functools
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks.environment import environment
+from benchmarks.synthetic import write_synthetic
+from engine import cli
+from engine.checkpoint import write_atomically
+from pipelines import build_loader
+from pipelines.beton import import_ffcv, open_beton
+from pipelines.cores import usable_cores
+from pipelines.loader import ViewLoader
+from pipelines.randomness import EpochOrder
+from pipelines.recipe import moco_v2
+
+console = Console(highlight=False, soft_wrap=True)
+
+MEASURES = {
+    "open_s": ("open", "s"),
+    "first_batch_s": ("first batch", "s"),
+    "shuffle_s": ("shuffle", "s"),
+    "epoch_s": ("next epoch", "s"),
+    "resume_s": ("resume in mid-epoch", "s"),
+    "opened_private_memory_mib": ("private memory once open", "MiB"),
+    "private_memory_mib": ("private memory settled", "MiB"),
+    "peak_private_memory_mib": ("private memory peak", "MiB"),
+    "memory_mib": ("resident memory settled", "MiB"),
+    "peak_memory_mib": ("resident memory peak", "MiB"),
+}
+"""What a turn measures, its title and unit, in the order it is printed; :func:`turn` says what each is."""
+_CROP_PX = 224
+_SETTLING_BATCHES = 4
+_PEAK_EVERY_S = 0.005
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Measure what a set's size costs."""
+
+    count: tuple[int, ...] = (1_281_167, 10_000_000)
+    """Pictures in each synthetic set."""
+    photographs: Path = Path("data/photographs.beton")
+    """Where the payloads come from; `make samples` makes it."""
+    payloads: int = 400
+    """How many of its pictures are used."""
+    repeats: int = 5
+    """Turns of each set, after the warm-up."""
+    batch_size: int = 64
+    """Pictures per batch."""
+    threads: int = 0
+    """Threads of the loader; 0 takes all cores."""
+    json: Path | None = None
+    """Where the figures go."""
+
+
+def main(config: Scale) -> dict[str, Any]:
+    """Measure, print a table, write the JSON; returns what was written.
+
+    Raises:
+        ValueError: for settings that measure nothing, or where a measuring process was killed.
+        FileNotFoundError: if the photographs are not there.
+    """
+    _check(config)
+    threads = usable_cores(config.threads)
+    counts = sorted(set(config.count))
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        sets = {count: Path(folder) / f"{count}.beton" for count in counts}
+        index_bytes = _write_sets(config, sets)
+        turns = _take_turns(config, sets, threads)
+    figures = {
+        str(count): {name: _summary([turn[name] for turn in turns[count]]) for name in MEASURES}
+        | {"index_mib": index_bytes[count] / _MIB}
+        for count in counts
+    }
+    result = {
+        "benchmark": "scale",
+        "config": {
+            "recipe": "moco_v2",
+            "crop_px": _CROP_PX,
+            "batch_size": config.batch_size,
+            "threads": threads,
+            "repeats": config.repeats,
+            "payloads": config.payloads,
+            "page_cache": "warm",
+        },
+        "environment": environment(),
+        "counts": figures,
+        "ratios": _ratios(figures[str(counts[0])], figures[str(counts[-1])]),
+    }
+    _print(result)
+    if config.json:
+        content = (json.dumps(result, indent=2) + "\n").encode()
+        write_atomically(config.json, lambda file: file.write(content))
+        console.print(f"written to {config.json}")
+    return result
+
+
+def _check(config: Scale) -> None:
+    if config.repeats < 1:
+        raise ValueError(f"{config.repeats} turns measure nothing; take at least 1, better 5")
+    # From the middle of an epoch on there must be a batch to resume with and some to settle.
+    least = 2 * (1 + _SETTLING_BATCHES) * config.batch_size
+    if not config.count or min(config.count) < least:
+        raise ValueError(
+            f"counts are {config.count}; give at least one, each of {least} pictures or more, "
+            f"{2 * (1 + _SETTLING_BATCHES)} batches"
+        )
+    if not config.photographs.is_file():
+        raise FileNotFoundError(f"there are no photographs in {config.photographs}; make them: make samples")
+
+
+# ------------------------------------------------------------------------------------------------- turns
+
+
+def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
+    """Open a set, take first batches, shuffle and resume, in this process.
+
+    Returns, times in seconds and memory in MiB over that of the same process before it opened the set:
+
+    - open: ``build_loader`` until it returns; first batch: from there until it is handed out;
+    - shuffle: the order of another epoch and its first batch's part; next epoch: ``set_epoch`` until the
+      first batch; resume: ``load_state_dict`` with a cursor in mid-epoch until the first batch;
+    - private memory, which no file could give back, once the set is open, a few batches later with the
+      loader at work (settled), and at its peak; resident memory, with the mapped pages of the file, likewise.
+    """
+    import_ffcv()
+    # Part of "an empty process that has imported the same modules".
+    import pipelines.ffcv_engine  # noqa: F401
+
+    # Sets the kernel's high-water mark of resident memory back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _memory_mib()
+    with _PrivatePeak() as peak:
+        start = time.perf_counter()
+        loader = build_loader(
+            path, moco_v2(_CROP_PX), "ffcv", batch_size=batch_size, seed=0, num_threads=threads
+        )
+        open_s = time.perf_counter() - start
+        opened = _memory_mib()
+        first_batch_s = _until_first_batch(loader)
+        start = time.perf_counter()
+        EpochOrder(loader.seed, 1, loader.engine.count)[0:batch_size]
+        shuffle_s = time.perf_counter() - start
+        epoch_s = _until_first_batch(loader, lambda: loader.set_epoch(1))
+        middle = {**loader.state_dict(), "epoch": 2, "batches_done": len(loader) // 2}
+        resume_s = _until_first_batch(loader, lambda: loader.load_state_dict(middle))
+        batches = iter(loader)
+        for _ in range(_SETTLING_BATCHES):
+            next(batches)
+        settled = _memory_mib()
+        del batches
+    return {
+        "open_s": open_s,
+        "first_batch_s": first_batch_s,
+        "shuffle_s": shuffle_s,
+        "epoch_s": epoch_s,
+        "resume_s": resume_s,
+        "opened_private_memory_mib": opened["private"] - before["private"],
+        "private_memory_mib": settled["private"] - before["private"],
+        "peak_private_memory_mib": peak.mib - before["private"],
+        "memory_mib": settled["resident"] - before["resident"],
+        "peak_memory_mib": _status_mib("VmHWM") - before["resident"],
+    }
+
+
+def _until_first_batch(loader: ViewLoader, prepare: Callable[[], None] = lambda: None) -> float:
+    """Seconds of ``prepare`` and of the first batch after it."""
+    start = time.perf_counter()
+    prepare()
+    for _ in loader:
+        return time.perf_counter() - start
+    raise AssertionError("an epoch has batches")
+
+
+def _memory_mib() -> dict[str, float]:
+    """Memory of this process: all that is resident, and the private part that no file could give back."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return {"resident": kib["Rss"] / 1024, "private": kib["Anonymous"] / 1024}
+
+
+def _status_mib(name: str) -> float:
+    """One figure of /proc/self/status, which the kernel counts along and need not add up."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":"))
+
+
+class _PrivatePeak:
+    """The greatest private memory while open; the kernel keeps no such mark, so a thread looks often."""
+
+    def __init__(self) -> None:
+        self.mib = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_PEAK_EVERY_S):
+            self.mib = max(self.mib, _status_mib("RssAnon"))
+
+
+def _take_turns(config: Scale, sets: dict[int, Path], threads: int) -> dict[int, list[dict[str, float]]]:
+    """Turns of all sets, interleaved, each in a fresh process; the first of each is the warm-up."""
+    turns: dict[int, list[dict[str, float]]] = {count: [] for count in sets}
+    with _progress() as progress:
+        task = progress.add_task("warming up", total=(config.repeats + 1) * len(sets))
+        for repeat in range(config.repeats + 1):
+            for count, path in sets.items():
+                progress.update(task, description=f"{count:,} pictures")
+                figures = _in_fresh_process(path, config.batch_size, threads)
+                if repeat:
+                    turns[count].append(figures)
+                progress.advance(task)
+    return turns
+
+
+def _in_fresh_process(path: Path, batch_size: int, threads: int) -> dict[str, float]:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(turn, path, batch_size, threads).result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"the process measuring {path.stem} pictures was killed, most likely for its memory; "
+                "give a smaller --count"
+            ) from error
+
+
+def _write_sets(config: Scale, sets: dict[int, Path]) -> dict[int, int]:
+    """Write the synthetic sets; bytes of the index of each."""
+    source = open_beton(config.photographs)
+    index_bytes = {}
+    with _progress() as progress:
+        for count, path in progress.track(sets.items(), description="writing sets"):
+            index_bytes[count] = write_synthetic(source, path, count=count, payloads=config.payloads)
+    return index_bytes
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+# ----------------------------------------------------------------------------------------------- figures
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "turns": values}
+
+
+def _ratios(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float | None]:
+    """Medians of the largest set over those of the smallest; None where the smallest's is not positive."""
+    medians = {name: (small[name]["median"], large[name]["median"]) for name in MEASURES}
+    medians["index_mib"] = small["index_mib"], large["index_mib"]
+    return {name: large / small if small > 0 else None for name, (small, large) in medians.items()}
+
+
+def _print(result: dict[str, Any]) -> None:
+    counts = result["counts"]
+    table = Table(
+        title=f"What a set's size costs; medians, lowest … highest of {result['config']['repeats']} turns"
+    )
+    table.add_column("measure", no_wrap=True)
+    for count in counts:
+        table.add_column(f"{int(count):,}", justify="right")
+    table.add_column("ratio", justify="right", no_wrap=True)
+    for name, (title, unit) in MEASURES.items():
+        cells = [_cell(figures[name]) for figures in counts.values()]
+        table.add_row(f"{title}, {unit}", *cells, _times(result["ratios"][name]))
+    index = [f"{figures['index_mib']:,.0f}" for figures in counts.values()]
+    table.add_row("index in the file, MiB", *index, _times(result["ratios"]["index_mib"]))
+    console.print(table)
+
+
+def _cell(rate: dict[str, Any]) -> str:
+    return f"{rate['median']:.3g}\n[dim]{rate['low']:.3g} … {rate['high']:.3g}[/]"
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f} ×"
+
+
+if __name__ == "__main__":
+    cli.run(functools.partial(lambda argv: main(tyro.cli(Scale, args=argv)), sys.argv[1:]))

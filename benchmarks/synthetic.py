@@ -1,0 +1,76 @@
+"""Sets of any size without the pictures for it: a full index over the payloads of a few real photographs."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.beton import BetonFile, ffcv_types, matching_manifest
+
+_BLOCK_ENTRIES = 1 << 20
+
+
+def write_synthetic(source: BetonFile, path: Path, *, count: int, payloads: int) -> int:
+    """Write a ``.beton`` of ``count`` entries over the first pictures of ``source``, and its manifest.
+
+    Entry i is picture ⌊i · payloads / count⌋, so addresses rise as in a converted set, with each payload
+    stored once. The index is written in blocks: memory does not grow with ``count``.
+
+    Returns the size of the index, metadata and allocation table, in bytes.
+
+    Raises:
+        ValueError: if ``payloads`` is not in [1, pictures of ``source``], or ``source`` has no manifest.
+    """
+    if not 1 <= payloads <= len(source):
+        raise ValueError(f"{payloads} payloads are asked for, {source.path} has {len(source)} pictures")
+    manifest = matching_manifest(source)
+    if manifest is None:
+        raise ValueError(f"{source.path} has no manifest; make the photographs again: make samples")
+    types = ffcv_types()
+    first = types.HeaderType.itemsize
+    # The fields are the source's, and so are their descriptors.
+    header = source.data[:first].copy().view(types.HeaderType)
+    metadata_at = first + int(header["num_fields"][0]) * types.FieldDescType.itemsize
+    descriptors = source.data[first:metadata_at]
+    records = np.array(source.metadata[:payloads])
+    sizes = source.sizes[:payloads].astype(np.int64)
+    payloads_at = metadata_at + count * records.itemsize
+    addresses, table_at = _addresses(sizes, payloads_at, source.page_bytes)
+    records["f0"]["data_ptr"] = addresses
+    entries = np.zeros(payloads, types.ALLOC_TABLE_TYPE)
+    entries["ptr"], entries["size"] = addresses, sizes
+    header["num_samples"], header["alloc_table_ptr"] = count, table_at
+    with path.open("wb") as file:
+        file.write(header.tobytes() + descriptors.tobytes())
+        for number_N in _blocks(count):
+            file.write(records[number_N * payloads // count].tobytes())
+        for n, address in enumerate(addresses):
+            file.seek(int(address))
+            file.write(source.payload(n).tobytes())
+        file.seek(table_at)
+        for number_N in _blocks(count):
+            block = entries[number_N * payloads // count]
+            block["sample_id"] = number_N
+            file.write(block.tobytes())
+        num_bytes = file.tell()
+    # Hashing every entry's payload would read a terabyte; nothing that is measured asks for the hash.
+    replace(manifest, count=count, num_bytes=num_bytes, sha256="", source="synthetic").write(path)
+    return int(payloads_at - metadata_at + num_bytes - table_at)
+
+
+def _addresses(sizes: NDArray[np.int64], start: int, page_bytes: int) -> tuple[NDArray[np.int64], int]:
+    """Where payloads of ``sizes`` lie from byte ``start`` on, none across a page, and where they end."""
+    addresses = np.empty(len(sizes), np.int64)
+    for n, size in enumerate(sizes):
+        room = page_bytes - start % page_bytes
+        addresses[n] = start if size <= room else start + room
+        start = int(addresses[n] + size)
+    return addresses, start
+
+
+def _blocks(count: int) -> Iterator[NDArray[np.int64]]:
+    """The numbers 0 … count − 1, in blocks."""
+    for start in range(0, count, _BLOCK_ENTRIES):
+        yield np.arange(start, min(start + _BLOCK_ENTRIES, count))
