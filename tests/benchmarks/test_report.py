@@ -1,0 +1,474 @@
+"""The page of figures and the README's block: true to the JSON, self-contained, strict about its shape."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.report import charts, readme
+from benchmarks.report.__main__ import README, RESULTS, Report, main
+from benchmarks.report.page import render
+from benchmarks.report.results import DECODE_LIMIT, Rate, read_demo, read_loader, read_scale
+from benchmarks.scale import MEASURES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Made up for these tests, every rate of them: nobody measured these figures.
+_ENVIRONMENT = {
+    "processor": "Test Processor <1>",
+    "cpu_flags": {"avx2": True, "avx512": False},
+    "cores": 2,
+    "memory_gib": 23.5,
+    "gpu": None,
+    "python": "3.11.7",
+    "system": "Linux 0",
+    "versions": {"torch": "2.0", "ffcv": None},
+}
+
+
+def _rate(median: float, **more: Any) -> dict[str, Any]:
+    turns = [0.96 * median, median, 1.03 * median]
+    return {"median": median, "low": turns[0], "high": turns[2], "turns": turns, **more}
+
+
+def _crops(ours: float) -> dict[str, Any]:
+    exact = {"antialiased": True, "mean_error": 0.02, "max_error": 1.0}
+    coarse = {"antialiased": False, "mean_error": 4.5, "max_error": 120.0}
+    none = {"antialiased": None, "mean_error": None, "max_error": None, "error_reason": "it makes no views"}
+    return {
+        "ours": _rate(ours, configured="pipelines.build_loader", **exact),
+        "ffcv, a decode per view": _rate(640, configured="stock loader", **exact),
+        "DALI CPU, decode once and crop twice": _rate(612, configured="fn.random_resized_crop", **exact),
+        "torchvision + PIL": _rate(321, configured="ImageFolder & DataLoader <processes>", **exact),
+        "SPDL, FFmpeg filters": _rate(98.7, configured="one filter graph", **coarse),
+        DECODE_LIMIT: _rate(2900, configured="simplejpeg", **none),
+    }
+
+
+def _recipe(ours: float) -> dict[str, Any]:
+    return {
+        "ours": _rate(ours, configured="pipelines.build_loader"),
+        "torchvision + PIL": _rate(133, configured="blur is PIL's, as published"),
+    }
+
+
+def loader_json() -> dict[str, Any]:
+    """Made-up figures in the shape that the loader benchmark writes."""
+    facts = {"pictures": 2000, "mean_kb": 54.3, "how": "encoded anew at quality 90"}
+    return {
+        "benchmark": "loader",
+        "quick": False,
+        "config": {"threads": 2, "batch_size": 64, "crop_px": 224, "turns": 3, "seconds": 4.0},
+        "environment": _ENVIRONMENT,
+        "sets": {
+            "reencoded": facts,
+            "pass_through": {**facts, "mean_kb": 108.9, "how": "bytes passed through"},
+            "yuv420": {**facts, "bytes": 262_000_000},
+            "ffcv_raw": {**facts, "bytes": 524_000_000},
+        },
+        "left_out": {"recipe": {"ffcv, a decode per view": "it has no hue operator"}},
+        "tables": {
+            "reencoded": {"crops": _crops(1711), "recipe": _recipe(444)},
+            "pass_through": {"crops": _crops(777), "recipe": _recipe(333)},
+            "raw": {
+                "ours, yuv420": _rate(4321, bytes=262_000_000),
+                "ffcv, raw RGB": _rate(1234, bytes=524_000_000),
+            },
+            "scaling": {"1": _rate(888), "2": _rate(1711)},
+            "convert": {
+                "ours": _rate(1500, configured="bytes pass through"),
+                "ffcv DatasetWriter": _rate(150, configured="encodes anew"),
+            },
+            "photometric": {"ours, fused numba kernel": _rate(900), "torch.compile": _rate(1200)},
+        },
+        "stages": {"entropy decode": 400.0, "resample": 300.0, "photometric": 300.0},
+        "crops": {"vs_ffcv_decode_per_view": 2.67, "vs_dali_cpu": None, "fraction_of_decode_limit": 0.59},
+        "recipe": {"vs_torchvision_pil": 3.34},
+        "raw_tier": {"vs_ffcv_raw": 3.5, "bytes_vs_ffcv_raw": 0.5},
+        "scaling": {"threads_2_over_1": 1.93},
+        "convert": {"vs_ffcv_writer": 10.0},
+        "photometric": {"vs_compiled_torch": 0.75},
+    }
+
+
+def scale_json() -> dict[str, Any]:
+    """Made-up figures in the shape that the scale benchmark writes."""
+
+    def figures(size: float) -> dict[str, Any]:
+        return {name: _rate(size if name == "open_s" else 0.25) for name in MEASURES} | {
+            "index_mib": 60 * size
+        }
+
+    return {
+        "benchmark": "scale",
+        "config": {"threads": 2, "batch_size": 64, "crop_px": 224, "repeats": 3, "payloads": 400},
+        "environment": _ENVIRONMENT,
+        "counts": {"10000000": figures(0.8), "1281167": figures(0.1)},
+        "ratios": {name: 8.0 if name == "open_s" else 1.0 for name in MEASURES} | {"index_mib": 7.8},
+    }
+
+
+def demo_json() -> dict[str, Any]:
+    """Made-up figures in the shape of the demo's summary."""
+    accuracies = {"knn_top1_random": 0.761, "knn_top1_mixmask": 0.812}
+    linear = {"linear_top1_random": 0.763, "linear_top1_mixmask": 0.848}
+    rest = {"data_wait_fraction": 0.029, "knn_k": 200, "seconds": 400.0, "environment": _ENVIRONMENT}
+    return accuracies | linear | rest
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "loader.json").write_text(json.dumps(loader_json()))
+    (folder / "scale.json").write_text(json.dumps(scale_json()))
+    (folder / "summary.json").write_text(json.dumps(demo_json()))
+    return folder
+
+
+@pytest.fixture
+def readme_file(tmp_path: Path) -> Path:
+    file = tmp_path / "README.md"
+    file.write_text(f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nlast line ×\n")
+    return file
+
+
+class _Page(HTMLParser):
+    """Cells, text and addresses of a page, and whether its elements are closed in order."""
+
+    _VOID = ("meta",)
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.widths: list[float] = []
+        self.feed(page)
+        self.close()
+        assert self.open == [], "elements that are never closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.addresses += [values[key] or "" for key in ("src", "href") if key in values]
+        self.ids += [values["id"] or ""] if "id" in values else []
+        if tag == "rect" and "fill" in (values.get("class") or "").split():
+            self.widths.append(float((values["width"] or "").rstrip("%")))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in self._VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self._VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and ("td" in self.open or "th" in self.open):
+            self.rows[-1][-1] += data
+
+
+def _render(results: Path) -> str:
+    return render(
+        read_loader(results / "loader.json"),
+        read_scale(results / "scale.json"),
+        read_demo(results / "summary.json"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ page
+
+
+def test_every_rate_stands_in_a_table_with_its_spread(results: Path) -> None:
+    page = _Page(_render(results))
+    tables = loader_json()["tables"]
+    for work in (
+        *(tables[name][work] for name in ("reencoded", "pass_through") for work in ("crops", "recipe")),
+        *(tables[name] for name in ("raw", "scaling", "convert", "photometric")),
+    ):
+        for name, rate in work.items():
+            spread = f"{charts.number(rate['low'])} … {charts.number(rate['high'])}"
+            row = [name, charts.number(rate["median"]), spread]
+            assert row in [cells[:3] for cells in page.rows], row
+
+
+def test_losses_and_what_is_missing_are_printed(results: Path) -> None:
+    page = _render(results)
+    assert "0.75 ×" in page, "slower than torch.compile"
+    assert "Not measured: DALI on the CPU" in page
+    assert "Without ffcv, a decode per view: it has no hue operator." in page
+    rows = {row[0]: row for row in _Page(page).rows if len(row) == 4}
+    assert rows["SPDL, FFmpeg filters"][1:4] == ["no", "4.50", "120"]
+    assert rows[DECODE_LIMIT][1:4] == ["–", "–", "–"]
+
+
+def test_the_page_needs_no_network_and_its_links_lead_somewhere(results: Path) -> None:
+    text = _render(results)
+    page = _Page(text)
+    assert page.addresses and all(address.startswith("#") for address in page.addresses)
+    assert {address[1:] for address in page.addresses} <= set(page.ids)
+    assert not re.search(r"url\(|@import|<script|<link|<img", text)
+    assert all(0 <= width <= 100 for width in page.widths) and len(page.widths) > 30
+
+
+def test_names_from_files_are_escaped(results: Path) -> None:
+    page = _render(results)
+    assert "Test Processor &lt;1&gt;" in page
+    assert "ImageFolder &amp; DataLoader &lt;processes&gt;" in page
+
+
+def test_the_page_is_drawn_from_any_of_the_files_alone(results: Path) -> None:
+    loader, scale, demo = (
+        read_loader(results / "loader.json"),
+        read_scale(results / "scale.json"),
+        read_demo(results / "summary.json"),
+    )
+    for some in ((loader, None, None), (None, scale, None), (None, None, demo)):
+        page = _Page(render(*some))
+        assert {address[1:] for address in page.addresses} <= set(page.ids)
+
+
+def test_parts_that_were_not_measured_leave_no_empty_sections(results: Path) -> None:
+    content = loader_json()
+    content["tables"] = {"reencoded": {"crops": _crops(1711)}}
+    content |= {"stages": {}, "quick": True}
+    for name in ("recipe", "raw_tier", "scaling", "convert", "photometric"):
+        del content[name]
+    (results / "loader.json").write_text(json.dumps(content))
+    text = render(read_loader(results / "loader.json"), None, None)
+    page = _Page(text)
+    assert set(page.ids) == {"ratios", "crops", "peers", "machine"}
+    assert {address[1:] for address in page.addresses} == set(page.ids)
+    assert "A quick run." in text
+
+
+def test_sizes_of_sets_stand_in_rising_order(results: Path) -> None:
+    page = _render(results)
+    assert "of 1,281,167 and 10,000,000 pictures, whose index takes 6.0 MiB and 48.0 MiB: 7.80 ×" in page
+    row = next(row for row in _Page(page).rows if row[0] == "open")
+    assert row == ["open", "100 ms", "96.0 ms … 103 ms", "800 ms", "768 ms … 824 ms", "8.00 ×"]
+
+
+# ---------------------------------------------------------------------------------------------- charts
+
+
+def test_bars_are_to_scale_and_the_limit_is_a_line() -> None:
+    rates = {name: Rate(name, *values, turns=()) for name, values in _VALUES.items()}
+    drawn = charts.chart(rates, "samples/s", limit=True)
+    assert [bar.name for bar in drawn.bars] == ["ours", "slow"]
+    ours, slow = drawn.bars
+    assert ours.median_pct / slow.median_pct == pytest.approx(4)
+    assert ours.high_pct / ours.low_pct == pytest.approx(110 / 80)
+    assert drawn.limit_pct is not None and drawn.limit_pct / ours.median_pct == pytest.approx(2)
+    assert 95 < 205 / 200 * drawn.limit_pct <= 100, "the greatest value nearly fills the width"
+    assert (ours.ours, slow.ours) == (True, False)
+
+
+_VALUES = {"slow": (25.0, 20.0, 30.0), "ours": (100.0, 80.0, 110.0), DECODE_LIMIT: (200.0, 190.0, 205.0)}
+
+
+def test_stages_fill_the_bar() -> None:
+    parts = charts.stack({"a": 100.0, "b": 300.0})
+    assert [(part.start_pct, part.width_pct, part.share) for part in parts] == [
+        (0, 25, "25 %"),
+        (25, 75, "75 %"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1234.6, "1,235"),
+        (99.96, "100"),
+        (99.94, "99.9"),
+        (10, "10.0"),
+        (9.876, "9.88"),
+        (0.01234, "0.0123"),
+    ],
+)
+def test_numbers_have_three_figures(value: float, text: str) -> None:
+    assert charts.number(value) == text
+
+
+@given(st.floats(1e-9, 1e9))
+def test_numbers_are_close_to_what_they_print(value: float) -> None:
+    assert float(charts.number(value).replace(",", "")) == pytest.approx(value, rel=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2.5, "2.50 s"), (0.25, "250 ms"), (0.00025, "250 µs"), (0.9999, "1.00 s"), (0, "0 µs")],
+)
+def test_times_have_the_unit_a_person_would_choose(value: float, text: str) -> None:
+    assert charts.seconds(value) == text
+
+
+# ------------------------------------------------------------------------------------------ strictness
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "sentence"),
+    [
+        (("benchmark",), None, "loader.json: benchmark is missing"),
+        (("benchmark",), "scale", "benchmark is 'scale', expected 'loader'"),
+        (("tables",), None, "tables is missing"),
+        (("tables",), {}, "neither of reencoded and pass_through"),
+        (("quick",), "no", "quick is 'no', expected bool"),
+        (("config", "threads"), True, "config: threads is True, expected int"),
+        (("sets", "reencoded"), None, "sets: reencoded is missing"),
+        (("tables", "reencoded", "crops", "ours", "median"), None, "crops: ours: median is missing"),
+        (("tables", "raw", "ours, yuv420"), 3, "raw: ours, yuv420 is 3, expected dict"),
+        (("environment", "gpu"), None, "environment: gpu is missing"),
+        (("stages", "resample"), "slow", "stages: resample is 'slow', expected float"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused_by_key(
+    results: Path, keys: tuple[str, ...], value: Any, sentence: str
+) -> None:
+    content = copy.deepcopy(loader_json())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    if value is None:
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    (results / "loader.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        read_loader(results / "loader.json")
+    assert "make bench" in str(caught.value)
+
+
+def test_figures_of_the_older_program_are_refused(results: Path) -> None:
+    old = {"work": "two views", "rates": {"ours (ffcv)": _rate(350)}, "environment": _ENVIRONMENT}
+    (results / "loader.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"older program .*measure again: make bench"):
+        main(Report(results=results, demo=results, out=results / "page.html"))
+    assert not (results / "page.html").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{"])
+def test_what_is_no_json_object_is_refused(results: Path, text: str) -> None:
+    (results / "scale.json").write_text(text)
+    with pytest.raises(ValueError, match=r"scale\.json .*make scale"):
+        read_scale(results / "scale.json")
+
+
+def test_a_missing_measure_is_refused(results: Path) -> None:
+    content = scale_json()
+    del content["counts"]["1281167"]["resume_s"]
+    (results / "scale.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="1281167: resume_s is missing"):
+        read_scale(results / "scale.json")
+
+
+def test_no_figures_at_all_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no figures in .*make bench"):
+        main(Report(results=tmp_path, demo=tmp_path, out=tmp_path / "page.html"))
+
+
+# ---------------------------------------------------------------------------------------------- README
+
+
+def test_the_block_holds_the_medians_of_all_peers(results: Path) -> None:
+    text = readme.block(read_loader(results / "loader.json"), read_scale(results / "scale.json"))
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+    ]
+    assert rows[0] == [
+        "",
+        "crops, re-encoded",
+        "crops, as they are",
+        "recipe, re-encoded",
+        "recipe, as they are",
+    ]
+    assert rows[2] == ["**ours**", "**1,711**", "**777**", "**444**", "**333**"]
+    assert rows[3] == ["ffcv, a decode per view", "640", "640", "–", "–"]
+    assert rows[-1][0].startswith(f"*{DECODE_LIMIT}") and rows[-1][1:] == ["2,900", "2,900", "–", "–"]
+    assert len(rows) == 2 + len(_crops(1))
+    assert "ours, fused numba kernel 900 views/s; torch.compile 1,200 views/s" in text, "a loss like a win"
+    assert "1: 888, 2: 1,711" in text and "262 MB" in text and "DatasetWriter 150 pictures/s" in text
+    assert "10,000,000 pictures opens in 800 ms" in text and "opening 8.00 ×" in text
+
+
+def test_only_the_block_is_rewritten_and_only_once(results: Path, readme_file: Path) -> None:
+    config = Report(results=results, demo=results, out=results / "page.html", readme=readme_file)
+    check = Report(results=results, readme=readme_file, check=True)
+    assert main(check) == 1
+    assert readme_file.read_text().count("old") == 1 and not config.out.exists(), "a check writes nothing"
+    assert main(config) == 0
+    text = readme_file.read_text()
+    assert text.startswith(f"# Title\n\n{readme.BEGIN}\n## ") and text.endswith(
+        f"{readme.END}\n\nlast line ×\n"
+    )
+    assert "old" not in text.split(readme.BEGIN)[1].split("\n")
+    assert main(check) == 0
+    assert main(config) == 0 and readme_file.read_text() == text
+
+
+def test_a_changed_figure_fails_the_check(results: Path, readme_file: Path) -> None:
+    main(Report(results=results, demo=results, out=results / "page.html", readme=readme_file))
+    content = loader_json()
+    content["tables"]["pass_through"]["recipe"]["torchvision + PIL"]["median"] += 1
+    (results / "loader.json").write_text(json.dumps(content))
+    assert main(Report(results=results, readme=readme_file, check=True)) == 1
+
+
+def test_a_quick_run_stays_out_of_the_readme(results: Path, readme_file: Path) -> None:
+    (results / "loader.json").write_text(json.dumps({**loader_json(), "quick": True}))
+    before = readme_file.read_text()
+    assert main(Report(results=results, demo=results, out=results / "page.html", readme=readme_file)) == 0
+    assert readme_file.read_text() == before
+    assert main(Report(results=results, readme=readme_file, check=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", readme.BEGIN, f"{readme.END}{readme.BEGIN}", 2 * (readme.BEGIN + readme.END)]
+)
+def test_a_readme_without_its_two_comments_is_refused(results: Path, readme_file: Path, text: str) -> None:
+    readme_file.write_text(text)
+    with pytest.raises(ValueError, match="must have one line"):
+        main(Report(results=results, demo=results, out=results / "page.html", readme=readme_file))
+    assert readme_file.read_text() == text
+
+
+def test_figures_from_elsewhere_leave_the_readme_alone(results: Path, tmp_path: Path) -> None:
+    before = (ROOT / README).read_bytes()
+    command = [
+        "-m",
+        "benchmarks.report",
+        "--results",
+        results,
+        "--demo",
+        results,
+        "--out",
+        tmp_path / "page.html",
+    ]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, timeout=120, capture_output=True)
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+    assert (ROOT / README).read_bytes() == before
+
+
+def test_the_readme_holds_the_committed_figures() -> None:
+    """README.md's block is what `make report` makes of benchmarks/results/."""
+    scale = ROOT / RESULTS / "scale.json"
+    loader = read_loader(ROOT / RESULTS / "loader.json")
+    assert not loader.quick
+    expected = readme.block(loader, read_scale(scale) if scale.is_file() else None)
+    assert readme.current_block(ROOT / README) == expected, "run `make report` and commit README.md"
