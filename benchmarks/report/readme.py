@@ -97,7 +97,7 @@ def _sentences(loader: LoaderFigures, scale: ScaleFigures | None) -> list[str]:
         stored = {
             name: f", {megabytes(rate.bytes)}" if rate.bytes else "" for name, rate in loader.raw.items()
         }
-        sentences.append(f"Sets without JPEG: {_list(loader.raw, 'samples/s', stored)}.")
+        sentences.append(f"Raw tier: {_list(loader.raw, 'samples/s', stored)}.")
     if len(loader.scaling) > 1:
         sentences.append(
             "Crops by threads: "
