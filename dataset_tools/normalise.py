@@ -117,10 +117,12 @@ def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
     if how.tier == "raw" or how.recompress or not _is_plain_jpeg(payload):
         return None
     header = read_header(payload)
-    if header is None or not header.is_colour or how.reduced(header.width, header.height) is not None:
+    if header is None or not (header.is_colour and header.is_usual):
+        return None
+    if how.reduced(header.width, header.height) is not None:
         return None
     if header.width * header.height > (Image.MAX_IMAGE_PIXELS or 0):
-        return None
+        return None  # perhaps a small file that would take all memory
     if how.tier == "yuv420":
         return _own_planes(payload, header.width, header.height) if header.is_yuv420 else None
     if how.verify and check_jpeg(payload).state != "whole":
@@ -197,9 +199,11 @@ def _why_not_as_is(payload: bytes, image: Image.Image, kind: str, how: Normalisi
         return "EXIF rotation"
     if how.recompress:
         return "recompressed"
-    if how.tier == "yuv420":
-        header = read_header(payload)
-        return "" if header is not None and header.is_yuv420 else "JPEG not of 4:2:0"
+    header = read_header(payload)
+    if header is not None and not header.is_usual:
+        return "JPEG of unusual subsampling"
+    if how.tier == "yuv420" and (header is None or not header.is_yuv420):
+        return "JPEG not of 4:2:0"
     return ""
 
 

@@ -49,7 +49,7 @@ class Header(NamedTuple):
     width: int
     height: int
     subsampling: int
-    """TurboJPEG's TJSAMP number."""
+    """TurboJPEG's TJSAMP number, −1 for one that it has no name for."""
     colours: int
     """TurboJPEG's TJCS number."""
 
@@ -57,6 +57,11 @@ class Header(NamedTuple):
     def is_colour(self) -> bool:
         """True for three components, Y, Cb, Cr or R, G, B."""
         return self.colours in (_TJCS_RGB, _TJCS_YCBCR)
+
+    @property
+    def is_usual(self) -> bool:
+        """True where every program that uses TurboJPEG can be expected to decode it."""
+        return self.subsampling >= 0
 
     @property
     def is_yuv420(self) -> bool:
@@ -116,7 +121,10 @@ class _Decoder:
         references = [ctypes.byref(n) for n in numbers]
         code = self._lib.tjDecompressHeader3(self._handle, payload.ctypes.data, payload.size, *references)
         header = Header(*(n.value for n in numbers))
-        bad = code != 0 and (header.width < 1 or header.height < 1 or self._is_fatal())
+        if header.width < 1 or header.height < 1:
+            return header, self._message() if code != 0 else "there is no picture in it"
+        # An unknown subsampling counts as fatal here and hinders no decoder.
+        bad = code != 0 and header.is_usual and self._is_fatal()
         return header, self._message() if bad else ""
 
     def check(self, payload: npt.NDArray[np.uint8]) -> Verdict:

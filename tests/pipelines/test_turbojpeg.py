@@ -21,6 +21,7 @@ from pipelines.turbojpeg import (
     library,
     read_header,
 )
+from tests.dataset_tools.conftest import unusual_jpeg
 
 Pixels = npt.NDArray[np.uint8]
 TJPF_RGB, TJSAMP_420 = 0, 2
@@ -51,7 +52,7 @@ def ycbcr_by_pillow(payload: bytes) -> Pixels:
 
 
 def fancy_upsampled(plane: Pixels, width: int, height: int) -> Pixels:
-    """libjpeg's "fancy" enlargement of a chroma plane, weights 9, 3, 3, 1, transcribed from its description."""
+    """libjpeg's "fancy" enlargement of a chroma plane, weights 9, 3, 3, 1, transcribed to NumPy."""
     if plane.shape[1] <= 2:
         return plane.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
     rows = np.pad(plane.astype(np.int64), ((1, 1), (0, 0)), mode="edge")
@@ -129,10 +130,9 @@ def test_packed_is_y_then_u_then_v(width: int, height: int) -> None:
 @given(width=sides, height=sides)
 @settings(max_examples=40, deadline=None)
 def test_turbojpeg_converts_packed_planes_without_padding(width: int, height: int) -> None:
-    """What the loader does: rows of an odd width follow each other, and nothing outside the payload is read."""
+    """Rows of an odd width follow each other, and what lies behind the payload changes no pixel."""
     planes = encode_planes(colourful(width, height))
     y, u, v = planes
-    # A page that ends with the payload would fault; bytes that differ after it must not change a pixel.
     found = []
     for beyond in (0, 255):
         payload = np.append(planes.packed(), np.full(64, beyond, np.uint8))
@@ -170,9 +170,9 @@ def test_turbojpeg_converts_packed_planes_without_padding(width: int, height: in
     ],
 )
 def test_header_and_check_know_every_kind(options: dict[str, Any], is_colour: bool, is_yuv420: bool) -> None:
-    mode = options.pop("mode", "RGB") if "mode" in options else "RGB"
+    settings = {"subsampling": 2} | options
     buffer = io.BytesIO()
-    Image.fromarray(colourful(37, 21)).convert(mode).save(buffer, "JPEG", **({"subsampling": 2} | options))
+    Image.fromarray(colourful(37, 21)).convert(settings.pop("mode", "RGB")).save(buffer, "JPEG", **settings)
     payload = buffer.getvalue()
     header = read_header(payload)
     assert header is not None
@@ -186,6 +186,15 @@ def test_header_and_check_know_every_kind(options: dict[str, Any], is_colour: bo
     else:
         with pytest.raises(ValueError, match="4:2:0"):
             decode_planes(payload)
+
+
+def test_subsampling_without_a_name_hinders_no_check() -> None:
+    payload = unusual_jpeg()
+    found = read_header(payload)
+    assert found is not None
+    assert (found.width, found.height, found.is_colour, found.is_usual) == (32, 16, True, False)
+    assert check_jpeg(payload).state == "whole"
+    assert check_jpeg(payload[:-7]).state == "damaged"
 
 
 @pytest.mark.parametrize("payload", [b"", b"hello", b"\xff\xd8\xff"])
