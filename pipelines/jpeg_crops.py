@@ -66,12 +66,13 @@ def crop_pictures(  # type: ignore[no-untyped-def]
         num_bytes_N: how long each is.
         mode_N: how it is stored, MODE_JPEG, MODE_RAW or MODE_YUV420.
         size_N2: heights and widths by the index.
-        boxes_NV5: see :mod:`pipelines.crops`.
+        boxes_NV5: see :mod:`pipelines.crops`; of no views, for decoding alone.
         out_NVSS3: (N, V, S, S, 3) uint8 views.
         status_N: becomes 0 for a sound picture, else libturbojpeg's return code or WRONG_SIZE.
     """
     side = out_NVSS3.shape[2]
-    scratch = make_scratch(side, boxes_NV5[:, :, 2:4].max())
+    largest = boxes_NV5[:, :, 2:4].max() if boxes_NV5.size else 1
+    scratch = make_scratch(side, largest)
     decoded_C = np.empty(SLACK, np.uint8)
     header = np.empty(4, np.int32)
     decoder = call_word(functions.init, ())
