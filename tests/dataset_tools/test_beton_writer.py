@@ -214,6 +214,8 @@ def _add(**changes: Any) -> Callable[[BetonWriter], object]:
         ({}, _add(height=0), "1 × 0 px"),
         ({}, _add(payload=b""), "payload of 0 bytes"),
         ({"tier": "raw"}, _add(payload=b"xx"), "raw payload of 2 bytes"),
+        ({"tier": "yuv420"}, _add(payload=b"xx"), "yuv420 payload of 2 bytes"),
+        ({"tier": "yuv420"}, _add(payload=b"xxx", width=2), "yuv420 payload of 3 bytes for 2 × 1 px"),
         ({}, lambda writer: writer.commit(source="test"), "no picture is left"),
     ],
 )

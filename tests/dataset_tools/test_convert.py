@@ -1,3 +1,4 @@
+import io
 import signal
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dataset_tools.convert import convert, skipped_path
 from dataset_tools.sources import FolderSource, Sample
-from dataset_tools.verify import verify
-from pipelines.beton import open_beton
-from pipelines.manifest import Manifest, read_source_path
+from dataset_tools.verify import stats, verify
+from pipelines.beton import MODE_YUV420, open_beton
+from pipelines.manifest import Manifest, Tier, read_source_path
+from pipelines.turbojpeg import decode_planes, encode_planes
 
 pytest.importorskip("ffcv")
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +42,51 @@ def test_tree_is_stored_byte_for_byte(tree: Path, tmp_path: Path) -> None:
     assert manifest == converted.manifest
     assert (manifest.classes, manifest.source, manifest.replaced) == (("cats", "dogs"), "pictures", {})
     assert outputs(tmp_path) == ["set.beton", "set.json", "set.paths"]
+
+
+def test_planes_come_back_as_they_decode(tree: Path, tmp_path: Path, encode: Callable[..., bytes]) -> None:
+    """Folder → set → payload, and its luma against what Pillow decodes."""
+    (tree / "dogs" / "png.png").write_bytes(encode(33, 21, kind="PNG"))
+    (tree / "dogs" / "one.jpg").write_bytes(encode(1, 1, subsampling=2))
+    converted = convert(FolderSource(tree), tmp_path / "set.beton", tier="yuv420", workers=2)
+    assert converted.manifest.tier == "yuv420"
+    assert converted.manifest.replaced == {"transcoded: PNG": 1}
+    beton = open_beton(tmp_path / "set.beton")
+    assert verify(tmp_path / "set.beton").ok
+    assert stats(tmp_path / "set.beton").tier == "yuv420"
+    for i in range(7):
+        payload = (tree / str(read_source_path(tmp_path / "set.beton", i))).read_bytes()
+        with Image.open(io.BytesIO(payload)) as image:
+            image.draft("YCbCr", image.size)
+            width, height = image.size
+            wanted = np.asarray(image.convert("YCbCr"))[:, :, 0].astype(int)
+            exact = image.format == "JPEG"
+            planes = decode_planes(payload) if exact else encode_planes(np.asarray(image))
+        record = beton.metadata["f0"][i]
+        assert (record["mode"], record["width"], record["height"]) == (MODE_YUV420, width, height)
+        assert beton.payload(i).tobytes() == planes.packed().tobytes()
+        luma = beton.payload(i)[: width * height].reshape(height, width)
+        assert np.abs(luma - wanted).max() <= (0 if exact else 1)
+
+
+def test_settings_tell_how_it_was_made(tree: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"short_side": 30, "recompress": True, "quality": 70}
+    made = convert(FolderSource(tree), tmp_path / "set.beton", **options).manifest
+    assert made.settings == {
+        "tier": "jpeg", "verify": True, "max_side": None, "on_error": "skip", **options
+    }  # fmt: skip
+    assert made.replaced == {"transcoded: reduced to a short side of 30 px": 5}
+    assert Manifest.read(tmp_path / "set.beton") == made
+    assert open_beton(tmp_path / "set.beton").metadata["f0"]["height"].tolist() == [30] * 5
+
+
+@pytest.mark.parametrize("tier", ["jpeg", "yuv420", "raw"])
+def test_workers_change_no_tier(tree: Path, tmp_path: Path, tier: Tier) -> None:
+    for workers in (1, 3):
+        convert(
+            FolderSource(tree), tmp_path / f"set.{workers}.beton", workers=workers, tier=tier, short_side=35
+        )
+    assert (tmp_path / "set.1.beton").read_bytes() == (tmp_path / "set.3.beton").read_bytes()
 
 
 def spoil(tree: Path, encode: Callable[..., bytes]) -> None:
@@ -203,7 +251,6 @@ def test_stock_ffcv_loader_reads_it(tree: Path, tmp_path: Path) -> None:
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
-    from PIL import Image
 
     convert(FolderSource(tree), tmp_path / "set.beton")
     loader = Loader(

@@ -44,6 +44,24 @@ def test_options_reach_the_conversion(tree: Path, tmp_path: Path) -> None:
     assert beton.labels.tolist() == [-1] * 5
 
 
+def test_planes_on_the_command_line(tree: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "set.beton"
+    assert main(["convert", str(tree), str(path), "--tier", "yuv420", "--short-side", "21"]) == 0
+    out = capsys.readouterr().out
+    assert "5 transcoded: reduced to a short side of 21 px" in out
+    assert f"{path}: 5 pictures, tier yuv420, " in out
+    assert open_beton(path).metadata["f0"]["height"].tolist() == [21] * 5
+    assert main(["verify", str(path)]) == 0
+    assert f"{path} is whole, tier yuv420, as its manifest says" in capsys.readouterr().out
+    assert main(["stats", str(path)]) == 0
+    assert "yuv420" in capsys.readouterr().out
+
+
+def test_recompress_on_the_command_line(tree: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["convert", str(tree), str(tmp_path / "set.beton"), "--recompress", "--quality", "30"]) == 0
+    assert "5 transcoded: recompressed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("source", "options", "words"),
     [
@@ -51,6 +69,8 @@ def test_options_reach_the_conversion(tree: Path, tmp_path: Path) -> None:
         ("empty", [], "no pictures in"),
         ("pictures", ["--quality", "0"], "quality is 0"),
         ("pictures", ["--workers", "0"], "workers is 0"),
+        ("pictures", ["--max-side", "9", "--short-side", "8"], "give one of the two"),
+        ("pictures", ["--tier", "raw", "--recompress"], "choose tier jpeg"),
         ("bad", [], "none of the 1 pictures"),
         ("bad", ["--on-error", "stop"], "a.jpg cannot be used"),
     ],

@@ -49,6 +49,29 @@ def test_broken_picture_is_named_with_its_source(beton: Path) -> None:
     assert bad.reason.startswith("damaged")
 
 
+def test_damage_to_planes_is_found(tree: Path, tmp_path: Path) -> None:
+    path = tmp_path / "set.beton"
+    convert(FolderSource(tree), path, tier="yuv420")
+    opened = open_beton(path)
+    flip(path, int(opened.pointers[1]))
+    (problem,) = verify(path).problems
+    assert "hash" in problem
+    flip(path, int(opened.pointers[1]))
+    assert verify(path).ok
+    # The height of the last picture, two bytes at 3 in its record of 24.
+    flip(path, int(opened.pointers[0]) - 24 + 3)
+    (problem,) = verify(path).problems
+    assert "picture 4 of" in problem
+    assert "mode 2, cannot have" in problem
+
+
+def test_a_manifest_of_another_tier_is_found(beton: Path) -> None:
+    manifest = json.loads(beton.with_suffix(".json").read_text())
+    beton.with_suffix(".json").write_text(json.dumps(manifest | {"tier": "yuv420"}))
+    (problem,) = verify(beton).problems
+    assert problem == "the pictures are of tier jpeg, the manifest says yuv420"
+
+
 @pytest.mark.parametrize("keep", [0, 10, 100, 2000, -1, -24, -25])
 def test_cut_file_is_found(beton: Path, keep: int) -> None:
     beton.write_bytes(beton.read_bytes()[:keep])
