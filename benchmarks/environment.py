@@ -3,12 +3,21 @@
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import PIL.features
 import torch
 
-_PACKAGES = ("torch", "torchvision", "numpy", "numba", "pillow", "ffcv")
+_PACKAGES = (
+    *("torch", "torchvision", "numpy", "numba", "pillow", "ffcv", "opencv-python"),
+    *("nvidia-dali-cuda130", "spdl", "simplejpeg"),
+)
+# What FFCV, and so our engine, is linked with: its name in pkg-config.
+_SYSTEM_LIBRARIES = {"libjpeg-turbo (system)": "libturbojpeg", "opencv (system)": "opencv4"}
+_CPU_FLAGS = {"avx2": "avx2", "avx512": "avx512f"}
 
 
 def environment() -> dict[str, Any]:
@@ -19,8 +28,13 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    versions["libjpeg-turbo (pillow)"] = PIL.features.version("libjpeg_turbo")
+    versions |= {name: _system_version(library) for name, library in _SYSTEM_LIBRARIES.items()}
+    processor = _processor()
+    flags = processor.get("flags", "").split()
     return {
-        "processor": _processor(),
+        "processor": processor.get("model name", platform.processor()),
+        "cpu_flags": {name: flag in flags for name, flag in _CPU_FLAGS.items()},
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -30,8 +44,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def _processor() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first processor."""
+    facts: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+        if not line.strip():
+            break
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
+    return facts
+
+
+def _system_version(library: str) -> str | None:
+    """The version by pkg-config; None where that program or the library is missing."""
+    if shutil.which("pkg-config") is None:
+        return None
+    command = ["pkg-config", "--modversion", library]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None

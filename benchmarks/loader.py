@@ -1,155 +1,209 @@
-"""Samples per second of our loader and of its peers, on the same pictures, in one run.
+"""Our loader beside its peers: the same pictures, the same threads, one run.
 
-    python -m benchmarks.loader data/photographs/train data/photographs.beton --json FILE
+    python -m benchmarks.loader --quick           a look, in about two minutes
+    python -m benchmarks.loader --json FILE       the figures, in about twenty minutes on two cores
 
-The work is the full MoCo v2 recipe at 224 px: two augmented, normalised float views of each picture. Every
-loader is warmed up, then they take turns; medians and the spread over the turns are reported. All get the
-same threads.
+Two works: *crops*, two antialiased uint8 crops of each picture; *recipe*, two views after the whole MoCo v2
+augmentation, normalised float32. On two sets of JPEG files, and on sets that hold no JPEG. Everybody is
+opened and warmed up, then they take turns; medians and the spread over the turns are reported. Beside them:
+how the rate grows with threads, converters, the photometric stage, and where a sample's time goes.
 """
 
 import functools
 import json
-import statistics
+import multiprocessing
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from benchmarks import loader_parts as parts
 from benchmarks.environment import environment
-from benchmarks.peers import torchvision_pil
+from benchmarks.loader_tables import print_tables
+from benchmarks.peers import ALL_PEERS, PeerName, load_peers
+from benchmarks.peers.ours import PEER
+from benchmarks.ratios import ratios
+from benchmarks.sample_sets import PHOTOGRAPHS, SampleSets
+from benchmarks.timing import Turns
 from engine import cli
 from engine.checkpoint import write_atomically
-from pipelines import build_loader
 from pipelines.cores import usable_cores
 from pipelines.recipe import moco_v2
 
 console = Console(highlight=False, soft_wrap=True)
+_CROP_PX = 224
+_PRELOADED = ["benchmarks.loader", "benchmarks.peers.with_torchvision"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    pictures: int
+    batch_size: int
+    turns: int
+    seconds: float
+
+
+FULL = Scale(pictures=PHOTOGRAPHS, batch_size=64, turns=5, seconds=4.0)
+QUICK = Scale(pictures=128, batch_size=16, turns=2, seconds=0.5)
+
+Part = Literal[
+    "reencoded-crops",
+    "reencoded-recipe",
+    "pass-through-crops",
+    "pass-through-recipe",
+    "raw",
+    "scaling",
+    "convert",
+    "photometric",
+    "stages",
+]
+# Where in the JSON a part's figures stand, and what measures them.
+_PARTS: dict[Part, tuple[tuple[str, ...], Callable[[parts.Plan], Any]]] = {
+    "reencoded-crops": (("tables", "reencoded", "crops"), lambda p: parts.crops(p.sets.reencoded, p)),
+    "reencoded-recipe": (("tables", "reencoded", "recipe"), lambda p: parts.recipe(p.sets.reencoded, p)),
+    "pass-through-crops": (
+        ("tables", "pass_through", "crops"),
+        lambda p: parts.crops(p.sets.pass_through, p),
+    ),
+    "pass-through-recipe": (
+        ("tables", "pass_through", "recipe"),
+        lambda p: parts.recipe(p.sets.pass_through, p),
+    ),
+    "raw": (("tables", "raw"), parts.raw),
+    "scaling": (("tables", "scaling"), parts.scaling),
+    "convert": (("tables", "convert"), parts.convert),
+    "photometric": (("tables", "photometric"), parts.photometric),
+    "stages": (("stages",), parts.where_time_goes),
+}
 
 
 @dataclass(frozen=True)
 class LoaderBenchmark:
     """Measure two-view loaders."""
 
-    folder: tyro.conf.Positional[Path]
-    """Pictures as files, for the peers."""
-    compiled: tyro.conf.Positional[Path]
-    """The same pictures as a .beton, for ours."""
-    seconds: float = 4.0
-    """Length of one turn."""
-    repeats: int = 5
-    """Turns of each loader."""
-    batch_size: int = 64
-    """Pictures per batch."""
+    quick: bool = False
+    """Fewer pictures, smaller batches, fewer and shorter turns; for a look, not for figures."""
     threads: int = 0
     """Threads, or processes, of each loader; 0 takes all cores."""
     json: Path | None = None
     """Where the figures go."""
+    data: Path = Path("data")
+    """Folder of the sample sets; what is missing is made there."""
+    pictures: int | None = None
+    """Photographs in each set: 2,000, or 128 with --quick."""
+    batch_size: int | None = None
+    """Pictures per batch: 64, or 16 with --quick."""
+    turns: int | None = None
+    """Turns of each after its warm-up: 5, or 2 with --quick."""
+    seconds: float | None = None
+    """Least length of a turn: 4, or 0.5 with --quick."""
+    peers: tuple[PeerName, ...] = ALL_PEERS
+    """Whom to measure beside ours; ratios that need another one are left out."""
+    parts: tuple[Part, ...] = get_args(Part)
+    """What to measure."""
+
+    def scale(self) -> Scale:
+        """How much is measured: what is given, else the default of a full or a quick run.
+
+        Raises ValueError for batches larger than the set.
+        """
+        usual = QUICK if self.quick else FULL
+        scale = Scale(
+            usual.pictures if self.pictures is None else self.pictures,
+            usual.batch_size if self.batch_size is None else self.batch_size,
+            usual.turns if self.turns is None else self.turns,
+            usual.seconds if self.seconds is None else self.seconds,
+        )
+        if not 1 <= scale.batch_size <= scale.pictures:
+            raise ValueError(
+                f"a batch of {scale.batch_size} pictures does not fit a set of {scale.pictures}; "
+                f"choose --batch-size in 1 … {scale.pictures}"
+            )
+        return scale
 
 
 def main(config: LoaderBenchmark) -> dict[str, Any]:
-    """Measure, print a table, write the JSON; returns what was written."""
-    if config.repeats < 1 or config.seconds <= 0:
-        raise ValueError(
-            f"{config.repeats} turns of {config.seconds} s measure nothing; take at least one of 1 s"
-        )
-    threads = usable_cores(config.threads)
-    recipe = moco_v2(224)
-    # Processes are forked before ours starts threads, which a fork would cut off.
-    peer = torchvision_pil(config.folder, recipe, config.batch_size, threads)
-    next(peer)
-    ours = build_loader(config.compiled, recipe, batch_size=config.batch_size, num_threads=threads)
-    loaders: dict[str, Iterator[Any]] = {"ours (ffcv)": _endless(ours), "torchvision + PIL": peer}
-    # DataLoader keeps two batches per worker, ours keeps four.
-    queued = max(2 * threads, 4)
-    turn = functools.partial(
-        _samples_per_s, seconds=config.seconds, batch_size=config.batch_size, queued=queued
-    )
-    rates = _take_turns(loaders, turn, config.repeats, queued * config.batch_size)
+    """Measure, print tables, write the JSON; returns what was written."""
+    scale, threads = config.scale(), usable_cores(config.threads)
+    turns = Turns(scale.turns, scale.seconds)
+    peers = (PEER, *load_peers(config.peers))
+    # The server that forks the DataLoaders' workers imports once what all of them need.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as display:
+        bars = _Bars(display, len(config.parts))
+        sets = SampleSets(config.data, scale.pictures, bars.note)
+        plan = parts.Plan(sets, peers, moco_v2(_CROP_PX), scale.batch_size, threads, turns, bars.steps)
+        found = _measure(config.parts, plan, bars)
     result = {
-        "work": "two views, MoCo v2 recipe, 224 px, normalised float32",
-        "rates": {name: _summary(values) for name, values in rates.items()},
-        "vs_torchvision_pil": statistics.median(rates["ours (ffcv)"])
-        / statistics.median(rates["torchvision + PIL"]),
-        "threads": threads,
-        "batch_size": config.batch_size,
-        "pictures": ours.engine.count,
+        "benchmark": "loader",
+        "quick": config.quick,
+        "config": {
+            "threads": threads,
+            "batch_size": scale.batch_size,
+            "crop_px": _CROP_PX,
+            "turns": scale.turns,
+            "seconds": scale.seconds,
+        },
         "environment": environment(),
+        "sets": sets.facts(),
+        "left_out": parts.left_out(plan),
+        **found,
+        **ratios(found["tables"]),
     }
-    _print(result)
+    print_tables(console, result)
     if config.json:
-        content = (json.dumps(result, indent=2) + "\n").encode()
+        content = (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode()
+        config.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(config.json, lambda file: file.write(content))
         console.print(f"written to {config.json}")
     return result
 
 
-def _endless(loader: Any) -> Iterator[Any]:
-    epoch = 0
-    while True:
-        loader.set_epoch(epoch)
-        yield from loader
-        epoch += 1
+def _measure(wanted: tuple[Part, ...], plan: parts.Plan, bars: "_Bars") -> dict[str, Any]:
+    """The figures of the parts asked for, nested as in the JSON."""
+    found: dict[str, Any] = {"tables": {}, "stages": {}}
+    for name in (name for name in get_args(Part) if name in wanted):
+        bars.next_part(name)
+        path, measure = _PARTS[name]
+        place = found
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = measure(plan)
+    return found
 
 
-def _samples_per_s(batches: Iterator[Any], *, seconds: float, batch_size: int, queued: int) -> float:
-    # Between turns a loader has filled its queue; those batches were made on the others' time.
-    for _ in range(queued):
-        next(batches)
-    start, num = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - start) < seconds:
-        next(batches)
-        num += batch_size
-    return num / elapsed
+class _Bars:
+    """Two progress bars: the parts of the run, and the steps of the present one."""
 
+    def __init__(self, display: Progress, num_parts: int) -> None:
+        self._display = display
+        self._parts = display.add_task("", total=num_parts, completed=-1)
+        self._steps = display.add_task("", total=None)
 
-def _take_turns(
-    loaders: dict[str, Iterator[Any]],
-    turn: Callable[[Iterator[Any]], float],
-    repeats: int,
-    queue_samples: int,
-) -> dict[str, list[float]]:
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("warming up", total=(repeats + 1) * len(loaders))
-        for repeat in range(repeats + 1):
-            for name, batches in loaders.items():
-                progress.update(task, description=name)
-                rate = turn(batches)
-                # Having stopped asking, let it fill its queue on its own time and not on the next one's.
-                time.sleep(min(10.0, 1.5 * queue_samples / rate))
-                if repeat:  # the first turn of each is the warm-up
-                    rates[name].append(rate)
-                progress.advance(task)
-    return rates
+    def next_part(self, name: str) -> None:
+        """A part begins."""
+        self._display.update(self._parts, advance=1, description=name)
 
+    def note(self, what: str) -> None:
+        """Say what is being done beside the steps."""
+        self._display.update(self._steps, description=what)
 
-def _summary(values: list[float]) -> dict[str, Any]:
-    return {
-        "median": statistics.median(values),
-        "low": min(values),
-        "high": max(values),
-        "turns": [round(value, 1) for value in values],
-    }
+    def steps(self, total: int) -> Callable[[str], None]:
+        """Steps begin, as many as told; the function given back is to be told of each before it is done."""
+        self._display.reset(self._steps, total=total, completed=-1)
 
+        def step(name: str) -> None:
+            self._display.update(self._steps, advance=1, description=name)
 
-def _print(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['work']}; {result['threads']} threads")
-    for heading in ("loader", "samples/s", "lowest … highest"):
-        table.add_column(heading, justify="left" if heading == "loader" else "right")
-    for name, rate in result["rates"].items():
-        table.add_row(name, f"{rate['median']:.0f}", f"{rate['low']:.0f} … {rate['high']:.0f}")
-    console.print(table)
-    console.print(f"ours over torchvision + PIL: {result['vs_torchvision_pil']:.2f} ×")
+        return step
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.set_sharing_strategy("file_system")
     cli.run(functools.partial(lambda argv: main(tyro.cli(LoaderBenchmark, args=argv)), sys.argv[1:]))

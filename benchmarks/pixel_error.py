@@ -1,0 +1,50 @@
+"""How far a loader's crops are from PIL's: decode by PIL, cut, resize with the antialiased bilinear filter.
+
+Shape letters: N pictures, V views, S side in pixels.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.peers.contract import FixedCrops, Job, Peer
+from pipelines.crops import draw_boxes
+from pipelines.listing import FolderListing
+
+
+def choose_crops(job: Job, num: int) -> FixedCrops:
+    """Crops of ``num`` pictures spread over the set, boxes drawn by the recipe."""
+    listing = FolderListing(job.folder)
+    index_N = np.unique(np.linspace(0, len(listing) - 1, num).astype(np.int64))
+    files = tuple(job.folder / listing.path(int(index)) for index in index_N)
+    sizes = []
+    for file in files:
+        with Image.open(file) as image:
+            sizes.append((image.height, image.width))
+    # A box's last number says whether it is flipped; that has nothing to do with how exact pixels are.
+    boxes_NV4 = draw_boxes(job.recipe, 0, 0, index_N, np.array(sizes))[:, :, :4]
+    return FixedCrops(job.beton, files, index_N, boxes_NV4, job.recipe.crop_px)
+
+
+def reference_crops(asked: FixedCrops) -> NDArray[np.uint8]:
+    """(N, V, S, S, 3) uint8 by PIL."""
+    crops_NVSS3 = asked.empty()
+    side = (asked.crop_px, asked.crop_px)
+    for file, boxes_V4, crops_VSS3 in zip(asked.files, asked.boxes_NV4, crops_NVSS3, strict=True):
+        with Image.open(file) as image:
+            picture = image.convert("RGB")
+        for (top, left, height, width), crop_SS3 in zip(boxes_V4.tolist(), crops_VSS3, strict=True):
+            cut = picture.crop((left, top, left + width, top + height))
+            crop_SS3[:] = np.asarray(cut.resize(side, Image.Resampling.BILINEAR))
+    return crops_NVSS3
+
+
+def pixel_error(
+    peer: Peer, asked: FixedCrops, reference_NVSS3: NDArray[np.uint8]
+) -> dict[str, float | str | None]:
+    """Mean and largest absolute difference in grey levels; null where there are no crops, with the reason."""
+    if isinstance(peer.fixed_crops, str):
+        return {"mean_error": None, "max_error": None, "error_reason": peer.fixed_crops}
+    crops = peer.fixed_crops(asked).astype(np.int16)
+    difference = np.abs(crops - reference_NVSS3)
+    return {"mean_error": round(float(difference.mean()), 4), "max_error": float(difference.max())}
