@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; name a newer one: make setup PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module; apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install --constraint constraints.txt --editable '.[ffcv,samples,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[ffcv,samples,bench,dev]'
 	@touch $@
 
 # Installs what is missing where root or sudo allows it, and says the exact command where not. The data set is a
@@ -76,8 +76,8 @@ samples: $(READY)
 	@$(BIN)/python -m dataset_tools photographs data/photographs
 	@test -f data/photographs.beton || $(BIN)/python -m dataset_tools convert data/photographs/train data/photographs.beton
 
-bench: samples  ## |our loader beside its peers on the same pictures
-	@$(BIN)/python -m benchmarks.loader data/photographs/train data/photographs.beton --json benchmarks/results/loader.json $(ARGS)
+bench: $(READY)  ## [ARGS=--help]|our loader beside its peers on the same pictures, some twenty minutes
+	@$(BIN)/python -m benchmarks.loader --json benchmarks/results/loader.json $(ARGS)
 
 scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming cost at 1.28 and 10 million pictures
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)
