@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -30,6 +31,8 @@ from pipelines.manifest import Manifest, Tier, paths_path, source_path_line
 
 DEFAULT_PAGE_BYTES = 8 << 20
 _BUFFER_BYTES = 8 << 20
+_SYNC_EVERY_BYTES = 32 << 20
+"""How much is left to the disk at a time, while pictures go on being added."""
 
 
 def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -> str:
@@ -89,6 +92,9 @@ class BetonWriter:
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._partial_paths = self.path.with_name(self.path.name + ".paths.partial")
         self._committed = False
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="beton-writer")
+        self._syncing: Future[None] | None = None
+        self._synced_to = self._end
         self._file = _open_alone(self._partial)
         self._file.seek(self._end)
         self._paths: BinaryIO = self._partial_paths.open("wb")
@@ -140,6 +146,11 @@ class BetonWriter:
         self._metadata["f1"][index], self._sizes[index] = label, size
         self._paths.write(source_path_line(source_path))
         self.count += 1
+        if self._end - self._synced_to >= _SYNC_EVERY_BYTES and (
+            self._syncing is None or self._syncing.done()
+        ):
+            self._wait_for_sync()
+            self._syncing, self._synced_to = self._syncer.submit(os.fdatasync, self._file.fileno()), self._end
         return index
 
     def commit(
@@ -167,6 +178,7 @@ class BetonWriter:
             replaced=dict(replaced or {}),
             settings=dict(settings or {}),
         )
+        self._wait_for_sync()
         for file in (self._file, self._paths):
             file.flush()
             os.fsync(file.fileno())
@@ -184,10 +196,16 @@ class BetonWriter:
         if not self._committed:
             self._partial.unlink(missing_ok=True)
             self._partial_paths.unlink(missing_ok=True)
+        self._syncer.shutdown()
         for file in (self._file, self._paths):
             # Closing writes what waits in the buffer, which fails again where the disk is full.
             with contextlib.suppress(OSError):
                 file.close()
+
+    def _wait_for_sync(self) -> None:
+        """Let the last sync end and raise its error, which the kernel tells only once."""
+        if self._syncing is not None:
+            self._syncing.result()
 
     def _place(self, size: int) -> int:
         """Return the next address where ``size`` bytes stay within one page.

@@ -1,3 +1,5 @@
+import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,26 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_error_of_the_disk_while_pictures_are_added_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells it once, to the sync that met it; the one at the end would succeed."""
+    from dataset_tools import beton_writer
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(beton_writer, "_SYNC_EVERY_BYTES", 100)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    write(tmp_path / "set.beton", [b"x" * 60] * 20, [0] * 20)
+    assert 1 <= len(synced) <= 10
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path / "bad.beton", [b"x" * 60] * 2, [0] * 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["set.beton", "set.json", "set.paths"]
 
 
 def test_two_writers_of_one_file_are_refused(tmp_path: Path) -> None:
