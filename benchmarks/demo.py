@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
+from benchmarks.peers.contract import OURS, TORCHVISION_PIL
 from engine import cli
 from engine.checkpoint import write_atomically
 from pipelines.manifest import Manifest
@@ -86,20 +87,20 @@ def main(config: Demo) -> None:
     _banner("4  Loading the photographs at 224 px, beside torchvision")
     figures = config.out / "loader.json"
     _python(
-        *("-m", "benchmarks.loader", files / "train", photographs, "--json", figures),
-        *("--seconds", config.loader_seconds, "--batch-size", 32),
+        *("-m", "benchmarks.loader", "--data", config.data, "--pictures", config.photographs),
+        *("--parts", "pass-through-recipe", "--peers", "torchvision-pil"),
+        *("--seconds", config.loader_seconds, "--batch-size", 32, "--json", figures),
     )
-    loader = json.loads(figures.read_text())
+    rates = json.loads(figures.read_text())["tables"]["pass_through"]["recipe"]
 
     _banner("5  What the loader makes of the photographs")
     preview = config.out / "preview.png"
     _python("-m", "dataset_tools", "preview", photographs, preview)
 
-    rates = {name: rate["median"] for name, rate in loader["rates"].items()}
     summary = {
         **{f"{key}_{name}": probes[name][key] for key in _KEYS for name in probes},
-        "loader_samples_per_s": rates["ours (ffcv)"],
-        "torchvision_samples_per_s": rates["torchvision + PIL"],
+        "loader_samples_per_s": rates[OURS]["median"],
+        "torchvision_samples_per_s": rates[TORCHVISION_PIL]["median"],
         "data_wait_fraction": _data_wait_fraction(pretrain / "metrics.jsonl"),
         "knn_k": probes["mixmask"]["knn_k"],
         "seconds": round(time.perf_counter() - start, 1),

@@ -1,0 +1,96 @@
+"""Does the loader's memory grow? Ten epochs, and the process's own memory at the end of each.
+
+    python -m benchmarks.memory data/photographs.beton --json benchmarks/results/memory.json
+
+What is counted is private memory: the pages of the mapped set belong to the system, which takes them back
+when it needs them. The greatest amount within each epoch is taken, looked at after every batch.
+"""
+
+import functools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.environment import environment
+from engine import cli
+from engine.checkpoint import write_atomically
+from pipelines import Reading, build_loader
+from pipelines.recipe import moco_v2
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class MemoryBenchmark:
+    """Watch the loader's memory over some epochs."""
+
+    compiled: tyro.conf.Positional[Path]
+    """A .beton set."""
+    epochs: int = 10
+    """Passes over it."""
+    crop_px: int = 224
+    """Side of the views."""
+    batch_size: int = 64
+    """Pictures per batch."""
+    reading: Reading = "map"
+    """How the set is read."""
+    json: Path | None = None
+    """Where the figures go."""
+
+
+def main(config: MemoryBenchmark) -> dict[str, Any]:
+    """Measure, print, write the JSON; returns what was written.
+
+    Raises ValueError for fewer than three epochs.
+    """
+    if config.epochs < 3:
+        raise ValueError(f"{config.epochs} epochs show no growth; take at least 3")
+    loader = build_loader(
+        config.compiled, moco_v2(config.crop_px), batch_size=config.batch_size, reading=config.reading
+    )
+    peaks_mib = []
+    for epoch in track(range(config.epochs), "epochs", console=console, disable=not console.is_terminal):
+        loader.set_epoch(epoch)
+        peaks_mib.append(max(private_mib() for _ in loader))
+    # The first epoch compiles, and takes the memory that is lent again ever after.
+    growth = peaks_mib[-1] / peaks_mib[1] - 1
+    result = {
+        "benchmark": "memory",
+        "config": {
+            "epochs": config.epochs,
+            "crop_px": config.crop_px,
+            "batch_size": config.batch_size,
+            "reading": config.reading,
+            "pictures": loader.engine.count,
+        },
+        "peaks_mib": [round(peak, 1) for peak in peaks_mib],
+        "growth": round(growth, 4),
+        "environment": environment(),
+    }
+    console.print(
+        f"private memory {peaks_mib[1]:.0f} MiB in the second epoch, {peaks_mib[-1]:.0f} MiB in the last of "
+        f"{config.epochs}: {100 * growth:+.2f} %"
+    )
+    if config.json:
+        content = (json.dumps(result, indent=2) + "\n").encode()
+        write_atomically(config.json, lambda file: file.write(content))
+        console.print(f"written to {config.json}")
+    return result
+
+
+def private_mib() -> float:
+    """Memory that this process shares with nobody, in MiB."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/smaps_rollup does not tell Private_Dirty; Linux 4.14 or newer is needed")
+
+
+if __name__ == "__main__":
+    cli.run(functools.partial(lambda argv: main(tyro.cli(MemoryBenchmark, args=argv)), sys.argv[1:]))
