@@ -36,7 +36,7 @@ def _hush_numba() -> None:
     """
     report = sys.unraisablehook
 
-    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
         of_finalizer = isinstance(unraisable.object, weakref.finalize)
         if not (of_finalizer and isinstance(unraisable.exc_value, KeyError)):
             report(unraisable)

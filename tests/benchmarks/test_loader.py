@@ -1,0 +1,240 @@
+"""The loader benchmark's own arithmetic: turns, ratios, sets, the JSON."""
+
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import benchmarks.loader as program
+from benchmarks import conversion, timing
+from benchmarks.loader import FULL, QUICK, LoaderBenchmark, main
+from benchmarks.peers.contract import (
+    DALI_ONCE,
+    DALI_TWICE,
+    DECODE_LIMIT,
+    FFCV,
+    OURS,
+    SPDL_FFMPEG,
+    SPDL_TORCHVISION,
+    TORCHVISION_PIL,
+    TORCHVISION_V2,
+)
+from benchmarks.ratios import (
+    COMPILED,
+    CONVERT_FFCV,
+    CONVERT_OURS,
+    EAGER,
+    FUSED,
+    RAW_FFCV,
+    RAW_JPEG,
+    RAW_OURS,
+    ratios,
+)
+from benchmarks.sample_sets import MAX_SIDE_PX, QUALITY, SampleSet, reencode
+from benchmarks.timing import Runner, Turns, summary, take_turns
+from dataset_tools.commands import Convert
+from tests.conftest import photograph_like
+
+
+def _rows(**medians: float) -> dict[str, dict[str, Any]]:
+    return {name: {"median": median} for name, median in medians.items()}
+
+
+def test_ratios_are_of_medians_and_of_the_faster_of_two_ways() -> None:
+    crops = {
+        OURS: 1500.0,
+        TORCHVISION_PIL: 250.0,
+        TORCHVISION_V2: 750.0,
+        FFCV: 600.0,
+        DALI_ONCE: 500.0,
+        DALI_TWICE: 400.0,
+        SPDL_FFMPEG: 300.0,
+        SPDL_TORCHVISION: 1000.0,
+        DECODE_LIMIT: 2000.0,
+    }
+    recipe = {OURS: 1000.0, TORCHVISION_PIL: 125.0, DALI_ONCE: 200.0}
+    tables = {
+        "reencoded": {"crops": _rows(**crops), "recipe": _rows(**recipe)},
+        # The ratios are of the main set; this one must not matter.
+        "pass_through": {"crops": _rows(**dict.fromkeys(crops, 1.0))},
+        "raw": {
+            RAW_OURS: {"median": 4000.0, "bytes": 50},
+            RAW_JPEG: {"median": 1600.0, "bytes": 30},
+            RAW_FFCV: {"median": 800.0, "bytes": 100},
+        },
+        "scaling": _rows(**{"1": 800.0, "8": 5600.0}),
+        "convert": _rows(**{CONVERT_OURS: 1600.0, CONVERT_FFCV: 400.0}),
+        "photometric": _rows(**{FUSED: 6000.0, COMPILED: 1000.0, EAGER: 100.0}),
+    }
+    assert ratios(tables) == {
+        "crops": {
+            "vs_ffcv_decode_per_view": 2.5,
+            "vs_dali_cpu": 3.0,
+            "vs_torchvision_pil": 6.0,
+            "vs_torchvision_v2": 2.0,
+            "vs_spdl": 1.5,
+            "fraction_of_decode_limit": 0.75,
+        },
+        "recipe": {"vs_dali_cpu": 5.0, "vs_torchvision_pil": 8.0},
+        "raw_tier": {"vs_ffcv_raw": 5.0, "vs_jpeg_tier": 2.5, "bytes_vs_ffcv_raw": 0.5},
+        "scaling": {"threads_8_over_1": 7.0},
+        "convert": {"vs_ffcv_writer": 4.0},
+        "photometric": {"vs_compiled_torch": 6.0},
+    }
+
+
+def test_ratios_of_what_was_not_measured_are_absent() -> None:
+    tables = {"reencoded": {"crops": _rows(**{OURS: 10.0, FFCV: 5.0})}, "scaling": _rows(**{"1": 3.0})}
+    assert ratios(tables) == {"crops": {"vs_ffcv_decode_per_view": 2.0}}
+    assert ratios({}) == {}
+
+
+class _Batches:
+    """Batches of which some may be queued beforehand; writes down what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self._name, self._log = name, log
+
+    def __iter__(self) -> Iterator[object]:
+        return self
+
+    def __next__(self) -> object:
+        self._log.append(self._name)
+        return None
+
+    def close(self) -> None:
+        self._log.append(f"{self._name} closed")
+
+
+def test_turns_alternate_drain_queues_and_end_with_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    # One second passes between two looks at the clock; a turn of two seconds looks at its start and twice.
+    clock, slept = itertools.count(), []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    runners = {
+        "a": Runner(lambda: _Batches("a", log), items=10, queued=3, round=2),
+        "b": Runner(lambda: _Batches("b", log), items=4),
+    }
+    told: list[str] = []
+    turns = Turns(2, 2.0)
+    rates = take_turns(runners, turns, told.append)
+    # a: two rounds of two batches of ten in two seconds; b: two batches of four.
+    assert rates == {"a": [20.0, 20.0], "b": [4.0, 4.0]}
+    opening, warm_up, turn = ["a", "b"], ["a"] * (3 + 2) + ["b"], ["a"] * (3 + 4) + ["b"] * 2
+    assert log == [*opening, *warm_up, *turn, *turn, "b closed", "a closed"]
+    assert slept[0] > 3 * 10 / 20 and slept[1] == 0
+    assert len(told) == timing.num_steps(runners, turns)
+    with pytest.raises(ValueError, match="measure nothing"):
+        Turns(0, 1.0)
+
+
+def test_summary_keeps_every_turn() -> None:
+    assert summary([3.0, 1.0, 2.004]) == {"median": 2.0, "low": 1.0, "high": 3.0, "turns": [3.0, 1.0, 2.0]}
+
+
+def test_what_is_given_comes_before_the_defaults_of_quick_and_full() -> None:
+    assert LoaderBenchmark().scale() == FULL
+    assert LoaderBenchmark(quick=True).scale() == QUICK
+    given = LoaderBenchmark(quick=True, turns=3, seconds=0.1).scale()
+    assert given == replace(QUICK, turns=3, seconds=0.1)
+    with pytest.raises(ValueError, match=r"batch of 9 pictures .* set of 8"):
+        LoaderBenchmark(pictures=8, batch_size=9).scale()
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    root = tmp_path / "photographs"
+    (root / "train" / "bird").mkdir(parents=True)
+    for name, size in (("small", (300, 200)), ("large", (640, 480))):
+        photograph_like(1, *size).save(root / "train" / "bird" / f"{name}.JPEG", quality=97)
+    (root / "photographs.json").write_text('{"count": 2, "seed": 0}\n')
+    return root
+
+
+def test_reencoding_is_what_pil_makes_of_it_once(photographs: Path) -> None:
+    target = reencode(photographs, photographs.with_name("again"))
+    for name, size in (("small", (300, 200)), ("large", (MAX_SIDE_PX, 375))):
+        with Image.open(target / "train" / "bird" / f"{name}.JPEG") as image:
+            assert image.size == size
+            wanted = io.BytesIO()
+            photograph_like(1, *size).save(wanted, "JPEG", quality=QUALITY, subsampling="4:2:0")
+            with Image.open(wanted) as other:
+                assert image.quantization == other.quantization
+                assert [layer[1:3] for layer in image.layer] == [layer[1:3] for layer in other.layer]
+    marker = target / "reencoded.json"
+    made = marker.stat().st_mtime_ns
+    assert reencode(photographs, target) == target and marker.stat().st_mtime_ns == made
+    (photographs / "photographs.json").write_text('{"count": 2, "seed": 1}\n')
+    assert reencode(photographs, target) == target and marker.stat().st_mtime_ns > made
+
+
+def test_reencoding_leaves_nothing_half_made(photographs: Path) -> None:
+    (photographs / "train" / "bird" / "torn.JPEG").write_bytes(b"\xff\xd8\xff torn")
+    with pytest.raises(OSError, match="torn"):
+        reencode(photographs, photographs.with_name("again"))
+    assert [path.name for path in photographs.parent.iterdir()] == ["photographs"]
+
+
+def test_our_converter_tells_its_pace_where_the_benchmark_looks(picture_folder: Path, tmp_path: Path) -> None:
+    said = io.StringIO()
+    console = Console(file=said, width=500)
+    Convert(picture_folder, tmp_path / "x.beton", workers=1).run(console, console)
+    (pace,) = conversion._PACE.findall(said.getvalue())
+    assert float(pace.replace(",", "")) > 0
+
+
+class _Sets:
+    """The sets of the tests' pictures, in place of those under data/."""
+
+    def __init__(self, data: Path, num: int, progress: object) -> None:
+        self.reencoded = SampleSet(data / "pictures", data / "pictures.beton", "made for tests")
+
+    def facts(self) -> dict[str, Any]:
+        return {"reencoded": self.reencoded.facts()}
+
+
+def test_the_json_has_the_keys_that_reports_read(
+    picture_folder: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pictures").symlink_to(picture_folder)
+    (tmp_path / "pictures.beton").symlink_to(beton)
+    monkeypatch.setattr(program, "SampleSets", _Sets)
+    out = tmp_path / "results" / "loader.json"
+    config = LoaderBenchmark(
+        json=out,
+        data=tmp_path,
+        pictures=40,
+        batch_size=8,
+        turns=1,
+        seconds=0.01,
+        threads=1,
+        peers=("decode",),
+        parts=("reencoded-crops", "scaling", "stages"),
+    )
+    returned = main(config)
+    result = json.loads(out.read_text())
+    assert result == json.loads(json.dumps(returned))
+    assert result["benchmark"] == "loader" and result["quick"] is False
+    assert result["config"].keys() == {"threads", "batch_size", "crop_px", "turns", "seconds"}
+    assert result["environment"]["versions"].keys() >= {"nvidia-dali-cuda130", "spdl", "simplejpeg"}
+    assert result["sets"]["reencoded"].keys() >= {"pictures", "mean_kb", "how"}
+    assert result["sets"]["reencoded"]["pictures"] == 40
+    rows = result["tables"]["reencoded"]["crops"]
+    assert rows.keys() == {OURS, DECODE_LIMIT}
+    rate = {"median", "low", "high", "turns"}
+    assert all(
+        row.keys() >= {*rate, "antialiased", "mean_error", "max_error", "configured"} for row in rows.values()
+    )
+    assert rows[OURS]["mean_error"] < 1 and rows[DECODE_LIMIT]["mean_error"] is None
+    assert result["tables"]["scaling"].keys() == {"1"} and result["tables"]["scaling"]["1"].keys() == rate
+    assert result["stages"] and all(micros > 0 for micros in result["stages"].values())
+    assert result["crops"].keys() == {"fraction_of_decode_limit"} and "scaling" not in result
+    assert result["left_out"]["recipe"].keys() == {DECODE_LIMIT}

@@ -1,0 +1,160 @@
+"""Each peer does its work on real pictures, and cuts the boxes it is asked for."""
+
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.peers import ALL_PEERS, PeerName, load_peers
+from benchmarks.peers.contract import (
+    DALI_ONCE,
+    DALI_TWICE,
+    DECODE_LIMIT,
+    FFCV,
+    OURS,
+    SPDL_FFMPEG,
+    SPDL_TORCHVISION,
+    TORCHVISION_PIL,
+    TORCHVISION_V2,
+    FixedCrops,
+    Job,
+    Peer,
+    Work,
+)
+from benchmarks.peers.ours import PEER
+from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
+from pipelines.recipe import moco_v2
+
+_SIDE, _BATCH = 32, 4
+# What a peer's crops may differ from PIL's at most, mean in grey levels; a box off by one pixel costs
+# _OFF_BY_ONE at least.
+_OFF_BY_ONE = 5.0
+_LARGEST_MEAN_ERROR = {
+    OURS: 0.5,
+    TORCHVISION_PIL: 0.0,
+    TORCHVISION_V2: 0.1,
+    FFCV: 2.0,
+    DALI_ONCE: 1.5,
+    DALI_TWICE: 1.5,
+    SPDL_FFMPEG: 4.0,
+    SPDL_TORCHVISION: 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def job(picture_folder: Path, beton: Path) -> Job:
+    # Loader processes come from a server that has imported once what they need.
+    preloaded = ["benchmarks.peers.with_torchvision"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
+    return Job(picture_folder, beton, moco_v2(_SIDE), _BATCH, 1)
+
+
+@pytest.fixture(scope="module")
+def asked(job: Job) -> FixedCrops:
+    return choose_crops(job, 8)
+
+
+def _peers(name: PeerName) -> list[Peer]:
+    try:
+        return load_peers([name])
+    except ImportError as error:
+        # FFmpeg is a system package that `make setup` may not be allowed to install.
+        if name == "spdl" and "apt-get install ffmpeg" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def _first(work: Work, job: Job) -> Any:
+    batches = work.open(job)
+    with closing(cast(Any, batches)):
+        batch: Any = next(batches)
+        next(batches)
+    # DALI gives its own lists of tensors.
+    if isinstance(batch, tuple) and hasattr(batch[0], "as_array"):
+        return [torch.from_numpy(np.array(views.as_array())) for views in batch]
+    return batch
+
+
+def _views(batch: Any) -> list[torch.Tensor]:
+    """The two views of a batch as (N, 3, S, S), however the peer lays them out."""
+    if hasattr(batch, "views"):  # ours
+        batch = batch.views
+    elif hasattr(batch, "query"):
+        batch = [batch.query, batch.key]
+    views = list(batch.unbind(1)) if isinstance(batch, torch.Tensor) else list(batch)
+    return [view.permute(0, 3, 1, 2) if view.shape[-1] == 3 else view for view in views]
+
+
+def _check(work: Work, job: Job, dtype: torch.dtype) -> None:
+    views = _views(_first(work, job))
+    assert [(view.shape, view.dtype) for view in views] == [((_BATCH, 3, _SIDE, _SIDE), dtype)] * 2
+    first, second = (view.float() for view in views)
+    assert first.std() > 0 and not torch.equal(first, second), "two views of a picture are two crops"
+
+
+def test_ours(job: Job, asked: FixedCrops) -> None:
+    assert isinstance(PEER.crops, Work) and isinstance(PEER.recipe, Work)
+    _check(PEER.crops, job, torch.uint8)
+    _check(PEER.recipe, job, torch.float32)
+    _check_pixels([PEER], asked)
+
+
+@pytest.mark.parametrize("name", ["ffcv", "dali", "spdl"])
+def test_peer_of_threads(name: PeerName, job: Job, asked: FixedCrops) -> None:
+    peers = _peers(name)
+    for peer in peers:
+        assert isinstance(peer.crops, Work)
+        _check(peer.crops, job, torch.uint8)
+        if isinstance(peer.recipe, Work):
+            _check(peer.recipe, job, torch.float32)
+    _check_pixels(peers, asked)
+
+
+def test_torchvision(job: Job, asked: FixedCrops) -> None:
+    # Starting processes is dear, so each of the two peers shows one of its works.
+    pil, v2 = load_peers(["torchvision-pil", "torchvision-v2"])
+    assert isinstance(pil.crops, Work) and isinstance(v2.recipe, Work)
+    _check(pil.crops, job, torch.uint8)
+    _check(v2.recipe, job, torch.float32)
+    _check_pixels([pil, v2], asked)
+
+
+def test_decode_limit(job: Job) -> None:
+    (peer,) = load_peers(["decode"])
+    assert isinstance(peer.crops, Work) and peer.name == DECODE_LIMIT and peer.crops.one_thread
+    assert _first(peer.crops, job) is None
+
+
+def _check_pixels(peers: list[Peer], asked: FixedCrops) -> None:
+    reference = reference_crops(asked)
+    for peer in peers:
+        error = pixel_error(peer, asked, reference)
+        assert cast(float, error["mean_error"]) <= _LARGEST_MEAN_ERROR[peer.name], (peer.name, error)
+
+
+def test_pixel_error_would_show_a_shifted_box(asked: FixedCrops) -> None:
+    boxes_NV4 = asked.boxes_NV4.copy()
+    boxes_NV4[:, :, :2] = np.maximum(boxes_NV4[:, :, :2] - 1, 0)
+    (pil,) = load_peers(["torchvision-pil"])
+    error = pixel_error(pil, replace(asked, boxes_NV4=boxes_NV4), reference_crops(asked))
+    assert cast(float, error["mean_error"]) > _OFF_BY_ONE
+
+
+def test_missing_package_is_an_error_that_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.peers.decode_limit", None)
+    with pytest.raises(ImportError, match=r"peer decode needs .* simplejpeg .*make setup.*--peers"):
+        load_peers(["decode"])
+
+
+def test_every_peer_says_how_it_is_set_up_or_why_not() -> None:
+    names: Iterator[PeerName] = (name for name in ALL_PEERS if name != "spdl")
+    for peer in load_peers(list(names)):
+        for work in (peer.crops, peer.recipe):
+            assert len(work if isinstance(work, str) else work.configured) > 20, peer.name
