@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.environment import environment
+from benchmarks.memory import status_mib
 from benchmarks.synthetic import write_synthetic
 from engine import cli
 from engine.checkpoint import write_atomically
@@ -189,7 +190,7 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
         "private_memory_mib": settled["private"] - before["private"],
         "peak_private_memory_mib": peak.mib - before["private"],
         "memory_mib": settled["resident"] - before["resident"],
-        "peak_memory_mib": _status_mib("VmHWM") - before["resident"],
+        "peak_memory_mib": status_mib("VmHWM") - before["resident"],
     }
 
 
@@ -207,12 +208,6 @@ def _memory_mib() -> dict[str, float]:
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return {"resident": kib["Rss"] / 1024, "private": kib["Anonymous"] / 1024}
-
-
-def _status_mib(name: str) -> float:
-    """One figure of /proc/self/status, which the kernel counts along and need not add up."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":"))
 
 
 class _PrivatePeak:
@@ -233,7 +228,7 @@ class _PrivatePeak:
 
     def _watch(self) -> None:
         while not self._stop.wait(_PEAK_EVERY_S):
-            self.mib = max(self.mib, _status_mib("RssAnon"))
+            self.mib = max(self.mib, status_mib("RssAnon"))
 
 
 def _take_turns(config: Scale, sets: dict[int, Path], threads: int) -> dict[int, list[dict[str, float]]]:
