@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from engine.precision import PrecisionName
-from pipelines import Backend
+from pipelines import Backend, Reading
 from pipelines.recipe import Mixing, Recipe, moco_v1, moco_v2
 
 PresetName = Literal["in1k", "fashion"]
@@ -91,6 +91,9 @@ class PretrainConfig:
     """Loader's engine; auto: ffcv for .beton, folder for a folder."""
     num_threads: int = 0
     """Threads that decode; 0 takes every core this process may use."""
+    reading: Reading = "auto"
+    """map: let the system keep of a set what fits in memory; read: read pictures ahead of their turn,
+    for sets larger than memory; auto: by the two sizes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     seed: int = 0

@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> PretrainConfig:
 def config_as_json(config: PretrainConfig) -> dict[str, Any]:
     """What decides the run's numbers, as plain data; a resumed run must agree on all of it."""
     free = {
-        *("preset", "data", "val", "out", "resume", "device", "num_threads", "log_every_s"),
+        *("preset", "data", "val", "out", "resume", "device", "num_threads", "reading", "log_every_s"),
         *("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"),
     }
     plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -122,6 +122,7 @@ def run(config: PretrainConfig, launch: Launch) -> None:
         world_size=launch.world_size,
         device=launch.device,
         num_threads=config.num_threads,
+        reading=config.reading,
     )
 
     if config.val:
