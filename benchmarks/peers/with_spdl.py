@@ -120,8 +120,8 @@ def ffmpeg_fixed_crops(asked: FixedCrops) -> NDArray[np.uint8]:
     return crops_NVSS3
 
 
-# The sink and the queue before it; and what each thread has finished and holds.
-_QUEUED, _QUEUED_PER_THREAD = _BATCHES_AHEAD + 2, 1
+# The sink, the queues before it, and what each thread has finished and holds: as counted on a full pipeline.
+_QUEUED, _QUEUED_PER_THREAD = _BATCHES_AHEAD + 3, 1
 _SETUP = "spdl.pipeline.PipelineBuilder, each of its threads loads whole batches"
 _TORCHVISION = f"{_SETUP} with torchvision.io.decode_jpeg once for both views and torchvision.transforms.v2"
 PEERS = [
