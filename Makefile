@@ -8,6 +8,8 @@ READY := $(VENV)/.ready
 # FFCV is compiled against these; the data set is optional, torchvision can download it instead.
 SYSTEM_PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev
 DATA_PACKAGES := dataset-fashion-mnist
+# One of the loader's peers, SPDL, decodes through FFmpeg's libraries; `make bench` installs them.
+BENCH_PACKAGES := ffmpeg
 
 # What the user gives: make pretrain DATA=data/in1k-train.beton ARGS="--epochs 100 --val data/in1k-val.beton"
 DATA ?=
@@ -17,7 +19,7 @@ PRETRAINED ?= runs/pretrain/backbone.safetensors
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system doctor demo convert pretrain lincls samples bench scale report lint test clean
+.PHONY: help setup system doctor demo convert pretrain lincls samples bench system-bench scale report lint test clean
 
 help:  ## |this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {split($$2, part, "|"); printf "  %-46s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
@@ -76,8 +78,11 @@ samples: $(READY)
 	@$(BIN)/python -m dataset_tools photographs data/photographs
 	@test -f data/photographs.beton || $(BIN)/python -m dataset_tools convert data/photographs/train data/photographs.beton
 
-bench: $(READY)  ## [ARGS=--help]|our loader beside its peers on the same pictures, some twenty minutes
+bench: $(READY) system-bench  ## [ARGS=--help]|our loader beside its peers on the same pictures, some twenty minutes
 	@$(BIN)/python -m benchmarks.loader --json benchmarks/results/loader.json $(ARGS)
+
+system-bench: $(READY)
+	@$(MAKE) --no-print-directory system SYSTEM_PACKAGES="$(BENCH_PACKAGES)" DATA_PACKAGES=
 
 scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming cost at 1.28 and 10 million pictures
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)

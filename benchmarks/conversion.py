@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.ratios import CONVERT_FFCV, CONVERT_OURS
-from benchmarks.sample_sets import QUALITY
 
 _PACE = re.compile(r"\(([\d,]+)/s\)")
 # FFCV's writer waits for ever once one of its workers has raised.
@@ -25,8 +24,8 @@ _PATIENCE_S = 900
 CONFIGURED = {
     CONVERT_OURS: "`python -m dataset_tools convert`: JPEG bytes pass through, every picture decoded once to "
     "find damaged ones, hashed and synced to disk",
-    CONVERT_FFCV: f"stock DatasetWriter from torchvision's ImageFolder, RGBImageField in jpg mode at quality "
-    f"{QUALITY}: every picture is decoded and encoded anew",
+    CONVERT_FFCV: "stock DatasetWriter from torchvision's ImageFolder, RGBImageField in jpg mode at its "
+    "default quality of 90: every picture is decoded and encoded anew",
 }
 
 
@@ -99,7 +98,7 @@ def _ffcv(folder: Path, out: Path, workers: int, sender: Connection) -> None:
     # program on Linux forks them.
     multiprocessing.set_start_method("fork", force=True)
     pictures = ImageFolder(str(folder))
-    image = RGBImageField(write_mode="jpg", max_resolution=None, jpeg_quality=QUALITY)
+    image = RGBImageField(write_mode="jpg")
     # The writer draws a progress bar of its own.
     with contextlib.redirect_stderr(io.StringIO()):
         start = time.perf_counter()

@@ -131,6 +131,8 @@ class LoaderBenchmark:
 
 def main(config: LoaderBenchmark) -> dict[str, Any]:
     """Measure, print tables, write the JSON; returns what was written."""
+    if config.quick and config.json and config.json.is_file() and not _is_quick(config.json):
+        raise ValueError(f"{config.json} holds a full run's figures; give a quick run another --json")
     scale, threads = config.scale(), usable_cores(config.threads)
     turns = Turns(scale.turns, scale.seconds)
     peers = (PEER, *load_peers(config.peers))
@@ -164,6 +166,10 @@ def main(config: LoaderBenchmark) -> dict[str, Any]:
         write_atomically(config.json, lambda file: file.write(content))
         console.print(f"written to {config.json}")
     return result
+
+
+def _is_quick(figures: Path) -> bool:
+    return bool(json.loads(figures.read_text()).get("quick"))
 
 
 def _measure(wanted: tuple[Part, ...], plan: parts.Plan, bars: "_Bars") -> dict[str, Any]:

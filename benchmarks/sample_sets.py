@@ -21,7 +21,8 @@ from PIL import Image
 from pipelines.listing import FolderListing
 from pipelines.manifest import Manifest
 
-QUALITY = 90
+QUALITY = 86
+"""Gives these photographs about 55 KB at 500 px, what ImageNet's own have at quality 90: they are sharper."""
 MAX_SIDE_PX = 500
 SHORT_SIDE_PX = 256
 """Of the two sets that hold no JPEG: ours of planes, stock FFCV's of RGB pixels."""
