@@ -1,8 +1,8 @@
 """How the loader's inner loops are compiled: ``@kernel``.
 
 numba keeps machine code on disk and asks only whether the file of the function itself has changed; what was
-compiled into it from other files would stay as it was. Here the place on disk is named after the contents of
-all files that hold kernels, so an update never runs old code.
+compiled into it from other files, a function or a constant, would stay as it was. Here the place on disk is
+named after the contents of all files of this package, so an update never runs old code.
 """
 
 import hashlib
@@ -41,9 +41,7 @@ def _cache_folder(wanted: str) -> Path:
 def _hash_of_sources() -> str:
     hasher = hashlib.sha256()
     for file in sorted(_HERE.glob("*.py")):
-        text = file.read_bytes()
-        if b"@kernel" in text or b"@intrinsic" in text:
-            hasher.update(file.name.encode() + b"\0" + text)
+        hasher.update(file.name.encode() + b"\0" + file.read_bytes())
     return hasher.hexdigest()[:16]
 
 

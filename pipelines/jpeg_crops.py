@@ -74,7 +74,7 @@ def crop_pictures(  # type: ignore[no-untyped-def]
     largest = boxes_NV5[:, :, 2:4].max() if boxes_NV5.size else 1
     scratch = make_scratch(side, largest)
     decoded_C = np.empty(SLACK, np.uint8)
-    header = np.empty(4, np.int32)
+    header, starts_3 = np.empty(4, np.int32), np.empty(3, np.int64)
     decoder = call_word(functions.init, ())
     for n in range(len(address_N)):
         height, width = size_N2[n]
@@ -90,7 +90,9 @@ def crop_pictures(  # type: ignore[no-untyped-def]
             if status_N[n] == 0:
                 planes, halved = _kind(header, height, width)
                 layout = _plane_layout(height, width, halved, True)
-                status_N[n] = _decode(functions, decoder, jpeg_C, height, width, planes, layout, decoded_C)
+                at = np.int64(decoded_C.ctypes.data)
+                starts_3[0], starts_3[1], starts_3[2] = at, at + layout[0], at + layout[1]
+                status_N[n] = _decode(functions, decoder, jpeg_C, height, width, planes, starts_3)
             pixels_C, start = decoded_C, 0
         if status_N[n] == 0:
             for v in range(boxes_NV5.shape[1]):
@@ -146,14 +148,17 @@ def _plane_layout(height, width, halved, padded):  # type: ignore[no-untyped-def
 
 
 @kernel
-def _decode(functions, decoder, jpeg_C, height, width, planes, layout, decoded_C):  # type: ignore[no-untyped-def]
-    at = np.int64(decoded_C.ctypes.data)
+def _decode(functions, decoder, jpeg_C, height, width, planes, starts_3):  # type: ignore[no-untyped-def]
+    """Decode to planes that begin at the addresses ``starts_3``, or to RGB at the first of them.
+
+    Whatever C is given the address of belongs to the caller: numba frees an array of ours after its last
+    mention, which may be the taking of its address.
+    """
     source = (decoder, jpeg_C.ctypes.data, len(jpeg_C))
     if not planes:
-        target = (at, width, 0, height, TJPF_RGB, TJFLAG_ACCURATEDCT)
+        target = (starts_3[0], width, 0, height, TJPF_RGB, TJFLAG_ACCURATEDCT)
         return int(call_int(functions.to_rgb, source + target))
-    starts = np.array([at, at + layout[0], at + layout[1]])
-    to_planes = (np.int64(starts.ctypes.data), width, 0, height, TJFLAG_ACCURATEDCT)
+    to_planes = (starts_3.ctypes.data, width, 0, height, TJFLAG_ACCURATEDCT)
     return int(call_int(functions.to_planes, source + to_planes))
 
 
