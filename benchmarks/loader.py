@@ -37,7 +37,7 @@ from pipelines.recipe import moco_v2
 
 console = Console(highlight=False, soft_wrap=True)
 _CROP_PX = 224
-_PRELOADED = ["benchmarks.loader", "benchmarks.peers.with_torchvision"]
+_PRELOADED = ["benchmarks.loader_parts", "benchmarks.peers.with_torchvision"]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -76,6 +76,11 @@ def build_loader(
         )
     if backend == "folder" and path.is_file():
         raise ValueError(f"backend folder reads folders of pictures, {path} is a file; choose backend ffcv")
+    if reading not in get_args(Reading) or (backend == "folder" and reading != "auto"):
+        raise ValueError(
+            f"reading is {reading!r}; the ffcv backend knows {', '.join(get_args(Reading))}, the folder "
+            "backend reads files ahead in any case (auto)"
+        )
     num_threads = usable_cores(num_threads)
     engine: Engine
     if backend == "ffcv":

@@ -38,11 +38,12 @@ def _cache_folder(wanted: str) -> Path:
     return beside / f"kernels-{_SOURCES}"
 
 
-def _hash_of_sources() -> str:
+def hash_of_sources(folder: Path) -> str:
+    """A name for the contents of a folder's modules."""
     hasher = hashlib.sha256()
-    for file in sorted(_HERE.glob("*.py")):
+    for file in sorted(folder.glob("*.py")):
         hasher.update(file.name.encode() + b"\0" + file.read_bytes())
     return hasher.hexdigest()[:16]
 
 
-_SOURCES = _hash_of_sources()
+_SOURCES = hash_of_sources(_HERE)

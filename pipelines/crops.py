@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.compiled import kernel
-from pipelines.randomness import Purpose, words
+from pipelines.randomness import Purpose, key_of, words
 from pipelines.recipe import Recipe
 
 _ATTEMPTS = 10
@@ -43,13 +43,32 @@ def draw_boxes(
     boxes_NV5 = np.empty((len(index_N), recipe.num_views, 5), np.int32)
     log_ratio = math.log(recipe.crop_ratio[0]), math.log(recipe.crop_ratio[1])
     share = recipe.center_share if recipe.crop == "center" else 0.0
-    key = np.uint64(seed).view(np.int64)
-    _draw(key, epoch, index_N, size_N2, recipe.crop_scale, log_ratio, share, recipe.flip_prob, boxes_NV5)
+    _draw(
+        key_of(seed),
+        epoch,
+        index_N,
+        size_N2,
+        recipe.crop_scale,
+        log_ratio,
+        share,
+        recipe.flip_prob,
+        boxes_NV5,
+    )
     return boxes_NV5
 
 
 @kernel
-def _draw(seed, epoch, index_N, size_N2, scale, log_ratio, center_share, flip_prob, boxes_NV5):  # type: ignore[no-untyped-def]
+def _draw(
+    key: int,
+    epoch: int,
+    index_N: NDArray[np.int64],
+    size_N2: NDArray[np.int64],
+    scale: tuple[float, float],
+    log_ratio: tuple[float, float],
+    center_share: float,
+    flip_prob: float,
+    boxes_NV5: NDArray[np.int32],
+) -> None:
     for n in range(len(index_N)):
         height, width = size_N2[n]
         for v in range(boxes_NV5.shape[1]):
@@ -57,21 +76,31 @@ def _draw(seed, epoch, index_N, size_N2, scale, log_ratio, center_share, flip_pr
             if center_share > 0:
                 _center(height, width, center_share, box)
             else:
-                _random(seed, epoch, index_N[n], v, height, width, scale, log_ratio, box)
-            flip = words(seed, epoch, index_N[n], _CROP, v, _ATTEMPTS)[0]
+                _random(key, epoch, index_N[n], v, height, width, scale, log_ratio, box)
+            flip = words(key, epoch, index_N[n], _CROP, v, _ATTEMPTS)[0]
             box[4] = flip * _UNIT < flip_prob
 
 
 @kernel
-def _center(height, width, share, box):  # type: ignore[no-untyped-def]
+def _center(height: int, width: int, share: float, box: NDArray[np.int32]) -> None:
     side = max(1, int(np.rint(min(height, width) * share)))
     box[0], box[1], box[2], box[3] = (height - side) // 2, (width - side) // 2, side, side
 
 
 @kernel
-def _random(seed, epoch, index, view, height, width, scale, log_ratio, box):  # type: ignore[no-untyped-def]
+def _random(
+    key: int,
+    epoch: int,
+    index: int,
+    view: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    log_ratio: tuple[float, float],
+    box: NDArray[np.int32],
+) -> None:
     for attempt in range(_ATTEMPTS):
-        drawn = words(seed, epoch, index, _CROP, view, attempt)
+        drawn = words(key, epoch, index, _CROP, view, attempt)
         area = height * width * (scale[0] + (scale[1] - scale[0]) * (drawn[0] * _UNIT))
         ratio = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * (drawn[1] * _UNIT))
         w, h = int(np.rint(np.sqrt(area * ratio))), int(np.rint(np.sqrt(area / ratio)))

@@ -40,6 +40,8 @@ class Engine(Protocol):
     name: str
     count: int
     classes: tuple[str, ...]
+    fingerprint: str
+    """What tells this set from another of the same size, for the loader's state."""
     reads_ahead: bool
     """Whether ``fetch`` waits for a disk, so that the loader should call it early and on other threads."""
 

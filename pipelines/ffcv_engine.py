@@ -8,6 +8,7 @@ asked for its accurate transform (FFCV's own decoder takes the fast one, off by 
 Shape letters: N pictures, V views, S side in pixels.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,11 +19,11 @@ from numpy.typing import NDArray
 
 from pipelines.beton import MODE_JPEG, MODE_RAW, matching_manifest, open_beton
 from pipelines.engines import Reading
-from pipelines.jpeg_crops import crop_pictures, functions, pread_address, read_pieces
+from pipelines.jpeg_crops import NO_DECODER, crop_pictures, functions, pread_address, read_pieces
 from pipelines.manifest import read_source_path
-from pipelines.pictures import read_rgb
+from pipelines.pictures import planes_to_rgb, read_rgb
 from pipelines.resample import SLACK, crop_rgb, make_scratch
-from pipelines.turbojpeg import check_jpeg, planes_to_rgb
+from pipelines.turbojpeg import check_jpeg
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,11 @@ class FFCVEngine:
             ValueError: if it is not a whole ``.beton`` file.
             ImportError: if FFCV or libturbojpeg is missing.
         """
-        if reading not in ("auto", "map", "read"):
-            raise ValueError(f"reading is {reading!r}; known are auto, map, read")
         self._beton = open_beton(path)
         manifest = matching_manifest(self._beton)
         self.count = len(self._beton)
         self.classes = manifest.classes if manifest else ()
+        self.fingerprint = manifest.sha256 if manifest else f"{self._beton.data.size} bytes"
         self._metadata = self._beton.metadata["f0"]
         if reading == "auto":
             reading = "read" if self._beton.data.size > 0.75 * _memory_bytes() else "map"
@@ -93,10 +93,19 @@ class FFCVEngine:
         data_C = np.empty(int(num_bytes_N.sum()) + SLACK, np.uint8)
         failed = read_pieces(pread_address(), self._file, address_N, num_bytes_N, start_N, data_C)
         if failed >= 0:
-            raise OSError(
-                f"{self._beton.path}: {num_bytes_N[failed]} bytes at {address_N[failed]} cannot be read"
-            )
+            self._explain(int(index_N[failed]), int(address_N[failed]), int(num_bytes_N[failed]))
         return _Payloads(index_N, size_N2, mode_N, data_C, start_N, num_bytes_N)
+
+    def _explain(self, index: int, address: int, num_bytes: int) -> None:
+        """Read a picture that could not be read once more, for the system's own reason."""
+        got = len(os.pread(self._file, num_bytes, address))
+        what = (
+            "was cut short while it was read" if got < num_bytes else "could be read only at the second try"
+        )
+        raise OSError(
+            f"{self._beton.path} {what}: picture {index}, {num_bytes} bytes at {address}; "
+            "see to the disk, verify the set, and resume"
+        )
 
     def crop(
         self, fetched: _Payloads, boxes_NV5: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
@@ -114,6 +123,8 @@ class FFCVEngine:
             out_NVSS3,
             status_N,
         )
+        if (status_N == NO_DECODER).any():
+            raise MemoryError("TurboJPEG gave no decoder")
         ok_N: NDArray[np.bool_] = status_N == 0
         for n in np.flatnonzero(~ok_N):
             ok_N[n] = self._second_opinion(int(fetched.index_N[n]), boxes_NV5[n], out_NVSS3[n])
@@ -147,4 +158,8 @@ class FFCVEngine:
 
 
 def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """What this machine has, or this container may use where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total

@@ -40,6 +40,7 @@ class FolderEngine:
         """
         self._listing = FolderListing(path)
         self.count, self.classes = len(self._listing), self._listing.classes
+        self.fingerprint = self._listing.fingerprint()
 
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) labels, −1 where the folder has no classes."""
@@ -55,10 +56,10 @@ class FolderEngine:
         return None if image is None else np.asarray(image)
 
     def _contents(self, index: int) -> bytes:
-        """The file's bytes; none where it cannot be read, which is a picture that cannot be decoded."""
+        """The file's bytes; none where it is gone or forbidden, which is a picture that cannot be decoded."""
         try:
             return (self._listing.root / self._listing.path(index)).read_bytes()
-        except OSError:
+        except (FileNotFoundError, PermissionError):
             return b""
 
     def fetch(self, index_N: NDArray[np.int64]) -> _Files:

@@ -11,21 +11,27 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.beton import MODE_JPEG, MODE_YUV420
 from pipelines.compiled import kernel
 from pipelines.native import address_of, call_int, call_word
 from pipelines.resample import SLACK, crop_planes, crop_rgb, make_scratch
-from pipelines.turbojpeg import library
-
-# Of turbojpeg.h.
-TJSAMP_444, TJSAMP_422, TJSAMP_420, TJSAMP_440 = 0, 1, 2, 4
-TJCS_YCBCR = 1
-TJPF_RGB = 0
-TJFLAG_ACCURATEDCT = 4096
+from pipelines.turbojpeg import (
+    TJCS_YCBCR,
+    TJFLAG_ACCURATEDCT,
+    TJPF_RGB,
+    TJSAMP_420,
+    TJSAMP_422,
+    TJSAMP_440,
+    TJSAMP_444,
+    library,
+)
 
 WRONG_SIZE = -2
 """Status of a picture whose header disagrees with the set's index."""
+NO_DECODER = -3
+"""Status where libturbojpeg had no memory for a decoder."""
 # libjpeg enlarges the chroma of narrower pictures by repeating it.
 _LEAST_SIDE = 8
 
@@ -54,9 +60,17 @@ def functions() -> Functions:
 
 
 @kernel
-def crop_pictures(  # type: ignore[no-untyped-def]
-    functions, data_C, address_N, num_bytes_N, mode_N, size_N2, boxes_NV5, out_NVSS3, status_N
-):
+def crop_pictures(
+    functions: Functions,
+    data_C: NDArray[np.uint8],
+    address_N: NDArray[np.int64],
+    num_bytes_N: NDArray[np.int64],
+    mode_N: NDArray[np.uint8],
+    size_N2: NDArray[np.int64],
+    boxes_NV5: NDArray[np.int32],
+    out_NVSS3: NDArray[np.uint8],
+    status_N: NDArray[np.int64],
+) -> None:
     """Cut all views of some pictures.
 
     Args:
@@ -68,7 +82,7 @@ def crop_pictures(  # type: ignore[no-untyped-def]
         size_N2: heights and widths by the index.
         boxes_NV5: see :mod:`pipelines.crops`; of no views, for decoding alone.
         out_NVSS3: (N, V, S, S, 3) uint8 views.
-        status_N: becomes 0 for a sound picture, else libturbojpeg's return code or WRONG_SIZE.
+        status_N: becomes 0 for a sound picture, else libturbojpeg's return code, WRONG_SIZE or NO_DECODER.
     """
     side = out_NVSS3.shape[2]
     largest = boxes_NV5[:, :, 2:4].max() if boxes_NV5.size else 1
@@ -84,10 +98,11 @@ def crop_pictures(  # type: ignore[no-untyped-def]
         status_N[n] = 0
         if mode_N[n] == MODE_JPEG:
             jpeg_C = data_C[start:stop]
-            if len(decoded_C) < 3 * (width + 1) * (height + 1) + SLACK:
-                decoded_C = np.empty(3 * (width + 1) * (height + 1) + SLACK, np.uint8)
             status_N[n] = _read_header(functions, decoder, jpeg_C, height, width, header)
             if status_N[n] == 0:
+                # Only now: a damaged index may promise a picture larger than the memory.
+                if len(decoded_C) < 3 * (width + 1) * (height + 1) + SLACK:
+                    decoded_C = np.empty(3 * (width + 1) * (height + 1) + SLACK, np.uint8)
                 planes, halved = _kind(header, height, width)
                 layout = _plane_layout(height, width, halved, True)
                 at = np.int64(decoded_C.ctypes.data)
@@ -109,8 +124,17 @@ def crop_pictures(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _read_header(functions, decoder, jpeg_C, height, width, header):  # type: ignore[no-untyped-def]
+def _read_header(
+    functions: Functions,
+    decoder: int,
+    jpeg_C: NDArray[np.uint8],
+    height: int,
+    width: int,
+    header: NDArray[np.int32],
+) -> int:
     """Fill in width, height, subsampling and colour space; returns a status."""
+    if decoder == 0:
+        return NO_DECODER
     at = np.int64(header.ctypes.data)  # an unsigned address plus a number would be a float
     places = (at, at + 4, at + 8, at + 12)
     status = call_int(functions.header, (decoder, jpeg_C.ctypes.data, len(jpeg_C), *places))
@@ -120,7 +144,7 @@ def _read_header(functions, decoder, jpeg_C, height, width, header):  # type: ig
 
 
 @kernel
-def _kind(header, height, width):  # type: ignore[no-untyped-def]
+def _kind(header: NDArray[np.int32], height: int, width: int) -> tuple[bool, tuple[bool, bool]]:
     """Whether to decode to planes, and whether the chroma's rows and columns are halved.
 
     Anything but the usual kinds is decoded to RGB by libturbojpeg, which knows them all.
@@ -135,7 +159,9 @@ def _kind(header, height, width):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _plane_layout(height, width, halved, padded):  # type: ignore[no-untyped-def]
+def _plane_layout(
+    height: int, width: int, halved: tuple[bool, bool], padded: bool
+) -> tuple[int, int, int, int]:
     """Where U and V begin behind Y, and the pitches of Y and of U and V.
 
     libturbojpeg pads Y to whole samples of the chroma; our own compiled sets do not.
@@ -148,7 +174,15 @@ def _plane_layout(height, width, halved, padded):  # type: ignore[no-untyped-def
 
 
 @kernel
-def _decode(functions, decoder, jpeg_C, height, width, planes, starts_3):  # type: ignore[no-untyped-def]
+def _decode(
+    functions: Functions,
+    decoder: int,
+    jpeg_C: NDArray[np.uint8],
+    height: int,
+    width: int,
+    planes: bool,
+    starts_3: NDArray[np.int64],
+) -> int:
     """Decode to planes that begin at the addresses ``starts_3``, or to RGB at the first of them.
 
     Whatever C is given the address of belongs to the caller: numba frees an array of ours after its last
@@ -163,7 +197,14 @@ def _decode(functions, decoder, jpeg_C, height, width, planes, starts_3):  # typ
 
 
 @kernel
-def read_pieces(pread, file, address_N, num_bytes_N, start_N, data_C):  # type: ignore[no-untyped-def]
+def read_pieces(
+    pread: int,
+    file: int,
+    address_N: NDArray[np.int64],
+    num_bytes_N: NDArray[np.int64],
+    start_N: NDArray[np.int64],
+    data_C: NDArray[np.uint8],
+) -> int:
     """Read pieces of an open file one after the other; returns −1, or the first that could not be had."""
     for n in range(len(address_N)):
         done, wanted = 0, int(num_bytes_N[n])

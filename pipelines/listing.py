@@ -3,6 +3,7 @@
 Names are kept in one string and offsets in one array, so a hundred million pictures fit.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,12 @@ class FolderListing:
         """Return the path of picture ``index`` relative to the root."""
         start = int(self._stops[index - 1]) if index else 0
         return os.fsdecode(bytes(self._blob[start : int(self._stops[index])]))
+
+    def fingerprint(self) -> str:
+        """Return a hash of all paths and labels."""
+        hasher = hashlib.sha256(self._blob)
+        hasher.update(np.ascontiguousarray(self._labels).data)
+        return hasher.hexdigest()
 
     def label(self, index: int) -> int:
         """Return the class number of picture ``index``, −1 without classes."""

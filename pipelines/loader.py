@@ -30,7 +30,7 @@ from pipelines.mixing import mix
 from pipelines.parameters import draw_parameters
 from pipelines.photometric import augment
 from pipelines.photometric_cpu import augment_on_cpu
-from pipelines.randomness import EpochOrder
+from pipelines.randomness import NUM_EPOCHS, EpochOrder, key_of
 from pipelines.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ _LEAST_SLICE = 8
 """Pictures; smaller slices cost more in hand-overs than they gain in balance."""
 _READERS_PER_THREAD = 4
 """Threads that wait for the disk, for each one that decodes."""
+_MOST_NAMED = 1000
+"""Faults whose pictures are named; of more only the index is told."""
 _STATE_VERSION = 2
 _VERIFY_HINT = "verify the set with `python -m dataset_tools verify`"
 
@@ -120,7 +122,11 @@ class ViewLoader:
         self._num_threads = num_threads
         self._shuffle, self._drop_last = shuffle, drop_last
         self._fault_limit = max(10, int(max_bad_fraction * engine.count))
+        key_of(seed)  # refuses a seed out of range now, and not at the first batch
         self._epoch, self._batches_done = 0, 0
+        # Which iteration moves the cursor: the last one begun, unless the cursor was set since.
+        self._iteration = 0
+        self._uploads: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         side, views = recipe.crop_px, recipe.num_views
         self._bytes = Lender((batch_size, views, side, side, 3), torch.uint8, pinned=device.type == "cuda")
         self._floats = Lender((views, batch_size, side, side, 3), torch.float32)
@@ -137,16 +143,25 @@ class ViewLoader:
         return self.engine.count // step if self._drop_last else -(-self.engine.count // step)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to iterate next; the cursor of a resumed epoch is kept, any other starts anew."""
+        """Choose the epoch to iterate next; the cursor of a resumed epoch is kept, any other starts anew.
+
+        Raises:
+            ValueError: if there is no such epoch.
+        """
+        if not 0 <= epoch < NUM_EPOCHS:
+            raise ValueError(f"epoch is {epoch}; it must lie in [0, {NUM_EPOCHS})")
         if epoch != self._epoch:
             self._epoch, self._batches_done = epoch, 0
+            self._iteration += 1
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The cursor: what has been handed out, not what has been prefetched."""
         return {
             "version": _STATE_VERSION,
-            "seed": self.seed,
+            "set": self.engine.fingerprint,
             "count": self.engine.count,
+            "seed": self.seed,
+            "shuffle": self._shuffle,
             "global_batch": self.batch_size * self._world_size,
             "epoch": self._epoch,
             "batches_done": self._batches_done,
@@ -156,58 +171,92 @@ class ViewLoader:
         """Continue where ``state`` was taken.
 
         Raises:
-            ValueError: if it belongs to another set, seed or global batch size.
+            ValueError: if it belongs to another set, seed, order or global batch size, was taken by another
+                version of the loader, or points outside the epoch.
         """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the loader's state is of version {state.get('version')}, ours of {_STATE_VERSION}: "
+                "orders and views have changed in between; start a new run"
+            )
         for name, mine in self.state_dict().items():
             if name not in ("epoch", "batches_done") and state.get(name) != mine:
                 raise ValueError(
                     f"the loader's state was taken with {name} {state.get(name)}, this run has {mine}; "
-                    "resume with the same set, seed and global batch size"
+                    "resume with the same set, seed, order and global batch size"
                 )
-        self._epoch, self._batches_done = int(state["epoch"]), int(state["batches_done"])
+        epoch, done = int(state["epoch"]), int(state["batches_done"])
+        if not (0 <= epoch < NUM_EPOCHS and 0 <= done <= len(self)):
+            raise ValueError(f"the loader's state has done {done} of {len(self)} batches of epoch {epoch}")
+        self._epoch, self._batches_done = epoch, done
+        self._iteration += 1
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the epoch, from the cursor on; at its end the cursor is back at the start."""
-        epoch = self._epoch
-        on_host = self.device.type == "cpu"
-        uploads: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        """The rest of the epoch, from the cursor on; at its end the cursor is back at the start.
+
+        Raises:
+            RuntimeError: if another iteration has been begun, or another epoch chosen, since the last batch.
+        """
+        epoch, on_host = self._epoch, self.device.type == "cpu"
         for pixels, made in self._batches(augmented=on_host):
-            index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
-            if on_host:
-                views = [view.permute(0, 3, 1, 2) for view in pixels[:, : len(index)]]
-            else:
-                index, label = index.pin_memory(), label.pin_memory()
-                views = self._upload(pixels[: len(index)], made.params_VNP)
-                # The host memory is lent anew only once the copy out of it is over.
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(self.device))
-                uploads.append((event, pixels))
-                while uploads[0][0].query():
-                    uploads.popleft()
-            key = views[1] if len(views) > 1 else views[0][:0]
-            mixtures = mix(self.recipe, self.seed, epoch, index, views[0])
-            index, label = (column.to(self.device, non_blocking=True) for column in (index, label))
-            yield Batch(views[0], key, mixtures, index, label)
+            batch = self._on_host(epoch, pixels, made) if on_host else self._on_device(epoch, pixels, made)
+            self._batches_done += 1
+            del pixels  # what is held here while we wait cannot be lent again
+            yield batch
+            del batch
 
     def crops(self) -> Iterator[Crops]:
-        """Like iterating, but only the crops: no photometric stage, no mixtures, nothing on a device."""
+        """Like iterating, but only the crops: no photometric stage, no mixtures, nothing on a device.
+
+        On machines with a GPU the memory is pinned; hold a batch until a copy of it is over.
+        """
         for pixels, made in self._batches(augmented=False):
             index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
-            yield Crops(pixels[: len(index)], index, label)
+            crops = Crops(pixels[: len(index)], index, label)
+            self._batches_done += 1
+            del pixels
+            yield crops
+            del crops
 
     def boxes(self, epoch: int, index_N: NDArray[np.int64]) -> NDArray[np.int32]:
         """(N, V, 5) crop boxes of the pictures asked for; see :mod:`pipelines.crops`."""
         return draw_boxes(self.recipe, self.seed, epoch, index_N, self.engine.fetch(index_N).size_N2)
 
-    def _upload(self, crops: Tensor, params_VNP: NDArray[np.float32]) -> list[Tensor]:
-        """Copy to the training device and run the photometric stage there."""
-        params = torch.from_numpy(params_VNP).pin_memory().to(self.device, non_blocking=True)
-        on_device = crops.to(self.device, non_blocking=True).unbind(1)
-        return [augment(view, p, self.recipe) for view, p in zip(on_device, params, strict=True)]
+    def _on_host(self, epoch: int, pixels_VNSS3: Tensor, made: _Slice) -> Batch:
+        """Finished views, and their mixtures."""
+        index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
+        views = [view.permute(0, 3, 1, 2) for view in pixels_VNSS3[:, : len(index)]]
+        return self._mixed(epoch, views, index, label)
+
+    def _on_device(self, epoch: int, pixels_NVSS3: Tensor, made: _Slice) -> Batch:
+        """Upload crops, augment, normalise and mix on the training device."""
+        index = torch.from_numpy(made.index_N).pin_memory()
+        label = torch.from_numpy(made.label_N).pin_memory()
+        params_VNP = torch.from_numpy(made.params_VNP).pin_memory().to(self.device, non_blocking=True)
+        crops_V = pixels_NVSS3[: len(index)].to(self.device, non_blocking=True).unbind(1)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        self._hold(event, pixels_NVSS3)
+        views = [augment(crops, p, self.recipe) for crops, p in zip(crops_V, params_VNP, strict=True)]
+        return self._mixed(epoch, views, index, label)
+
+    def _hold(self, event: "torch.cuda.Event", pixels: Tensor) -> None:
+        """Keep host memory from being lent anew before the copy out of it is over; wait if many are not."""
+        self._uploads.append((event, pixels))
+        while self._uploads and (len(self._uploads) > _AHEAD or self._uploads[0][0].query()):
+            self._uploads.popleft()[0].synchronize()
+
+    def _mixed(self, epoch: int, views: list[Tensor], index: Tensor, label: Tensor) -> Batch:
+        key = views[1] if len(views) > 1 else views[0][:0]
+        mixtures = mix(self.recipe, self.seed, epoch, index, views[0])
+        index, label = (column.to(self.device, non_blocking=True) for column in (index, label))
+        return Batch(views[0], key, mixtures, index, label)
 
     def _batches(self, *, augmented: bool) -> Iterator[tuple[Tensor, _Slice]]:
-        """Pixels of the rest of the epoch's batches, and what belongs to them; moves the cursor."""
+        """Pixels of the rest of the epoch's batches and what belongs to them; the caller moves the cursor."""
         epoch, number = self._epoch, self._batches_done
+        self._iteration += 1
+        mine = self._iteration
         ahead: deque[_Started] = deque()
         with ExitStack() as stack:
             workers = _pool("view-loader", self._num_threads, stack)
@@ -228,9 +277,13 @@ class ViewLoader:
                     np.concatenate([part.params_VNP for part in parts], axis=1),
                 )
                 self._note_faults(started.wanted_N, made.index_N)
-                self._batches_done += 1
                 yield started.pixels, made
-                del started, parts, made  # or the memory stays lent while we wait
+                del started, parts, made
+                if self._iteration != mine:
+                    raise RuntimeError(
+                        f"epoch {epoch} was being iterated when another iteration was begun or the cursor "
+                        f"was set (it is in epoch {self._epoch} now); finish one before the next"
+                    )
         self._batches_done = 0
 
     def _start(
@@ -319,14 +372,17 @@ class ViewLoader:
             index, used = int(wanted_N[n]), int(used_N[n])
             if index in self.faults:
                 continue
-            fault = self.faults[index] = Fault(index, self.engine.picture_name(index), used)
+            # Finding a name costs a walk through the list of names.
+            named = len(self.faults) < _MOST_NAMED
+            name = self.engine.picture_name(index) if named else "not looked up"
+            fault = self.faults[index] = Fault(index, name, used)
             log.warning(
                 "picture %d (%s) cannot be decoded; picture %d takes its place", *vars(fault).values()
             )
         if len(self.faults) > self._fault_limit:
             raise BadPicturesError(
                 f"{len(self.faults)} pictures cannot be decoded, the limit is {self._fault_limit} of "
-                f"{self.engine.count}; one is {self.engine.picture_name(max(self.faults))}; {_VERIFY_HINT}"
+                f"{self.engine.count}; one is {next(iter(self.faults.values())).name}; {_VERIFY_HINT}"
             )
 
 

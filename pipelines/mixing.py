@@ -34,11 +34,6 @@ def mix(recipe: Recipe, seed: int, epoch: int, index_N: Tensor, query: Tensor) -
     mixing = recipe.mixing
     if mixing.method == "moco":
         return ()
-    if query.shape[-1] < mixing.grid_size:
-        raise ValueError(
-            f"grid_size {mixing.grid_size} is finer than the views of {query.shape[-1]} px; "
-            "choose a coarser grid"
-        )
     # The host's copy decides what a host must decide, so that nothing waits for the device.
     device_index_N = index_N.to(query.device, non_blocking=True)
     if mixing.method == "erase":

@@ -10,15 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.compiled import kernel
-from pipelines.randomness import Purpose, words
+from pipelines.randomness import Purpose, key_of, words
 from pipelines.recipe import Recipe
 
 # Columns of the parameters.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARIZE = range(7)
-# Columns 7 … 12: which blend (0 none, 1 brightness, 2 contrast, 3 saturation) goes into each of the three
-# places before the hue shift and the three after it. Hue is the dear one, so it is computed once.
+# Columns 7 … 12: which blend (0 for none) goes into each of the three places before the hue shift and the
+# three after it. Hue is the dear one, so it is computed once.
 PLACES = slice(7, 13)
+BY_BRIGHTNESS, BY_CONTRAST, BY_SATURATION = 1, 2, 3
 NUM_PARAMETERS = 13
+SOLARIZE_FROM = 128 / 255
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL and torchvision use it
 
 _PHOTOMETRIC = int(Purpose.PHOTOMETRIC)
@@ -37,18 +39,25 @@ def draw_parameters(recipe: Recipe, seed: int, epoch: int, index_N: NDArray[np.i
     strengths = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue_turns)
     probabilities = (recipe.jitter_prob, recipe.grey_prob, recipe.solarize_prob, recipe.blur_prob)
     params_VNP = np.zeros((recipe.num_views, len(index_N), NUM_PARAMETERS), np.float32)
-    key = np.uint64(seed).view(np.int64)
-    _draw(key, epoch, index_N, strengths, probabilities, recipe.blur_sigma_px, params_VNP)
+    _draw(key_of(seed), epoch, index_N, strengths, probabilities, recipe.blur_sigma_px, params_VNP)
     return params_VNP
 
 
 @kernel
-def _draw(seed, epoch, index_N, strengths, probabilities, sigma_range, params_VNP):  # type: ignore[no-untyped-def]
+def _draw(
+    key: int,
+    epoch: int,
+    index_N: NDArray[np.int64],
+    strengths: tuple[float, float, float, float],
+    probabilities: tuple[float, float, float, float],
+    sigma_range: tuple[float, float],
+    params_VNP: NDArray[np.float32],
+) -> None:
     u = np.empty(4 * _BLOCKS, np.float32)
     for v in range(params_VNP.shape[0]):
         for n in range(len(index_N)):
             for block in range(_BLOCKS):
-                drawn = words(seed, epoch, index_N[n], _PHOTOMETRIC, v, block)
+                drawn = words(key, epoch, index_N[n], _PHOTOMETRIC, v, block)
                 for i in range(4):
                     # The upper 24 bits: what a float32 in [0, 1) can hold.
                     u[4 * block + i] = np.float32(drawn[i] >> 8) * np.float32(2.0**-24)
@@ -66,7 +75,7 @@ def _draw(seed, epoch, index_N, strengths, probabilities, sigma_range, params_VN
 
 
 @kernel
-def _place(key_4, params):  # type: ignore[no-untyped-def]
+def _place(key_4: NDArray[np.float32], params: NDArray[np.float32]) -> None:
     """Turn four random keys, of brightness, contrast, saturation and hue, into the order of the four."""
     hue_rank = 0
     for j in range(3):

@@ -15,6 +15,9 @@ from torch import Tensor
 from pipelines.parameters import (
     BLUR,
     BRIGHTNESS,
+    BY_BRIGHTNESS,
+    BY_CONTRAST,
+    BY_SATURATION,
     CONTRAST,
     GREY,
     HUE,
@@ -22,6 +25,7 @@ from pipelines.parameters import (
     PLACES,
     SATURATION,
     SOLARIZE,
+    SOLARIZE_FROM,
     blur_radius_px,
 )
 from pipelines.recipe import Recipe
@@ -50,7 +54,7 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe) -> Tensor:
     if recipe.blur_prob > 0:
         x = blur(x, params_NP[:, BLUR], recipe.blur_sigma_px[1])
     if recipe.solarize_prob > 0:
-        bright = (_column(params_NP, SOLARIZE) > 0) & (x >= 128 / 255)
+        bright = (_column(params_NP, SOLARIZE) > 0) & (x >= SOLARIZE_FROM)
         x = torch.where(bright, 1 - x, x)
     # Numbers, not tensors: a tensor made of them here would be one more upload.
     planes = [
@@ -90,11 +94,11 @@ def _blend(x: Tensor, params_NP: Tensor, which_N: Tensor) -> Tensor:
     which = which_N[:, None, None, None]
     grey = luma(x)
     mean_grey = grey.mean(dim=(2, 3), keepdim=True)
-    other = torch.where(which == 2, mean_grey, torch.where(which == 3, grey, 0.0))
+    other = torch.where(which == BY_CONTRAST, mean_grey, torch.where(which == BY_SATURATION, grey, 0.0))
     factor = torch.where(
-        which == 1,
+        which == BY_BRIGHTNESS,
         _column(params_NP, BRIGHTNESS),
-        torch.where(which == 2, _column(params_NP, CONTRAST), _column(params_NP, SATURATION)),
+        torch.where(which == BY_CONTRAST, _column(params_NP, CONTRAST), _column(params_NP, SATURATION)),
     )
     return torch.where(which > 0, torch.lerp(other.expand_as(x), x, factor).clamp(0, 1), x)
 

@@ -12,13 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.compiled import kernel
-from pipelines.parameters import BLUR, BRIGHTNESS, GREY, HUE, LUMA, PLACES, SOLARIZE, blur_radius_px
+from pipelines.parameters import (
+    BLUR,
+    BRIGHTNESS,
+    BY_CONTRAST,
+    BY_SATURATION,
+    GREY,
+    HUE,
+    LUMA,
+    PLACES,
+    SOLARIZE,
+    SOLARIZE_FROM,
+    blur_radius_px,
+)
 from pipelines.recipe import Recipe
 
+_Floats = NDArray[np.float32]
 _RED, _GREEN, _BLUE = (np.float32(share) for share in LUMA)
 _FIRST_PLACE = PLACES.start
 _PIECE_PX = 1024
-_CONTRAST, _SATURATION, _HUE, _GREY = 2, 3, 4, 5
+_HUE, _GREY = 4, 5  # after the three blends
 # No fastmath anywhere: what the compiler makes of it depends on where a function is inlined, and a kernel
 # loaded from the cache would differ in its last bits from the one just compiled.
 
@@ -41,11 +54,12 @@ def augment_on_cpu(
         out_VNSS3: (V, N, S, S, 3) float32, whose samples first … first + n − 1 are written.
         first: where in the batch these samples stand.
     """
-    scale = 1 / np.array(recipe.std, np.float32)
+    scale = np.float32(1) / np.array(recipe.std, np.float32)
+    offset = np.array(recipe.mean, np.float32) * -scale
     _augment_views(
         views_NVSS3,
         params_VNP,
-        -np.array(recipe.mean, np.float32) * scale,
+        offset,
         scale,
         blur_radius_px(recipe.blur_sigma_px[1], out_VNSS3.shape[2]),
         recipe.grey_before_jitter,
@@ -55,7 +69,16 @@ def augment_on_cpu(
 
 
 @kernel
-def _augment_views(views_NVSS3, params_VNP, offset_3, scale_3, radius, grey_first, out_VNSS3, first):  # type: ignore[no-untyped-def]
+def _augment_views(
+    views_NVSS3: NDArray[np.uint8],
+    params_VNP: _Floats,
+    offset_3: _Floats,
+    scale_3: _Floats,
+    radius: int,
+    grey_first: bool,
+    out_VNSS3: _Floats,
+    first: int,
+) -> None:
     num, num_views, side = views_NVSS3.shape[:3]
     x_3C = np.empty((3, side * side), np.float32)
     rows_3C = np.empty((3, side * side), np.float32)
@@ -84,7 +107,7 @@ def _augment_views(views_NVSS3, params_VNP, offset_3, scale_3, radius, grey_firs
 
 
 @kernel
-def _write_program(params, grey_first, program):  # type: ignore[no-untyped-def]
+def _write_program(params: _Floats, grey_first: bool, program: NDArray[np.int64]) -> int:
     """List the operations of one view that fire, in their order; returns how many."""
     num = 0
     if grey_first and params[GREY] > 0:
@@ -103,14 +126,25 @@ def _write_program(params, grey_first, program):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _augment_view(  # type: ignore[no-untyped-def]
-    view_C3, side, params, program, offset_3, scale_3, radius, weight_K, padded, x_3C, rows_3C, out_C3
-):
+def _augment_view(
+    view_C3: NDArray[np.uint8],
+    side: int,
+    params: _Floats,
+    program: NDArray[np.int64],
+    offset_3: _Floats,
+    scale_3: _Floats,
+    radius: int,
+    weight_K: _Floats,
+    padded: _Floats,
+    x_3C: _Floats,
+    rows_3C: _Floats,
+    out_C3: _Floats,
+) -> None:
     size = side * side
     piece = max(1, _PIECE_PX // side) * side
     split = len(program)
     for place in range(len(program)):
-        if program[place] == _CONTRAST:
+        if program[place] == BY_CONTRAST:
             split = place
     grey = np.float32(0)
     if split < len(program):
@@ -130,7 +164,7 @@ def _augment_view(  # type: ignore[no-untyped-def]
         red, green, blue = x_3C[0, at:end], x_3C[1, at:end], x_3C[2, at:end]
         if split < len(program):
             for c in range(3):
-                _mix_with(x_3C[c, at:end], params[BRIGHTNESS - 1 + _CONTRAST], grey)
+                _mix_with(x_3C[c, at:end], params[BRIGHTNESS - 1 + BY_CONTRAST], grey)
             _run(program[split + 1 :], params, red, green, blue)
         else:
             _load(view_C3[3 * start : 3 * stop], red, green, blue)
@@ -150,7 +184,7 @@ def _augment_view(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _load(view_C3, red, green, blue):  # type: ignore[no-untyped-def]
+def _load(view_C3: NDArray[np.uint8], red: _Floats, green: _Floats, blue: _Floats) -> None:
     unit = np.float32(1 / 255)
     for i in range(len(red)):
         red[i] = view_C3[3 * i] * unit
@@ -159,13 +193,13 @@ def _load(view_C3, red, green, blue):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _run(program, params, red, green, blue):  # type: ignore[no-untyped-def]
+def _run(program: NDArray[np.int64], params: _Floats, red: _Floats, green: _Floats, blue: _Floats) -> None:
     for which in program:
         if which == _HUE:
             _shift_hue(red, green, blue, np.float32(6 * params[HUE]))
         elif which == _GREY:
             _mix_with_grey(red, green, blue, np.float32(0))
-        elif which == _SATURATION:
+        elif which == BY_SATURATION:
             _mix_with_grey(red, green, blue, params[BRIGHTNESS - 1 + which])
         else:
             for plane in (red, green, blue):
@@ -173,7 +207,7 @@ def _run(program, params, red, green, blue):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _mix_with(plane, factor, other):  # type: ignore[no-untyped-def]
+def _mix_with(plane: _Floats, factor: np.float32, other: np.float32) -> None:
     """factor · x + (1 − factor) · other, clamped: brightness with 0, contrast with the mean grey."""
     rest = (np.float32(1) - factor) * other
     for i in range(len(plane)):
@@ -181,7 +215,7 @@ def _mix_with(plane, factor, other):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _mix_with_grey(red, green, blue, factor):  # type: ignore[no-untyped-def]
+def _mix_with_grey(red: _Floats, green: _Floats, blue: _Floats, factor: np.float32) -> None:
     """The same with each pixel's own grey: saturation."""
     rest = np.float32(1) - factor
     for i in range(len(red)):
@@ -192,7 +226,7 @@ def _mix_with_grey(red, green, blue, factor):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _sum_of_luma(red, green, blue):  # type: ignore[no-untyped-def]
+def _sum_of_luma(red: _Floats, green: _Floats, blue: _Floats) -> float:
     # Sixteen sums side by side, because one sum alone would have to be taken one number after the other.
     sums = np.zeros(16, np.float32)
     whole = len(red) // 16 * 16
@@ -209,7 +243,7 @@ def _sum_of_luma(red, green, blue):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _shift_hue(red, green, blue, shift):  # type: ignore[no-untyped-def]
+def _shift_hue(red: _Floats, green: _Floats, blue: _Floats, shift: np.float32) -> None:
     """Through HSV and back as :func:`pipelines.photometric.shift_hue`; ``shift`` in sixths of a turn."""
     zero, one, four, six = np.float32(0), np.float32(1), np.float32(4), np.float32(6)
     for i in range(len(red)):
@@ -235,7 +269,7 @@ def _shift_hue(red, green, blue, shift):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _blur_weights(sigma, largest_radius, weight_K):  # type: ignore[no-untyped-def]
+def _blur_weights(sigma: np.float32, largest_radius: int, weight_K: _Floats) -> int:
     """Weights of the centre and of one side, zero beyond the radius; returns the radius, 0 for no blur.
 
     Beyond 4.5 σ a weight is below 5e-5 and left out.
@@ -253,7 +287,7 @@ def _blur_weights(sigma, largest_radius, weight_K):  # type: ignore[no-untyped-d
 
 
 @kernel
-def _blur_rows(source_C, side, weight_K, padded, target_C):  # type: ignore[no-untyped-def]
+def _blur_rows(source_C: _Floats, side: int, weight_K: _Floats, padded: _Floats, target_C: _Floats) -> None:
     """Along each row, borders reflected."""
     reach = len(weight_K) - 1
     for at in range(0, len(source_C), side):
@@ -279,7 +313,9 @@ def _blur_rows(source_C, side, weight_K, padded, target_C):  # type: ignore[no-u
 
 
 @kernel
-def _add_three(left, right, near, middle, far, target):  # type: ignore[no-untyped-def]
+def _add_three(
+    left: _Floats, right: _Floats, near: np.float32, middle: np.float32, far: np.float32, target: _Floats
+) -> None:
     for x in range(len(target)):
         target[x] += (
             near * (left[x + 2] + right[x])
@@ -289,7 +325,7 @@ def _add_three(left, right, near, middle, far, target):  # type: ignore[no-untyp
 
 
 @kernel
-def _blur_column(rows_C, y, side, weight_K, target):  # type: ignore[no-untyped-def]
+def _blur_column(rows_C: _Floats, y: int, side: int, weight_K: _Floats, target: _Floats) -> None:
     """Row y of the blur along columns, borders reflected."""
     weight, row = weight_K[0], rows_C[y * side : (y + 1) * side]
     for x in range(side):
@@ -308,19 +344,27 @@ def _blur_column(rows_C, y, side, weight_K, target):  # type: ignore[no-untyped-
 
 
 @kernel
-def _reflected(rows_C, y, side):  # type: ignore[no-untyped-def]
+def _reflected(rows_C: _Floats, y: int, side: int) -> _Floats:
     y = abs(y)
     y = y if y < side else max(2 * (side - 1) - y, 0)
     return rows_C[y * side : (y + 1) * side]
 
 
 @kernel
-def _store(red, green, blue, solarize, offset_3, scale_3, out_C3):  # type: ignore[no-untyped-def]
+def _store(
+    red: _Floats,
+    green: _Floats,
+    blue: _Floats,
+    solarize: bool,
+    offset_3: _Floats,
+    scale_3: _Floats,
+    out_C3: _Floats,
+) -> None:
     if solarize:
         for plane in (red, green, blue):
             for i in range(len(plane)):
                 x = plane[i]
-                plane[i] = np.float32(1) - x if x >= np.float32(128 / 255) else x
+                plane[i] = np.float32(1) - x if x >= np.float32(SOLARIZE_FROM) else x
     for i in range(len(red)):
         out_C3[3 * i] = red[i] * scale_3[0] + offset_3[0]
         out_C3[3 * i + 1] = green[i] * scale_3[1] + offset_3[1]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 EXIF_ORIENTATION = 0x0112
@@ -23,6 +24,28 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if upright.mode == "F":
         raise ValueError("floating-point pixels, whose range is unknown; convert them to 8 bits first")
     return upright.convert("RGB")
+
+
+def planes_to_rgb(payload: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Make (H, W, 3) uint8 pixels of planes at 4:2:0 (see pipelines.beton), as a JPEG's decoder does.
+
+    The chroma is enlarged with the weights ¾ and ¼, which JPEG decoders call fancy upsampling.
+    """
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    luma, chroma = height * width, rows * columns
+    y, u, v = np.split(payload, (luma, luma + chroma))
+    planes = [y.reshape(height, width)]
+    for plane in (u, v):
+        enlarged = _doubled(_doubled(plane.reshape(rows, columns).astype(np.float32)).T).T
+        planes.append((enlarged[:height, :width] + 0.5).astype(np.uint8))
+    return np.asarray(Image.merge("YCbCr", [Image.fromarray(plane) for plane in planes]).convert("RGB"))
+
+
+def _doubled(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    above, below = np.concatenate([rows[:1], rows[:-1]]), np.concatenate([rows[1:], rows[-1:]])
+    near, far = np.float32(0.75), np.float32(0.25)
+    pairs = np.stack([near * rows + far * above, near * rows + far * below], axis=1)
+    return pairs.reshape(-1, rows.shape[1]).astype(np.float32, copy=False)
 
 
 def read_rgb(file: Path | IO[bytes]) -> Image.Image | None:

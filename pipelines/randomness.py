@@ -93,11 +93,9 @@ def uniform(seed: int, epoch: int, index_N: Tensor, purpose: Purpose, num: int, 
 
 
 @kernel
-def words(
-    seed: int, epoch: int, index: int, purpose: int, view: int, block: int
-) -> tuple[int, int, int, int]:
-    """Four of the draws that :func:`bits` gives, numbers 4 · block and on; ``seed`` as a signed integer."""
-    return _philox(index, epoch, purpose << 8 | view, block, seed & _MASK, seed >> 32 & _MASK)
+def words(key: int, epoch: int, index: int, purpose: int, view: int, block: int) -> tuple[int, int, int, int]:
+    """Four of the draws that :func:`bits` gives, numbers 4 · block and on; ``key`` of :func:`key_of`."""
+    return _philox(index, epoch, purpose << 8 | view, block, key & _MASK, key >> 32 & _MASK)
 
 
 @kernel
@@ -108,6 +106,21 @@ def _philox(c0: int, c1: int, c2: int, c3: int, k0: int, k1: int) -> tuple[int, 
         c2, c3 = (product0 >> 32 & _MASK) ^ c3 ^ k1, product0 & _MASK
         k0, k1 = k0 + _WEYL[0] & _MASK, k1 + _WEYL[1] & _MASK
     return c0, c1, c2, c3
+
+
+NUM_EPOCHS = 1 << 32
+"""Epochs, like positions in a set, are one word of the generator's counter."""
+
+
+def key_of(seed: int) -> int:
+    """The generator's key as compiled code takes it: the seed's 64 bits as a signed integer.
+
+    Raises:
+        ValueError: if the seed is not in [0, 2⁶⁴).
+    """
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}; it must lie in [0, 2^64)")
+    return seed - (1 << 64) if seed >> 63 else seed
 
 
 class EpochOrder:
@@ -121,7 +134,7 @@ class EpochOrder:
     def __init__(self, seed: int, epoch: int, count: int) -> None:
         if not 1 <= count <= 1 << 32:
             raise ValueError(f"a set of {count} pictures cannot be ordered; it must have 1 … 2³²")
-        self._seed, self._epoch, self._count = seed, epoch, count
+        self._key, self._epoch, self._count = key_of(seed), epoch, count
 
     def __len__(self) -> int:
         return self._count
@@ -131,15 +144,14 @@ class EpochOrder:
         start, stop, step = places.indices(self._count)
         if step != 1:
             raise ValueError(f"an epoch is read forwards, its order in steps of {step} is not to be had")
-        key = int(np.uint64(self._seed).view(np.int64))
-        return _permute(key, self._epoch, self._count, start, max(start, stop))
+        return _permute(self._key, self._epoch, self._count, start, max(start, stop))
 
 
 _FEISTEL_ROUNDS = 6
 
 
 @kernel
-def _permute(seed: int, epoch: int, count: int, start: int, stop: int) -> NDArray[np.int64]:
+def _permute(key: int, epoch: int, count: int, start: int, stop: int) -> NDArray[np.int64]:
     half_bits = 1
     while count > 1 << 2 * half_bits:
         half_bits += 1
@@ -150,7 +162,7 @@ def _permute(seed: int, epoch: int, count: int, start: int, stop: int) -> NDArra
         while True:
             left, right = x >> half_bits, x & mask
             for round_number in range(_FEISTEL_ROUNDS):
-                drawn = words(seed, epoch, right, _ORDER, 0, round_number)[0]
+                drawn = words(key, epoch, right, _ORDER, 0, round_number)[0]
                 left, right = right, left ^ drawn & mask
             x = left << half_bits | right
             if x < count:

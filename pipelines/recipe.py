@@ -126,6 +126,10 @@ class Recipe:
             value = getattr(self, name)
             _check(0 <= value <= 1, f"{name} is {value}; it must lie in [0, 1]")
         _check(
+            self.mixing.grid_size <= self.crop_px,
+            f"a grid of {self.mixing.grid_size} cells a side is finer than a view of {self.crop_px} px",
+        )
+        _check(
             self.mixing.method == "moco" or self.num_views == 2,
             f"mixing method {self.mixing.method!r} needs two views, num_views is {self.num_views}",
         )

@@ -1,7 +1,8 @@
 """Antialiased bilinear crops, straight from a JPEG's planes or from RGB pixels, sixteen lanes at a time.
 
-What PIL's ``resize`` of the cropped picture gives, within a grey level: two separable passes with a triangle
-filter that widens when it shrinks. Weights have 16 bits, sums between the passes 7 bits below the grey level.
+What PIL's ``resize`` of the cropped picture gives, within a grey level as long as it shrinks less than
+100-fold: two separable passes with a triangle filter that widens when it shrinks. Weights have 16 bits, sums
+between the passes 7 bits below the grey level.
 
 Chroma planes of half size are not enlarged first. JPEG decoders enlarge them with the weights ¾ and ¼
 ("fancy upsampling"), which is itself a linear filter; its weights and the resampling's are multiplied out, so
@@ -181,7 +182,7 @@ def _vertical(
             total = splat(taps >> 1)
             at = row + x
             for tap in range(taps):
-                sample = shift_left(load_u8(plane_C, at), 7)
+                sample = shift_left(load_u8(plane_C, at), _FRACTION_BITS)
                 total = add(total, mul_high(sample, splat(rows.weight_ST[out, tap])))
                 at += pitch
             store_u16(strip_C, r * strip_pitch + x, total)
@@ -241,7 +242,7 @@ def _to_rgb(planes_C: NDArray[np.uint16], size: int, bytes_C: NDArray[np.uint8])
 def _round(planes_C: NDArray[np.uint16], size: int, bytes_C: NDArray[np.uint8]) -> None:
     rounding = splat(1 << (_FRACTION_BITS - 1))
     for i in range(0, 3 * size, LANES):
-        store_u8(bytes_C, i, shift_right(add(load_u16(planes_C, i), rounding), 7))
+        store_u8(bytes_C, i, shift_right(add(load_u16(planes_C, i), rounding), _FRACTION_BITS))
 
 
 @kernel

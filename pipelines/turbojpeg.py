@@ -15,11 +15,11 @@ import numpy.typing as npt
 from pipelines.beton import import_ffcv
 
 State = Literal["whole", "irregular", "damaged"]
-_TJPF_RGB, _TJPF_GRAY, _TJPF_CMYK = 0, 6, 11
-_TJCS_RGB, _TJCS_YCBCR, _TJCS_CMYK, _TJCS_YCCK = 0, 1, 3, 4
-_TJSAMP_420 = 2
-_TJFLAG_ACCURATEDCT = 4096
-_TJERR_FATAL = 1
+TJPF_RGB, TJPF_GRAY, TJPF_CMYK = 0, 6, 11
+TJCS_RGB, TJCS_YCBCR, TJCS_CMYK, TJCS_YCCK = 0, 1, 3, 4
+TJSAMP_444, TJSAMP_422, TJSAMP_420, TJSAMP_440 = 0, 1, 2, 4
+TJFLAG_ACCURATEDCT = 4096
+TJERR_FATAL = 1
 # libjpeg's warnings that cost no pixel; any other ("premature end", "bad Huffman code") means lost data.
 _HARMLESS = (
     "extraneous bytes",
@@ -56,7 +56,7 @@ class Header(NamedTuple):
     @property
     def is_colour(self) -> bool:
         """True for three components, Y, Cb, Cr or R, G, B."""
-        return self.colours in (_TJCS_RGB, _TJCS_YCBCR)
+        return self.colours in (TJCS_RGB, TJCS_YCBCR)
 
     @property
     def is_usual(self) -> bool:
@@ -66,7 +66,7 @@ class Header(NamedTuple):
     @property
     def is_yuv420(self) -> bool:
         """True for Y, Cb, Cr at 4:2:0, whose planes ``decode_planes`` gives."""
-        return (self.subsampling, self.colours) == (_TJSAMP_420, _TJCS_YCBCR)
+        return (self.subsampling, self.colours) == (TJSAMP_420, TJCS_YCBCR)
 
 
 class Planes(NamedTuple):
@@ -132,9 +132,9 @@ class _Decoder:
         if fault:
             return Verdict("damaged", width, height, fault)
         # In grey at one eighth the entropy decoding, where damage shows, is complete, the rest nearly free.
-        pixels = _TJPF_CMYK if colours in (_TJCS_CMYK, _TJCS_YCCK) else _TJPF_GRAY
+        pixels = TJPF_CMYK if colours in (TJCS_CMYK, TJCS_YCCK) else TJPF_GRAY
         small_width, small_height = (width + 7) // 8, (height + 7) // 8
-        num_bytes = small_width * small_height * (4 if pixels == _TJPF_CMYK else 1)
+        num_bytes = small_width * small_height * (4 if pixels == TJPF_CMYK else 1)
         if self._scratch.size < num_bytes:
             self._scratch = np.empty(num_bytes, np.uint8)
         source, target = payload.ctypes.data, self._scratch.ctypes.data
@@ -149,23 +149,9 @@ class _Decoder:
         buffer = _PlaneBuffer(width, height)
         source, size = payload.ctypes.data, payload.size
         code = self._lib.tjDecompressToYUVPlanes(
-            self._handle, source, size, buffer.addresses, width, buffer.strides, height, _TJFLAG_ACCURATEDCT
+            self._handle, source, size, buffer.addresses, width, buffer.strides, height, TJFLAG_ACCURATEDCT
         )
         return self._verdict(code, width, height), buffer.planes()
-
-    def rgb(self, planes: Planes) -> npt.NDArray[np.uint8]:
-        height, width = planes.y.shape
-        buffer = _PlaneBuffer(width, height)
-        for padded, plane in zip(buffer.arrays, planes, strict=True):
-            padded[: plane.shape[0], : plane.shape[1]] = plane
-        pixels = np.empty((height, width, 3), np.uint8)
-        code = self._lib.tjDecodeYUVPlanes(
-            self._handle, buffer.addresses, buffer.strides, _TJSAMP_420,
-            pixels.ctypes.data, width, 0, height, _TJPF_RGB, 0,
-        )  # fmt: skip
-        if code != 0:
-            raise ValueError(f"TurboJPEG made no pixels of {width} × {height} px: {self._message()}")
-        return pixels
 
     def _verdict(self, code: int, width: int, height: int) -> Verdict:
         """What the return code of a complete decode means."""
@@ -176,7 +162,7 @@ class _Decoder:
         return Verdict("irregular" if harmless else "damaged", width, height, message)
 
     def _is_fatal(self) -> bool:
-        return bool(self._lib.tjGetErrorCode(self._handle) == _TJERR_FATAL)
+        return bool(self._lib.tjGetErrorCode(self._handle) == TJERR_FATAL)
 
     def _message(self) -> str:
         words: bytes = self._lib.tjGetErrorStr2(self._handle)
@@ -201,8 +187,8 @@ class _Encoder:
         pixels = np.ascontiguousarray(rgb_HW3)
         buffer = _PlaneBuffer(width, height)
         code = self._lib.tjEncodeYUVPlanes(
-            self._handle, pixels.ctypes.data, width, 0, height, _TJPF_RGB,
-            buffer.addresses, buffer.strides, _TJSAMP_420, 0,
+            self._handle, pixels.ctypes.data, width, 0, height, TJPF_RGB,
+            buffer.addresses, buffer.strides, TJSAMP_420, 0,
         )  # fmt: skip
         if code != 0:
             words: bytes = self._lib.tjGetErrorStr2(self._handle)
@@ -233,8 +219,6 @@ def library() -> ctypes.CDLL:
     lib.tjDecompressToYUVPlanes.argtypes = [
         pointer, pointer, size, pointer, integer, pointer, integer, integer
     ]  # fmt: skip
-    # handle, planes, strides, subsampling, pixels, width, pitch, height, pixel format, flags
-    lib.tjDecodeYUVPlanes.argtypes = [pointer, pointer, pointer, integer, pointer, *[integer] * 5]
     # handle, pixels, width, pitch, height, pixel format, planes, strides, subsampling, flags
     lib.tjEncodeYUVPlanes.argtypes = [
         pointer, pointer, *[integer] * 4, pointer, pointer, integer, integer
@@ -289,11 +273,3 @@ def _decoder() -> _Decoder:
     if decoder is None:
         decoder = _local.decoder = _Decoder()
     return decoder
-
-
-def planes_to_rgb(payload: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Make (H, W, 3) uint8 pixels of a payload of MODE_YUV420, as libjpeg-turbo ends a JPEG's decoding."""
-    half = (height + 1) // 2, (width + 1) // 2
-    luma, chroma = height * width, half[0] * half[1]
-    y, u, v = np.split(payload, (luma, luma + chroma))
-    return _decoder().rgb(Planes(y.reshape(height, width), u.reshape(half), v.reshape(half)))

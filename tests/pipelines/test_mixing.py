@@ -110,7 +110,7 @@ def test_moco_mixes_nothing_and_a_batch_of_one_is_refused() -> None:
     assert _mix(4, method="moco") == ()
     with pytest.raises(ValueError, match="batch of 1"):
         _mix(1, method="mixmask")
-    with pytest.raises(ValueError, match="finer than the views"):
+    with pytest.raises(ValueError, match="finer than a view of 8 px"):
         _mix(4, side=8, method="mixmask", grid_size=9)
 
 
