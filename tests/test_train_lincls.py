@@ -44,7 +44,7 @@ def test_classifier_learns_to_tell_two_classes(
     """The pictures of the two classes are noise: on its own training set a probe must win all the same."""
     result = _probe(
         *(picture_folder, "--val", picture_folder, "--pretrained", run / "backbone.safetensors", *how),
-        *("--epochs", 40, "--lr", 0.5, "--batch-size", 8, "--knn-k", 5, "--out", tmp_path),
+        *("--epochs", 120, "--lr", 0.5, "--batch-size", 8, "--knn-k", 5, "--out", tmp_path),
     )
     assert result["linear_top1"] > 0.6
     assert result["protocol"] == ("cached centre view" if how else "published")

@@ -184,7 +184,7 @@ def test_memory_is_free_again_while_the_loader_waits(beton: Path) -> None:
         del batch
     del batches
     # Never more blocks than batches that are under way at a time.
-    assert len(loader._floats._free) == 4
+    assert len(loader._floats._storages) == 4
 
 
 class _Event:
