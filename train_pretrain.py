@@ -57,6 +57,7 @@ from engine.stop import StopRequest
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
+from pipelines.compiled import compiled_before
 from pipelines.recipe import evaluation
 from presets import PRESETS, PretrainConfig
 
@@ -350,7 +351,9 @@ def announce(
     )
     if step:
         say(launch, f"continuing after step {step}")
-    elif config.epochs:
+    if not compiled_before():
+        say(launch, "the loader's inner loops are compiled now, once after each update: some fifteen seconds")
+    if not step and config.epochs:
         say(launch, "the loss rises at first, until the queue's noise has given way to real keys")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,7 +93,12 @@ def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launc
     try:
         yield launch
     finally:
+        # What still holds the group, such as DDP's reducer in a cycle of references, would keep gloo's
+        # threads alive into the interpreter's end, where one that lets go of a tensor aborts the process:
+        # pytorch's issue 190489.
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def check_agreement(launch: Launch, step: int) -> None:

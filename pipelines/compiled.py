@@ -28,6 +28,11 @@ def kernel(function: _Function) -> _Function:
     return compiled
 
 
+def compiled_before() -> bool:
+    """Whether kernels of these sources lie on disk; else the first batch takes some fifteen seconds."""
+    return any(_cache_folder(numba.config.CACHE_DIR).rglob("*.nbi"))
+
+
 def _cache_folder(wanted: str) -> Path:
     """Below NUMBA_CACHE_DIR where that is set, else beside the sources, else in the user's own cache."""
     if wanted:

@@ -6,7 +6,8 @@ Percentages let a chart be as wide as its reader's screen, with text of its own 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.report.results import DECODE_LIMIT, Rate, Rates
+from benchmarks.peers.contract import DECODE_LIMIT
+from benchmarks.report.results import Rate, Rates
 
 _MARGIN = 1.02
 

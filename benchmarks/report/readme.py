@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from benchmarks.peers.contract import DECODE_LIMIT
 from benchmarks.report.charts import mebibytes, megabytes, number, seconds, times
-from benchmarks.report.results import DECODE_LIMIT, LoaderFigures, Rates, ScaleFigures
+from benchmarks.report.results import LoaderFigures, Rates, ScaleFigures
 from engine.checkpoint import write_atomically
 
 BEGIN, END = "<!-- loader figures: begin -->", "<!-- loader figures: end -->"

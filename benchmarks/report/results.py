@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.peers.contract import OURS
 from benchmarks.scale import MEASURES
 
-DECODE_LIMIT = "libjpeg-turbo decode only"
-"""Name of what decodes and does nothing else: no loader of JPEGs can be faster."""
-_OURS = "ours"
 PICTURE_SETS = ("reencoded", "pass_through")
 """The two sets of photographs that peers are measured on."""
 OTHER_TABLES = ("raw", "scaling", "convert", "photometric")
@@ -42,7 +40,7 @@ class Rate:
     @property
     def is_ours(self) -> bool:
         """Whether this is our loader."""
-        return _OURS in self.name
+        return OURS in self.name
 
 
 Rates = Mapping[str, Rate]

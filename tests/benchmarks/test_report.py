@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.peers.contract import DECODE_LIMIT
 from benchmarks.report import charts, readme
 from benchmarks.report.__main__ import README, RESULTS, Report, main
 from benchmarks.report.page import render
-from benchmarks.report.results import DECODE_LIMIT, Rate, read_demo, read_loader, read_scale
+from benchmarks.report.results import Rate, read_demo, read_loader, read_scale
 from benchmarks.scale import MEASURES
 
 ROOT = Path(__file__).resolve().parents[2]
