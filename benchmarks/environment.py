@@ -1,6 +1,7 @@
-"""What a figure was measured on: every result file carries it."""
+"""What a figure was measured on, which every result file carries, and the writing of such files."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -10,6 +11,9 @@ from typing import Any
 
 import PIL.features
 import torch
+from rich.console import Console
+
+from engine.checkpoint import write_atomically
 
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "numba", "pillow", "ffcv", "opencv-python"),
@@ -18,6 +22,14 @@ _PACKAGES = (
 # What FFCV, and so our engine, is linked with: its name in pkg-config.
 _SYSTEM_LIBRARIES = {"libjpeg-turbo (system)": "libturbojpeg", "opencv (system)": "opencv4"}
 _CPU_FLAGS = {"avx2": "avx2", "avx512": "avx512f"}
+
+
+def write_figures(path: Path, result: dict[str, Any], console: Console) -> None:
+    """Write a benchmark's figures as JSON and say where they are."""
+    content = (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(content))
+    console.print(f"written to {path}")
 
 
 def environment() -> dict[str, Any]:

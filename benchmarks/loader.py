@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import loader_parts as parts
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_figures
 from benchmarks.loader_tables import print_tables
 from benchmarks.peers import ALL_PEERS, PeerName, load_peers
 from benchmarks.peers.ours import PEER
@@ -31,7 +31,6 @@ from benchmarks.ratios import ratios
 from benchmarks.sample_sets import PHOTOGRAPHS, SampleSets
 from benchmarks.timing import Turns
 from engine import cli
-from engine.checkpoint import write_atomically
 from pipelines.cores import usable_cores
 from pipelines.recipe import moco_v2
 
@@ -161,10 +160,7 @@ def main(config: LoaderBenchmark) -> dict[str, Any]:
     }
     print_tables(console, result)
     if config.json:
-        content = (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode()
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.json, lambda file: file.write(content))
-        console.print(f"written to {config.json}")
+        write_figures(config.json, result, console)
     return result
 
 

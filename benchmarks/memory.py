@@ -7,7 +7,6 @@ when it needs them. The greatest amount within each epoch is taken, looked at af
 """
 
 import functools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_figures
 from engine import cli
-from engine.checkpoint import write_atomically
 from pipelines import Reading, build_loader
 from pipelines.recipe import moco_v2
 
@@ -78,9 +76,7 @@ def main(config: MemoryBenchmark) -> dict[str, Any]:
         f"{config.epochs}: {100 * growth:+.2f} %"
     )
     if config.json:
-        content = (json.dumps(result, indent=2) + "\n").encode()
-        write_atomically(config.json, lambda file: file.write(content))
-        console.print(f"written to {config.json}")
+        write_figures(config.json, result, console)
     return result
 
 

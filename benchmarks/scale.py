@@ -12,7 +12,6 @@ the files were just written, so the page cache is warm.
 """
 
 import functools
-import json
 import multiprocessing
 import statistics
 import sys
@@ -31,11 +30,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_figures
 from benchmarks.memory import status_mib
 from benchmarks.synthetic import write_synthetic
 from engine import cli
-from engine.checkpoint import write_atomically
 from pipelines import build_loader
 from pipelines.beton import import_ffcv, open_beton
 from pipelines.cores import usable_cores
@@ -120,9 +118,7 @@ def main(config: Scale) -> dict[str, Any]:
     }
     _print(result)
     if config.json:
-        content = (json.dumps(result, indent=2) + "\n").encode()
-        write_atomically(config.json, lambda file: file.write(content))
-        console.print(f"written to {config.json}")
+        write_figures(config.json, result, console)
     return result
 
 

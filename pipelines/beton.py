@@ -52,9 +52,6 @@ def import_ffcv() -> None:
     """
     import torch
 
-    # Importing FFCV starts numba's threads, whose kind must be chosen before.
-    import pipelines.cores  # noqa: F401
-
     threads = torch.get_num_threads()
     try:
         import ffcv.reader  # noqa: F401
