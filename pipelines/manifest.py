@@ -17,17 +17,32 @@ TIERS: tuple[Tier, ...] = get_args(Tier)
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One file of a set that has several."""
+
+    name: str
+    """Its name within the set's folder."""
+    count: int
+    """Number of pictures."""
+    num_bytes: int
+    """Its size."""
+    sha256: str
+    """Hash of the whole file."""
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The facts of one compiled set, kept as JSON beside it."""
+    """The facts of one compiled set, kept as JSON beside it, or in its folder where it is one."""
 
     tier: str
     """One of TIERS."""
     count: int
     """Number of pictures."""
     num_bytes: int
-    """Size of the compiled file."""
+    """Size of the compiled file, or of all shards."""
     sha256: str
-    """Hash of all payloads in order, then of the mode, width, height and label columns (see BetonWriter)."""
+    """Of a file: hash of all payloads in order, then of the mode, width, height and label columns (see
+    BetonWriter). Of shards: hash of their hashes in order, 64 digits each, then of the index's records."""
     source: str
     """Name of what it was made from; a name, not a path of one machine."""
     classes: tuple[str, ...] = ()
@@ -37,13 +52,15 @@ class Manifest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The options it was made with."""
     format: str = "beton"
-    """Layout of the compiled file."""
+    """beton, one file, or shards, a folder of tars."""
+    shards: tuple[Shard, ...] = ()
+    """The files of a sharded set."""
     version: int = VERSION
     """Version of this JSON."""
 
-    def write(self, beton_path: str | Path) -> Path:
-        """Write the JSON beside ``beton_path`` (temporary name, fsync, rename); return its path."""
-        target = manifest_path(beton_path)
+    def write(self, path: str | Path) -> Path:
+        """Write the JSON of the set at ``path`` (temporary name, fsync, rename); return its path."""
+        target = manifest_path(path)
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
         partial = target.with_name(target.name + ".partial")
         try:
@@ -57,12 +74,12 @@ class Manifest:
         return target
 
     @staticmethod
-    def read(beton_path: str | Path) -> "Manifest | None":
-        """Return the manifest beside ``beton_path``, or None where there is none.
+    def read(path: str | Path) -> "Manifest | None":
+        """Return the manifest of the set at ``path``, or None where there is none.
 
         Raises ValueError, naming the file, where it is not JSON or its keys or types are not ours.
         """
-        target = manifest_path(beton_path)
+        target = manifest_path(path)
         try:
             text = target.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -76,9 +93,10 @@ class Manifest:
         return _from_json(content, target)
 
 
-def manifest_path(beton_path: str | Path) -> Path:
-    """Return the path of the manifest that belongs to ``beton_path``."""
-    return Path(beton_path).with_suffix(".json")
+def manifest_path(path: str | Path) -> Path:
+    """Return the path of the manifest of a set: beside a file, within a folder of shards."""
+    path = Path(path)
+    return path / "set.json" if path.is_dir() else path.with_suffix(".json")
 
 
 def paths_path(beton_path: str | Path) -> Path:
@@ -106,6 +124,7 @@ def _from_json(content: Any, file: Path) -> Manifest:
         "count": int,
         "num_bytes": int,
         "classes": list,
+        "shards": list,
         "replaced": dict,
         "settings": dict,
     }
@@ -115,7 +134,11 @@ def _from_json(content: Any, file: Path) -> Manifest:
             raise ValueError(f"{file}: {name} is {value!r}, expected {kind.__name__}; compile the set again")
     if content["tier"] not in TIERS:
         raise ValueError(f"{file}: tier is {content['tier']!r}, known are {', '.join(TIERS)}")
-    return Manifest(**{**content, "classes": tuple(content.get("classes", ()))})
+    try:
+        shards = tuple(Shard(**shard) for shard in content.get("shards", ()))
+    except TypeError as error:
+        raise ValueError(f"{file}: its shards cannot be read ({error}); compile the set again") from error
+    return Manifest(**{**content, "classes": tuple(content.get("classes", ())), "shards": shards})
 
 
 # A file name may hold a newline; on its line in X.paths it must not.

@@ -1,0 +1,193 @@
+"""A set of WebDataset shards: tar files, their DALI index files, and one index over all pictures.
+
+    photographs.shards/
+        set.json       the manifest: classes, settings, and of each shard its count, size and hash
+        index.npy      (N,) records of INDEX_DTYPE; where picture i lies, its label and size
+        000000.tar     pictures and labels in the order in which they lie on the disk
+        000000.idx     the same for DALI's own reader: text, v1.2 of its wds2idx
+
+In a set compiled here picture i is the i-th of its source, while shards hold them shuffled: so the same
+source has the same indices, and with them the same views, in a ``.beton`` file. In shards that were there
+before, and are only indexed, picture i is the i-th on the disk.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.manifest import Manifest, Shard, manifest_path
+
+INDEX_NAME = "index.npy"
+INDEX_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),  # of the picture's first byte in its tar
+        ("num_bytes", "<u4"),
+        ("shard", "<u4"),  # position in the manifest's shards
+        ("label", "<i4"),  # −1 where there is none
+        ("width", "<u2"),  # of the picture as it is to be seen, by its EXIF tag
+        ("height", "<u2"),
+    ]
+)
+DALI_INDEX_VERSION = "v1.2"
+TAR_BLOCK = 512
+"""Everything in a tar begins at a multiple of so many bytes."""
+# Entries of the index checked at a time, so that the checks need memory for a block, not for the index.
+_BLOCK = 1 << 18
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """An opened set of shards; N pictures."""
+
+    path: Path
+    """The folder."""
+    manifest: Manifest
+    index: NDArray[np.void]
+    """(N,) records of INDEX_DTYPE, mapped."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The tar files in the order that the index counts them in."""
+        return self.manifest.shards
+
+    def tar_path(self, shard: int) -> Path:
+        """The tar file of a shard."""
+        return self.path / self.shards[shard].name
+
+    def payload(self, index: int) -> NDArray[np.uint8]:
+        """Read the stored bytes of one picture. Raises OSError, naming the tar, where it ends before."""
+        record = self.index[index]
+        tar, num_bytes = self.tar_path(int(record["shard"])), int(record["num_bytes"])
+        with tar.open("rb") as file:
+            file.seek(int(record["offset"]))
+            content = file.read(num_bytes)
+        if len(content) < num_bytes:
+            raise OSError(f"{tar} ends within picture {index}; {verify_hint(self.path)}")
+        return np.frombuffer(content, np.uint8)
+
+    def member_name(self, index: int) -> str | None:
+        """The picture's name in its tar, by DALI's index file; None where that does not tell.
+
+        Reads the index file up to the picture: meant for reports, not for loops.
+        """
+        record = self.index[index]
+        offset = b" %d " % int(record["offset"])
+        try:
+            with dali_index_path(self.tar_path(int(record["shard"]))).open("rb") as file:
+                for line in file:
+                    if offset in line:
+                        return os.fsdecode(line.split(offset, 1)[1].split(b" ")[1].strip())
+        except (FileNotFoundError, IndexError):
+            pass
+        return None
+
+
+def is_shard_set(path: str | Path) -> bool:
+    """Is this the folder of a set of shards, indexed?"""
+    return Path(path).is_dir() and manifest_path(path).is_file()
+
+
+def dali_index_path(tar: str | Path) -> Path:
+    """Where DALI's index of a tar lies."""
+    return Path(tar).with_suffix(".idx")
+
+
+def index_hint(path: str | Path) -> str:
+    """The command that makes the index of shards anew."""
+    return f"index the shards with `python -m dataset_tools index {path}`"
+
+
+def verify_hint(path: str | Path) -> str:
+    """The command that finds out what is wrong with a set."""
+    return f"see what is whole with `python -m dataset_tools verify {path}`"
+
+
+def open_shards(path: str | Path) -> ShardSet:
+    """Open a set of shards and check everything but the contents of the tars.
+
+    Takes one look at each tar's size and a pass over the index, whose pages are mapped.
+    Raises FileNotFoundError where there is no such set or one of its files is missing, ValueError where the
+    index does not fit the shards or a tar has not the size that the manifest tells.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder of shards {path}; make one with `make shards DATA=<folder>`"
+        )
+    manifest = Manifest.read(path)
+    if manifest is None:
+        raise FileNotFoundError(f"{path} has no {manifest_path(path).name}; {index_hint(path)}")
+    if manifest.format != "shards" or not manifest.shards:
+        raise ValueError(f"{manifest_path(path)} names no shards; {index_hint(path)}")
+    _check_tars(path, manifest)
+    index = _map_index(path, manifest)
+    for start, block in _blocks(index):
+        _check_places(path, manifest, start, block)
+    return ShardSet(path, manifest, index)
+
+
+def _check_tars(path: Path, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        tar = path / shard.name
+        try:
+            size = tar.stat().st_size
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{tar} is missing, the manifest names {len(manifest.shards)} shards; bring it back, convert "
+                f"again (whole shards are kept), or, to go on without it, {index_hint(path)}"
+            ) from None
+        if size != shard.num_bytes:
+            raise ValueError(
+                f"{tar} has {size} bytes, the manifest says {shard.num_bytes}: it is cut short or changed; "
+                f"{verify_hint(path)}"
+            )
+
+
+def _map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
+    file = path / INDEX_NAME
+    try:
+        index: NDArray[np.void] = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing; {index_hint(path)}") from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is not a whole index ({error}); {index_hint(path)}") from error
+    if index.dtype != INDEX_DTYPE or index.ndim != 1:
+        raise ValueError(f"{file} holds {index.dtype} of shape {index.shape}, no index; {index_hint(path)}")
+    counted = sum(shard.count for shard in manifest.shards)
+    if not len(index) == manifest.count == counted:
+        raise ValueError(
+            f"{file} has {len(index)} pictures, the manifest says {manifest.count} in all and {counted} "
+            f"in its shards; {index_hint(path)}"
+        )
+    return index
+
+
+def _blocks(index: NDArray[np.void]) -> Iterator[tuple[int, NDArray[np.void]]]:
+    for start in range(0, len(index), _BLOCK):
+        yield start, index[start : start + _BLOCK]
+
+
+def _check_places(path: Path, manifest: Manifest, start: int, block: NDArray[np.void]) -> None:
+    """Every picture must lie within its tar, at a place where a tar can hold one."""
+    sizes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
+    known = block["shard"] < len(sizes)
+    end = block["offset"] + block["num_bytes"]
+    within = known & (end <= sizes[np.where(known, block["shard"], 0)]) & (end >= block["offset"])
+    placed = (block["offset"] % TAR_BLOCK == 0) & (block["offset"] >= TAR_BLOCK) & (block["num_bytes"] > 0)
+    sized = (block["width"] > 0) & (block["height"] > 0)
+    labelled = block["label"] >= -1
+    if manifest.classes:
+        labelled &= block["label"] < len(manifest.classes)
+    bad = np.flatnonzero(~(within & placed & sized & labelled))
+    if len(bad):
+        raise ValueError(
+            f"{path / INDEX_NAME}: the record of picture {start + int(bad[0])} is {block[bad[0]]} "
+            f"{INDEX_DTYPE.names}, which does not fit the shards; {index_hint(path)}"
+        )
