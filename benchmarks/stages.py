@@ -18,6 +18,7 @@ from pipelines.ffcv_engine import FFCVEngine
 from pipelines.parameters import draw_parameters
 from pipelines.photometric_cpu import augment_on_cpu
 from pipelines.recipe import Recipe
+from pipelines.stores import open_store
 
 _REPEATS = 7
 _AT_ONCE = 16
@@ -39,7 +40,7 @@ def measure(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
     Raises:
         ValueError: if the set has fewer than 16 pictures.
     """
-    engine = FFCVEngine(Path(path), "map")
+    engine = FFCVEngine(open_store(Path(path), "map"))
     num = min(num, engine.count) // _AT_ONCE * _AT_ONCE
     if num == 0:
         raise ValueError(f"{path} has {engine.count} pictures; {_AT_ONCE} at least are needed")

@@ -1,24 +1,34 @@
 """A compiled set in, batches of views and mixtures on the training device out."""
 
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from pipelines.batch import Batch, Mixture
+from pipelines.choosing import Backend, choose, look_around
 from pipelines.cores import usable_cores
+from pipelines.dali_engine import DALIEngine
+from pipelines.dali_operators import DALIOptions
 from pipelines.engines import Engine, Reading
+from pipelines.ffcv_engine import FFCVEngine
+from pipelines.folder_engine import FolderEngine
 from pipelines.loader import ViewLoader
 from pipelines.recipe import Mixing, Recipe
+from pipelines.stores import StoreEngine, open_store
+from pipelines.streaming import ShardStream
+from pipelines.workers import WORKERS_OF_A_DEVICE
 
-Backend = Literal["auto", "ffcv", "folder"]
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Backend",
     "Batch",
+    "DALIOptions",
     "Mixing",
     "Mixture",
     "Reading",
@@ -43,56 +53,52 @@ def build_loader(
     shuffle: bool = True,
     drop_last: bool = True,
     reading: Reading = "auto",
+    dali: DALIOptions | None = None,
 ) -> ViewLoader:
     """Build a loader over a compiled set or a folder.
 
+    Whatever the backend, a picture's views are a function of (seed, epoch, index, view) alone. So are the
+    order and where a run resumes, except with ``reading="stream"``, whose promises stand in
+    :mod:`pipelines.streaming`.
+
     Args:
-        path: a ``.beton`` file, or a folder of pictures.
+        path: a ``.beton`` file, a folder of indexed shards, or a folder of pictures.
         recipe: what views and mixtures look like.
-        backend: ``ffcv`` for ``.beton`` files, ``folder`` for folders; ``auto`` tells by the path.
+        backend: who decodes. ``ffcv``, our kernels on the CPU, and ``dali`` take compiled sets, ``folder``
+            takes folders of pictures; ``auto`` chooses, see :mod:`pipelines.choosing`.
         batch_size: pictures per batch on this rank.
         seed: of every draw.
         rank: of this process.
         world_size: number of processes.
-        device: where batches are wanted.
+        device: where batches are wanted. On a GPU the ``dali`` backend decodes and crops there.
         num_threads: for decoding; 0 takes every core this process may use, shared among local ranks.
         shuffle: visit the set in a new order each epoch.
         drop_last: leave out the last, smaller batch of an epoch.
-        reading: how the ffcv backend reads its file: ``map`` it and let the system keep what fits, ``read``
-            each picture ahead of its turn, for sets larger than memory, or ``auto``, which goes by the sizes.
+        reading: how a compiled set is read, see :data:`pipelines.engines.Reading`.
+        dali: how the ``dali`` backend decodes on a GPU.
 
     Raises:
-        FileNotFoundError: if the compiled set is not there.
+        FileNotFoundError: if the compiled set, or a file of it, is not there.
         ValueError: if the path does not fit the backend, or the batch is larger than the set.
         ImportError: if a package of the backend is missing.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
+    choice = choose(path, backend, look_around(device))
     if backend == "auto":
-        backend = "ffcv" if path.suffix == ".beton" else "folder"
-    if backend == "ffcv" and path.suffix != ".beton":
+        log.info("%s", choice)
+    if reading not in get_args(Reading) or (choice.backend == "folder" and reading != "auto"):
         raise ValueError(
-            f"backend ffcv reads .beton files, {path} is none; convert it with `make convert DATA={path}` "
-            "or choose backend folder"
-        )
-    if backend == "folder" and path.is_file():
-        raise ValueError(f"backend folder reads folders of pictures, {path} is a file; choose backend ffcv")
-    if reading not in get_args(Reading) or (backend == "folder" and reading != "auto"):
-        raise ValueError(
-            f"reading is {reading!r}; the ffcv backend knows {', '.join(get_args(Reading))}, the folder "
-            "backend reads files ahead in any case (auto)"
+            f"reading is {reading!r}; compiled sets know {', '.join(get_args(Reading))}, the folder backend "
+            "reads files ahead in any case (auto)"
         )
     num_threads = usable_cores(num_threads)
-    engine: Engine
-    if backend == "ffcv":
-        from pipelines.ffcv_engine import FFCVEngine
-
-        engine = FFCVEngine(path, reading)
-    elif backend == "folder":
-        from pipelines.folder_engine import FolderEngine
-
-        engine = FolderEngine(path)
-    else:
-        raise ValueError(f"backend is {backend!r}; known are auto, ffcv, folder")
+    engine = _open_engine(path, choice.backend, reading, device, num_threads, dali)
+    stream = None
+    if reading == "stream":
+        assert isinstance(engine, StoreEngine)
+        stream = ShardStream(
+            engine.store, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle
+        )
     return ViewLoader(
         engine,
         recipe,
@@ -100,11 +106,32 @@ def build_loader(
         seed=seed,
         rank=rank,
         world_size=world_size,
-        device=torch.device(device),
+        device=device,
         num_threads=num_threads,
         shuffle=shuffle,
         drop_last=drop_last,
+        stream=stream,
+        device_engine=engine if isinstance(engine, DALIEngine) and device.type == "cuda" else None,
     )
+
+
+def _open_engine(
+    path: Path,
+    backend: Backend,
+    reading: Reading,
+    device: torch.device,
+    num_threads: int,
+    options: DALIOptions | None,
+) -> Engine:
+    """Open a set with the backend chosen for it."""
+    if backend == "folder":
+        return FolderEngine(path)
+    store = open_store(path, reading)
+    if backend == "ffcv":
+        return FFCVEngine(store)
+    # On a device one graph decodes while another waits; each has its share of the threads.
+    threads = max(1, num_threads // WORKERS_OF_A_DEVICE)
+    return DALIEngine(store, device=device, num_threads=threads, options=options)
 
 
 def evaluation_batches(

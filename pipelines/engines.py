@@ -8,14 +8,19 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-Reading = Literal["auto", "map", "read"]
-"""map: pages of the file are touched where they are needed, and the system keeps what fits; read: every
-picture is read into the process's own memory ahead of its turn, for sets larger than memory; auto: read where
-the file is larger than three quarters of the memory."""
+Reading = Literal["auto", "map", "read", "stream"]
+"""map: pages of a .beton file are touched where they are needed, and the system keeps what fits; read: every
+picture is read into the process's own memory ahead of its turn, for sets larger than memory; stream: DALI's
+reader goes through shards from end to end and shuffles within a buffer, for sets on disks that are slow to
+seek, with an order of its own (see :mod:`pipelines.streaming`); auto: map a .beton file, but read it where it
+is larger than three quarters of the memory, and read shards."""
 
 MAX_TRIES = 16
 """How many neighbours are tried before a run of undecodable pictures is an error."""
+
+VERIFY_HINT = "verify the set with `python -m dataset_tools verify`"
 
 
 class BadPicturesError(ValueError):
@@ -65,6 +70,15 @@ class Engine(Protocol):
 
     def picture_name(self, index: int) -> str:
         """Where picture ``index`` came from, for messages."""
+
+
+class DeviceEngine(Engine, Protocol):
+    """A backend that can also leave crops on the training device, without a copy through the host."""
+
+    def crop_on_device(
+        self, fetched: Any, boxes_NV5: NDArray[np.int32], out_NVSS3: Tensor
+    ) -> NDArray[np.bool_]:
+        """Like ``crop``, into a tensor on the device; returns when it is written."""
 
 
 @dataclass(frozen=True)

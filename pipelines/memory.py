@@ -18,9 +18,17 @@ class Lender:
     interpreter to let go of it.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool = False) -> None:
-        """Nothing is taken yet. ``pinned`` memory can be copied to a GPU while the host goes on."""
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        pinned: bool = False,
+    ) -> None:
+        """Nothing is taken yet. ``pinned`` memory of the host can be copied to a GPU in the background."""
         self._shape, self._dtype, self._pinned = shape, dtype, pinned
+        self._device = device or torch.device("cpu")
         self._storages: list[torch.UntypedStorage] = []
 
     def take(self) -> Tensor:
@@ -29,9 +37,11 @@ class Lender:
         storage = next(free, None)
         if storage is None:
             count = math.prod(self._shape)
-            storage = torch.empty(count, dtype=self._dtype, pin_memory=self._pinned).untyped_storage()
+            memory = torch.empty(count, dtype=self._dtype, device=self._device, pin_memory=self._pinned)
+            storage = memory.untyped_storage()
+            del memory
             self._storages.append(storage)
-        lent = torch.empty(0, dtype=self._dtype)
+        lent = torch.empty(0, dtype=self._dtype, device=self._device)
         # Not a view of another tensor: storage and count are all that the two have in common.
         return lent.set_(storage, 0, self._shape)  # type: ignore[call-overload, no-any-return]
 

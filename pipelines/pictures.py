@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 EXIF_ORIENTATION = 0x0112
+JPEG_START = b"\xff\xd8"
+"""What every JPEG file begins with."""
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

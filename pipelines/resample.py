@@ -302,6 +302,31 @@ def crop_rgb(
 
 
 @kernel
+def crop_views(
+    pixels_C: NDArray[np.uint8], width: int, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
+) -> None:
+    """Write all views of one picture of interleaved RGB; arguments as of :func:`crop_rgb`."""
+    side = out_VSS3.shape[1]
+    scratch = make_scratch(side, boxes_V5[:, 2:4].max() if boxes_V5.size else 1)
+    for v in range(len(boxes_V5)):
+        b = boxes_V5[v]
+        box = int(b[0]), int(b[1]), int(b[2]), int(b[3]), int(b[4])
+        crop_rgb(pixels_C, width, box, out_VSS3[v].reshape(side * side * 3), scratch)
+
+
+def crop_picture(
+    picture_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
+) -> None:
+    """Write all views of a decoded picture; what lies behind it in memory is not looked at."""
+    height, width, _ = picture_HW3.shape
+    pixels_C = np.ascontiguousarray(picture_HW3).reshape(-1)
+    # The kernels look up to SLACK bytes past the last pixel of a box, which must be memory of ours.
+    if 3 * width < SLACK or (boxes_V5[:, 0] + boxes_V5[:, 2] >= height).any():
+        pixels_C = np.concatenate([pixels_C, np.zeros(SLACK, np.uint8)])
+    crop_views(pixels_C, width, boxes_V5, out_VSS3)
+
+
+@kernel
 def crop_planes(
     planes_C: NDArray[np.uint8],
     start_3: tuple[int, int, int],

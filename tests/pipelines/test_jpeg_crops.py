@@ -13,6 +13,7 @@ from dataset_tools.beton_writer import BetonWriter
 from dataset_tools.convert import convert
 from dataset_tools.sources import FolderSource
 from pipelines.ffcv_engine import FFCVEngine
+from pipelines.stores import open_store
 from tests.conftest import photograph_like
 
 SIDE = 40
@@ -98,7 +99,7 @@ def _by_pil(pixels: NDArray[np.uint8], box: NDArray[np.int32]) -> NDArray[np.uin
 @pytest.mark.parametrize("reading", ["map", "read"])
 def test_every_kind_of_jpeg_in_one_call(reading: str, mixed: tuple[Path, dict[str, bytes]]) -> None:
     path, kinds = mixed
-    engine = FFCVEngine(path, reading)
+    engine = FFCVEngine(open_store(path, reading))
     boxes = _boxes(engine)
     out = np.zeros((engine.count, 2, SIDE, SIDE, 3), np.uint8)
     assert engine.crop(engine.fetch(np.arange(engine.count)), boxes, out).all()
@@ -114,7 +115,7 @@ def test_every_kind_of_jpeg_in_one_call(reading: str, mixed: tuple[Path, dict[st
 def test_tiers_without_a_jpeg(reading: str, tier: str, picture_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "set.beton"
     convert(FolderSource(picture_folder), path, tier=tier, short_side=61)
-    engine = FFCVEngine(path, reading)
+    engine = FFCVEngine(open_store(path, reading))
     boxes = _boxes(engine)
     out = np.zeros((engine.count, 2, SIDE, SIDE, 3), np.uint8)
     assert engine.crop(engine.fetch(np.arange(engine.count)), boxes, out).all()
@@ -128,7 +129,7 @@ def test_tiers_without_a_jpeg(reading: str, tier: str, picture_folder: Path, tmp
 
 def test_a_record_of_an_impossible_size_costs_no_memory(mixed: tuple[Path, dict[str, bytes]]) -> None:
     """Memory is taken for what the picture's own header says, after it agrees with the index."""
-    engine = FFCVEngine(mixed[0])
+    engine = FFCVEngine(open_store(mixed[0]))
     fetched = engine.fetch(np.arange(2))
     fetched.size_N2[1] = 65_535, 65_535
     before = status_mib("VmPeak")
@@ -140,7 +141,7 @@ def test_a_record_of_an_impossible_size_costs_no_memory(mixed: tuple[Path, dict[
 
 
 def test_calls_leave_no_memory_behind(mixed: tuple[Path, dict[str, bytes]]) -> None:
-    engine = FFCVEngine(mixed[0])
+    engine = FFCVEngine(open_store(mixed[0]))
     fetched, boxes = engine.fetch(np.arange(4)), _boxes(engine)[:4]
     out = np.zeros((4, 2, SIDE, SIDE, 3), np.uint8)
     for _ in range(200):

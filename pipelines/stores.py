@@ -1,0 +1,314 @@
+"""Where the encoded pictures of a compiled set lie: one ``.beton`` file, or a folder of WebDataset shards.
+
+A store finds and reads bytes; :class:`StoreEngine` is what all engines over a store have in common.
+
+Shape letters: N pictures of a call, C bytes.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.beton import MODE_JPEG, MODE_RAW, matching_manifest, open_beton
+from pipelines.engines import Reading
+from pipelines.jpeg_crops import pread_address, read_pieces
+from pipelines.manifest import read_source_path
+from pipelines.pictures import JPEG_START, planes_to_rgb, read_rgb
+from pipelines.resample import SLACK, crop_picture
+from pipelines.shards import open_shards, verify_hint
+from pipelines.turbojpeg import check_jpeg
+
+
+@dataclass(frozen=True)
+class Payloads:
+    """Some pictures, encoded; see :class:`pipelines.engines.Fetched`."""
+
+    index_N: NDArray[np.int64]
+    """(N,) their positions in the set."""
+    size_N2: NDArray[np.int64]
+    """(N, 2) heights and widths by the set's index."""
+    mode_N: NDArray[np.uint8]
+    """(N,) how each is stored, as in :mod:`pipelines.beton`."""
+    data_C: NDArray[np.uint8]
+    """Memory that holds all of them, with SLACK bytes behind them."""
+    start_N: NDArray[np.int64]
+    """(N,) where in it each begins."""
+    num_bytes_N: NDArray[np.int64]
+    """(N,) how long each is."""
+
+    def part(self, which: slice) -> "Payloads":
+        """Some of them."""
+        return Payloads(
+            self.index_N[which],
+            self.size_N2[which],
+            self.mode_N[which],
+            self.data_C,
+            self.start_N[which],
+            self.num_bytes_N[which],
+        )
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of each picture, without a copy."""
+        for start, num_bytes in zip(self.start_N.tolist(), self.num_bytes_N.tolist(), strict=True):
+            yield self.data_C[start : start + num_bytes]
+
+
+class Store(Protocol):
+    """A compiled set, opened. All methods may be called from several threads at once."""
+
+    path: Path
+    count: int
+    classes: tuple[str, ...]
+    fingerprint: str
+    """What tells this set from another of the same size."""
+    reads_ahead: bool
+    """Whether ``fetch`` waits for a disk."""
+
+    def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) labels, −1 where there is none."""
+
+    def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
+        """Read pictures, or find them in the mapped file. Raises OSError where that fails."""
+
+    def payload(self, index: int) -> tuple[NDArray[np.uint8], int, tuple[int, int]]:
+        """The stored bytes of one picture, how it is stored, and its height and width."""
+
+    def modes(self) -> tuple[int, ...]:
+        """How pictures are stored here, as in :mod:`pipelines.beton`."""
+
+    def picture_name(self, index: int) -> str:
+        """Where picture ``index`` came from, for messages."""
+
+
+def open_store(path: Path, reading: Reading = "auto") -> Store:
+    """Open a ``.beton`` file or a folder of shards.
+
+    Raises:
+        FileNotFoundError: if there is no such set, or a file of it is missing.
+        ValueError: if it is damaged, or cannot be read in this way.
+        ImportError: if FFCV is missing, which knows the layout of ``.beton`` files.
+    """
+    if path.is_dir():
+        return ShardStore(path, reading)
+    return BetonStore(path, reading)
+
+
+class StoreEngine:
+    """The half of an :class:`pipelines.engines.Engine` that does not depend on the decoder."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.count, self.classes = store.count, store.classes
+        self.fingerprint, self.reads_ahead = store.fingerprint, store.reads_ahead
+
+    def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) labels, −1 where the set has none."""
+        return self.store.labels(index_N)
+
+    def picture_name(self, index: int) -> str:
+        """Where picture ``index`` came from, for messages."""
+        return self.store.picture_name(index)
+
+    def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
+        """Find the pictures in the mapped file, or read them. Raises OSError where that fails."""
+        return self.store.fetch(index_N)
+
+    def picture(self, index: int) -> NDArray[np.uint8] | None:
+        """(H, W, 3) the whole picture, an encoded one upright by PIL; None where it cannot be decoded."""
+        data_C, mode, (height, width) = self.store.payload(index)
+        if mode == MODE_JPEG:
+            image = read_rgb(BytesIO(data_C.tobytes()))
+            return None if image is None else np.asarray(image)
+        if mode == MODE_RAW:
+            return np.array(data_C).reshape(height, width, 3)
+        return planes_to_rgb(data_C, height, width)
+
+    def second_opinion(self, index: int, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
+        """Crop a picture that a decoder complained of: sound if no pixel was lost, and PIL reads it too."""
+        data_C, _, size = self.store.payload(index)
+        is_jpeg = data_C[: len(JPEG_START)].tobytes() == JPEG_START
+        if is_jpeg and check_jpeg(data_C).state == "damaged":
+            return False
+        picture_HW3 = self.picture(index)
+        if picture_HW3 is None or picture_HW3.shape[:2] != size:
+            return False
+        crop_picture(picture_HW3, boxes_V5, out_VSS3)
+        return True
+
+
+class BetonStore:
+    """Pictures of a ``.beton`` file, mapped, or read ahead where it is larger than the memory."""
+
+    def __init__(self, path: Path, reading: Reading = "auto") -> None:
+        self._beton = open_beton(path)
+        manifest = matching_manifest(self._beton)
+        self.path, self.count = path, len(self._beton)
+        self.classes = manifest.classes if manifest else ()
+        self.fingerprint = manifest.sha256 if manifest else f"{self._beton.data.size} bytes"
+        self._metadata = self._beton.metadata["f0"]
+        if reading == "auto":
+            reading = "read" if self._beton.data.size > 0.75 * _memory_bytes() else "map"
+        self.reads_ahead = reading == "read"
+        self._file = os.open(path, os.O_RDONLY) if self.reads_ahead else -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", -1) >= 0:
+            os.close(self._file)
+
+    def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) labels, −1 where the set has none."""
+        labels_N: NDArray[np.int64] = self._beton.labels[index_N].reshape(len(index_N))
+        return labels_N
+
+    def modes(self) -> tuple[int, ...]:
+        """How pictures are stored in this file."""
+        return tuple(int(mode) for mode in np.unique(self._metadata["mode"]))
+
+    def picture_name(self, index: int) -> str:
+        """The source path of picture ``index``."""
+        return read_source_path(self.path, index) or f"picture {index} of {self.path.name}"
+
+    def payload(self, index: int) -> tuple[NDArray[np.uint8], int, tuple[int, int]]:
+        """The stored bytes of one picture, how it is stored, and its height and width."""
+        record = self._metadata[index]
+        return self._beton.payload(index), int(record["mode"]), (int(record["height"]), int(record["width"]))
+
+    def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
+        """Find the pictures in the mapped file, or read them."""
+        records = self._metadata[index_N]
+        size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+        address_N = records["data_ptr"].astype(np.int64)
+        num_bytes_N = self._beton.sizes[index_N].astype(np.int64)
+        mode_N = np.ascontiguousarray(records["mode"])
+        if not self.reads_ahead:
+            return Payloads(index_N, size_N2, mode_N, self._beton.data, address_N, num_bytes_N)
+        data_C, start_N = _room(num_bytes_N)
+        failed = read_pieces(pread_address(), self._file, address_N, num_bytes_N, start_N, data_C)
+        if failed >= 0:
+            place = int(address_N[failed]), int(num_bytes_N[failed])
+            raise OSError(_explain(self._file, self.path, self.path, int(index_N[failed]), *place))
+        return Payloads(index_N, size_N2, mode_N, data_C, start_N, num_bytes_N)
+
+
+class ShardStore:
+    """Pictures of WebDataset shards, always read into the process's own memory ahead of their turn.
+
+    Copying a picture out of the system's cache costs about a fiftieth of decoding it, and unlike mapped
+    memory it fails with a sentence where a tar is cut short while the run is on.
+    """
+
+    reads_ahead = True
+
+    def __init__(self, path: Path, reading: Reading = "auto") -> None:
+        if reading == "map":
+            raise ValueError(
+                f"reading is 'map', which takes a .beton file; {path} is a folder of shards, which are read "
+                "in any case: choose auto, read or stream"
+            )
+        self.shard_set = open_shards(path)
+        self.path, self.count = path, len(self.shard_set)
+        self.classes, self.fingerprint = self.shard_set.manifest.classes, self.shard_set.manifest.sha256
+
+    def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) labels, −1 where the set has none."""
+        return self.shard_set.index["label"][index_N].astype(np.int64).reshape(len(index_N))
+
+    def modes(self) -> tuple[int, ...]:
+        """Shards hold encoded pictures."""
+        return (MODE_JPEG,)
+
+    def picture_name(self, index: int) -> str:
+        """The picture's name in its tar, and which tar that is."""
+        tar = self.shard_set.tar_path(int(self.shard_set.index[index]["shard"])).name
+        return f"{self.shard_set.member_name(index) or f'picture {index}'} in {tar}"
+
+    def payload(self, index: int) -> tuple[NDArray[np.uint8], int, tuple[int, int]]:
+        """The stored bytes of one picture, how it is stored, and its height and width."""
+        record = self.shard_set.index[index]
+        return self.shard_set.payload(index), MODE_JPEG, (int(record["height"]), int(record["width"]))
+
+    def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
+        """Read the pictures."""
+        records = self.shard_set.index[index_N]
+        num_bytes_N = records["num_bytes"].astype(np.int64)
+        data_C, start_N = _room(num_bytes_N)
+        offset_N = records["offset"].astype(np.int64)
+        for shard in np.unique(records["shard"]).tolist():
+            here_M = np.flatnonzero(records["shard"] == shard)
+            self._read(shard, here_M, index_N, offset_N, num_bytes_N, start_N, data_C)
+        return self._payloads(index_N, data_C, start_N, num_bytes_N)
+
+    def loaded(self, index_N: NDArray[np.int64], encoded: list[NDArray[np.uint8]]) -> Payloads:
+        """What ``fetch`` returns, of pictures that somebody else has read."""
+        num_bytes_N = np.array([len(picture) for picture in encoded], np.int64)
+        data_C, start_N = _room(num_bytes_N)
+        for picture, start in zip(encoded, start_N.tolist(), strict=True):
+            data_C[start : start + len(picture)] = picture
+        return self._payloads(index_N, data_C, start_N, num_bytes_N)
+
+    def _payloads(
+        self,
+        index_N: NDArray[np.int64],
+        data_C: NDArray[np.uint8],
+        start_N: NDArray[np.int64],
+        num_bytes_N: NDArray[np.int64],
+    ) -> Payloads:
+        records = self.shard_set.index[index_N]
+        size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+        mode_N = np.full(len(index_N), MODE_JPEG, np.uint8)
+        return Payloads(index_N, size_N2, mode_N, data_C, start_N, num_bytes_N)
+
+    def _read(
+        self,
+        shard: int,
+        here_M: NDArray[np.int64],
+        index_N: NDArray[np.int64],
+        offset_N: NDArray[np.int64],
+        num_bytes_N: NDArray[np.int64],
+        start_N: NDArray[np.int64],
+        data_C: NDArray[np.uint8],
+    ) -> None:
+        """Read the M of the pictures that lie in one shard."""
+        tar = self.shard_set.tar_path(shard)
+        file = os.open(tar, os.O_RDONLY)
+        try:
+            failed = read_pieces(
+                pread_address(), file, offset_N[here_M], num_bytes_N[here_M], start_N[here_M], data_C
+            )
+            if failed >= 0:
+                n = here_M[failed]
+                place = int(offset_N[n]), int(num_bytes_N[n])
+                raise OSError(_explain(file, tar, self.path, int(index_N[n]), *place))
+        finally:
+            os.close(file)
+
+
+def _room(num_bytes_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Memory for pictures one after the other, and where each begins."""
+    start_N = np.concatenate([[0], num_bytes_N.cumsum()[:-1]]).astype(np.int64)
+    return np.empty(int(num_bytes_N.sum()) + SLACK, np.uint8), start_N
+
+
+def _explain(file: int, name: Path, path: Path, index: int, address: int, num_bytes: int) -> str:
+    """Read a picture that could not be read once more, for the system's own reason."""
+    got = len(os.pread(file, num_bytes, address))
+    what = "was cut short while it was read" if got < num_bytes else "could be read only at the second try"
+    return (
+        f"{name} {what}: picture {index}, {num_bytes} bytes at {address}; see to the disk, "
+        f"{verify_hint(path)}, and resume"
+    )
+
+
+def _memory_bytes() -> int:
+    """What this machine has, or this container may use where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total

@@ -1,0 +1,162 @@
+"""DALI's own reader of shards: from end to end, shuffled within a buffer; for sets far larger than memory.
+
+What it promises is less than what the loader's own order does. Each epoch takes the shards in a new order,
+gives every rank an equal part of their pictures and shuffles within a buffer: pictures that lie far apart on
+the disk do not meet in a batch, and which pictures a batch holds depends on batch size and world size. Kept
+are: every picture at most once an epoch, views that are a function of (seed, epoch, index, view), and
+resuming at the exact batch, by DALI's checkpoint of its reader in the loader's state.
+
+Shape letters: N pictures of a batch, P pictures of the set.
+"""
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.dali_operators import import_dali
+from pipelines.listing import PICTURE_SUFFIXES
+from pipelines.randomness import EpochOrder
+from pipelines.shards import dali_index_path, index_hint, verify_hint
+from pipelines.stores import Payloads, ShardStore, Store
+
+BUFFER = 2048
+"""Pictures in the buffer that is shuffled; of ImageNet's size they take 230 MB on each rank."""
+_BATCHES_AHEAD = 2
+_READER = "reader"
+# A place in the set is one number, the shard's number before the offset; no tar reaches 16 TiB.
+_OFFSET_BITS = 44
+
+
+class ShardStream:
+    """Batches of encoded pictures in the order in which DALI's reader finds them."""
+
+    def __init__(
+        self, store: Store, *, batch_size: int, seed: int, rank: int, world_size: int, shuffle: bool
+    ) -> None:
+        """Look at the index files; nothing is read yet.
+
+        Raises:
+            ValueError: if the set is no folder of shards.
+            FileNotFoundError: if a shard lacks its index file.
+            ImportError: if DALI is missing.
+        """
+        if not isinstance(store, ShardStore):
+            raise ValueError(
+                f"reading is 'stream', which takes a folder of shards, {store.path} is none; choose map, "
+                "read or auto, or convert to shards"
+            )
+        import_dali()
+        self._store, self._shards = store, store.shard_set
+        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
+        self._rank, self._world_size = rank, world_size
+        for number in range(len(self._shards.shards)):
+            index_file = dali_index_path(self._shards.tar_path(number))
+            if not index_file.is_file():
+                raise FileNotFoundError(
+                    f"{index_file} is missing, which DALI's reader needs; {index_hint(store.path)}, or "
+                    "choose reading read"
+                )
+        self._number = {shard.name: number for number, shard in enumerate(self._shards.shards)}
+        place_P = _places(self._shards.index["shard"], self._shards.index["offset"])
+        self._order_P = np.argsort(place_P, kind="stable")
+        self._place_P = place_P[self._order_P]
+
+    def batches(self, epoch: int, checkpoint: str) -> Iterator[tuple[Payloads, str]]:
+        """Batches from the checkpoint on ("" for the start of the epoch), each with the checkpoint behind it.
+
+        Raises:
+            ValueError: if an index file does not fit its tar.
+            OSError: if a tar cannot be read.
+        """
+        graph = self._open(epoch, checkpoint)
+        while True:
+            try:
+                encoded, sources = graph.run()
+            except RuntimeError as error:
+                raise OSError(
+                    f"DALI cannot go on reading {self._store.path}; {verify_hint(self._store.path)}; {error}"
+                ) from error
+            payloads = self._payloads(
+                [np.asarray(picture) for picture in encoded],
+                [np.asarray(source).tobytes().decode() for source in sources],
+            )
+            yield payloads, base64.b64encode(graph.checkpoint()).decode()
+
+    def _open(self, epoch: int, checkpoint: str) -> Any:
+        """Build the reader of an epoch."""
+        dali = import_dali()
+        order = np.arange(len(self._number))
+        if self._shuffle:
+            order = EpochOrder(self._seed, epoch, len(order))[:]
+        tars = [self._shards.tar_path(int(number)) for number in order]
+        epoch_seed = int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0])
+
+        @dali.pipeline_def(  # type: ignore[untyped-decorator, unused-ignore]
+            batch_size=self._batch_size,
+            num_threads=1,
+            device_id=None,
+            exec_dynamic=True,
+            prefetch_queue_depth=_BATCHES_AHEAD,
+            enable_checkpointing=True,
+        )
+        def graph() -> tuple[Any, Any]:
+            encoded = dali.fn.readers.webdataset(
+                name=_READER,
+                paths=[str(tar) for tar in tars],
+                index_paths=[str(dali_index_path(tar)) for tar in tars],
+                ext=[";".join(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)],
+                case_sensitive_extensions=False,
+                missing_component_behavior="skip",
+                # A tar that is cut short while it is mapped would end the process.
+                dont_use_mmap=True,
+                random_shuffle=self._shuffle,
+                initial_fill=BUFFER,
+                seed=epoch_seed,
+                shard_id=self._rank,
+                num_shards=self._world_size,
+            )
+            return encoded, dali.fn.get_property(encoded, key="source_info")
+
+        pipeline = graph(checkpoint=base64.b64decode(checkpoint) if checkpoint else None)
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise ValueError(
+                f"DALI cannot open the shards of {self._store.path}; {index_hint(self._store.path)}; {error}"
+            ) from error
+        counted = pipeline.reader_meta(_READER)["epoch_size"]
+        if counted != self._store.count:
+            raise ValueError(
+                f"the .idx files of {self._store.path} name {counted} pictures, its manifest "
+                f"{self._store.count}; {index_hint(self._store.path)}"
+            )
+        return pipeline
+
+    def _payloads(self, encoded: list[NDArray[np.uint8]], sources: list[str]) -> Payloads:
+        """Find out which pictures these are: DALI tells of each the tar, the offset and the name."""
+        place_N = np.array([self._place(source) for source in sources], np.uint64)
+        found_N = np.minimum(np.searchsorted(self._place_P, place_N), len(self._place_P) - 1)
+        index_N = self._order_P[found_N]
+        num_bytes_N = np.array([len(picture) for picture in encoded], np.int64)
+        wrong_N = (self._place_P[found_N] != place_N) | (
+            self._shards.index["num_bytes"][index_N] != num_bytes_N
+        )
+        if wrong_N.any():
+            raise ValueError(
+                f"{sources[int(np.argmax(wrong_N))]} is no picture by the index of {self._store.path}: an "
+                f".idx file does not fit its tar; {index_hint(self._store.path)}"
+            )
+        return self._store.loaded(index_N, encoded)
+
+    def _place(self, source: str) -> int:
+        """The place in the set of what DALI calls ``folder/tar:offset:name``."""
+        tar, offset, _ = source.removeprefix(f"{self._store.path}/").split(":", 2)
+        return self._number[tar] << _OFFSET_BITS | int(offset)
+
+
+def _places(shard_N: NDArray[Any], offset_N: NDArray[Any]) -> NDArray[np.uint64]:
+    """One number for each place."""
+    return shard_N.astype(np.uint64) << np.uint64(_OFFSET_BITS) | offset_N.astype(np.uint64)
