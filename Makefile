@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; name a newer one: make setup PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module; apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install --constraint constraints.txt --editable '.[ffcv,samples,bench,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[ffcv,dali,samples,bench,dev]'
 	@touch $@
 
 # Installs what is missing where root or sudo allows it, and says the exact command where not. The data set is a

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from engine.precision import PrecisionName
-from pipelines import Backend, Reading
+from pipelines import Backend, DALIOptions, Reading
 from pipelines.recipe import Mixing, Recipe, moco_v1, moco_v2
 
 PresetName = Literal["in1k", "fashion"]
@@ -88,12 +88,16 @@ class PretrainConfig:
     precision: PrecisionName = "auto"
     """auto: bf16 on GPUs that have it, else fp16; fp32 on CPUs."""
     backend: Backend = "auto"
-    """Loader's engine; auto: ffcv for .beton, folder for a folder."""
+    """Who decodes: ffcv and dali take compiled sets, folder takes folders of pictures; auto chooses by the
+    set, by what is installed and by the device, and says why."""
     num_threads: int = 0
     """Threads that decode; 0 takes every core this process may use."""
     reading: Reading = "auto"
-    """map: let the system keep of a set what fits in memory; read: read pictures ahead of their turn,
-    for sets larger than memory; auto: by the two sizes."""
+    """map: let the system keep of a .beton file what fits in memory; read: read pictures ahead of their turn,
+    for sets larger than memory; stream: go through shards from end to end with a weaker shuffle, for disks
+    that are slow to seek; auto: by the sizes, never stream."""
+    dali: DALIOptions = field(default_factory=DALIOptions)
+    """How the dali backend decodes on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     seed: int = 0

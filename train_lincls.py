@@ -87,7 +87,7 @@ class ProbeConfig:
     precision: PrecisionName = "auto"
     """Number format of the encoder; the classifier is trained in fp32."""
     backend: Backend = "auto"
-    """Loader's engine."""
+    """As in train_pretrain.py."""
     num_threads: int = 0
     """Threads that decode; 0 takes all cores."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

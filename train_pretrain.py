@@ -124,6 +124,7 @@ def run(config: PretrainConfig, launch: Launch) -> None:
         device=launch.device,
         num_threads=config.num_threads,
         reading=config.reading,
+        dali=config.dali,
     )
 
     if config.val:
@@ -349,6 +350,8 @@ def announce(
         f"{precision.name} on {launch.device} × {launch.world_size}, "
         f"{batch_statistics(config, launch.world_size)}",
     )
+    if config.backend == "auto":
+        say(launch, loader.chosen)
     if step:
         say(launch, f"continuing after step {step}")
     if not compiled_before():

@@ -174,8 +174,8 @@ def examine() -> list[Finding]:
     ]
     install_ffcv = "apt install libopencv-dev libturbojpeg0-dev pkg-config && pip install -e '.[ffcv]'"
     ffcv = check_package("ffcv", "ffcv", install_ffcv, needed=True)
-    dali_version = "nvidia-dali-cuda130"
-    dali = check_package("nvidia.dali", dali_version, f"pip install {dali_version}")
+    install_dali = "pip install -e '.[dali]'"
+    dali = check_package("nvidia.dali", "nvidia-dali-cuda130", install_dali)
     detectron = check_package(
         "detectron2",
         "detectron2",
@@ -184,6 +184,7 @@ def examine() -> list[Finding]:
     backends = [
         _backend("folder", core[:2], install),
         _backend("ffcv", [ffcv], install_ffcv),
+        _backend("dali", [dali], install_dali),
     ]
     machine = [check_cores(), check_memory(), check_disk(Path.cwd()), *check_gpus()]
     return [

@@ -81,11 +81,13 @@ def build_loader(
         FileNotFoundError: if the compiled set, or a file of it, is not there.
         ValueError: if the path does not fit the backend, or the batch is larger than the set.
         ImportError: if a package of the backend is missing.
+
+    Returns:
+        The loader; its ``chosen`` says in a line which backend was taken, and why.
     """
     path, device = Path(path), torch.device(device)
     choice = choose(path, backend, look_around(device))
-    if backend == "auto":
-        log.info("%s", choice)
+    log.info("%s", choice)
     if reading not in get_args(Reading) or (choice.backend == "folder" and reading != "auto"):
         raise ValueError(
             f"reading is {reading!r}; compiled sets know {', '.join(get_args(Reading))}, the folder backend "
@@ -112,6 +114,7 @@ def build_loader(
         drop_last=drop_last,
         stream=stream,
         device_engine=engine if isinstance(engine, DALIEngine) and device.type == "cuda" else None,
+        chosen=str(choice),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-INSTALL_DALI = "`make setup` installs it; by hand: pip install nvidia-dali-cuda130==2.4.0"
+INSTALL_DALI = "`make setup` installs it; by hand: pip install -e '.[dali]' --constraint constraints.txt"
 
 ENCODED, WINDOW, BOXES, MIRRORED = "encoded", "window", "boxes", "mirrored"
 """Names of the graphs' inputs."""

@@ -57,7 +57,8 @@ class ViewLoader:
     change nothing about it. A picture that cannot be decoded is replaced by the next one of the set that can,
     listed in ``faults`` and logged by name; when more than ``max_bad_fraction`` of the set (and more than
     ten) are bad, the run stops with :class:`BadPicturesError`. With a ``stream`` it decides which pictures
-    come when; with a ``device_engine`` (the engine itself, or None) crops are made on the device.
+    come when; with a ``device_engine`` (the engine itself, or None) crops are made on the device. ``chosen``
+    tells in words which backend this is, and why.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class ViewLoader:
         max_bad_fraction: float = 0.01,
         stream: ShardStream | None = None,
         device_engine: DeviceEngine | None = None,
+        chosen: str = "",
     ) -> None:
         if not batch_size >= 1:
             raise ValueError(f"batch size is {batch_size}; it must be at least 1")
@@ -96,6 +98,7 @@ class ViewLoader:
         self.engine, self.recipe = engine, recipe
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.faults: dict[int, Fault] = {}
+        self.chosen = chosen
         self._rank, self._world_size = rank, world_size
         self._shuffle, self._drop_last = shuffle, drop_last
         self._stream, self._device_engine = stream, device_engine
@@ -143,6 +146,8 @@ class ViewLoader:
             "version": _STATE_VERSION,
             "set": self.engine.fingerprint,
             "count": self.engine.count,
+            # Decoders differ in the last grey level.
+            "backend": self.engine.name,
             "seed": self.seed,
             "shuffle": self._shuffle,
             "global_batch": self.batch_size * self._world_size,
@@ -169,7 +174,7 @@ class ViewLoader:
             if name not in ("epoch", "batches_done", "stream_state") and state.get(name) != mine:
                 raise ValueError(
                     f"the loader's state was taken with {name} {state.get(name)}, this run has {mine}; "
-                    "resume with the same set, seed, order, reading and global batch size"
+                    "resume with the same set, backend, seed, order, reading and global batch size"
                 )
         epoch, done = int(state["epoch"]), int(state["batches_done"])
         if not (0 <= epoch < NUM_EPOCHS and 0 <= done <= len(self)):
