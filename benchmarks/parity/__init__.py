@@ -1,0 +1,1 @@
+"""Every backend and every operation beside torchvision's and Pillow's, in numbers."""

@@ -1,0 +1,172 @@
+"""Decoding, resizing and flipping: every backend's crops beside those of Pillow and torchvision.
+
+Shape letters: N pictures, V views of a call, S side in pixels.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms.functional import InterpolationMode, resized_crop
+
+from benchmarks.parity.limits import MEASURES
+from benchmarks.parity.measures import Errors, Row
+from benchmarks.parity.samples import Samples
+from pipelines import Backend, build_loader
+from pipelines.recipe import moco_v2
+
+Cropper = Callable[[NDArray[np.int64], NDArray[np.int32], int], NDArray[np.uint8]]
+"""(N,) positions, (N, 2, 5) boxes, S → (N, 2, S, S, 3) crops."""
+
+Reference = Callable[[Samples, NDArray[np.int64], NDArray[np.int32], int], NDArray[np.float32]]
+
+PLANES = ("ffcv",)
+"""Backends that resize a JPEG's planes and convert its colours afterwards."""
+_DECODED_PX = 64
+"""Side of what is cut out at its own size."""
+_DECODED_PAIRS = 6
+_RESIZED_PX = (32, 96, 224)
+_RESIZED_PAIRS = 4
+_LEAST_BOX_PX = 9
+_FLIPPED_PX = 64
+
+
+def cropper_of(path: Path, backend: Backend) -> Cropper:
+    """Crops by a backend's engine.
+
+    Raises:
+        ImportError: if a package of the backend is missing.
+        ValueError: later, if it cannot decode one of the pictures.
+    """
+    build_loader(path, moco_v2(_DECODED_PX), backend, batch_size=1)  # is everything there?
+
+    def crops(index_N: NDArray[np.int64], boxes_NV5: NDArray[np.int32], side: int) -> NDArray[np.uint8]:
+        engine = build_loader(path, moco_v2(side), backend, batch_size=len(index_N), num_threads=1).engine
+        out_NVSS3 = np.zeros((*boxes_NV5.shape[:2], side, side, 3), np.uint8)
+        ok_N = engine.crop(engine.fetch(index_N), boxes_NV5, out_NVSS3)
+        if not ok_N.all():
+            names = ", ".join(engine.picture_name(int(index)) for index in index_N[~ok_N])
+            raise ValueError(f"backend {backend} cannot decode {names} of {path}, which Pillow can")
+        return out_NVSS3
+
+    return crops
+
+
+def rows(backend: str, crops: Cropper, samples: Samples) -> Iterator[Row]:
+    """Decode for each kind of JPEG, resize in both directions, flip."""
+    yield from decode_rows(backend, crops, samples)
+    if backend in PLANES:
+        yield from resize_rows(backend, crops, samples, "planes", by_pil_in_planes)
+        yield from resize_rows(backend, crops, samples, "clamped", by_pil)
+    else:
+        yield from resize_rows(backend, crops, samples, "pixels", by_pil)
+    yield flip_row(backend, crops, samples)
+
+
+def decode_rows(
+    backend: str, crops: Cropper, samples: Samples, *, used: bool = True, how: str = ""
+) -> Iterator[Row]:
+    """Pieces cut out at their own size, so that nothing is resampled."""
+    rng, size_N2 = np.random.default_rng(0), _sizes(samples)
+    for kind, indices in samples.kinds().items():
+        errors, index_N = Errors(), np.array(indices)
+        for _ in range(_DECODED_PAIRS):
+            boxes_NV5 = windows(rng, size_N2[index_N], _DECODED_PX)
+            expected = by_pil(samples, index_N, boxes_NV5, _DECODED_PX)
+            errors.add(crops(index_N, boxes_NV5, _DECODED_PX), expected)
+        yield errors.row(MEASURES[f"decode {kind}"], backend, used=used, how=how)
+
+
+def resize_rows(
+    backend: str,
+    crops: Cropper,
+    samples: Samples,
+    against: str,
+    reference: Reference,
+    *,
+    used: bool = True,
+    how: str = "",
+) -> Iterator[Row]:
+    """Boxes of many sizes, shrunk in both directions or enlarged in both."""
+    rng, size_N2, index_N = np.random.default_rng(1), _sizes(samples), np.arange(len(samples.names))
+    for direction in ("shrinking", "enlarging"):
+        errors = Errors()
+        for side in _RESIZED_PX:
+            for _ in range(_RESIZED_PAIRS):
+                boxes_NV5 = random_boxes(rng, size_N2, side, shrinking=direction == "shrinking")
+                errors.add(crops(index_N, boxes_NV5, side), reference(samples, index_N, boxes_NV5, side))
+        yield errors.row(MEASURES[f"resize, {direction} / {against}"], backend, used=used, how=how)
+
+
+def flip_row(backend: str, crops: Cropper, samples: Samples, *, used: bool = True, how: str = "") -> Row:
+    """The flipped crop beside the mirror of the other."""
+    errors, index_N = Errors(), np.arange(len(samples.names))
+    boxes_NV5 = random_boxes(np.random.default_rng(2), _sizes(samples), _FLIPPED_PX, shrinking=True)
+    plain = crops(index_N, boxes_NV5, _FLIPPED_PX)
+    boxes_NV5[..., 4] = 1
+    errors.add(crops(index_N, boxes_NV5, _FLIPPED_PX), plain[:, :, :, ::-1])
+    return errors.row(MEASURES["flip"], backend, used=used, how=how)
+
+
+def _sizes(samples: Samples) -> NDArray[np.int64]:
+    """(N, 2) heights and widths."""
+    return np.array([samples.picture(i).size[::-1] for i in range(len(samples.names))])
+
+
+def windows(rng: np.random.Generator, size_N2: NDArray[np.int64], side: int) -> NDArray[np.int32]:
+    """(N, 2, 5) boxes of S × S pixels anywhere in the pictures, one in three at the last row and column."""
+    boxes_NV5 = np.full((len(size_N2), 2, 5), side, np.int32)
+    room_N12 = size_N2[:, None] - side
+    boxes_NV5[..., :2] = rng.integers(0, room_N12 + 1, (len(size_N2), 2, 2))
+    at_end_NV1 = rng.random((len(size_N2), 2, 1)) < 1 / 3
+    boxes_NV5[..., :2] = np.where(at_end_NV1, room_N12, boxes_NV5[..., :2])
+    boxes_NV5[..., 4] = 0
+    return boxes_NV5
+
+
+def random_boxes(
+    rng: np.random.Generator, size_N2: NDArray[np.int64], side: int, *, shrinking: bool
+) -> NDArray[np.int32]:
+    """(N, 2, 5) boxes with both sides above S, or both below; a picture too small for that is taken whole."""
+    shape = (len(size_N2), 2, 2)
+    most = np.broadcast_to(size_N2[:, None], shape)
+    low, high = (np.minimum(side, most), most) if shrinking else (_LEAST_BOX_PX, np.minimum(side, most))
+    boxes_NV5 = np.zeros((len(size_N2), 2, 5), np.int32)
+    boxes_NV5[..., 2:4] = rng.integers(low, high + 1, shape)
+    boxes_NV5[..., :2] = rng.integers(0, most - boxes_NV5[..., 2:4] + 1, shape)
+    return boxes_NV5
+
+
+def by_pil(
+    samples: Samples, index_N: NDArray[np.int64], boxes_NV5: NDArray[np.int32], side: int
+) -> NDArray[np.float32]:
+    """(N, V, S, S, 3) grey levels: Pillow's decoding, torchvision's ``resized_crop`` on Pillow pictures."""
+    return _crops_of([samples.picture(index) for index in index_N.tolist()], boxes_NV5, side)
+
+
+def by_pil_in_planes(
+    samples: Samples, index_N: NDArray[np.int64], boxes_NV5: NDArray[np.int32], side: int
+) -> NDArray[np.float32]:
+    """(N, V, S, S, 3) grey levels; the same in floats, with the colours converted after resizing."""
+    planes = [[band.convert("F") for band in samples.planes(index).split()] for index in index_N.tolist()]
+    bands = [_crops_of([picture[band] for picture in planes], boxes_NV5, side) for band in range(3)]
+    return rgb_of(*bands).clip(0, 255)
+
+
+def rgb_of(y: NDArray[np.float32], u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
+    """JFIF's inverse of ITU-R BT.601, channels last."""
+    u, v = u - 128, v - 128
+    return np.stack([y + 1.402 * v, y - 0.344136 * u - 0.714136 * v, y + 1.772 * u], axis=-1)
+
+
+def _crops_of(pictures: list[Image.Image], boxes_NV5: NDArray[np.int32], side: int) -> NDArray[np.float32]:
+    """(N, V, S, S) for pictures of one band, with three channels at the end for those of three."""
+    crops = [
+        resized_crop(picture, top, left, height, width, [side, side], InterpolationMode.BILINEAR)
+        for picture, boxes_V5 in zip(pictures, boxes_NV5.tolist(), strict=True)
+        for top, left, height, width, _ in boxes_V5
+    ]
+    out = np.stack([np.asarray(crop, np.float32) for crop in crops])
+    return out.reshape(*boxes_NV5.shape[:2], *out.shape[1:])

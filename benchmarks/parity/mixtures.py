@@ -1,0 +1,181 @@
+"""Masks and mixtures beside their formulas, written out in NumPy.
+
+Shape letters: N batch, S side in pixels, G cells along a mask's side.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from benchmarks.parity.chances import EVERYBODY, add_distance
+from benchmarks.parity.limits import GRID_CELL_DRAWS, MEASURES, NUM_DRAWS, NUM_UNMIX
+from benchmarks.parity.measures import Errors, Row
+from pipelines.batch import Mixture
+from pipelines.masks import block_masks, draw_masks, grid_masks
+from pipelines.mixing import mix
+from pipelines.recipe import Mixing, Recipe, moco_v2
+
+Mix = Callable[[Recipe, int, int, Tensor, Tensor], tuple[Mixture, ...]]
+_SIDE_PX = 48
+_BATCHES = (7, 8)
+_GRIDS = (2, 4, 7, 8, 14)
+"""Seven cells do not divide the side."""
+_KEEPS = (0.3, 0.5, 0.75)
+_SEEDS = 8
+_UNMIX_SIDE_PX = 64
+
+
+def rows(mix: Mix = mix) -> Iterator[Row]:
+    """Masks, then mixtures of every method."""
+    yield from _mask_rows()
+    yield from _mixture_rows(mix)
+    yield from _unmix_rows(mix)
+
+
+def _mask_rows() -> Iterator[Row]:
+    exact, counts, cells = Errors(), Errors(), Errors()
+    rng = np.random.default_rng(0)
+    index_N = torch.arange(64)
+    for grid_size in _GRIDS:
+        for keep in _KEEPS:
+            kept_N = block_masks(grid_size, keep, 0, 0, index_N).mean(dim=(1, 2))
+            exact.add(kept_N, np.full(len(kept_N), int(keep * grid_size**2) / grid_size**2))
+    yield exact.row(MEASURES["block mask, share kept"], EVERYBODY)
+    for grid_size, keep in ((2, 0.5), (4, 0.3), (8, 0.5)):
+        masks_NGG = grid_masks(grid_size, keep, 0, 0, torch.arange(NUM_DRAWS))
+        theirs_N = redrawn_grids(rng, grid_size, keep).sum(axis=(1, 2))
+        add_distance(counts, masks_NGG.sum(dim=(1, 2)), theirs_N)
+    yield counts.row(MEASURES["grid mask, cells kept"], EVERYBODY)
+    masks_NGG = grid_masks(8, 0.5, 1, 0, torch.arange(GRID_CELL_DRAWS))
+    cells.add(masks_NGG.mean(dim=0), np.full((8, 8), 0.5))
+    yield cells.row(MEASURES["grid mask, each cell"], EVERYBODY)
+
+
+def redrawn_grids(rng: np.random.Generator, grid_size: int, keep: float) -> NDArray[np.bool_]:
+    """(N, G, G) cells kept by themselves; a mask that keeps all or none is drawn again, as published."""
+    masks_NGG = rng.random((NUM_DRAWS, grid_size, grid_size)) < keep
+    while (again_N := np.isin(masks_NGG.mean(axis=(1, 2)), (0, 1))).any():
+        masks_NGG[again_N] = rng.random((again_N.sum(), grid_size, grid_size)) < keep
+    return masks_NGG
+
+
+def _queries(num: int, side: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(num).normal(size=(num, 3, side, side)).astype(np.float32))
+
+
+def _mixture_rows(mix: Mix) -> Iterator[Row]:
+    pixels, shares, partners = Errors(), Errors(), Errors()
+    erased = Errors()
+    for number in range(_SEEDS):
+        for num in _BATCHES:
+            query, index_N = _queries(num, _SIDE_PX), torch.arange(100, 100 + num)
+            for mixing in _mixings():
+                recipe = dataclasses.replace(moco_v2(_SIDE_PX), mixing=mixing)
+                mixture = mix(recipe, number, 2, index_N, query)[-1]
+                address_N = index_N if mixing.mask_per == "image" else index_N[:1]
+                masks_NGG = draw_masks(mixing, number, 2, address_N)
+                # torch's own nearest enlargement; its rows and columns are those of floor(i · G / S).
+                mask = interpolate(masks_NGG[:, None], _SIDE_PX, mode="nearest").numpy().astype(np.float64)
+                mask = np.broadcast_to(mask, (num, 1, _SIDE_PX, _SIDE_PX))
+                x, partner_N = query.numpy().astype(np.float64), mixture.partner.numpy()
+                other = _fill(recipe, x.shape) if mixing.method == "erase" else x[partner_N]
+                (erased if mixing.method == "erase" else pixels).add(
+                    mixture.images, mask * x + (1 - mask) * other
+                )
+                shares.add(mixture.lam, mask.mean(axis=(1, 2, 3)))
+                if mixing.method != "erase":
+                    add_partners(partners, partner_N)
+    yield pixels.row(MEASURES["mixmask, images"], EVERYBODY)
+    yield erased.row(MEASURES["erase, images"], EVERYBODY)
+    yield shares.row(MEASURES["λ of cell masks"], EVERYBODY)
+    yield partners.row(MEASURES["partners"], EVERYBODY)
+
+
+def _mixings() -> Iterator[Mixing]:
+    for mask_type in ("block", "grid"):
+        for mask_per in ("batch", "image"):
+            for grid_size, keep in ((4, 0.3), (7, 0.5), (8, 0.5)):
+                given = Mixing(mask_type=mask_type, mask_per=mask_per, grid_size=grid_size, mask_lam=keep)
+                yield dataclasses.replace(given, partner="random")
+                yield given
+                yield dataclasses.replace(given, method="both")
+                yield dataclasses.replace(given, method="erase", erase_fill="mean")
+                yield dataclasses.replace(given, method="erase", erase_fill="zero")
+
+
+def _fill(recipe: Recipe, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """What erased cells hold: the mean is 0 once normalised, black is −mean / std."""
+    black = -np.array(recipe.mean) / np.array(recipe.std)
+    fill = np.zeros(3) if recipe.mixing.erase_fill == "mean" else black
+    return np.broadcast_to(fill[:, None, None], shape)
+
+
+def add_partners(errors: Errors, partner_N: NDArray[np.int64]) -> None:
+    """Count images that are mixed with themselves, and those that are nobody's partner."""
+    own_N = np.arange(len(partner_N))
+    errors.add((partner_N == own_N).mean(), 0)
+    errors.add(np.isin(own_N, partner_N, invert=True).mean(), 0)
+
+
+def _unmix_rows(mix: Mix) -> Iterator[Row]:
+    recipe = dataclasses.replace(moco_v2(_UNMIX_SIDE_PX), mixing=Mixing(method="unmix"))
+    query, index_N = _queries(2, _UNMIX_SIDE_PX), torch.arange(2)
+    x = query.numpy().astype(np.float64)
+    pixels, shares = Errors(), Errors()
+    lam_global: list[float] = []
+    lam_pasted: list[float] = []
+    for number in range(NUM_UNMIX):
+        (mixture,) = mix(recipe, number, 0, index_N, query)
+        images, lam = mixture.images.numpy(), float(mixture.lam[0])
+        kept_NSS = (images == query.numpy()).all(axis=1)
+        other = x[mixture.partner.numpy()]
+        if not kept_NSS.any() and not (images == other.astype(np.float32)).all():
+            lam_global.append(lam)
+            pixels.add(images, lam * x + (1 - lam) * other)
+            continue
+        lam_pasted.append(lam)
+        mask = pasted(~kept_NSS[0])
+        pixels.add(images, mask * x + (1 - mask) * other)
+        shares.add(lam, mask.mean())
+    yield pixels.row(MEASURES["unmix, images"], EVERYBODY)
+    yield shares.row(MEASURES["λ of rectangles"], EVERYBODY)
+    yield from _unmix_chances(recipe.mixing, np.array(lam_global), np.array(lam_pasted))
+
+
+def pasted(replaced_SS: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(S, S) mask of the smallest rectangle around the replaced pixels: 0 within, 1 without."""
+    mask = np.ones(replaced_SS.shape)
+    rows, columns = np.flatnonzero(replaced_SS.any(axis=1)), np.flatnonzero(replaced_SS.any(axis=0))
+    if len(rows):
+        mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 0
+    return mask
+
+
+def _unmix_chances(
+    mixing: Mixing, lam_global_A: NDArray[np.float64], lam_pasted_B: NDArray[np.float64]
+) -> Iterator[Row]:
+    """λ of global mixtures against the beta distribution, that of rectangles against the published code's."""
+    rng = np.random.default_rng(0)
+    often, whole, rectangle = Errors(), Errors(), Errors()
+    often.add(len(lam_global_A) / (len(lam_global_A) + len(lam_pasted_B)), mixing.unmix_global_prob)
+    add_distance(whole, lam_global_A, rng.beta(mixing.unmix_beta, mixing.unmix_beta, NUM_DRAWS))
+    add_distance(rectangle, lam_pasted_B, published_rectangles(rng, mixing.unmix_beta))
+    yield often.row(MEASURES["how often: global mixture"], EVERYBODY)
+    yield whole.row(MEASURES["unmix, λ of global mixtures"], EVERYBODY)
+    yield rectangle.row(MEASURES["unmix, λ of rectangles"], EVERYBODY)
+
+
+def published_rectangles(rng: np.random.Generator, beta: float) -> NDArray[np.float64]:
+    """λ of rectangles of area 1 − λ' around a pixel drawn evenly, cut off at the border; CutMix's."""
+    side = _UNMIX_SIDE_PX
+    cut = (side * np.sqrt(1 - rng.beta(beta, beta, NUM_DRAWS))).astype(np.int64)
+    area = np.ones(NUM_DRAWS)
+    for centre in rng.integers(0, side, (2, NUM_DRAWS)):
+        area *= np.clip(centre + cut // 2, 0, side) - np.clip(centre - cut // 2, 0, side)
+    lam: NDArray[np.float64] = 1 - area / side**2
+    return lam
