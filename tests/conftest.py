@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_tools.convert import convert
+from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
 
 
@@ -37,4 +37,12 @@ def beton(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The same pictures compiled."""
     out = tmp_path_factory.mktemp("compiled") / "pictures.beton"
     convert(FolderSource(picture_folder), out, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shards(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures in six WebDataset shards."""
+    out = tmp_path_factory.mktemp("sharded") / "pictures.shards"
+    convert(FolderSource(picture_folder), out, workers=1, sharding=Sharding(shard_size=7, seed=1))
     return out

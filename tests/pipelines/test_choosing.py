@@ -1,0 +1,56 @@
+"""Which backend `auto` takes, and what it says of it."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataset_tools.convert import convert
+from dataset_tools.sources import FolderSource
+from pipelines.choosing import Here, choose
+from pipelines.dali_operators import import_dali
+
+NOTHING = Here(ffcv=False, dali=False, jpeg_unit=False)
+ALL = Here(ffcv=True, dali=True, jpeg_unit=True)
+
+
+def test_the_machine_decides(beton: Path, shards: Path) -> None:
+    for path in (beton, shards):
+        assert choose(path, "auto", ALL).backend == "dali"
+        assert choose(path, "auto", Here(True, True, False)).backend == "ffcv"
+        assert choose(path, "auto", Here(True, False, True)).backend == "ffcv"
+        assert "hardware" in str(choose(path, "auto", ALL))
+    assert choose(shards, "auto", Here(False, True, False)).backend == "dali"
+
+
+def test_what_is_missing_is_named_with_its_mend(beton: Path, shards: Path) -> None:
+    with pytest.raises(ImportError, match=r"pip install ffcv.*Or DALI"):
+        choose(shards, "auto", NOTHING)
+    with pytest.raises(ImportError, match="pip install ffcv"):
+        choose(beton, "auto", Here(ffcv=False, dali=True, jpeg_unit=False))
+
+
+def test_only_one_backend_reads_pixels(picture_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "raw.beton"
+    convert(FolderSource(picture_folder), path, tier="raw", short_side=32)
+    assert str(choose(path, "auto", ALL)) == "backend ffcv: only it reads pictures of the tier raw"
+
+
+def test_folders_of_pictures_have_one_backend(picture_folder: Path) -> None:
+    for here, backend in itertools.product((NOTHING, ALL), ("auto", "folder")):
+        assert choose(picture_folder, backend, here).backend == "folder"  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"is neither; convert it with `make convert"):
+        choose(picture_folder, "dali", ALL)
+
+
+def test_tars_without_an_index_are_refused_with_the_command(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "000000.tar").write_bytes((shards / "000000.tar").read_bytes())
+    with pytest.raises(ValueError, match=r"without an index; .*dataset_tools index"):
+        choose(tmp_path, "auto", ALL)
+
+
+def test_a_missing_dali_is_an_error_that_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(ImportError, match=r"DALI is not installed.*make setup"):
+        import_dali()
