@@ -1,4 +1,4 @@
-"""Make and check compiled sets: convert, photographs, fashion-mnist, verify, stats, preview."""
+"""Make and check compiled sets: convert, index, photographs, fashion-mnist, verify, stats, preview."""
 
 import errno
 import signal
@@ -9,15 +9,16 @@ from types import FrameType
 import tyro
 from rich.console import Console
 
-from dataset_tools import commands
+from dataset_tools import check_commands, commands
 
 COMMANDS: dict[str, Callable[..., commands.Command]] = {
     "convert": commands.Convert,
+    "index": commands.Index,
     "photographs": commands.Photographs,
     "fashion-mnist": commands.FashionMnist,
-    "verify": commands.Verify,
-    "stats": commands.ShowStats,
-    "preview": commands.Preview,
+    "verify": check_commands.Verify,
+    "stats": check_commands.ShowStats,
+    "preview": check_commands.Preview,
 }
 """Every sub-command by name."""
 USER_ERROR, INTERRUPTED = 2, 130
@@ -40,8 +41,8 @@ def main(args: Sequence[str] | None = None) -> int:
         mend = "; the output does not fit, make room where it goes or choose another place" if full else ""
         err.print(f"error: {error}{mend}", style="red", markup=False, highlight=False, soft_wrap=True)
         return USER_ERROR
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing was left behind", style="red")
+    except KeyboardInterrupt as interrupt:
+        err.print(f"interrupted; {str(interrupt) or 'nothing was left behind'}", style="red")
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -4,11 +4,9 @@ FFCV's own writer encodes every JPEG anew and waits for ever once one of its wor
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -16,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from dataset_tools.disk import BackgroundSync, open_alone, sync_folder
 from pipelines.beton import (
     MAX_PAGE_BYTES,
     MAX_SIDE_PX,
@@ -30,9 +29,6 @@ from pipelines.beton import (
 from pipelines.manifest import Manifest, Tier, paths_path, source_path_line
 
 DEFAULT_PAGE_BYTES = 8 << 20
-_BUFFER_BYTES = 8 << 20
-_SYNC_EVERY_BYTES = 32 << 20
-"""How much is left to the disk at a time, while pictures go on being added."""
 
 
 def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -> str:
@@ -92,11 +88,9 @@ class BetonWriter:
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._partial_paths = self.path.with_name(self.path.name + ".paths.partial")
         self._committed = False
-        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="beton-writer")
-        self._syncing: Future[None] | None = None
-        self._synced_to = self._end
-        self._file = _open_alone(self._partial)
+        self._file = open_alone(self._partial)
         self._file.seek(self._end)
+        self._sync = BackgroundSync(self._file, self._end)
         self._paths: BinaryIO = self._partial_paths.open("wb")
 
     def __enter__(self) -> "BetonWriter":
@@ -146,11 +140,7 @@ class BetonWriter:
         self._metadata["f1"][index], self._sizes[index] = label, size
         self._paths.write(source_path_line(source_path))
         self.count += 1
-        if self._end - self._synced_to >= _SYNC_EVERY_BYTES and (
-            self._syncing is None or self._syncing.done()
-        ):
-            self._wait_for_sync()
-            self._syncing, self._synced_to = self._syncer.submit(os.fdatasync, self._file.fileno()), self._end
+        self._sync.written(self._end)
         return index
 
     def commit(
@@ -178,17 +168,16 @@ class BetonWriter:
             replaced=dict(replaced or {}),
             settings=dict(settings or {}),
         )
-        self._wait_for_sync()
-        for file in (self._file, self._paths):
-            file.flush()
-            os.fsync(file.fileno())
+        self._sync.finish()
+        self._paths.flush()
+        os.fsync(self._paths.fileno())
         # An old set goes before its side files change: no moment shows a set beside another one's manifest.
         self.path.unlink(missing_ok=True)
         self._partial_paths.replace(paths_path(self.path))
         manifest.write(self.path)
         self._partial.replace(self.path)
         self._committed = True
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         return manifest
 
     def discard(self) -> None:
@@ -196,16 +185,11 @@ class BetonWriter:
         if not self._committed:
             self._partial.unlink(missing_ok=True)
             self._partial_paths.unlink(missing_ok=True)
-        self._syncer.shutdown()
+        self._sync.close()
         for file in (self._file, self._paths):
             # Closing writes what waits in the buffer, which fails again where the disk is full.
             with contextlib.suppress(OSError):
                 file.close()
-
-    def _wait_for_sync(self) -> None:
-        """Let the last sync end and raise its error, which the kernel tells only once."""
-        if self._syncing is not None:
-            self._syncing.result()
 
     def _place(self, size: int) -> int:
         """Return the next address where ``size`` bytes stay within one page.
@@ -240,26 +224,3 @@ class BetonWriter:
             descriptor["type_id"] = type_id
             descriptor["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
         return descriptors
-
-
-def _open_alone(path: Path) -> BinaryIO:
-    """Open ``path`` empty for writing, or raise FileExistsError where another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise FileExistsError(
-            f"another process is writing {path}; wait for it or choose another name"
-        ) from error
-    os.ftruncate(descriptor, 0)
-    return os.fdopen(descriptor, "w+b", buffering=_BUFFER_BYTES)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames within ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

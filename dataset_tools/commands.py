@@ -4,22 +4,27 @@ A new command is one more such class, and one more line in the table of ``__main
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from dataset_tools.convert import Converted, convert, skipped_path
+from dataset_tools.convert import Converted, Sharding, Work, convert, make_shards, skipped_path
 from dataset_tools.fashion_mnist import compile_fashion_mnist, locate
+from dataset_tools.index_shards import index_shards, write_dali_indices
+from dataset_tools.normalise import Normalising
+from dataset_tools.open_source import open_source
 from dataset_tools.photographs import make_photographs
-from dataset_tools.preview import preview
-from dataset_tools.progress import track
-from dataset_tools.sources import FolderSource
-from dataset_tools.verify import NUM_NAMED, Stats, stats, verify
-from pipelines.beton import ffcv_types, open_beton
+from dataset_tools.progress import Advance, count_up, track
+from dataset_tools.report import NUM_NAMED
+from dataset_tools.saying import line, pace
+from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE
+from dataset_tools.shard_set import SUFFIX
+from dataset_tools.sources import Source
+from pipelines.beton import ffcv_types
 from pipelines.manifest import Tier
 
 _FASHION_MNIST_PICTURES = 70_000
@@ -34,17 +39,23 @@ class Command(Protocol):
 
 @dataclass(frozen=True)
 class Convert:
-    """Compile a folder of pictures (a folder a class, or a flat one) into a .beton set."""
+    """Compile pictures into a .beton file or, where OUTPUT ends in .shards, into a folder of shards.
+
+    SOURCE is a folder of class folders, or a flat one; a tar of pictures, or of one tar per class as ImageNet
+    is downloaded, which is not unpacked; or a set of shards. Shards are made in parts that are whole or
+    absent: the same command again goes on where it was stopped, and several machines can share the work with
+    --shards.
+    """
 
     source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
-    """Folder of class folders, or flat folder of pictures."""
+    """Folder or .tar of pictures, or set of shards."""
     output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUTPUT")]]
-    """The .beton file to write."""
+    """The .beton file to write, or the .shards folder."""
     workers: int | None = None
     """Threads; all cores by default."""
     tier: Tier = "jpeg"
     """jpeg: keep JPEG files as they are; yuv420: store decoded planes, fast to load, 1.5 bytes a pixel, best
-    with --short-side; raw: store pixels, for tiny pictures."""
+    with --short-side; raw: store pixels, for tiny pictures. Shards are always jpeg."""
     quality: int = 95
     """JPEG quality of pictures that must be encoded anew."""
     max_side: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
@@ -56,38 +67,152 @@ class Convert:
     verify: bool = True
     """Decode every JPEG once to find cut and corrupt ones."""
     labels: bool = True
-    """Take sub-folders as classes; --no-labels takes all pictures below SOURCE as unlabelled."""
+    """Take folders as classes; --no-labels takes all pictures of SOURCE as unlabelled."""
+    labels_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Class names, one a line in the order of the sorted pictures, for a tar without class folders."""
     on_error: Literal["skip", "stop"] = "skip"
     """Leave out pictures that cannot be decoded, or stop at the first."""
+    shard_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Pictures a shard; 2000 by default."""
+    seed: int | None = None
+    """Of the order of the pictures in the shards, in which they are shuffled once; 0 by default."""
+    shards: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
+    """Make only the shards A … B − 1; once all are there, the command without this option ends the set."""
     overwrite: bool = False
     """Replace OUTPUT where it exists."""
 
     def run(self, out: Console, err: Console) -> int:
         """Compile and report."""
-        if self.output.exists() and not self.overwrite:
+        sharding = self._sharding()
+        if sharding is None and self.output.exists() and not self.overwrite:
             raise FileExistsError(f"{self.output} exists already; choose another name or add --overwrite")
-        source = FolderSource(self.source, labelled=self.labels)
-        ffcv_types()  # takes seconds to import, which is not part of the pace
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
-        with track(len(source), "converting", err) as advance:
-            converted = convert(
-                source,
-                self.output,
-                tier=self.tier,
-                workers=self.workers,
-                quality=self.quality,
-                max_side=self.max_side,
-                short_side=self.short_side,
-                recompress=self.recompress,
-                verify=self.verify,
-                on_error=self.on_error,
-                overwrite=self.overwrite,
-                progress=advance,
+        with count_up("reading names", err) as advance:
+            source = open_source(
+                self.source, labelled=self.labels, labels_file=self.labels_file, progress=advance
             )
+        if sharding is None:
+            ffcv_types()  # takes seconds to import, which is not part of the pace
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        try:
+            with track(len(source), "converting", err) as advance:
+                if sharding is not None and not _covers_all(sharding, source):
+                    return self._make_some(source, sharding, advance, out)
+                converted = self._convert(source, sharding, advance)
+        except KeyboardInterrupt:
+            if sharding is None:
+                raise
+            raise KeyboardInterrupt("whole shards are kept; the same command goes on from there") from None
+        if converted.already_there:
+            num_shards = len(converted.manifest.shards)
+            told = f"{converted.manifest.count:,} pictures in {num_shards} shards, already complete"
+            line(out, f"{self.output}: {told}. Next: make pretrain DATA={self.output}")
+            return 0
         _report_replaced(self.output, converted, out)
         _say_done(self.output, converted, time.monotonic() - started, out)
         return 0
+
+    def _sharding(self) -> Sharding | None:
+        """What is asked of shards; None for a .beton file."""
+        if self.output.suffix != SUFFIX:
+            options = {"--shard-size": self.shard_size, "--seed": self.seed, "--shards": self.shards}
+            for option, value in options.items():
+                if value is not None:
+                    name = self.output.with_suffix(SUFFIX)
+                    raise ValueError(f"{option} is for shards; name the output {name}")
+            return None
+        return Sharding(
+            DEFAULT_SHARD_SIZE if self.shard_size is None else self.shard_size,
+            self.seed or 0,
+            None if self.shards is None else _range(self.shards),
+        )
+
+    def _convert(self, source: Source, sharding: Sharding | None, advance: Advance) -> Converted:
+        return convert(
+            source,
+            self.output,
+            tier=self.tier,
+            workers=self.workers,
+            quality=self.quality,
+            max_side=self.max_side,
+            short_side=self.short_side,
+            recompress=self.recompress,
+            verify=self.verify,
+            on_error=self.on_error,
+            sharding=sharding and replace(sharding, shards=None),
+            overwrite=self.overwrite,
+            progress=advance,
+        )
+
+    def _make_some(self, source: Source, sharding: Sharding, advance: Advance, out: Console) -> int:
+        how = Normalising(
+            self.tier, self.quality, self.max_side, self.short_side, self.recompress, self.verify
+        )
+        work = Work(source, how, self.on_error, workers=self.workers, progress=advance)
+        done = make_shards(work, self.output, sharding, overwrite=self.overwrite)
+        told = (
+            f"{done.made} shards made, {done.asked - done.made} were whole, of {done.num_shards} of the set"
+        )
+        line(out, f"{self.output}: {told}. Next: when all are here, the same command without --shards")
+        return 0
+
+
+@dataclass(frozen=True)
+class Index:
+    """Make a set of WebDataset shards that are there already: only indices are added, no tar is changed.
+
+    A sample's picture is its jpg, png, webp … file; its label the number in its cls file, or "label" in json.
+    """
+
+    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
+    """The folder that holds the .tar files."""
+    ext: tuple[str, ...] = ()
+    """Endings of the picture files, such as jpg png; by default that of the first sample."""
+    classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Class names, one a line in the order of the labels; by default labels are called 0, 1, …."""
+    dali_only: bool = False
+    """Write DALI's .idx files where they are missing or wrong, and nothing else."""
+    workers: int | None = None
+    """Tars read at once; all cores by default."""
+
+    def run(self, out: Console, err: Console) -> int:
+        """Index and report."""
+        started = time.monotonic()
+        with count_up("indexing tars", err) as advance:
+            if self.dali_only:
+                written = write_dali_indices(self.path, workers=self.workers, progress=advance)
+                line(out, f"{self.path}: {written} DALI indices written. "
+                          f"Next: python -m dataset_tools verify {self.path}")  # fmt: skip
+                return 0
+            names = None if self.classes is None else self.classes.read_text(encoding="utf-8").splitlines()
+            done = index_shards(
+                self.path, classes=names, extensions=self.ext, workers=self.workers, progress=advance
+            )
+        _report_left_out(self.path, done.manifest.replaced, done.skipped, len(done.skipped), out)
+        if done.spaced:
+            line(
+                out,
+                f"{done.spaced:,} samples have white space in a name, which DALI's own reader cannot take",
+            )
+        if done.was_converted:
+            line(out, "the set was converted here; its pictures are now numbered as they lie in the tars, no "
+                      "longer as in their source")  # fmt: skip
+        made = f"{done.manifest.count:,} pictures in {len(done.manifest.shards)} shards"
+        speed = pace(done.manifest.count, time.monotonic() - started)
+        line(out, f"{self.path}: {made}, {done.idx_written} DALI indices written, {speed}. "
+                  f"Next: make pretrain DATA={self.path}")  # fmt: skip
+        return 0
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, colon, stop = text.partition(":")
+    if not (colon and first.isdecimal() and stop.isdecimal()):
+        raise ValueError(f"--shards is {text!r}; give the first and the one after the last, such as 0:100")
+    return int(first), int(stop)
+
+
+def _covers_all(sharding: Sharding, source: Source) -> bool:
+    return sharding.shards is None or sharding.shards == (0, -(-len(source) // sharding.shard_size))
 
 
 @dataclass(frozen=True)
@@ -122,9 +247,9 @@ class Photographs:
             )
         total = sum(made.counts)
         mean = f"{total:,} pictures, {made.num_bytes / total / 1e3:.0f} KB on average"
-        done = "already complete" if made.already_there else _pace(total, time.monotonic() - started)
+        done = "already complete" if made.already_there else pace(total, time.monotonic() - started)
         next_step = f"python -m dataset_tools convert {made.root / 'train'} {made.root}-train.beton"
-        _line(out, f"{made.root}: {mean}, {done}. Next: {next_step}")
+        line(out, f"{made.root}: {mean}, {done}. Next: {next_step}")
         return 0
 
 
@@ -165,146 +290,25 @@ class FashionMnist:
         return 0
 
 
-@dataclass(frozen=True)
-class Verify:
-    """Check a compiled set: tables, hash, every picture decoded. Exit code 1 where it is damaged."""
-
-    path: tyro.conf.Positional[Path]
-    """The .beton file."""
-    workers: int | None = None
-    """Threads; all cores by default."""
-
-    def run(self, out: Console, err: Console) -> int:
-        """Check and report."""
-        total = _count(self.path)
-        started = time.monotonic()
-        with track(total, "verifying", err) as advance:
-            report = verify(self.path, workers=self.workers, progress=advance)
-        for problem in report.problems:
-            _line(out, problem, style="red")
-        for bad in report.bad[:NUM_NAMED]:
-            _line(
-                out,
-                f"picture {bad.index} ({bad.source_path or 'source not recorded'}): {bad.reason}",
-                style="red",
-            )
-        if len(report.bad) > NUM_NAMED:
-            _line(out, f"… and {len(report.bad) - NUM_NAMED:,} more", style="red")
-        if not report.ok:
-            _line(out, f"{self.path} is damaged: {len(report.bad):,} of {report.count:,} pictures bad. "
-                       "Next: compile it again, or look at the pictures named")  # fmt: skip
-            return 1
-        compared = (
-            "as its manifest says" if report.has_manifest else "no manifest to compare the contents with"
-        )
-        pace = _pace(report.count, time.monotonic() - started)
-        whole = f"{self.path} is whole, tier {report.tier}, {compared}"
-        _line(out, f"{whole}: {pace}. Next: make pretrain DATA={self.path}")
-        return 0
-
-
-@dataclass(frozen=True)
-class ShowStats:
-    """Show what a compiled set holds: pictures, classes, sizes, bytes."""
-
-    path: tyro.conf.Positional[Path]
-    """The .beton file."""
-    classes: Annotated[int, tyro.conf.arg(metavar="N")] = 20
-    """Classes to list, the largest first; 0 lists none."""
-
-    def run(self, out: Console, err: Console) -> int:  # noqa: ARG002 – nothing here takes long
-        """Print the tables."""
-        found = stats(self.path)
-        out.print(_overview(found))
-        if self.classes > 0:
-            out.print(_class_table(found, self.classes))
-        _line(out, f"{self.path}: {found.count:,} pictures. Next: python -m dataset_tools verify {self.path}")
-        return 0
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Draw a sheet of what the loader makes of a set: crops, views, masks, mixtures and their λ."""
-
-    data: tyro.conf.Positional[Path]
-    """A .beton file or a folder of pictures."""
-    output: tyro.conf.Positional[Path]
-    """The PNG to write."""
-    rows: int = 6
-    """Pictures on the sheet."""
-    crop_px: int = 224
-    """Side of the views."""
-    grid_size: int = 8
-    """Cells along a side of the mask."""
-    seed: int = 0
-    """Of the run whose first batch is shown."""
-
-    def run(self, out: Console, err: Console) -> int:  # noqa: ARG002 – nothing here takes long
-        """Draw the sheet."""
-        path = preview(
-            self.data,
-            self.output,
-            rows=self.rows,
-            crop_px=self.crop_px,
-            grid_size=self.grid_size,
-            seed=self.seed,
-        )
-        _line(out, f"{path}: {self.rows} pictures. Next: make pretrain DATA={self.data}")
-        return 0
-
-
-def _count(path: Path) -> int:
-    """Return the number of pictures, 0 where the tables are too damaged to tell."""
-    try:
-        return len(open_beton(path))
-    except ValueError:
-        return 0
-
-
 def _report_replaced(path: Path, converted: Converted, out: Console) -> None:
     """Say what was encoded anew or left out, and name the first pictures left out."""
-    for reason, count in converted.manifest.replaced.items():
-        _line(out, f"{count:,} {reason}")
-    for line in converted.skipped:
-        _line(out, f"  {line}")
-    if converted.num_skipped > len(converted.skipped):
-        more = converted.num_skipped - len(converted.skipped)
-        _line(out, f"  … and {more:,} more; all are in {skipped_path(path)}")
+    manifest = converted.manifest
+    _report_left_out(path, manifest.replaced, converted.skipped, converted.num_skipped, out)
+
+
+def _report_left_out(
+    path: Path, replaced: Mapping[str, int], skipped: Sequence[str], num_skipped: int, out: Console
+) -> None:
+    for reason, count in replaced.items():
+        line(out, f"{count:,} {reason}")
+    for named in skipped[:NUM_NAMED]:
+        line(out, f"  {named}")
+    if num_skipped > NUM_NAMED:
+        line(out, f"  … and {num_skipped - NUM_NAMED:,} more; all are in {skipped_path(path)}")
 
 
 def _say_done(path: Path, converted: Converted, seconds: float, out: Console) -> None:
     manifest = converted.manifest
     size = f"{manifest.count:,} pictures, tier {manifest.tier}, {manifest.num_bytes / 1e6:,.1f} MB"
-    _line(out, f"{path}: {size}, {_pace(manifest.count, seconds)}. Next: make pretrain DATA={path}")
-
-
-def _pace(count: int, seconds: float) -> str:
-    return f"{count:,} in {seconds:.1f} s ({count / max(seconds, 1e-9):,.0f}/s)"
-
-
-def _line(out: Console, text: str, style: str | None = None) -> None:
-    """Write one line as it is: no wrapping, no markup from file names."""
-    out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _overview(found: Stats) -> Table:
-    table = Table("", "", title=str(found.path), show_header=False)
-    table.add_row("pictures", f"{found.count:,}")
-    table.add_row("tier", found.tier)
-    table.add_row("file", f"{found.num_bytes / 1e6:,.1f} MB, pages of {found.page_bytes / 2**20:g} MiB")
-    table.add_row(
-        "bytes a picture", f"mean {found.payload_bytes_mean:,.0f}, median {found.payload_bytes_median:,.0f}"
-    )
-    for name, (low, median, high) in (("width", found.width_px), ("height", found.height_px)):
-        table.add_row(name, f"{low} … {high} px, median {median:g}")
-    return table
-
-
-def _class_table(found: Stats, limit: int) -> Table:
-    """List the largest classes, each with a bar as long as its share of the largest."""
-    ranked = sorted(found.per_class, key=lambda item: -item[1])
-    title = f"{len(ranked):,} classes" + (f", the largest {limit}" if len(ranked) > limit else "")
-    table = Table("class", "pictures", "", title=title)
-    for name, count in ranked[:limit]:
-        table.add_row(name, f"{count:,}", "█" * round(30 * count / max(ranked[0][1], 1)))
-    return table
+    shards = f" in {len(manifest.shards)} shards" if manifest.shards else ""
+    line(out, f"{path}: {size}{shards}, {pace(manifest.count, seconds)}. Next: make pretrain DATA={path}")

@@ -1,23 +1,28 @@
-"""A source of pictures → a compiled set."""
+"""A source of pictures → a compiled set: one ``.beton`` file, or a folder of shards."""
 
 import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Protocol, get_args
 
 from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter
+from dataset_tools.keys import Keys
 from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
-from dataset_tools.parallel import ordered_map
+from dataset_tools.parallel import check_workers, ordered_map
+from dataset_tools.report import NUM_NAMED
+from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan, plan_for
+from dataset_tools.shard_set import SKIPPED_NAME, SUFFIX, claim, finish, missing
+from dataset_tools.shard_writer import ShardsWriter
 from dataset_tools.sources import Source
 from pipelines.cores import usable_cores
 from pipelines.listing import NO_LABEL
 from pipelines.manifest import Manifest, Tier, source_path_line
+from pipelines.randomness import EpochOrder
 
 OnError = Literal["skip", "stop"]
-NUM_NAMED = 20
-"""How many of the pictures left out a report names; the file ``X.skipped.txt`` names all."""
+Progress = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,47 @@ class Converted:
     skipped: tuple[str, ...]
     """"path: reason" of the first twenty pictures left out."""
     num_skipped: int
+    already_there: bool = False
+    """The set was complete before, nothing was done."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
-    outcome: Normal | BadPicture
-    label: int
-    path: str
+@dataclass(frozen=True)
+class Sharding:
+    """How a set is divided among tars."""
+
+    shard_size: int = DEFAULT_SHARD_SIZE
+    """Pictures of the source per shard."""
+    seed: int = 0
+    """Of the order in which pictures lie in the shards."""
+    shards: tuple[int, int] | None = None
+    """Make only the shards [first, stop); None: all."""
 
 
-def skipped_path(beton_path: str | Path) -> Path:
-    """Return the path of the list of pictures left out of ``beton_path``."""
-    return Path(beton_path).with_suffix(".skipped.txt")
+@dataclass(frozen=True)
+class ShardsMade:
+    """The outcome of a conversion that was asked for some of the shards and did not end the set."""
+
+    made: int
+    """Shards made now; the others asked for were whole."""
+    asked: int
+    num_shards: int
+    """Of the whole set."""
+
+
+class Writer(Protocol):
+    """Where pictures go. Both kinds of set are filled by the same loop."""
+
+    def add(self, index: int, picture: Normal, label: int, path: str) -> None:
+        """Store picture ``index`` of the source, which lies at ``path`` there."""
+
+    def skip(self, index: int, path: str, fault: BadPicture) -> None:
+        """Leave picture ``index`` out, and count and name it."""
+
+
+def skipped_path(out: str | Path) -> Path:
+    """Return the path of the list of pictures left out of a set: beside a file, within a folder of shards."""
+    out = Path(out)
+    return out / SKIPPED_NAME if out.suffix == SUFFIX or out.is_dir() else out.with_suffix(".skipped.txt")
 
 
 def convert(
@@ -56,19 +90,23 @@ def convert(
     on_error: OnError = "skip",
     limit: int | None = None,
     page_bytes: int = DEFAULT_PAGE_BYTES,
+    sharding: Sharding | None = None,
     overwrite: bool = False,
-    progress: Callable[[], None] | None = None,
+    progress: Progress | None = None,
 ) -> Converted:
-    """Compile ``source`` into the file ``out`` (.beton), with its manifest and list of paths beside it.
+    """Compile ``source`` into ``out``: a file (.beton) with its manifest and list of paths beside it, or a
+    folder (.shards) with them inside.
 
     The options from ``tier`` to ``verify``, but for ``workers``, are those of Normalising. The bytes written
     depend on the source and the options, not on ``workers`` (None: all cores).
-    ``limit`` takes only the first pictures of the source; ``progress`` is called once a picture.
-    Pictures that cannot be decoded are left out, counted in the manifest and named in ``out`` with the
-    suffix .skipped.txt; with ``on_error="stop"`` the first of them is a ValueError naming it. After any error
-    nothing new is left on disk.
+    ``limit`` takes only the first pictures of the source; ``page_bytes`` is for files, ``sharding`` for
+    shards; ``progress`` is called once a picture.
+    Pictures that cannot be decoded are left out, counted in the manifest and named in the list that
+    ``skipped_path`` tells; with ``on_error="stop"`` the first of them is a ValueError naming it. After any
+    error nothing new is left of a file; of shards those that are whole stay, and the next call goes on.
     Raises ValueError for an unusable option and where no picture is usable, FileExistsError where ``out``
-    exists and ``overwrite`` is off, ImportError without FFCV.
+    exists and ``overwrite`` is off (shards made of the same source with the same options are taken as they
+    are), ImportError without FFCV.
     """
     how = Normalising(
         tier=tier,
@@ -78,74 +116,211 @@ def convert(
         recompress=recompress,
         verify=verify,
     )
-    if on_error not in ("skip", "stop"):
-        raise ValueError(f"on_error is {on_error!r}; known are skip, stop")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1")
-    workers = usable_cores() if workers is None else workers
-    count = len(source) if limit is None else min(limit, len(source))
-    replaced: Counter[str] = Counter()
-    with (
-        BetonWriter(out, capacity=count, tier=tier, page_bytes=page_bytes, overwrite=overwrite) as writer,
-        _SkippedList(skipped_path(out)) as skipped,
-        contextlib.closing(
-            ordered_map(lambda index: _make(source, index, how), count, workers=workers, chunk=4)
-        ) as made,
-    ):
-        for picture in made:
-            _take(picture, writer, skipped, replaced, on_error)
-            if progress is not None:
-                progress()
-        if writer.count == 0:
+    work = Work(source, how, on_error, limit, workers, progress)
+    if Path(out).suffix != SUFFIX:
+        if sharding is not None:
+            raise ValueError(f"{out} is to be one file, which has no shards; name a folder {SUFFIX} for them")
+        return _convert_to_file(work, Path(out), page_bytes, overwrite)
+    sharding = Sharding() if sharding is None else sharding
+    if sharding.shards is not None:
+        raise ValueError("convert makes all shards; call make_shards for some of them")
+    return _convert_to_shards(work, Path(out), sharding, overwrite)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be converted and how, whatever the set's format. Unusable values are ValueErrors."""
+
+    source: Source
+    how: Normalising
+    on_error: OnError = "skip"
+    limit: int | None = None
+    workers: int | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_error not in get_args(OnError):
+            raise ValueError(f"on_error is {self.on_error!r}; known are {', '.join(get_args(OnError))}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be at least 1")
+        check_workers(self.num_threads)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads to work with."""
+        return usable_cores() if self.workers is None else self.workers
+
+    @property
+    def count(self) -> int:
+        """Pictures to convert."""
+        return len(self.source) if self.limit is None else min(self.limit, len(self.source))
+
+    def advance(self, num_pictures: int = 1) -> None:
+        """Tell of pictures that are done."""
+        if self.progress is not None:
+            for _ in range(num_pictures):
+                self.progress()
+
+    def fill(self, writer: Writer, index_of: Callable[[int], int], num_places: int) -> None:
+        """Normalise the pictures ``index_of(0) … index_of(num_places − 1)`` and hand them over in order."""
+        made = ordered_map(
+            lambda place: self._make(index_of(place)), num_places, workers=self.num_threads, chunk=4
+        )
+        with contextlib.closing(made):
+            for picture in made:
+                self._hand_over(picture, writer)
+                self.advance()
+
+    def _make(self, index: int) -> "_Made":
+        """Read and normalise one picture; what is wrong with it becomes its outcome."""
+        try:
+            sample = self.source.read(index)
+        except OSError as error:
+            fault = BadPicture("cannot be read", error.strerror or str(error))
+            return _Made(index, fault, NO_LABEL, self.source.path(index))
+        try:
+            return _Made(index, normalise(sample.payload, self.how), sample.label, sample.path)
+        except BadPicture as error:
+            return _Made(index, error, sample.label, sample.path)
+
+    def _hand_over(self, picture: "_Made", writer: Writer) -> None:
+        outcome = picture.outcome
+        if not isinstance(outcome, BadPicture):
+            writer.add(picture.index, outcome, picture.label, picture.path)
+            return
+        if self.on_error == "stop":
             raise ValueError(
-                f"none of the {len(source)} pictures of {source.name} can be used: "
+                f"{picture.path} cannot be used: {outcome}; mend or remove it, or choose --on-error skip"
+            ) from outcome
+        writer.skip(picture.index, picture.path, outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    index: int
+    outcome: Normal | BadPicture
+    label: int
+    path: str
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def make_shards(work: Work, folder: str | Path, sharding: Sharding, *, overwrite: bool = False) -> ShardsMade:
+    """Make the shards that ``sharding`` asks for, and leave the set's end to a later ``convert``.
+
+    Raises as ``convert`` does, and ValueError for shards that the set does not have.
+    """
+    folder = _shards_folder(folder)
+    plan = _plan(work, sharding)
+    first, stop = sharding.shards or (0, plan.num_shards)
+    if not 0 <= first < stop <= plan.num_shards:
+        raise ValueError(
+            f"the shards {first}:{stop} are asked for; the set has 0:{plan.num_shards}, of "
+            f"{plan.shard_size} pictures each"
+        )
+    if claim(folder, plan, overwrite=overwrite) is not None:
+        work.advance(len(plan.places(first)) * (stop - first))
+        return ShardsMade(0, stop - first, plan.num_shards)
+    return ShardsMade(_make_missing(work, folder, plan, range(first, stop)), stop - first, plan.num_shards)
+
+
+def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: bool) -> Converted:
+    folder = _shards_folder(folder)
+    plan = _plan(work, sharding)
+    manifest = claim(folder, plan, overwrite=overwrite)
+    if manifest is not None:
+        work.advance(plan.count)
+        num_skipped = sum(n for reason, n in manifest.replaced.items() if reason.startswith("skipped: "))
+        return Converted(manifest, (), num_skipped, already_there=True)
+    _make_missing(work, folder, plan, range(plan.num_shards))
+    done = finish(folder, plan, work.source)
+    return Converted(done.manifest, done.skipped[:NUM_NAMED], len(done.skipped))
+
+
+def _shards_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if folder.suffix != SUFFIX:
+        raise ValueError(f"{folder} does not end in {SUFFIX}; name the folder of the set so")
+    return folder
+
+
+def _plan(work: Work, sharding: Sharding) -> Plan:
+    if work.how.tier != "jpeg":
+        raise ValueError(
+            f"shards hold encoded pictures, tier jpeg; for the tier {work.how.tier} name the output x.beton"
+        )
+    return plan_for(
+        work.source, work.count, asdict(work.how), seed=sharding.seed, shard_size=sharding.shard_size
+    )
+
+
+def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
+    """Make those of ``shards`` that are not whole; return how many."""
+    todo = missing(folder, plan, shards)
+    work.advance(sum(len(plan.places(shard)) for shard in shards if shard not in set(todo)))
+    if not todo:
+        return 0
+    order = EpochOrder(plan.seed, 0, plan.count)
+
+    def index_of(place: int) -> int:
+        at = plan.places(todo[place // plan.shard_size]).start + place % plan.shard_size
+        return int(order[at : at + 1][0])
+
+    keys = Keys(work.source.path(index) for index in range(len(work.source)))
+    with ShardsWriter(folder, plan, todo, keys) as writer:
+        work.fill(writer, index_of, sum(len(plan.places(shard)) for shard in todo))
+    return len(todo)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One file
+
+
+def _convert_to_file(work: Work, out: Path, page_bytes: int, overwrite: bool) -> Converted:
+    with (
+        BetonWriter(
+            out, capacity=work.count, tier=work.how.tier, page_bytes=page_bytes, overwrite=overwrite
+        ) as beton,
+        _SkippedList(skipped_path(out)) as skipped,
+    ):
+        writer = _FileWriter(beton, skipped)
+        work.fill(writer, lambda place: place, work.count)
+        if beton.count == 0:
+            raise ValueError(
+                f"none of the {work.count} pictures of {work.source.name} can be used: "
                 f"{'; '.join(skipped.first[:3])}; look at them with another program"
             )
-        settings = {**asdict(how), "on_error": on_error}
-        manifest = writer.commit(
-            source=source.name,
-            classes=source.classes,
-            replaced=dict(sorted(replaced.items())),
-            settings=settings,
+        manifest = beton.commit(
+            source=work.source.name,
+            classes=work.source.classes,
+            replaced=dict(sorted(writer.replaced.items())),
+            settings={**asdict(work.how), "on_error": work.on_error},
         )
         skipped.commit()
     return Converted(manifest, tuple(skipped.first), skipped.count)
 
 
-def _make(source: Source, index: int, how: Normalising) -> _Made:
-    """Read and normalise one picture; what is wrong with it becomes its outcome."""
-    try:
-        sample = source.read(index)
-    except OSError as error:
-        return _Made(BadPicture("cannot be read", error.strerror or str(error)), NO_LABEL, source.path(index))
-    try:
-        return _Made(normalise(sample.payload, how), sample.label, sample.path)
-    except BadPicture as error:
-        return _Made(error, sample.label, sample.path)
+class _FileWriter:
+    """Pictures into one file, their faults into the list beside it."""
 
+    def __init__(self, beton: BetonWriter, skipped: "_SkippedList") -> None:
+        self.replaced: Counter[str] = Counter()
+        self._beton, self._skipped = beton, skipped
 
-def _take(
-    picture: _Made, writer: BetonWriter, skipped: "_SkippedList", replaced: Counter[str], on_error: OnError
-) -> None:
-    """Write one picture, or count and name it as left out."""
-    outcome = picture.outcome
-    if isinstance(outcome, BadPicture):
-        if on_error == "stop":
-            raise ValueError(
-                f"{picture.path} cannot be used: {outcome}; mend or remove it, or choose --on-error skip"
-            ) from outcome
-        replaced[f"skipped: {outcome.reason}"] += 1
-        skipped.add(f"{picture.path}: {outcome}")
-        return
-    if outcome.changed:
-        replaced[f"transcoded: {outcome.changed}"] += 1
-    writer.add(
-        outcome.payload,
-        label=picture.label,
-        width=outcome.width,
-        height=outcome.height,
-        source_path=picture.path,
-    )
+    def add(self, index: int, picture: Normal, label: int, path: str) -> None:  # noqa: ARG002 – the order is the source's
+        """Write one picture."""
+        if picture.changed:
+            self.replaced[f"transcoded: {picture.changed}"] += 1
+        self._beton.add(
+            picture.payload, label=label, width=picture.width, height=picture.height, source_path=path
+        )
+
+    def skip(self, index: int, path: str, fault: BadPicture) -> None:  # noqa: ARG002
+        """Count and name one picture as left out."""
+        self.replaced[f"skipped: {fault.reason}"] += 1
+        self._skipped.add(f"{path}: {fault}")
 
 
 class _SkippedList:

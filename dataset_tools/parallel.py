@@ -17,8 +17,7 @@ def ordered_map(
     Threads run at most ``4 · workers`` chunks of ``chunk`` items ahead of the consumer, so memory does not
     grow with ``count``. The first exception, in order, is raised here; work not yet started is dropped.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
+    check_workers(workers)
 
     def run(start: int) -> list[Result]:
         return [function(i) for i in range(start, min(start + chunk, count))]
@@ -34,3 +33,9 @@ def ordered_map(
             yield from waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def check_workers(workers: int) -> None:
+    """Raise ValueError for a number of threads that does no work."""
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")

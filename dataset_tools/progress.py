@@ -62,3 +62,23 @@ def track(total: int, description: str, console: Console) -> Iterator[Advance]:
         yield advance
     finally:
         bar.stop()
+
+
+@contextlib.contextmanager
+def count_up(description: str, console: Console) -> Iterator[Advance]:
+    """Like :func:`track`, for work whose end is not known: a count in the place of a bar."""
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    done, drawn = 0, time.monotonic() + _SHOW_AFTER_S
+
+    with console.status(description) as status:
+
+        def advance() -> None:
+            nonlocal done, drawn
+            done += 1
+            if (now := time.monotonic()) - drawn > _UPDATE_EVERY_S:
+                drawn = now
+                status.update(f"{description}: {done:,}")
+
+        yield advance

@@ -1,12 +1,14 @@
 """Where pictures come from. A source knows how many there are and reads one by number, from any thread.
 
-A new source needs the five members of ``Source``; sets of a hundred million pictures must fit, so no Python
-object per picture is kept.
+A new source needs the six members of ``Source``; sets of a hundred million pictures must fit, so no Python
+object per picture is kept. Sources in tars stand in ``tar_source`` and ``shard_source``; ``open_source``
+chooses one by its path.
 """
 
 import gzip
+import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -49,6 +51,9 @@ class Source(Protocol):
     def path(self, index: int) -> str:
         """Return where picture ``index`` lies within the source, for reports."""
 
+    def fingerprint(self) -> str:
+        """Return what tells this source from another, by which a conversion knows that it may go on."""
+
     def read(self, index: int) -> Sample:
         """Read picture ``index``; called from several threads. Raises OSError where it cannot be read."""
 
@@ -65,6 +70,31 @@ class FolderSource(FolderListing):
         """Read the file of picture ``index``."""
         path = self.path(index)
         return Sample((self.root / path).read_bytes(), self.label(index), path)
+
+
+class ListedSource(FolderListing):
+    """Pictures whose paths are kept as a folder's are, but were found by other means."""
+
+    def __init__(
+        self,
+        root: Path,
+        classes: Sequence[str],
+        labels: npt.NDArray[np.int64],
+        paths: Iterable[tuple[str, Sequence[str]]],
+    ) -> None:
+        """Keep (prefix, names) in the order given; ``labels`` has one number for every name."""
+        self.root, self._classes, self._labels = root, tuple(classes), labels
+        self._blob, self._stops_by_folder = bytearray(), []
+        for prefix, names in paths:
+            self._add(prefix, names)
+        self._stops = np.concatenate([np.zeros(0, np.uint64), *self._stops_by_folder])
+        del self._stops_by_folder
+        assert len(self._stops) == len(labels)
+
+    @property
+    def name(self) -> str:
+        """The name of the file or folder."""
+        return self.root.resolve().name
 
 
 class IdxSource:
@@ -100,6 +130,10 @@ class IdxSource:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all pictures and labels."""
+        return hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
 
     def path(self, index: int) -> str:
         """Return ``file#index``."""

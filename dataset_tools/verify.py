@@ -1,88 +1,36 @@
-"""Is a compiled set whole? And what is in it?"""
+"""Is a compiled set whole? And what is in it? Shards have a module of their own, ``verify_shards``."""
 
 import contextlib
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from dataset_tools.beton_writer import contents_hash_end
 from dataset_tools.parallel import ordered_map
+from dataset_tools.report import NUM_NAMED, BadIndex, Report, Stats, label_problems, per_class, spread
+from dataset_tools.verify_shards import shards_stats, verify_shards
 from pipelines.beton import MODE_JPEG, TIER_MODES, BetonFile, open_beton, pixel_bytes
 from pipelines.cores import usable_cores
 from pipelines.manifest import Manifest, read_source_path
+from pipelines.shards import open_shards
 from pipelines.turbojpeg import check_jpeg
-
-NUM_NAMED = 20
-"""How many bad pictures a report names."""
-
-
-@dataclass(frozen=True)
-class BadIndex:
-    """One picture of a set that cannot be decoded as promised."""
-
-    index: int
-    source_path: str | None
-    """Where it came from; None where that is not recorded, or past the first twenty."""
-    reason: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ``verify`` found."""
-
-    path: Path
-    count: int
-    """Pictures in the set; 0 where not even its tables can be read."""
-    tier: str
-    """As in Stats; "" where the tables cannot be read."""
-    num_bytes: int
-    has_manifest: bool
-    """Without a manifest the contents cannot be compared with what was written."""
-    problems: tuple[str, ...]
-    """Sentences about the file as a whole."""
-    bad: tuple[BadIndex, ...]
-    """Every picture that does not decode, in order."""
-
-    @property
-    def ok(self) -> bool:
-        """True where nothing is wrong."""
-        return not self.problems and not self.bad
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Figures of a compiled set."""
-
-    path: Path
-    count: int
-    tier: str
-    """jpeg, yuv420, raw, or "jpeg and raw" in a set that another program wrote; "" without pictures."""
-    num_bytes: int
-    """Size of the file."""
-    page_bytes: int
-    per_class: tuple[tuple[str, int], ...]
-    """(class name, number of pictures) in label order, "unlabelled" for −1."""
-    width_px: tuple[int, float, int]
-    """Smallest, median, largest."""
-    height_px: tuple[int, float, int]
-    """Smallest, median, largest."""
-    payload_bytes_mean: float
-    payload_bytes_median: float
 
 
 def verify(
     path: str | Path, *, workers: int | None = None, progress: Callable[[], None] | None = None
 ) -> Report:
-    """Check a compiled set: header, tables, manifest, hash of the contents, and each picture by decoding it.
+    """Check a compiled set: tables, manifest, hash of the contents, and each picture by decoding it.
 
-    ``progress`` is called once a picture. Damage is reported, not raised; where there is no file,
+    ``progress`` is called once a picture. Damage is reported, not raised; where there is no set,
     FileNotFoundError is.
     """
-    path = Path(path)
+    path, workers = Path(path), usable_cores() if workers is None else workers
+    return (verify_shards if path.is_dir() else _verify_file)(path, workers, progress)
+
+
+def _verify_file(path: Path, workers: int, progress: Callable[[], None] | None) -> Report:
     problems: list[str] = []
     manifest = None
     try:
@@ -93,7 +41,7 @@ def verify(
         beton = open_beton(path)
     except ValueError as error:
         return Report(path, 0, "", path.stat().st_size, manifest is not None, (*problems, str(error)), ())
-    reasons, digest = _check_pictures(beton, usable_cores() if workers is None else workers, progress)
+    reasons, digest = _check_pictures(beton, workers, progress)
     if manifest is not None:
         problems += _compare(beton, manifest, digest)
     bad = tuple(
@@ -149,17 +97,23 @@ def _compare(beton: BetonFile, manifest: Manifest, digest: str) -> list[str]:
         problems.append(f"the contents hash to {digest}, the manifest says {manifest.sha256}")
     if manifest.tier != _tier(beton):
         problems.append(f"the pictures are of tier {_tier(beton)}, the manifest says {manifest.tier}")
-    if len(beton):
-        low, high = int(beton.labels.min()), int(beton.labels.max())
-        if low < -1 or (manifest.classes and high >= len(manifest.classes)):
-            problems.append(
-                f"labels reach from {low} to {high}, the manifest names {len(manifest.classes)} classes"
-            )
-    return problems
+    return problems + label_problems(beton.labels, manifest)
 
 
 def stats(path: str | Path) -> Stats:
     """Count a compiled set without decoding it. Raises ValueError where its tables are damaged."""
+    return shards_stats(Path(path)) if Path(path).is_dir() else _file_stats(Path(path))
+
+
+def count_pictures(path: str | Path) -> int:
+    """Return the number of pictures, 0 where the tables are too damaged to tell."""
+    try:
+        return len(open_shards(path) if Path(path).is_dir() else open_beton(path))
+    except ValueError:
+        return 0
+
+
+def _file_stats(path: Path) -> Stats:
     beton = open_beton(path)
     manifest = Manifest.read(path)
     if not len(beton):
@@ -170,10 +124,10 @@ def stats(path: str | Path) -> Stats:
         count=len(beton),
         tier=_tier(beton),
         num_bytes=beton.data.size,
-        page_bytes=beton.page_bytes,
-        per_class=_per_class(beton.labels, manifest.classes if manifest else ()),
-        width_px=_spread(image["width"]),
-        height_px=_spread(image["height"]),
+        layout=f"pages of {beton.page_bytes / 2**20:g} MiB",
+        per_class=per_class(beton.labels, manifest.classes if manifest else ()),
+        width_px=spread(image["width"]),
+        height_px=spread(image["height"]),
         payload_bytes_mean=float(beton.sizes.mean()),
         payload_bytes_median=float(np.median(beton.sizes)),
     )
@@ -183,20 +137,3 @@ def _tier(beton: BetonFile) -> str:
     """Name the tiers of the modes that occur."""
     modes = np.unique(beton.metadata["f0"]["mode"])
     return " and ".join(tier for tier, mode in TIER_MODES.items() if mode in modes)
-
-
-def _per_class(labels: npt.NDArray[np.int64], classes: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
-    """Count labels; classes that the manifest names but no picture has count 0."""
-    found, counts = np.unique(labels, return_counts=True)
-    by_label = dict.fromkeys(range(len(classes)), 0) | dict(zip(found.tolist(), counts.tolist(), strict=True))
-
-    def name(label: int) -> str:
-        if label == -1:
-            return "unlabelled"
-        return classes[label] if 0 <= label < len(classes) else f"label {label}"
-
-    return tuple((name(label), by_label[label]) for label in sorted(by_label))
-
-
-def _spread(values: npt.NDArray[np.uint16]) -> tuple[int, float, int]:
-    return int(values.min()), float(np.median(values)), int(values.max())

@@ -134,11 +134,27 @@ def _from_json(content: Any, file: Path) -> Manifest:
             raise ValueError(f"{file}: {name} is {value!r}, expected {kind.__name__}; compile the set again")
     if content["tier"] not in TIERS:
         raise ValueError(f"{file}: tier is {content['tier']!r}, known are {', '.join(TIERS)}")
-    try:
-        shards = tuple(Shard(**shard) for shard in content.get("shards", ()))
-    except TypeError as error:
-        raise ValueError(f"{file}: its shards cannot be read ({error}); compile the set again") from error
+    shards = tuple(_shard(shard, file) for shard in content.get("shards", ()))
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ValueError(f"{file} names a shard twice; compile the set again")
+    if not all(isinstance(name, str) for name in content.get("classes", ())):
+        raise ValueError(f"{file}: a class name is no text; compile the set again")
     return Manifest(**{**content, "classes": tuple(content.get("classes", ())), "shards": shards})
+
+
+def _shard(content: Any, file: Path) -> Shard:
+    """Build one shard of parsed JSON. Its name must be that of a file in the set's own folder."""
+    kinds: dict[str, type] = {"name": str, "count": int, "num_bytes": int, "sha256": str}
+    if not isinstance(content, dict) or set(content) != set(kinds):
+        raise ValueError(f"{file}: a shard is {content!r}, expected {sorted(kinds)}; compile the set again")
+    for key, kind in kinds.items():
+        value = content[key]
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
+            raise ValueError(f"{file}: {key} of a shard is {value!r}; compile the set again")
+    name = content["name"]
+    if name != Path(name).name or "\0" in name or name in ("", ".."):
+        raise ValueError(f"{file}: the shard {name!r} is no file within the folder; compile the set again")
+    return Shard(**content)
 
 
 # A file name may hold a newline; on its line in X.paths it must not.

@@ -11,8 +11,9 @@ source has the same indices, and with them the same views, in a ``.beton`` file.
 before, and are only indexed, picture i is the i-th on the disk.
 """
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,14 @@ def verify_hint(path: str | Path) -> str:
     return f"see what is whole with `python -m dataset_tools verify {path}`"
 
 
+def set_digest(shards: Sequence[Shard], index: NDArray[np.void]) -> str:
+    """The hash of a set, as in its manifest: of the tars' hashes in order, then of the index's records."""
+    hasher = hashlib.sha256("".join(shard.sha256 for shard in shards).encode("ascii"))
+    for _, block in _blocks(index):
+        hasher.update(np.ascontiguousarray(block).view(np.uint8).data)
+    return hasher.hexdigest()
+
+
 def open_shards(path: str | Path) -> ShardSet:
     """Open a set of shards and check everything but the contents of the tars.
 
@@ -121,36 +130,66 @@ def open_shards(path: str | Path) -> ShardSet:
         raise FileNotFoundError(
             f"there is no folder of shards {path}; make one with `make shards DATA=<folder>`"
         )
+    manifest = shards_manifest(path)
+    for shard in manifest.shards:
+        check_tar(path, shard)
+    return ShardSet(path, manifest, map_index(path, manifest))
+
+
+def shards_manifest(path: Path) -> Manifest:
+    """Read a set's manifest; its shards have a count and lie in the set's own folder.
+
+    Raises FileNotFoundError where there is none, ValueError where it is not of a set of shards.
+    """
     manifest = Manifest.read(path)
     if manifest is None:
         raise FileNotFoundError(f"{path} has no {manifest_path(path).name}; {index_hint(path)}")
     if manifest.format != "shards" or not manifest.shards:
         raise ValueError(f"{manifest_path(path)} names no shards; {index_hint(path)}")
-    _check_tars(path, manifest)
-    index = _map_index(path, manifest)
+    return manifest
+
+
+def check_tar(path: Path, shard: Shard) -> None:
+    """Look whether a tar of the set is there, in its size.
+
+    Raises FileNotFoundError where it is missing, ValueError where it has another size.
+    """
+    tar = path / shard.name
+    try:
+        size = tar.stat().st_size
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{tar} is missing, which the manifest names; bring it back, convert again with --overwrite, or, "
+            f"to go on without it, {index_hint(path)}"
+        ) from None
+    if size != shard.num_bytes:
+        raise ValueError(
+            f"{tar} has {size} bytes, the manifest says {shard.num_bytes}: it is cut short or changed; "
+            f"{verify_hint(path)}"
+        )
+
+
+def map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
+    """Map the index of the set, and check that it fits the manifest.
+
+    Raises FileNotFoundError where it is missing, ValueError where it is damaged or of another set.
+    """
+    index = _load_index(path, manifest)
+    counts = np.zeros(len(manifest.shards), np.int64)
     for start, block in _blocks(index):
         _check_places(path, manifest, start, block)
-    return ShardSet(path, manifest, index)
+        counts += np.bincount(block["shard"], minlength=len(counts))
+    told = [shard.count for shard in manifest.shards]
+    if counts.tolist() != told:
+        number = int(np.argmax(counts != told))
+        raise ValueError(
+            f"{path / INDEX_NAME} has {counts[number]} pictures in {manifest.shards[number].name}, the "
+            f"manifest says {told[number]}; {index_hint(path)}"
+        )
+    return index
 
 
-def _check_tars(path: Path, manifest: Manifest) -> None:
-    for shard in manifest.shards:
-        tar = path / shard.name
-        try:
-            size = tar.stat().st_size
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{tar} is missing, the manifest names {len(manifest.shards)} shards; bring it back, convert "
-                f"again (whole shards are kept), or, to go on without it, {index_hint(path)}"
-            ) from None
-        if size != shard.num_bytes:
-            raise ValueError(
-                f"{tar} has {size} bytes, the manifest says {shard.num_bytes}: it is cut short or changed; "
-                f"{verify_hint(path)}"
-            )
-
-
-def _map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
+def _load_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
     file = path / INDEX_NAME
     try:
         index: NDArray[np.void] = np.load(file, mmap_mode="r", allow_pickle=False)

@@ -185,12 +185,12 @@ def test_error_of_the_disk_while_pictures_are_added_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel tells it once, to the sync that met it; the one at the end would succeed."""
-    from dataset_tools import beton_writer
+    from dataset_tools import disk
 
     def fail(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(beton_writer, "_SYNC_EVERY_BYTES", 100)
+    monkeypatch.setattr(disk, "_SYNC_EVERY_BYTES", 100)
     synced: list[int] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
     write(tmp_path / "set.beton", [b"x" * 60] * 20, [0] * 20)

@@ -1,0 +1,293 @@
+"""Shards that are there already → a set: nothing is copied, only indices are written beside the tars."""
+
+import hashlib
+import io
+import json
+import mmap
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dataset_tools.dali_index import Component, TarSample, dali_index, tar_samples
+from dataset_tools.parallel import check_workers, ordered_map
+from dataset_tools.shard_set import PLAN_KEY, save_set, unfinished
+from dataset_tools.shard_writer import MAX_PICTURE_BYTES
+from dataset_tools.tar_members import scan_tar
+from engine.checkpoint import write_atomically
+from pipelines.beton import MAX_SIDE_PX
+from pipelines.cores import usable_cores
+from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES
+from pipelines.manifest import Manifest, Shard
+from pipelines.pictures import read_size
+from pipelines.shards import INDEX_DTYPE, dali_index_path
+
+LABEL_SUFFIX, JSON_SUFFIX, JSON_KEY = "cls", "json", "label"
+"""A sample's label: the number in its ``cls`` file, or the key of that name in its ``json`` file."""
+MAX_NUMBERED_CLASSES = 1_000_000
+"""Past so many, labels that no file names are taken for a mistake."""
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The outcome of indexing a folder of shards."""
+
+    manifest: Manifest
+    skipped: tuple[str, ...]
+    """"shard: sample: reason" of every sample left out."""
+    idx_written: int
+    """DALI indices made or made anew; the others were right."""
+    spaced: int
+    """Samples with white space in a name, which DALI's own reader cannot find in its index."""
+    was_converted: bool
+    """The set had been converted here; its pictures were in their source's order and are now in the tars'."""
+
+
+def index_shards(
+    folder: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    extensions: Sequence[str] | None = None,
+    workers: int | None = None,
+    progress: Callable[[], None] | None = None,
+) -> Indexed:
+    """Index the tars of a folder, sorted by name; picture i is the i-th on the disk.
+
+    Adds index.npy, set.json and a DALI index beside each tar, and changes no tar. A sample's picture is the
+    file with one of ``extensions`` (without a dot, any case, the first that it has); by default the kind of
+    picture that the first sample has. Its label is the number in ``cls``, or ``label`` in ``json``, or none.
+    ``classes`` names the labels; by default an earlier manifest does, else they are called 0, 1, ….
+    Samples without a picture, or with one whose size cannot be read, are left out and named. ``progress`` is
+    called once a tar.
+    Raises ValueError, naming tar and sample, for a folder without tars, with compressed ones or with a
+    conversion that has not ended, for a tar that is damaged, for a label that is none or has no name, and for
+    samples that have another kind of picture; OSError where the folder cannot be written.
+    """
+    folder = Path(folder)
+    tars = _find_tars(folder)
+    workers = usable_cores() if workers is None else workers
+    check_workers(workers)
+    _check_writable(folder)
+    before = _earlier(folder)
+    wanted = tuple(e.lower().lstrip(".") for e in extensions) if extensions else _first_kind(tars)
+    found: list[_Tar] = []
+    for tar in ordered_map(lambda i: _read_tar(tars[i], wanted), len(tars), workers=workers):
+        found.append(tar)
+        if progress is not None:
+            progress()
+    skipped = tuple(line for tar in found for line in tar.skipped)
+    kept = [tar for tar in found if len(tar.records)]
+    if not kept:
+        raise ValueError(f"{folder} holds no picture that can be used: {'; '.join(skipped[:3])}")
+    index = _join(kept)
+    names = _class_names(folder, index["label"], classes, before)
+    manifest = save_set(
+        folder,
+        index,
+        [tar.shard for tar in kept],
+        skipped=skipped,
+        source=folder.resolve().name,
+        classes=names,
+        replaced=sum((tar.replaced for tar in found), Counter()),
+        settings={"indexed": True, "extensions": list(wanted)},
+    )
+    was_converted = before is not None and PLAN_KEY in before.settings
+    idx_written, spaced = sum(tar.idx_written for tar in found), sum(tar.spaced for tar in found)
+    return Indexed(manifest, skipped, idx_written, spaced, was_converted)
+
+
+def _find_tars(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give the folder that holds the .tar shards")
+    if sentence := unfinished(folder):
+        raise ValueError(sentence)
+    tars = sorted(folder.glob("*.tar"))
+    packed = sorted(p for p in folder.iterdir() if p.name.lower().endswith((".tgz", ".tar.gz", ".tar.zst")))
+    if packed:
+        raise ValueError(
+            f"{packed[0]} is compressed ({len(packed)} such files), so that no picture can be reached "
+            "without unpacking all before it; unpack them to plain .tar files first"
+        )
+    if not tars:
+        raise ValueError(f"{folder} holds no .tar files; give the folder that holds the shards")
+    return tars
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written ({error.strerror}); indices lie beside the tars: make it writable, "
+            "or link the tars into a folder of your own"
+        ) from error
+
+
+def _earlier(folder: Path) -> Manifest | None:
+    """The manifest that is to be replaced; a damaged one is one more reason to replace it."""
+    try:
+        return Manifest.read(folder)
+    except ValueError:
+        return None
+
+
+def _first_kind(tars: Sequence[Path]) -> tuple[str, ...]:
+    for tar in tars:
+        for sample in _samples(tar):
+            if found := _pictures(sample):
+                return (found[0].suffix.lower(),)
+    raise ValueError(
+        f"no pictures in the tars of {tars[0].parent}: looked for {' '.join(PICTURE_SUFFIXES)}; name their "
+        "kind with --ext"
+    )
+
+
+def _samples(tar: Path) -> list[TarSample]:
+    return list(tar_samples(member for member in scan_tar(tar) if not member.link))
+
+
+def _pictures(sample: TarSample) -> list[Component]:
+    return [c for c in sample.components if "." + c.suffix.lower() in PICTURE_SUFFIXES]
+
+
+def write_dali_indices(
+    folder: str | Path, *, workers: int | None = None, progress: Callable[[], None] | None = None
+) -> int:
+    """Write DALI's index beside each tar where it is missing or wrong, and nothing else; return how many.
+
+    Raises as ``index_shards`` does for folders and tars.
+    """
+    tars = _find_tars(Path(folder))
+    workers = usable_cores() if workers is None else workers
+    check_workers(workers)
+    _check_writable(Path(folder))
+    written = 0
+    for anew in ordered_map(
+        lambda i: _write_idx(tars[i], dali_index(_samples(tars[i]))), len(tars), workers=workers
+    ):
+        written += anew
+        if progress is not None:
+            progress()
+    return written
+
+
+@dataclass
+class _Tar:
+    """What was found in one tar."""
+
+    path: Path
+    shard: Shard
+    idx_written: bool
+    records: npt.NDArray[np.void]
+    """(n,) of INDEX_DTYPE, the column ``shard`` still empty."""
+    replaced: Counter[str] = field(default_factory=Counter)
+    skipped: list[str] = field(default_factory=list)
+    spaced: int = 0
+
+
+def _read_tar(path: Path, wanted: tuple[str, ...]) -> _Tar:
+    samples = _samples(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        idx_written = _write_idx(path, dali_index(samples))
+        tar = _Tar(path, Shard(path.name, 0, len(content), ""), idx_written, np.zeros(0, INDEX_DTYPE))
+        records = []
+        for sample in samples:
+            tar.spaced += any(len(component.name.split()) > 1 for component in sample.components)
+            record = _record(path, sample, wanted, content)
+            if isinstance(record, str):
+                tar.replaced[f"skipped: {record}"] += 1
+                tar.skipped.append(f"{path.name}: {sample.key}: {record}")
+            else:
+                records.append(record)
+        tar.records = np.array(records, INDEX_DTYPE)
+        sha256 = hashlib.sha256(content).hexdigest()
+    tar.shard = Shard(path.name, len(records), tar.shard.num_bytes, sha256)
+    return tar
+
+
+def _record(
+    path: Path, sample: TarSample, wanted: tuple[str, ...], content: mmap.mmap
+) -> tuple[int, ...] | str:
+    """The record of a sample's picture, or why it is left out."""
+    by_suffix = {component.suffix.lower(): component for component in reversed(sample.components)}
+    picture = next((by_suffix[suffix] for suffix in wanted if suffix in by_suffix), None)
+    if picture is None:
+        if others := _pictures(sample):
+            raise ValueError(
+                f"{path}: the sample {sample.key} has the picture {others[0].name}, others have "
+                f"{' or '.join(wanted)}; name all kinds with --ext {' '.join(wanted)} {others[0].suffix}"
+            )
+        return "no picture"
+    size = read_size(io.BytesIO(content[picture.offset : picture.offset + picture.num_bytes]))
+    if size is None:
+        return "no readable size"
+    if max(size) > MAX_SIDE_PX or picture.num_bytes > MAX_PICTURE_BYTES:
+        return "too large"
+    label = _label(path, sample, by_suffix, content)
+    return picture.offset, picture.num_bytes, 0, label, size[1], size[0]
+
+
+def _label(path: Path, sample: TarSample, by_suffix: dict[str, Component], content: mmap.mmap) -> int:
+    for suffix in (LABEL_SUFFIX, JSON_SUFFIX):
+        if (file := by_suffix.get(suffix)) is None:
+            continue
+        text = content[file.offset : file.offset + file.num_bytes]
+        try:
+            if suffix == LABEL_SUFFIX:
+                value = int(text.decode("ascii"))
+            else:
+                value = json.loads(text).get(JSON_KEY, NO_LABEL)
+        except (ValueError, AttributeError):
+            value = None
+        if not isinstance(value, int) or isinstance(value, bool) or not NO_LABEL <= value < 1 << 31:
+            raise ValueError(
+                f"{path}: {file.name} of the sample {sample.key} gives no class number (it starts with "
+                f"{text[:20]!r}); a label is 0 … {(1 << 31) - 1}, or −1 for none"
+            )
+        return value
+    return NO_LABEL
+
+
+def _join(tars: Sequence[_Tar]) -> npt.NDArray[np.void]:
+    for number, tar in enumerate(tars):
+        tar.records["shard"] = number
+    return np.concatenate([tar.records for tar in tars])
+
+
+def _class_names(
+    folder: Path, labels: npt.NDArray[np.int32], given: Sequence[str] | None, before: Manifest | None
+) -> tuple[str, ...]:
+    """The names of all labels; none where no picture has a label."""
+    num_needed = int(labels.max()) + 1
+    if given is not None:
+        if len(given) < num_needed:
+            raise ValueError(
+                f"{len(given)} classes are named, {folder} has the label {num_needed - 1}; name all of them"
+            )
+        return tuple(given) if num_needed else ()
+    if before is not None and len(before.classes) >= num_needed:
+        return before.classes
+    if num_needed > MAX_NUMBERED_CLASSES:
+        raise ValueError(
+            f"{folder} has the label {num_needed - 1}, which would make {num_needed} classes; give a file of "
+            "class names with --classes, or mend the labels"
+        )
+    return tuple(map(str, range(num_needed)))
+
+
+def _write_idx(tar: Path, text: bytes) -> bool:
+    """Write DALI's index where it is not there as it should be; return whether it was written."""
+    path = dali_index_path(tar)
+    try:
+        if path.read_bytes() == text:
+            return False
+    except FileNotFoundError:
+        pass
+    write_atomically(path, lambda file: file.write(text))
+    return True

@@ -1,0 +1,73 @@
+"""The pictures of a set of shards, to make another set of them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset_tools.dali_index import split_name
+from dataset_tools.keys import decode_key
+from dataset_tools.shard_set import PLAN_KEY
+from dataset_tools.sources import ListedSource, Sample
+from dataset_tools.tar_members import scan_tar
+from pipelines.shards import open_shards, verify_hint
+
+
+class ShardSource(ListedSource):
+    """Picture i is picture i of the set's index.
+
+    In a set that was converted, paths are those of its source, but end in .jpg; in others they are the
+    member's name after that of its shard.
+    """
+
+    def __init__(self, path: str | Path, *, progress: Callable[[], None] | None = None) -> None:
+        """Open the set and read the names in its tars. ``progress`` is called once a shard.
+
+        Raises as ``open_shards`` does, and ValueError where the tars are not what the index says.
+        """
+        self._set = open_shards(path)
+        index = self._set.index
+        on_disk = np.lexsort((index["offset"], index["shard"]))
+        labels = index["label"].astype(np.int64)
+        names = self._names(on_disk, progress)
+        super().__init__(Path(path), self._set.manifest.classes, labels, names)
+        # Names are kept as they lie on the disk; picture i is the place_N[i]-th there.
+        self._place_N = np.empty(len(index), np.int64)
+        self._place_N[on_disk] = np.arange(len(index))
+
+    def path(self, index: int) -> str:
+        """Return the name of picture ``index``."""
+        return super().path(int(self._place_N[index]))
+
+    def fingerprint(self) -> str:
+        """Return the hash of the whole set."""
+        return self._set.manifest.sha256
+
+    def read(self, index: int) -> Sample:
+        """Read picture ``index``. Raises OSError where its tar ends before."""
+        return Sample(self._set.payload(index).tobytes(), self.label(index), self.path(index))
+
+    def _names(
+        self, on_disk: NDArray[np.int64], progress: Callable[[], None] | None
+    ) -> Iterator[tuple[str, list[str]]]:
+        """Yield what goes before the names of each shard's pictures, and the names."""
+        converted = PLAN_KEY in self._set.manifest.settings
+        done = 0
+        for number, shard in enumerate(self._set.shards):
+            rows = on_disk[done : done + shard.count]
+            done += shard.count
+            by_offset = {member.offset: member.name for member in scan_tar(self._set.tar_path(number))}
+            offsets = self._set.index["offset"][rows].tolist()
+            if not (self._set.index["shard"][rows] == number).all() or not by_offset.keys() >= set(offsets):
+                raise ValueError(
+                    f"the pictures of {self._set.tar_path(number)} do not lie where the index says; "
+                    f"{verify_hint(self._set.path)}"
+                )
+            names = [by_offset[offset] for offset in offsets]
+            if converted:
+                yield "", [decode_key(split_name(name)[0]) + ".jpg" for name in names]
+            else:
+                yield shard.name + "/", names
+            if progress is not None:
+                progress()

@@ -1,0 +1,106 @@
+"""The files in a tar, one header after the other, with the places where they lie.
+
+The standard library reads the headers. What it passes over in silence – a tar that stops, or is damaged, in
+the middle – is an error here.
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+from pipelines.shards import TAR_BLOCK
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Member(NamedTuple):
+    """One file in a tar."""
+
+    name: str
+    """As the tar has it, bytes that are no UTF-8 as os.fsdecode gives them."""
+    offset: int
+    """Of its first byte, from where the tar starts."""
+    num_bytes: int
+    link: bool = False
+    """A hard or symbolic link, or a sparse file: its bytes do not lie here as they are."""
+
+
+def tar_members(file: IO[bytes], name: str) -> Iterator[Member]:
+    """Yield the files in the tar that ``file`` starts with; folders and devices are passed over.
+
+    ``file`` must be able to seek and belongs to this generator until that ends. ``name`` is for errors.
+    Raises ValueError for a compressed tar, for what is no tar and for one that is cut short or damaged.
+    """
+    _refuse_compressed(file, name)
+    try:
+        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+        while (info := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+            if info.isfile() or info.islnk() or info.issym():
+                yield Member(info.name, info.offset_data, info.size, not info.isfile() or info.issparse())
+    except (tarfile.TarError, EOFError, OverflowError) as error:
+        raise ValueError(f"{name} is no whole tar ({error}); fetch or make it again") from error
+    _check_end(file, int(tar.offset), name)
+
+
+def scan_tar(path: str | Path) -> Iterator[Member]:
+    """Yield the files in the tar at ``path``; errors as in :func:`tar_members`."""
+    with Path(path).open("rb") as file:
+        yield from tar_members(file, str(path))
+
+
+class Window(io.RawIOBase):
+    """Some bytes of an open file as a file of its own, with a position of its own."""
+
+    def __init__(self, descriptor: int, start: int, num_bytes: int) -> None:
+        """``num_bytes`` from ``start`` on; the descriptor stays the caller's."""
+        self._descriptor, self._start, self._size, self._at = descriptor, start, num_bytes, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position, which may lie past the end."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        """Read up to the window's end."""
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._size - self._at))
+        num_read = os.preadv(self._descriptor, [view[:wanted]], self._start + self._at)
+        self._at += num_read
+        return num_read
+
+
+def _refuse_compressed(file: IO[bytes], name: str) -> None:
+    head = file.read(6)
+    file.seek(0)
+    for magic, kind in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise ValueError(
+                f"{name} is compressed with {kind}, so that no picture can be reached without unpacking all "
+                "before it; unpack it to a plain .tar first"
+            )
+
+
+def _check_end(file: IO[bytes], end: int, name: str) -> None:
+    """A whole tar ends with a block of zeros; the library also stops, silently, where it cannot read on."""
+    file.seek(end)
+    block = file.read(TAR_BLOCK)
+    if len(block) < TAR_BLOCK:
+        raise ValueError(f"{name} ends at byte {end + len(block)} without an end mark: it is cut short; "
+                         "fetch or make it again")  # fmt: skip
+    if any(block):
+        raise ValueError(f"{name} has no header at byte {end}: it is damaged; fetch or make it again")

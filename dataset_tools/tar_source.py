@@ -1,0 +1,213 @@
+"""Pictures in a tar, as they are downloaded: nothing is unpacked, every picture is read from its place."""
+
+import io
+import os
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dataset_tools.sources import ListedSource, Sample
+from dataset_tools.tar_members import Member, Window, tar_members
+from pipelines.listing import _SPLIT_NAMES as SPLIT_NAMES
+from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES
+
+Folder = tuple[str, ...]
+"""The parts of a folder's path."""
+
+
+class TarSource(ListedSource):
+    """Pictures of one tar, in the order in which the unpacked folder would list them.
+
+    Either a tar of one tar per class (ILSVRC2012_img_train.tar: the class is the inner tar's name), or a tar
+    of pictures: where all lie in folders, the first folder is the class, where all lie loose they have none.
+    Names starting with a dot are passed over; of members of the same name the last counts, as in unpacking.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        labelled: bool = True,
+        labels_file: str | Path | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> None:
+        """Read all headers; nothing is kept per picture but its name, place and label.
+
+        ``labels_file`` has one class name a line, in the order of the sorted pictures, for tars without
+        class folders. ``progress`` is called once a picture.
+        Raises ValueError, naming the tar and the mend, where it is compressed, cut short or damaged, holds no
+        pictures, both loose and filed ones, or links; or where the labels do not fit.
+        """
+        found = _scan(Path(path), progress)
+        classes, labels = _label(Path(path), found, labelled)
+        if labels_file is not None:
+            if classes:
+                raise ValueError(
+                    f"{path} has class folders, {labels_file} would label it again; leave the file out"
+                )
+            classes, labels = read_labels(labels_file, len(labels))
+        super().__init__(Path(path), classes, labels, ((f.prefix, f.names()) for f in found))
+        self._offsets = np.concatenate([f.numbers(f.offsets) for f in found])
+        self._sizes = np.concatenate([f.numbers(f.sizes) for f in found])
+        self._file = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if (file := self.__dict__.get("_file")) is not None:
+            os.close(file)
+
+    def read(self, index: int) -> Sample:
+        """Read the bytes of picture ``index``. Raises OSError where the tar ends before."""
+        size = int(self._sizes[index])
+        content = os.pread(self._file, size, int(self._offsets[index]))
+        if len(content) < size:
+            raise OSError(f"{self.root} ends within it")
+        return Sample(content, self.label(index), self.path(index))
+
+
+class _Folder:
+    """The pictures of one folder of a tar, in the order they were found until ``sort``."""
+
+    def __init__(self, parts: Folder) -> None:
+        self.parts = parts
+        self.prefix = "".join(part + "/" for part in parts)
+        self._names = bytearray()  # each with a NUL before it, which no name holds
+        self.offsets, self.sizes = array("Q"), array("Q")
+        self._order: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+
+    def add(self, name: str, offset: int, num_bytes: int) -> None:
+        """Add one picture."""
+        self._names += b"\0" + os.fsencode(name)
+        self.offsets.append(offset)
+        self.sizes.append(num_bytes)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def sort(self) -> None:
+        """Sort by name; of the same name keep the last.
+
+        Names are Python objects only here, those of one folder at a time.
+        """
+        names = self._decoded()
+        last = {name: i for i, name in enumerate(names)}
+        self._order = np.array([last[name] for name in sorted(last)], np.int64)
+
+    def names(self) -> list[str]:
+        """The names, sorted."""
+        names = self._decoded()
+        return [names[i] for i in self._order]
+
+    def numbers(self, values: "array[int]") -> npt.NDArray[np.uint64]:
+        """``offsets`` or ``sizes`` in the order of the names."""
+        sorted_values: npt.NDArray[np.uint64] = np.frombuffer(values, np.uint64)[self._order]
+        return sorted_values
+
+    def _decoded(self) -> list[str]:
+        return [os.fsdecode(name) for name in bytes(self._names).split(b"\0")[1:]]
+
+
+def _scan(path: Path, progress: Callable[[], None] | None) -> list[_Folder]:
+    """Find all pictures; return their folders as they are listed, a folder's pictures before its folders."""
+    folders: dict[Folder, _Folder] = {}
+    for parts, member in _pictures(path):
+        folder = folders.setdefault(parts[:-1], _Folder(parts[:-1]))
+        folder.add(parts[-1], member.offset, member.num_bytes)
+        if progress is not None:
+            progress()
+    if not folders:
+        raise ValueError(
+            f"no pictures in {path}: looked for {' '.join(PICTURE_SUFFIXES)}, and for tars with them; "
+            "give a tar of pictures, or of one tar per class"
+        )
+    ordered = [folders[parts] for parts in sorted(folders)]
+    for folder in ordered:
+        folder.sort()
+    return ordered
+
+
+def _pictures(path: Path) -> Iterator[tuple[Folder, Member]]:
+    """Yield every picture of the tar, or of the tars in it, with the parts of its path."""
+    first_tar = first_picture = ""
+    with path.open("rb") as file:
+        for member in tar_members(file, str(path)):
+            parts = _parts(path, member, (*PICTURE_SUFFIXES, ".tar"))
+            if not parts:
+                continue
+            if parts[-1].lower().endswith(".tar"):
+                first_tar = first_tar or member.name
+                yield from _pictures_of_class(path, Path(parts[-1]).stem, member, file.fileno())
+            else:
+                first_picture = first_picture or member.name
+                yield parts, member
+            if first_tar and first_picture:
+                raise ValueError(
+                    f"{path} holds tars (such as {first_tar}) and pictures (such as {first_picture}); pack "
+                    "one of the two kinds alone"
+                )
+
+
+def _pictures_of_class(
+    path: Path, name: str, inner: Member, descriptor: int
+) -> Iterator[tuple[Folder, Member]]:
+    """Yield the pictures of one class, which lie in a tar within the tar; offsets are those of the outer."""
+    window = io.BufferedReader(Window(descriptor, inner.offset, inner.num_bytes))
+    for member in tar_members(window, f"{path}: {inner.name}"):
+        if parts := _parts(path, member, PICTURE_SUFFIXES):
+            yield (name, *parts), member._replace(offset=inner.offset + member.offset)
+
+
+def _parts(path: Path, member: Member, suffixes: tuple[str, ...]) -> Folder:
+    """The parts of a member's path; none for one that is passed over, being hidden or of another suffix."""
+    parts = tuple(part for part in member.name.split("/") if part not in ("", "."))
+    if not parts or not parts[-1].lower().endswith(suffixes):
+        return ()
+    if ".." in parts:
+        raise ValueError(f"{path}: {member.name} lies outside the folder that is packed; pack it again")
+    if any(part.startswith(".") for part in parts):
+        return ()
+    if member.link:
+        raise ValueError(
+            f"{path}: {member.name} is a link or a sparse file, so its bytes do not lie at its place; pack "
+            "it again with `tar --dereference --hard-dereference`"
+        )
+    return parts
+
+
+def _label(path: Path, found: list[_Folder], labelled: bool) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """Class names, and the label of every picture in order."""
+    counts = [len(folder) for folder in found]
+    loose = not found[0].parts
+    if not labelled or (loose and len(found) == 1):
+        return (), np.full(sum(counts), NO_LABEL, np.int64)
+    if loose:
+        raise ValueError(
+            f"{path} holds {counts[0]} loose pictures (first: {found[0].names()[0]}) and others in folders "
+            f"(first: {found[1].prefix}); pack them alike, or convert with --no-labels to take all of them "
+            "as one unlabelled set"
+        )
+    classes = tuple(sorted({folder.parts[0] for folder in found}))
+    if {name.lower() for name in classes} <= SPLIT_NAMES:
+        raise ValueError(
+            f"the folders in {path} are splits, not classes ({', '.join(classes)}); pack one of them alone, "
+            "or convert with --no-labels to take all as one unlabelled set"
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    return classes, np.repeat(np.array([number[folder.parts[0]] for folder in found], np.int64), counts)
+
+
+def read_labels(file: str | Path, count: int) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """Read one class name a line for ``count`` pictures; return the sorted names and (N,) class numbers.
+
+    Raises ValueError, naming the file, where it has another number of lines or an empty one.
+    """
+    names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    if len(names) != count:
+        raise ValueError(f"{file} has {len(names)} lines for {count} pictures; give one class name a line")
+    if not all(names):
+        raise ValueError(f"{file}: line {names.index('') + 1} is empty; give one class name a line")
+    classes = tuple(sorted(set(names)))
+    number = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([number[name] for name in names], np.int64)
