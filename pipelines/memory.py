@@ -40,6 +40,10 @@ class Lender:
             memory = torch.empty(count, dtype=self._dtype, device=self._device, pin_memory=self._pinned)
             storage = memory.untyped_storage()
             del memory
+            if self._device.type == "cuda":
+                # Others may write into it on streams of their own, which know nothing of what is still
+                # under way on this one in memory that was just given back.
+                torch.cuda.current_stream(self._device).synchronize()
             self._storages.append(storage)
         lent = torch.empty(0, dtype=self._dtype, device=self._device)
         # Not a view of another tensor: storage and count are all that the two have in common.
