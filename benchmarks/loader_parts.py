@@ -37,7 +37,14 @@ class Plan:
 
     def job(self, pictures: SampleSet) -> Job:
         """The job of every loader on these pictures."""
-        return Job(pictures.folder, pictures.beton, self.recipe, self.batch_size, self.num_threads)
+        return Job(
+            pictures.folder,
+            pictures.beton,
+            pictures.shards,
+            self.recipe,
+            self.batch_size,
+            self.num_threads,
+        )
 
     def rates(self, runners: Mapping[str, Runner]) -> dict[str, list[float]]:
         """Let them take turns."""

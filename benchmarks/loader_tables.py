@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.ratios import GROUPS
+
 _JPEG_SETS = ("reencoded", "pass_through")
 """Their tables have one for each work below them."""
 _UNITS = {"convert": "pictures/s", "photometric": "views/s"}
@@ -19,7 +21,7 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
             console.print(_rates(f"{title}; {threads} threads", rows, _UNITS.get(name, "samples/s")))
     if result["stages"]:
         console.print(_stages(result["stages"]))
-    for group in ("crops", "recipe", "raw_tier", "scaling", "convert", "photometric"):
+    for group in GROUPS:
         for ratio, value in result.get(group, {}).items():
             console.print(f"{group}.{ratio}: {value:.2f}")
     measured = {work for name in _JPEG_SETS for work in result["tables"].get(name, {})}

@@ -23,7 +23,7 @@ def choose_crops(job: Job, num: int) -> FixedCrops:
             sizes.append((image.height, image.width))
     # A box's last number says whether it is flipped; that has nothing to do with how exact pixels are.
     boxes_NV4 = draw_boxes(job.recipe, 0, 0, index_N, np.array(sizes))[:, :, :4]
-    return FixedCrops(job.beton, files, index_N, boxes_NV4, job.recipe.crop_px)
+    return FixedCrops(job.beton, job.shards, files, index_N, boxes_NV4, job.recipe.crop_px)
 
 
 def reference_crops(asked: FixedCrops) -> NDArray[np.uint8]:

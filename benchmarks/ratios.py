@@ -9,6 +9,9 @@ from benchmarks.peers.contract import (
     DECODE_LIMIT,
     FFCV,
     OURS,
+    OURS_DALI,
+    OURS_ON_SHARDS,
+    OURS_STREAM,
     SPDL_FFMPEG,
     SPDL_TORCHVISION,
     TORCHVISION_PIL,
@@ -21,10 +24,13 @@ RAW_OURS, RAW_JPEG, RAW_FFCV = "ours, yuv420", "ours, jpeg", "ffcv, raw RGB"
 CONVERT_OURS, CONVERT_FFCV = "ours", "ffcv DatasetWriter"
 FUSED, COMPILED, EAGER = "ours, fused numba kernel", "torch.compile", "torch, eager"
 
+GROUPS = ("crops", "recipe", "dali_backend", "raw_tier", "scaling", "convert", "photometric")
+"""Where in the JSON ratios stand, in the order in which they are shown."""
+_STOCK_DALI = (DALI_ONCE, DALI_TWICE)
 # The ratio's name and the peers it is against; of several the fastest counts.
 _AGAINST = {
     "vs_ffcv_decode_per_view": (FFCV,),
-    "vs_dali_cpu": (DALI_ONCE, DALI_TWICE),
+    "vs_dali_cpu": _STOCK_DALI,
     "vs_torchvision_pil": (TORCHVISION_PIL,),
     "vs_torchvision_v2": (TORCHVISION_V2,),
     "vs_spdl": (SPDL_FFMPEG, SPDL_TORCHVISION),
@@ -48,9 +54,14 @@ def ratios(tables: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             for name, peers in _AGAINST.items()
             if (value := _over(rates, OURS, *peers)) is not None
         }
+    crops, recipe = main.get("crops", {}), main.get("recipe", {})
     raw, scaling = tables.get("raw", {}), tables.get("scaling", {})
     most = max(map(int, scaling), default=1)
     for group, ratio, value in (
+        ("dali_backend", "crops_vs_dali_cpu", _over(crops, OURS_DALI, *_STOCK_DALI)),
+        ("dali_backend", "recipe_vs_dali_cpu", _over(recipe, OURS_DALI, *_STOCK_DALI)),
+        ("dali_backend", "own_reader_over_own_order", _over(crops, OURS_STREAM, OURS_DALI)),
+        ("dali_backend", "shards_over_beton", _over(crops, OURS_ON_SHARDS, OURS)),
         ("raw_tier", "vs_ffcv_raw", _over(raw, RAW_OURS, RAW_FFCV)),
         ("raw_tier", "vs_jpeg_tier", _over(raw, RAW_OURS, RAW_JPEG)),
         ("raw_tier", "bytes_vs_ffcv_raw", _over(raw, RAW_OURS, RAW_FFCV, key="bytes")),

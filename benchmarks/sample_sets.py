@@ -1,8 +1,8 @@
 """The pictures that loaders are measured on, made once under data/ and used again.
 
 The photographs of `python -m dataset_tools photographs` as they are, and the same encoded anew the way a
-converter that reduces stores them; both as files in class folders and compiled. Whatever is half made has
-another name.
+converter that reduces stores them; both as files in class folders and compiled, into one file and into
+shards. Whatever is half made has another name or no manifest.
 """
 
 import json
@@ -18,8 +18,9 @@ from typing import Any
 
 from PIL import Image
 
+from dataset_tools.shard_set import SUFFIX
 from pipelines.listing import FolderListing
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, manifest_path
 
 QUALITY = 86
 """Gives these photographs about 55 KB at 500 px, what ImageNet's own have at quality 90: they are sharper."""
@@ -40,6 +41,8 @@ class SampleSet:
     """Class folders of JPEG files."""
     beton: Path
     """The same bytes compiled; stock FFCV reads it too."""
+    shards: Path
+    """The same bytes compiled into a folder of shards."""
     how: str
     """What they are, in a sentence."""
 
@@ -74,22 +77,16 @@ class SampleSets:
     @cached_property
     def pass_through(self) -> SampleSet:
         """The photographs as they are."""
-        photographs = self._photographs
-        beton = photographs.with_name(f"{photographs.name}.beton")
-        self._compile(beton, photographs, "jpeg")
-        return SampleSet(photographs / _SPLIT, beton, "made photographs, 4:2:0, bytes passed through")
+        return self._sample_set(self._photographs, "made photographs, 4:2:0, bytes passed through")
 
     @cached_property
     def reencoded(self) -> SampleSet:
         """The photographs encoded anew; the main set."""
-        folder = self._reencoded
-        beton = folder.with_name(f"{folder.name}.beton")
-        self._compile(beton, folder, "jpeg")
         how = (
             f"the photographs, longer side at most {MAX_SIDE_PX} px, encoded anew by PIL at quality "
             f"{QUALITY}, 4:2:0"
         )
-        return SampleSet(folder / _SPLIT, beton, how)
+        return self._sample_set(self._reencoded, how)
 
     @cached_property
     def yuv420(self) -> Path:
@@ -129,6 +126,13 @@ class SampleSets:
         self._progress(f"encoding {folder.name}")
         return reencode(self._photographs, folder)
 
+    def _sample_set(self, folder: Path, how: str) -> SampleSet:
+        """A folder of pictures with its two compiled sets beside it."""
+        beton, shards = (folder.with_name(folder.name + suffix) for suffix in (".beton", SUFFIX))
+        for path in (beton, shards):
+            self._compile(path, folder, "jpeg")
+        return SampleSet(folder / _SPLIT, beton, shards, how)
+
     def _without_jpeg(self, tier: str) -> Path:
         folder = self._reencoded
         path = folder.with_name(f"{folder.name}-{tier}-{SHORT_SIDE_PX}.beton")
@@ -137,9 +141,10 @@ class SampleSets:
 
     def _compile(self, path: Path, pictures: Path, tier: str, *options: object) -> None:
         """Compile a folder unless a set of its size and this tier, newer than the folder, is there."""
-        manifest = Manifest.read(path) if path.is_file() else None
+        # Asked of a set that is not there, the manifest would be that of another one of the same stem.
+        manifest = Manifest.read(path) if path.exists() else None
         fits = manifest is not None and (manifest.count, manifest.tier) == (self._num, tier)
-        if fits and path.stat().st_mtime >= pictures.stat().st_mtime:
+        if fits and manifest_path(path).stat().st_mtime >= pictures.stat().st_mtime:
             return
         self._progress(f"compiling {path.name}")
         _dataset_tools("convert", pictures / _SPLIT, path, "--tier", tier, *options, "--overwrite")

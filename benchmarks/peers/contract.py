@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from pipelines.recipe import Recipe
 
 OURS = "ours"
+OURS_ON_SHARDS = "ours, on shards"
+OURS_DALI = "ours, DALI decodes"
+OURS_STREAM = "ours, DALI's own reader"
 TORCHVISION_PIL = "torchvision + PIL"
 TORCHVISION_V2 = "torchvision v2"
 FFCV = "ffcv, a decode per view"
@@ -33,7 +36,9 @@ class Job:
     folder: Path
     """The pictures as JPEG files in class folders."""
     beton: Path
-    """The same pictures compiled."""
+    """The same pictures compiled into one file."""
+    shards: Path
+    """The same pictures compiled into a folder of shards."""
     recipe: Recipe
     """What a view looks like."""
     batch_size: int
@@ -47,11 +52,13 @@ class FixedCrops:
     """Crops that every peer is asked for alike, to compare pixels."""
 
     beton: Path
-    """The compiled set of the pictures."""
+    """The pictures compiled into one file."""
+    shards: Path
+    """The same compiled into a folder of shards."""
     files: tuple[Path, ...]
     """The N pictures as files."""
     index_N: NDArray[np.int64]
-    """Their positions in the compiled set."""
+    """Their positions in either compiled set."""
     boxes_NV4: NDArray[np.int32]
     """(N, V, 4) top, left, height, width in pixels."""
     crop_px: int

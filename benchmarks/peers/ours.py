@@ -1,66 +1,101 @@
-"""Our own loader, as any program of the house uses it."""
+"""Our own loader, as any program of the house uses it: by each engine, on each kind of compiled set."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.peers.contract import OURS, FixedCrops, Job, Peer, Work
-from pipelines import ViewLoader, build_loader
-from pipelines.recipe import moco_v2
+from benchmarks.peers.contract import (
+    OURS,
+    OURS_DALI,
+    OURS_ON_SHARDS,
+    OURS_STREAM,
+    FixedCrops,
+    Job,
+    Peer,
+    Work,
+)
+from pipelines import Backend, Reading, ViewLoader, build_loader
+from pipelines.recipe import Recipe, moco_v2
+from pipelines.streaming import BUFFER
 
 # A generous count of what may wait: too many only lengthens the drain before a turn.
 _BATCHES_AHEAD = 5
 
 
-def _build(job: Job) -> ViewLoader:
-    return build_loader(job.beton, job.recipe, batch_size=job.batch_size, num_threads=job.num_threads)
+@dataclass(frozen=True)
+class _Way:
+    """How our loader is opened."""
+
+    backend: Backend
+    on_shards: bool
+    """Whether it reads the folder of shards, else the .beton file."""
+    reading: Reading = "auto"
+
+    def open(self, asked: Job | FixedCrops, recipe: Recipe, *, batch_size: int, threads: int) -> ViewLoader:
+        """A loader over the pictures of a job."""
+        path = asked.shards if self.on_shards else asked.beton
+        return build_loader(
+            path, recipe, self.backend, batch_size=batch_size, num_threads=threads, reading=self.reading
+        )
 
 
-def open_crops(job: Job) -> Iterator[object]:
-    """Crops: (N, V, S, S, 3) uint8 on the host; one epoch after the other."""
-    loader = _build(job)
-    epoch = 0
-    while True:
+def _epochs(way: _Way, batches: Callable[[ViewLoader], Iterator[object]], job: Job) -> Iterator[object]:
+    """One epoch after the other."""
+    loader = way.open(job, job.recipe, batch_size=job.batch_size, threads=job.num_threads)
+    for epoch in count():
         loader.set_epoch(epoch)
-        yield from loader.crops()
-        epoch += 1
+        yield from batches(loader)
 
 
-def open_recipe(job: Job) -> Iterator[object]:
-    """Batches as a training loop gets them; one epoch after the other."""
-    loader = _build(job)
-    epoch = 0
-    while True:
-        loader.set_epoch(epoch)
-        yield from loader
-        epoch += 1
-
-
-def fixed_crops(asked: FixedCrops) -> NDArray[np.uint8]:
-    """Crops by our engine; see :class:`FixedCrops`."""
+def _fixed_crops(way: _Way, asked: FixedCrops) -> NDArray[np.uint8]:
+    """Crops by the loader's engine; see :class:`FixedCrops`."""
     crops_NVSS3 = asked.empty()
     num, num_views = crops_NVSS3.shape[:2]
     recipe = replace(moco_v2(asked.crop_px), num_views=num_views)
-    engine = build_loader(asked.beton, recipe, batch_size=num, num_threads=1).engine
+    engine = way.open(asked, recipe, batch_size=num, threads=1).engine
     unflipped_NV5 = np.pad(asked.boxes_NV4, ((0, 0), (0, 0), (0, 1)))
     ok_N = engine.crop(engine.fetch(asked.index_N), unflipped_NV5, crops_NVSS3)
     if not ok_N.all():
-        raise ValueError(
-            f"{asked.beton}: picture {asked.index_N[~ok_N][0]} cannot be decoded; convert it again"
-        )
+        path = asked.shards if way.on_shards else asked.beton
+        raise ValueError(f"{path}: picture {asked.index_N[~ok_N][0]} cannot be decoded; convert it again")
     return crops_NVSS3
 
 
-_SENTENCE = "pipelines.build_loader on the compiled set, its epochs one after the other"
-CROPS = Work(
-    open_crops, f"{_SENTENCE}; the views of crops(), which are flipped as they are cut", queued=_BATCHES_AHEAD
-)
-PEER = Peer(
-    OURS,
-    crops=CROPS,
-    recipe=Work(open_recipe, _SENTENCE, queued=_BATCHES_AHEAD),
-    fixed_crops=fixed_crops,
-    antialiased=True,
-)
+def _peer(name: str, way: _Way, sentence: str) -> Peer:
+    sentence = f"pipelines.build_loader, backend {way.backend} {sentence}, its epochs one after the other"
+    return Peer(
+        name,
+        crops=Work(
+            partial(_epochs, way, ViewLoader.crops),
+            f"{sentence}; the views of crops(), which are flipped as they are cut",
+            queued=_BATCHES_AHEAD,
+        ),
+        recipe=Work(partial(_epochs, way, iter), sentence, queued=_BATCHES_AHEAD),
+        fixed_crops=partial(_fixed_crops, way),
+        antialiased=True,
+    )
+
+
+PEER = _peer(OURS, _Way("ffcv", on_shards=False), "on the .beton file")
+assert isinstance(PEER.crops, Work)
+CROPS: Work = PEER.crops
+
+_READ_AHEAD = "on shards, every picture read into memory ahead of its turn"
+DALI_PEERS = [
+    _peer(OURS_ON_SHARDS, _Way("ffcv", on_shards=True, reading="read"), _READ_AHEAD),
+    _peer(
+        OURS_DALI,
+        _Way("dali", on_shards=True, reading="read"),
+        f"{_READ_AHEAD}; DALI's decoder on the CPU under our order and boxes, our kernels for the rest",
+    ),
+    _peer(
+        OURS_STREAM,
+        _Way("dali", on_shards=True, reading="stream"),
+        "on shards, which DALI's own reader goes through and shuffles within a buffer of "
+        f"{BUFFER:,} pictures, filled anew in each epoch; decoded and cut like {OURS_DALI!r}",
+    ),
+]

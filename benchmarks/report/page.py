@@ -30,6 +30,7 @@ _SET_TITLES = {"reencoded": "re-encoded photographs", "pass_through": "photograp
 _RATIO_TITLES = {
     "crops": "Two crops, samples/s over",
     "recipe": "Whole recipe, samples/s over",
+    "dali_backend": "Shards, and DALI as our decoder, samples/s",
     "raw_tier": "Raw tier, over",
     "scaling": "Threads, samples/s",
     "convert": "Conversion, pictures/s over",
@@ -47,6 +48,10 @@ _RATIO_WORDS = {
     "bytes_vs_ffcv_raw": "FFCV's raw RGB, in bytes on disk: less is better",
     "vs_ffcv_writer": "FFCV's DatasetWriter",
     "vs_compiled_torch": "torch.compile",
+    "crops_vs_dali_cpu": "two crops: ours with DALI over stock DALI, the faster of two ways",
+    "recipe_vs_dali_cpu": "whole recipe: ours with DALI over stock DALI",
+    "own_reader_over_own_order": "two crops with DALI: its own reader over our order",
+    "shards_over_beton": "two crops by our kernels: shards over one .beton file",
 }
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.peers.contract import OURS
+from benchmarks.ratios import GROUPS
 from benchmarks.scale import MEASURES
 
 PICTURE_SETS = ("reencoded", "pass_through")
 """The two sets of photographs that peers are measured on."""
 OTHER_TABLES = ("raw", "scaling", "convert", "photometric")
-RATIOS = ("crops", "recipe", "raw_tier", "scaling", "convert", "photometric")
 _T = TypeVar("_T")
 
 
@@ -114,7 +114,7 @@ def read_loader(file: Path) -> LoaderFigures:
         recipe={name: table.if_there("recipe").rates() for name, table in by_set.items()},
         **{name: tables.if_there(name).rates() for name in OTHER_TABLES},
         stages={name: stages.get(name, float) for name in stages.value},
-        ratios={name: content.if_there(name).ratios() for name in RATIOS},
+        ratios={name: content.if_there(name).ratios() for name in GROUPS},
         left_out={
             work: {name: reasons.at(work).get(name, str) for name in reasons.at(work).value}
             for work in reasons.value

@@ -21,6 +21,9 @@ from benchmarks.peers.contract import (
     DECODE_LIMIT,
     FFCV,
     OURS,
+    OURS_DALI,
+    OURS_ON_SHARDS,
+    OURS_STREAM,
     SPDL_FFMPEG,
     SPDL_TORCHVISION,
     TORCHVISION_PIL,
@@ -88,6 +91,21 @@ def test_ratios_are_of_medians_and_of_the_faster_of_two_ways() -> None:
         "convert": {"vs_ffcv_writer": 4.0},
         "photometric": {"vs_compiled_torch": 6.0},
     }
+
+
+def test_our_other_ways_have_ratios_of_their_own_and_change_no_other() -> None:
+    ours_only = {OURS: 1500.0, DALI_ONCE: 500.0, DALI_TWICE: 400.0}
+    ways = {OURS_ON_SHARDS: 1200.0, OURS_DALI: 1000.0, OURS_STREAM: 900.0}
+    before = ratios({"reencoded": {"crops": _rows(**ours_only), "recipe": _rows(**ours_only)}})
+    crops, recipe = ours_only | ways, ours_only | {OURS_DALI: 750.0}
+    after = ratios({"reencoded": {"crops": _rows(**crops), "recipe": _rows(**recipe)}})
+    assert after.pop("dali_backend") == {
+        "crops_vs_dali_cpu": 2.0,
+        "recipe_vs_dali_cpu": 1.5,
+        "own_reader_over_own_order": 0.9,
+        "shards_over_beton": 0.8,
+    }
+    assert after == before == {"crops": {"vs_dali_cpu": 3.0}, "recipe": {"vs_dali_cpu": 3.0}}
 
 
 def test_ratios_of_what_was_not_measured_are_absent() -> None:
@@ -195,17 +213,19 @@ class _Sets:
     """The sets of the tests' pictures, in place of those under data/."""
 
     def __init__(self, data: Path, num: int, progress: object) -> None:
-        self.reencoded = SampleSet(data / "pictures", data / "pictures.beton", "made for tests")
+        self.reencoded = SampleSet(
+            data / "pictures", data / "pictures.beton", data / "pictures.shards", "made for tests"
+        )
 
     def facts(self) -> dict[str, Any]:
         return {"reencoded": self.reencoded.facts()}
 
 
 def test_the_json_has_the_keys_that_reports_read(
-    picture_folder: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    picture_folder: Path, beton: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "pictures").symlink_to(picture_folder)
-    (tmp_path / "pictures.beton").symlink_to(beton)
+    for name, path in (("pictures", picture_folder), ("pictures.beton", beton), ("pictures.shards", shards)):
+        (tmp_path / name).symlink_to(path)
     monkeypatch.setattr(program, "SampleSets", _Sets)
     out = tmp_path / "results" / "loader.json"
     config = LoaderBenchmark(
@@ -216,7 +236,7 @@ def test_the_json_has_the_keys_that_reports_read(
         turns=1,
         seconds=0.01,
         threads=1,
-        peers=("decode",),
+        peers=("ours-dali", "decode"),
         parts=("reencoded-crops", "scaling", "stages"),
     )
     returned = main(config)
@@ -228,13 +248,15 @@ def test_the_json_has_the_keys_that_reports_read(
     assert result["sets"]["reencoded"].keys() >= {"pictures", "mean_kb", "how"}
     assert result["sets"]["reencoded"]["pictures"] == 40
     rows = result["tables"]["reencoded"]["crops"]
-    assert rows.keys() == {OURS, DECODE_LIMIT}
+    assert rows.keys() == {OURS, OURS_ON_SHARDS, OURS_DALI, OURS_STREAM, DECODE_LIMIT}
     rate = {"median", "low", "high", "turns"}
     assert all(
         row.keys() >= {*rate, "antialiased", "mean_error", "max_error", "configured"} for row in rows.values()
     )
-    assert rows[OURS]["mean_error"] < 1 and rows[DECODE_LIMIT]["mean_error"] is None
+    assert all(row["mean_error"] < 1 for name, row in rows.items() if name != DECODE_LIMIT)
+    assert rows[DECODE_LIMIT]["mean_error"] is None
     assert result["tables"]["scaling"].keys() == {"1"} and result["tables"]["scaling"]["1"].keys() == rate
     assert result["stages"] and all(micros > 0 for micros in result["stages"].values())
     assert result["crops"].keys() == {"fraction_of_decode_limit"} and "scaling" not in result
+    assert result["dali_backend"].keys() == {"own_reader_over_own_order", "shards_over_beton"}
     assert result["left_out"]["recipe"].keys() == {DECODE_LIMIT}

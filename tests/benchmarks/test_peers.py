@@ -19,6 +19,9 @@ from benchmarks.peers.contract import (
     DECODE_LIMIT,
     FFCV,
     OURS,
+    OURS_DALI,
+    OURS_ON_SHARDS,
+    OURS_STREAM,
     SPDL_FFMPEG,
     SPDL_TORCHVISION,
     TORCHVISION_PIL,
@@ -38,6 +41,9 @@ _SIDE, _BATCH = 32, 4
 _OFF_BY_ONE = 5.0
 _LARGEST_MEAN_ERROR = {
     OURS: 0.5,
+    OURS_ON_SHARDS: 0.5,
+    OURS_DALI: 0.5,
+    OURS_STREAM: 0.5,
     TORCHVISION_PIL: 0.0,
     TORCHVISION_V2: 0.1,
     FFCV: 2.0,
@@ -49,11 +55,11 @@ _LARGEST_MEAN_ERROR = {
 
 
 @pytest.fixture(scope="module")
-def job(picture_folder: Path, beton: Path) -> Job:
+def job(picture_folder: Path, beton: Path, shards: Path) -> Job:
     # Loader processes come from a server that has imported once what they need.
     preloaded = ["benchmarks.peers.with_torchvision"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
-    return Job(picture_folder, beton, moco_v2(_SIDE), _BATCH, 1)
+    return Job(picture_folder, beton, shards, moco_v2(_SIDE), _BATCH, 1)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,7 @@ def test_ours(job: Job, asked: FixedCrops) -> None:
     _check_pixels([PEER], asked)
 
 
-@pytest.mark.parametrize("name", ["ffcv", "dali", "spdl"])
+@pytest.mark.parametrize("name", ["ours-dali", "ffcv", "dali", "spdl"])
 def test_peer_of_threads(name: PeerName, job: Job, asked: FixedCrops) -> None:
     peers = _peers(name)
     for peer in peers:
@@ -151,6 +157,24 @@ def test_missing_package_is_an_error_that_names_the_mend(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "benchmarks.peers.decode_limit", None)
     with pytest.raises(ImportError, match=r"peer decode needs .* simplejpeg .*make setup.*--peers"):
         load_peers(["decode"])
+
+
+def test_missing_dali_is_told_before_our_loader_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(ImportError, match=r"peer ours-dali needs .* nvidia-dali-cuda130 .*\[dali\].*--peers"):
+        load_peers(["ours-dali"])
+
+
+def test_ours_takes_the_set_and_the_engine_that_its_name_says(job: Job, asked: FixedCrops) -> None:
+    nowhere = Path("nowhere")
+    ours = {peer.name: peer for peer in (PEER, *load_peers(["ours-dali"]))}
+    with pytest.raises(FileNotFoundError, match=r"nowhere"):
+        cast(Any, ours[OURS].fixed_crops)(replace(asked, beton=nowhere / "x.beton"))
+    for name in (OURS_ON_SHARDS, OURS_DALI, OURS_STREAM):
+        crops = cast(Any, ours[name].fixed_crops)(replace(asked, beton=nowhere / "x.beton"))
+        same = np.array_equal(crops, cast(Any, PEER.fixed_crops)(asked))
+        # The same kernels cut the same pixels out of the same decoder's planes; DALI decodes to RGB.
+        assert same == (name == OURS_ON_SHARDS)
 
 
 def test_every_peer_says_how_it_is_set_up_or_why_not() -> None:
