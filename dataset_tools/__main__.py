@@ -13,7 +13,7 @@ from dataset_tools import check_commands, commands
 
 COMMANDS: dict[str, Callable[..., commands.Command]] = {
     "convert": commands.Convert,
-    "index": commands.Index,
+    "index": check_commands.Index,
     "photographs": commands.Photographs,
     "fashion-mnist": commands.FashionMnist,
     "verify": check_commands.Verify,

@@ -1,4 +1,4 @@
-"""The sub-commands that look at compiled sets: verify, stats, preview."""
+"""The sub-commands on sets that are there: index, verify, stats, preview."""
 
 import time
 from dataclasses import dataclass
@@ -9,11 +9,63 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from dataset_tools.index_shards import index_shards, write_dali_indices
 from dataset_tools.preview import preview
-from dataset_tools.progress import track
+from dataset_tools.progress import count_up, track
 from dataset_tools.report import NUM_NAMED, Stats
-from dataset_tools.saying import line, pace
+from dataset_tools.saying import line, pace, report_left_out
+from dataset_tools.shard_set import SKIPPED_NAME
 from dataset_tools.verify import count_pictures, stats, verify
+
+
+@dataclass(frozen=True)
+class Index:
+    """Make a set of WebDataset shards that are there already: only indices are added, no tar is changed.
+
+    A sample's picture is its jpg, png, webp … file; its label the number in its cls file, or "label" in json.
+    """
+
+    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
+    """The folder that holds the .tar files."""
+    ext: tuple[str, ...] = ()
+    """Endings of the picture files, such as jpg png; by default that of the first sample."""
+    labels: bool = True
+    """Take labels from cls and json files; --no-labels takes all pictures as unlabelled."""
+    classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Class names, one a line in the order of the labels; by default labels are called 0, 1, …."""
+    dali_only: bool = False
+    """Write DALI's .idx files where they are missing or wrong, and nothing else."""
+    workers: int | None = None
+    """Tars read at once; all cores by default."""
+
+    def run(self, out: Console, err: Console) -> int:
+        """Index and report."""
+        started = time.monotonic()
+        with count_up("indexing tars", err) as advance:
+            if self.dali_only:
+                written = write_dali_indices(self.path, workers=self.workers, progress=advance)
+                line(out, f"{self.path}: {written} DALI indices written. "
+                          f"Next: python -m dataset_tools verify {self.path}")  # fmt: skip
+                return 0
+            names = None if self.classes is None else self.classes.read_text(encoding="utf-8").splitlines()
+            done = index_shards(
+                self.path,
+                labelled=self.labels,
+                classes=names,
+                extensions=self.ext,
+                workers=self.workers,
+                progress=advance,
+            )
+        skipped = done.skipped
+        report_left_out(self.path / SKIPPED_NAME, done.manifest.replaced, skipped, len(skipped), out)
+        if done.was_converted:
+            line(out, "the set was converted here; its pictures are now numbered as they lie in the tars, no "
+                      "longer as in their source")  # fmt: skip
+        made = f"{done.manifest.count:,} pictures in {len(done.manifest.shards)} shards"
+        speed = pace(done.manifest.count, time.monotonic() - started)
+        line(out, f"{self.path}: {made}, {done.idx_written} DALI indices written, {speed}. "
+                  f"Next: make pretrain DATA={self.path}")  # fmt: skip
+        return 0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""The sub-commands of ``python -m dataset_tools``: each a dataclass of its options with a ``run``.
+"""The sub-commands of ``python -m dataset_tools`` that make sets: each a dataclass of its options.
 
 A new command is one more such class, and one more line in the table of ``__main__``.
 """
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
@@ -12,18 +11,17 @@ from typing import Annotated, Literal, Protocol
 import tyro
 from rich.console import Console
 
-from dataset_tools.convert import Converted, Sharding, Work, convert, make_shards, skipped_path
+from dataset_tools.convert import Converted, Sharding, convert, make_shards, skipped_path
 from dataset_tools.fashion_mnist import compile_fashion_mnist, locate
-from dataset_tools.index_shards import index_shards, write_dali_indices
 from dataset_tools.normalise import Normalising
 from dataset_tools.open_source import open_source
 from dataset_tools.photographs import make_photographs
 from dataset_tools.progress import Advance, count_up, track
-from dataset_tools.report import NUM_NAMED
-from dataset_tools.saying import line, pace
+from dataset_tools.saying import line, pace, report_left_out
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE
 from dataset_tools.shard_set import SUFFIX
 from dataset_tools.sources import Source
+from dataset_tools.work import Work
 from pipelines.beton import ffcv_types
 from pipelines.manifest import Tier
 
@@ -114,6 +112,11 @@ class Convert:
 
     def _sharding(self) -> Sharding | None:
         """What is asked of shards; None for a .beton file."""
+        if self.shards is not None and self.overwrite:
+            raise ValueError(
+                f"--shards {self.shards} shares the work on {self.output}, and --overwrite would remove what "
+                "others have made; remove the folder by hand, once"
+            )
         if self.output.suffix != SUFFIX:
             options = {"--shard-size": self.shard_size, "--seed": self.seed, "--shards": self.shards}
             for option, value in options.items():
@@ -149,58 +152,11 @@ class Convert:
             self.tier, self.quality, self.max_side, self.short_side, self.recompress, self.verify
         )
         work = Work(source, how, self.on_error, workers=self.workers, progress=advance)
-        done = make_shards(work, self.output, sharding, overwrite=self.overwrite)
+        done = make_shards(work, self.output, sharding)
         told = (
             f"{done.made} shards made, {done.asked - done.made} were whole, of {done.num_shards} of the set"
         )
         line(out, f"{self.output}: {told}. Next: when all are here, the same command without --shards")
-        return 0
-
-
-@dataclass(frozen=True)
-class Index:
-    """Make a set of WebDataset shards that are there already: only indices are added, no tar is changed.
-
-    A sample's picture is its jpg, png, webp … file; its label the number in its cls file, or "label" in json.
-    """
-
-    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
-    """The folder that holds the .tar files."""
-    ext: tuple[str, ...] = ()
-    """Endings of the picture files, such as jpg png; by default that of the first sample."""
-    classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Class names, one a line in the order of the labels; by default labels are called 0, 1, …."""
-    dali_only: bool = False
-    """Write DALI's .idx files where they are missing or wrong, and nothing else."""
-    workers: int | None = None
-    """Tars read at once; all cores by default."""
-
-    def run(self, out: Console, err: Console) -> int:
-        """Index and report."""
-        started = time.monotonic()
-        with count_up("indexing tars", err) as advance:
-            if self.dali_only:
-                written = write_dali_indices(self.path, workers=self.workers, progress=advance)
-                line(out, f"{self.path}: {written} DALI indices written. "
-                          f"Next: python -m dataset_tools verify {self.path}")  # fmt: skip
-                return 0
-            names = None if self.classes is None else self.classes.read_text(encoding="utf-8").splitlines()
-            done = index_shards(
-                self.path, classes=names, extensions=self.ext, workers=self.workers, progress=advance
-            )
-        _report_left_out(self.path, done.manifest.replaced, done.skipped, len(done.skipped), out)
-        if done.spaced:
-            line(
-                out,
-                f"{done.spaced:,} samples have white space in a name, which DALI's own reader cannot take",
-            )
-        if done.was_converted:
-            line(out, "the set was converted here; its pictures are now numbered as they lie in the tars, no "
-                      "longer as in their source")  # fmt: skip
-        made = f"{done.manifest.count:,} pictures in {len(done.manifest.shards)} shards"
-        speed = pace(done.manifest.count, time.monotonic() - started)
-        line(out, f"{self.path}: {made}, {done.idx_written} DALI indices written, {speed}. "
-                  f"Next: make pretrain DATA={self.path}")  # fmt: skip
         return 0
 
 
@@ -293,18 +249,7 @@ class FashionMnist:
 def _report_replaced(path: Path, converted: Converted, out: Console) -> None:
     """Say what was encoded anew or left out, and name the first pictures left out."""
     manifest = converted.manifest
-    _report_left_out(path, manifest.replaced, converted.skipped, converted.num_skipped, out)
-
-
-def _report_left_out(
-    path: Path, replaced: Mapping[str, int], skipped: Sequence[str], num_skipped: int, out: Console
-) -> None:
-    for reason, count in replaced.items():
-        line(out, f"{count:,} {reason}")
-    for named in skipped[:NUM_NAMED]:
-        line(out, f"  {named}")
-    if num_skipped > NUM_NAMED:
-        line(out, f"  … and {num_skipped - NUM_NAMED:,} more; all are in {skipped_path(path)}")
+    report_left_out(skipped_path(path), manifest.replaced, converted.skipped, converted.num_skipped, out)
 
 
 def _say_done(path: Path, converted: Converted, seconds: float, out: Console) -> None:

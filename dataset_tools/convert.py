@@ -2,27 +2,21 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, get_args
+from typing import BinaryIO
 
 from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter
 from dataset_tools.keys import Keys
-from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
-from dataset_tools.parallel import check_workers, ordered_map
+from dataset_tools.normalise import BadPicture, Normal, Normalising
 from dataset_tools.report import NUM_NAMED
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan, plan_for
 from dataset_tools.shard_set import SKIPPED_NAME, SUFFIX, claim, finish, missing
 from dataset_tools.shard_writer import ShardsWriter
 from dataset_tools.sources import Source
-from pipelines.cores import usable_cores
-from pipelines.listing import NO_LABEL
+from dataset_tools.work import OnError, Progress, Work
 from pipelines.manifest import Manifest, Tier, source_path_line
 from pipelines.randomness import EpochOrder
-
-OnError = Literal["skip", "stop"]
-Progress = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -58,16 +52,6 @@ class ShardsMade:
     asked: int
     num_shards: int
     """Of the whole set."""
-
-
-class Writer(Protocol):
-    """Where pictures go. Both kinds of set are filled by the same loop."""
-
-    def add(self, index: int, picture: Normal, label: int, path: str) -> None:
-        """Store picture ``index`` of the source, which lies at ``path`` there."""
-
-    def skip(self, index: int, path: str, fault: BadPicture) -> None:
-        """Leave picture ``index`` out, and count and name it."""
 
 
 def skipped_path(out: str | Path) -> Path:
@@ -127,89 +111,14 @@ def convert(
     return _convert_to_shards(work, Path(out), sharding, overwrite)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is to be converted and how, whatever the set's format. Unusable values are ValueErrors."""
-
-    source: Source
-    how: Normalising
-    on_error: OnError = "skip"
-    limit: int | None = None
-    workers: int | None = None
-    progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        if self.on_error not in get_args(OnError):
-            raise ValueError(f"on_error is {self.on_error!r}; known are {', '.join(get_args(OnError))}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; it must be at least 1")
-        check_workers(self.num_threads)
-
-    @property
-    def num_threads(self) -> int:
-        """Threads to work with."""
-        return usable_cores() if self.workers is None else self.workers
-
-    @property
-    def count(self) -> int:
-        """Pictures to convert."""
-        return len(self.source) if self.limit is None else min(self.limit, len(self.source))
-
-    def advance(self, num_pictures: int = 1) -> None:
-        """Tell of pictures that are done."""
-        if self.progress is not None:
-            for _ in range(num_pictures):
-                self.progress()
-
-    def fill(self, writer: Writer, index_of: Callable[[int], int], num_places: int) -> None:
-        """Normalise the pictures ``index_of(0) … index_of(num_places − 1)`` and hand them over in order."""
-        made = ordered_map(
-            lambda place: self._make(index_of(place)), num_places, workers=self.num_threads, chunk=4
-        )
-        with contextlib.closing(made):
-            for picture in made:
-                self._hand_over(picture, writer)
-                self.advance()
-
-    def _make(self, index: int) -> "_Made":
-        """Read and normalise one picture; what is wrong with it becomes its outcome."""
-        try:
-            sample = self.source.read(index)
-        except OSError as error:
-            fault = BadPicture("cannot be read", error.strerror or str(error))
-            return _Made(index, fault, NO_LABEL, self.source.path(index))
-        try:
-            return _Made(index, normalise(sample.payload, self.how), sample.label, sample.path)
-        except BadPicture as error:
-            return _Made(index, error, sample.label, sample.path)
-
-    def _hand_over(self, picture: "_Made", writer: Writer) -> None:
-        outcome = picture.outcome
-        if not isinstance(outcome, BadPicture):
-            writer.add(picture.index, outcome, picture.label, picture.path)
-            return
-        if self.on_error == "stop":
-            raise ValueError(
-                f"{picture.path} cannot be used: {outcome}; mend or remove it, or choose --on-error skip"
-            ) from outcome
-        writer.skip(picture.index, picture.path, outcome)
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    index: int
-    outcome: Normal | BadPicture
-    label: int
-    path: str
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Shards
 
 
-def make_shards(work: Work, folder: str | Path, sharding: Sharding, *, overwrite: bool = False) -> ShardsMade:
+def make_shards(work: Work, folder: str | Path, sharding: Sharding) -> ShardsMade:
     """Make the shards that ``sharding`` asks for, and leave the set's end to a later ``convert``.
 
+    Never replaces another set, as machines that share the work would remove each other's shards.
     Raises as ``convert`` does, and ValueError for shards that the set does not have.
     """
     folder = _shards_folder(folder)
@@ -220,10 +129,9 @@ def make_shards(work: Work, folder: str | Path, sharding: Sharding, *, overwrite
             f"the shards {first}:{stop} are asked for; the set has 0:{plan.num_shards}, of "
             f"{plan.shard_size} pictures each"
         )
-    if claim(folder, plan, overwrite=overwrite) is not None:
-        work.advance(len(plan.places(first)) * (stop - first))
-        return ShardsMade(0, stop - first, plan.num_shards)
-    return ShardsMade(_make_missing(work, folder, plan, range(first, stop)), stop - first, plan.num_shards)
+    whole = claim(folder, plan, overwrite=False) is not None
+    made = 0 if whole else _make_missing(work, folder, plan, range(first, stop))
+    return ShardsMade(made, stop - first, plan.num_shards)
 
 
 def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: bool) -> Converted:
@@ -259,7 +167,7 @@ def _plan(work: Work, sharding: Sharding) -> Plan:
 def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
     """Make those of ``shards`` that are not whole; return how many."""
     todo = missing(folder, plan, shards)
-    work.advance(sum(len(plan.places(shard)) for shard in shards if shard not in set(todo)))
+    work.advance(sum(map(len, map(plan.places, set(shards) - set(todo)))))
     if not todo:
         return 0
     order = EpochOrder(plan.seed, 0, plan.count)
@@ -270,7 +178,7 @@ def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
 
     keys = Keys(work.source.path(index) for index in range(len(work.source)))
     with ShardsWriter(folder, plan, todo, keys) as writer:
-        work.fill(writer, index_of, sum(len(plan.places(shard)) for shard in todo))
+        work.fill(writer, index_of, sum(map(len, map(plan.places, todo))))
     return len(todo)
 
 

@@ -8,8 +8,13 @@ Written from the places where the files really lie. wds2idx asks GNU tar, and is
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dataset_tools.tar_members import Member
 from pipelines.shards import DALI_INDEX_VERSION
+
+_VERSION_WITHOUT_NAMES = "v1.1"
 
 
 class Component(NamedTuple):
@@ -52,8 +57,25 @@ def tar_samples(members: Iterable[Member]) -> Iterator[TarSample]:
         yield TarSample(key, tuple(components))
 
 
+def with_pictures_at(offsets: NDArray[np.uint64], samples: Iterable[TarSample]) -> Iterator[TarSample]:
+    """Yield the samples that have a file at one of ``offsets``: those whose picture is in the set."""
+    wanted = set(offsets.tolist())
+    return (sample for sample in samples if any(part.offset in wanted for part in sample.components))
+
+
 def dali_index(samples: Iterable[TarSample]) -> bytes:
-    """The text of the index; DALI cannot read one whose names have white space in their suffix."""
-    lines = [" ".join(" ".join(map(str, component)) for component in s.components) for s in samples]
-    text = "\n".join([f"{DALI_INDEX_VERSION} {len(lines)}", *lines, ""])
+    """The text of the index.
+
+    Where a name has white space, at which DALI would split it, the index is of version 1.1, without names;
+    files whose very suffix has some are left out.
+    """
+    kept = [[part for part in sample.components if not _has_space(part.suffix)] for sample in samples]
+    named = not any(_has_space(part.name) for parts in kept for part in parts)
+    version = DALI_INDEX_VERSION if named else _VERSION_WITHOUT_NAMES
+    lines = [" ".join(" ".join(map(str, part[: 4 if named else 3])) for part in parts) for parts in kept]
+    text = "\n".join([f"{version} {len(lines)}", *lines, ""])
     return text.encode("utf-8", "surrogateescape")
+
+
+def _has_space(text: str) -> bool:
+    return text.split() != [text]

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import mmap
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.dali_index import Component, TarSample, dali_index, tar_samples
+from dataset_tools.dali_index import Component, TarSample, dali_index, tar_samples, with_pictures_at
 from dataset_tools.parallel import check_workers, ordered_map
 from dataset_tools.shard_set import PLAN_KEY, save_set, unfinished
 from dataset_tools.shard_writer import MAX_PICTURE_BYTES
@@ -24,10 +25,11 @@ from pipelines.cores import usable_cores
 from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES
 from pipelines.manifest import Manifest, Shard
 from pipelines.pictures import read_size
-from pipelines.shards import INDEX_DTYPE, dali_index_path
+from pipelines.shards import INDEX_DTYPE, dali_index_path, open_shards, pictures_on_disk
 
 LABEL_SUFFIX, JSON_SUFFIX, JSON_KEY = "cls", "json", "label"
 """A sample's label: the number in its ``cls`` file, or the key of that name in its ``json`` file."""
+_NUMBER = re.compile(rb"\s*-?[0-9]{1,10}\s*")
 MAX_NUMBERED_CLASSES = 1_000_000
 """Past so many, labels that no file names are taken for a mistake."""
 
@@ -41,8 +43,6 @@ class Indexed:
     """"shard: sample: reason" of every sample left out."""
     idx_written: int
     """DALI indices made or made anew; the others were right."""
-    spaced: int
-    """Samples with white space in a name, which DALI's own reader cannot find in its index."""
     was_converted: bool
     """The set had been converted here; its pictures were in their source's order and are now in the tars'."""
 
@@ -50,6 +50,7 @@ class Indexed:
 def index_shards(
     folder: str | Path,
     *,
+    labelled: bool = True,
     classes: Sequence[str] | None = None,
     extensions: Sequence[str] | None = None,
     workers: int | None = None,
@@ -59,7 +60,8 @@ def index_shards(
 
     Adds index.npy, set.json and a DALI index beside each tar, and changes no tar. A sample's picture is the
     file with one of ``extensions`` (without a dot, any case, the first that it has); by default the kind of
-    picture that the first sample has. Its label is the number in ``cls``, or ``label`` in ``json``, or none.
+    picture that the first sample has. Its label is the number in ``cls``, or ``label`` in ``json``, or none
+    (always with ``labelled`` off).
     ``classes`` names the labels; by default an earlier manifest does, else they are called 0, 1, ….
     Samples without a picture, or with one whose size cannot be read, are left out and named. ``progress`` is
     called once a tar.
@@ -75,7 +77,7 @@ def index_shards(
     before = _earlier(folder)
     wanted = tuple(e.lower().lstrip(".") for e in extensions) if extensions else _first_kind(tars)
     found: list[_Tar] = []
-    for tar in ordered_map(lambda i: _read_tar(tars[i], wanted), len(tars), workers=workers):
+    for tar in ordered_map(lambda i: _read_tar(tars[i], wanted, labelled), len(tars), workers=workers):
         found.append(tar)
         if progress is not None:
             progress()
@@ -96,8 +98,7 @@ def index_shards(
         settings={"indexed": True, "extensions": list(wanted)},
     )
     was_converted = before is not None and PLAN_KEY in before.settings
-    idx_written, spaced = sum(tar.idx_written for tar in found), sum(tar.spaced for tar in found)
-    return Indexed(manifest, skipped, idx_written, spaced, was_converted)
+    return Indexed(manifest, skipped, sum(tar.idx_written for tar in found), was_converted)
 
 
 def _find_tars(folder: Path) -> list[Path]:
@@ -159,18 +160,25 @@ def _pictures(sample: TarSample) -> list[Component]:
 def write_dali_indices(
     folder: str | Path, *, workers: int | None = None, progress: Callable[[], None] | None = None
 ) -> int:
-    """Write DALI's index beside each tar where it is missing or wrong, and nothing else; return how many.
+    """Write the DALI index of every tar of a set where it is missing or wrong, and nothing else.
 
-    Raises as ``index_shards`` does for folders and tars.
+    Returns how many were written. Raises as ``open_shards`` does, ValueError for a damaged tar, and OSError
+    where the folder cannot be written.
     """
-    tars = _find_tars(Path(folder))
+    shards = open_shards(folder)
     workers = usable_cores() if workers is None else workers
     check_workers(workers)
-    _check_writable(Path(folder))
+    _check_writable(shards.path)
+
+    rows_by_shard = pictures_on_disk(shards.shards, shards.index)
+
+    def write(number: int) -> bool:
+        tar = shards.tar_path(number)
+        offsets = shards.index["offset"][rows_by_shard[number]]
+        return _write_idx(tar, dali_index(with_pictures_at(offsets, _samples(tar))))
+
     written = 0
-    for anew in ordered_map(
-        lambda i: _write_idx(tars[i], dali_index(_samples(tars[i]))), len(tars), workers=workers
-    ):
+    for anew in ordered_map(write, len(shards.shards), workers=workers):
         written += anew
         if progress is not None:
             progress()
@@ -182,37 +190,34 @@ class _Tar:
     """What was found in one tar."""
 
     path: Path
-    shard: Shard
-    idx_written: bool
-    records: npt.NDArray[np.void]
+    shard: Shard = field(init=False)
+    records: npt.NDArray[np.void] = field(init=False)
     """(n,) of INDEX_DTYPE, the column ``shard`` still empty."""
+    idx_written: bool = False
     replaced: Counter[str] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
-    spaced: int = 0
 
 
-def _read_tar(path: Path, wanted: tuple[str, ...]) -> _Tar:
+def _read_tar(path: Path, wanted: tuple[str, ...], labelled: bool) -> _Tar:
     samples = _samples(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        idx_written = _write_idx(path, dali_index(samples))
-        tar = _Tar(path, Shard(path.name, 0, len(content), ""), idx_written, np.zeros(0, INDEX_DTYPE))
+        tar = _Tar(path)
         records = []
         for sample in samples:
-            tar.spaced += any(len(component.name.split()) > 1 for component in sample.components)
-            record = _record(path, sample, wanted, content)
+            record = _record(path, sample, wanted, labelled, content)
             if isinstance(record, str):
                 tar.replaced[f"skipped: {record}"] += 1
                 tar.skipped.append(f"{path.name}: {sample.key}: {record}")
             else:
                 records.append(record)
         tar.records = np.array(records, INDEX_DTYPE)
-        sha256 = hashlib.sha256(content).hexdigest()
-    tar.shard = Shard(path.name, len(records), tar.shard.num_bytes, sha256)
+        tar.shard = Shard(path.name, len(records), len(content), hashlib.sha256(content).hexdigest())
+    tar.idx_written = _write_idx(path, dali_index(with_pictures_at(tar.records["offset"], samples)))
     return tar
 
 
 def _record(
-    path: Path, sample: TarSample, wanted: tuple[str, ...], content: mmap.mmap
+    path: Path, sample: TarSample, wanted: tuple[str, ...], labelled: bool, content: mmap.mmap
 ) -> tuple[int, ...] | str:
     """The record of a sample's picture, or why it is left out."""
     by_suffix = {component.suffix.lower(): component for component in reversed(sample.components)}
@@ -229,7 +234,7 @@ def _record(
         return "no readable size"
     if max(size) > MAX_SIDE_PX or picture.num_bytes > MAX_PICTURE_BYTES:
         return "too large"
-    label = _label(path, sample, by_suffix, content)
+    label = _label(path, sample, by_suffix, content) if labelled else NO_LABEL
     return picture.offset, picture.num_bytes, 0, label, size[1], size[0]
 
 
@@ -240,7 +245,7 @@ def _label(path: Path, sample: TarSample, by_suffix: dict[str, Component], conte
         text = content[file.offset : file.offset + file.num_bytes]
         try:
             if suffix == LABEL_SUFFIX:
-                value = int(text.decode("ascii"))
+                value = int(text) if _NUMBER.fullmatch(text) else None
             else:
                 value = json.loads(text).get(JSON_KEY, NO_LABEL)
         except (ValueError, AttributeError):
@@ -265,12 +270,14 @@ def _class_names(
 ) -> tuple[str, ...]:
     """The names of all labels; none where no picture has a label."""
     num_needed = int(labels.max()) + 1
+    if num_needed == 0:
+        return ()
     if given is not None:
         if len(given) < num_needed:
             raise ValueError(
                 f"{len(given)} classes are named, {folder} has the label {num_needed - 1}; name all of them"
             )
-        return tuple(given) if num_needed else ()
+        return tuple(given)
     if before is not None and len(before.classes) >= num_needed:
         return before.classes
     if num_needed > MAX_NUMBERED_CLASSES:

@@ -1,6 +1,11 @@
 """How results are written out: one line each, as it is."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 from rich.console import Console
+
+from dataset_tools.report import NUM_NAMED
 
 
 def pace(count: int, seconds: float) -> str:
@@ -11,3 +16,15 @@ def pace(count: int, seconds: float) -> str:
 def line(out: Console, text: str, style: str | None = None) -> None:
     """Write one line as it is: no wrapping, no markup from file names."""
     out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def report_left_out(
+    names: Path, replaced: Mapping[str, int], skipped: Sequence[str], num_skipped: int, out: Console
+) -> None:
+    """Say what was encoded anew or left out, and name the first pictures left out; the file has all."""
+    for reason, count in replaced.items():
+        line(out, f"{count:,} {reason}")
+    for named in skipped[:NUM_NAMED]:
+        line(out, f"  {named}")
+    if num_skipped > NUM_NAMED:
+        line(out, f"  … and {num_skipped - NUM_NAMED:,} more; all are in {names}")

@@ -11,7 +11,7 @@ from dataset_tools.keys import decode_key
 from dataset_tools.shard_set import PLAN_KEY
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tar_members import scan_tar
-from pipelines.shards import open_shards, verify_hint
+from pipelines.shards import open_shards, pictures_on_disk, verify_hint
 
 
 class ShardSource(ListedSource):
@@ -27,14 +27,13 @@ class ShardSource(ListedSource):
         Raises as ``open_shards`` does, and ValueError where the tars are not what the index says.
         """
         self._set = open_shards(path)
-        index = self._set.index
-        on_disk = np.lexsort((index["offset"], index["shard"]))
-        labels = index["label"].astype(np.int64)
-        names = self._names(on_disk, progress)
+        rows_by_shard = pictures_on_disk(self._set.shards, self._set.index)
+        labels = self._set.index["label"].astype(np.int64)
+        names = self._names(rows_by_shard, progress)
         super().__init__(Path(path), self._set.manifest.classes, labels, names)
         # Names are kept as they lie on the disk; picture i is the place_N[i]-th there.
-        self._place_N = np.empty(len(index), np.int64)
-        self._place_N[on_disk] = np.arange(len(index))
+        self._place_N = np.empty(len(labels), np.int64)
+        self._place_N[np.concatenate(rows_by_shard)] = np.arange(len(labels))
 
     def path(self, index: int) -> str:
         """Return the name of picture ``index``."""
@@ -49,25 +48,22 @@ class ShardSource(ListedSource):
         return Sample(self._set.payload(index).tobytes(), self.label(index), self.path(index))
 
     def _names(
-        self, on_disk: NDArray[np.int64], progress: Callable[[], None] | None
+        self, rows_by_shard: list[NDArray[np.int64]], progress: Callable[[], None] | None
     ) -> Iterator[tuple[str, list[str]]]:
         """Yield what goes before the names of each shard's pictures, and the names."""
         converted = PLAN_KEY in self._set.manifest.settings
-        done = 0
-        for number, shard in enumerate(self._set.shards):
-            rows = on_disk[done : done + shard.count]
-            done += shard.count
-            by_offset = {member.offset: member.name for member in scan_tar(self._set.tar_path(number))}
+        for number, rows in enumerate(rows_by_shard):
+            tar = self._set.tar_path(number)
+            by_offset = {member.offset: member.name for member in scan_tar(tar)}
             offsets = self._set.index["offset"][rows].tolist()
-            if not (self._set.index["shard"][rows] == number).all() or not by_offset.keys() >= set(offsets):
+            if not by_offset.keys() >= set(offsets):
                 raise ValueError(
-                    f"the pictures of {self._set.tar_path(number)} do not lie where the index says; "
-                    f"{verify_hint(self._set.path)}"
+                    f"the pictures of {tar} do not lie where the index says; {verify_hint(self._set.path)}"
                 )
             names = [by_offset[offset] for offset in offsets]
             if converted:
                 yield "", [decode_key(split_name(name)[0]) + ".jpg" for name in names]
             else:
-                yield shard.name + "/", names
+                yield f"{tar.name}/", names
             if progress is not None:
                 progress()

@@ -4,20 +4,20 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.dali_index import dali_index, tar_samples
+from dataset_tools.dali_index import dali_index, tar_samples, with_pictures_at
 from dataset_tools.parallel import ordered_map
 from dataset_tools.report import BadIndex, Report, Stats, label_problems, per_class, spread
 from dataset_tools.shard_set import unfinished
 from dataset_tools.tar_members import Member, scan_tar
 from pipelines.listing import PICTURE_SUFFIXES
-from pipelines.manifest import Manifest, Shard
+from pipelines.manifest import Shard
 from pipelines.pictures import read_rgb, read_size
 from pipelines.shards import (
     check_tar,
@@ -25,6 +25,7 @@ from pipelines.shards import (
     index_hint,
     map_index,
     open_shards,
+    pictures_on_disk,
     set_digest,
     shards_manifest,
 )
@@ -56,7 +57,9 @@ def verify_shards(path: Path, workers: int, progress: Callable[[], None] | None)
     if (total := sum(shard.num_bytes for shard in manifest.shards)) != manifest.num_bytes:
         problems.append(f"the shards have {total} bytes, the manifest says {manifest.num_bytes}")
     bad: list[BadIndex] = []
-    for shard, rows in _by_shard(manifest, index):
+    no_rows = [np.zeros(0, np.int64)] * len(manifest.shards)
+    rows_by_shard = no_rows if index is None else pictures_on_disk(manifest.shards, index)
+    for shard, rows in zip(manifest.shards, rows_by_shard, strict=True):
         problems += _check_shard(path, shard, index, rows, bad, workers, progress)
     bad.sort(key=lambda picture: picture.index)
     return Report(path, manifest.count, manifest.tier, manifest.num_bytes, True, tuple(problems), tuple(bad))
@@ -64,18 +67,6 @@ def verify_shards(path: Path, workers: int, progress: Callable[[], None] | None)
 
 def _nothing(path: Path, problem: str) -> Report:
     return Report(path, 0, "", 0, False, (problem,), ())
-
-
-def _by_shard(
-    manifest: Manifest, index: NDArray[np.void] | None
-) -> Iterator[tuple[Shard, NDArray[np.int64]]]:
-    """Yield every shard with its pictures as they follow each other in the tar; none without an index."""
-    if index is None:
-        yield from ((shard, np.zeros(0, np.int64)) for shard in manifest.shards)
-        return
-    on_disk = np.lexsort((index["offset"], index["shard"]))
-    stops = np.cumsum([shard.count for shard in manifest.shards])
-    yield from zip(manifest.shards, np.split(on_disk, stops[:-1]), strict=True)
 
 
 def _check_shard(
@@ -97,7 +88,8 @@ def _check_shard(
         problems.append(str(error))
     tar = path / shard.name
     members, damage = _members(tar)
-    problems += [damage] if damage else _check_idx(path, tar, members)
+    offsets = np.zeros(0, np.uint64) if index is None else index["offset"][rows]
+    problems += [damage] if damage else _check_idx(path, tar, members, offsets)
     places = {member.offset: member for member in members}
     data = np.memmap(tar, np.uint8, mode="r") if tar.stat().st_size else np.zeros(0, np.uint8)
 
@@ -136,16 +128,17 @@ def _members(tar: Path) -> tuple[list[Member], str]:
     return members, ""
 
 
-def _check_idx(path: Path, tar: Path, members: list[Member]) -> list[str]:
-    """Hold every entry of DALI's index against the tar."""
+def _check_idx(path: Path, tar: Path, members: list[Member], offsets: NDArray[np.uint64]) -> list[str]:
+    """Hold every entry of DALI's index against the tar; without places of pictures, see if it is there."""
     idx = dali_index_path(tar)
     anew = f"write it anew with `python -m dataset_tools index {path} --dali-only`"
     try:
         found = idx.read_bytes()
     except FileNotFoundError:
         return [f"{idx} is missing, without which DALI reads the whole tar first; {anew}"]
-    wanted = dali_index(tar_samples(member for member in members if not member.link))
-    if found == wanted:
+    samples = tar_samples(member for member in members if not member.link)
+    wanted = dali_index(with_pictures_at(offsets, samples))
+    if not len(offsets) or found == wanted:
         return []
     lines = zip_longest(found.split(b"\n"), wanted.split(b"\n"))
     number, (told, true) = next((i, pair) for i, pair in enumerate(lines, 1) if pair[0] != pair[1])

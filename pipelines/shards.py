@@ -4,7 +4,8 @@
         set.json       the manifest: classes, settings, and of each shard its count, size and hash
         index.npy      (N,) records of INDEX_DTYPE; where picture i lies, its label and size
         000000.tar     pictures and labels in the order in which they lie on the disk
-        000000.idx     the same for DALI's own reader: text, v1.2 of its wds2idx
+        000000.idx     the same for DALI's own reader: text, v1.2 of its wds2idx (v1.1,
+                       without names, where names have white space, at which DALI would split them)
 
 In a set compiled here picture i is the i-th of its source, while shards hold them shuffled: so the same
 source has the same indices, and with them the same views, in a ``.beton`` file. In shards that were there
@@ -82,6 +83,8 @@ class ShardSet:
         offset = b" %d " % int(record["offset"])
         try:
             with dali_index_path(self.tar_path(int(record["shard"]))).open("rb") as file:
+                if not next(file, b"").startswith(DALI_INDEX_VERSION.encode()):
+                    return None
                 for line in file:
                     if offset in line:
                         return os.fsdecode(line.split(offset, 1)[1].split(b" ")[1].strip())
@@ -116,6 +119,12 @@ def set_digest(shards: Sequence[Shard], index: NDArray[np.void]) -> str:
     for _, block in _blocks(index):
         hasher.update(np.ascontiguousarray(block).view(np.uint8).data)
     return hasher.hexdigest()
+
+
+def pictures_on_disk(shards: Sequence[Shard], index: NDArray[np.void]) -> list[NDArray[np.int64]]:
+    """Of each shard the positions in the set of its pictures, as they follow each other in the tar."""
+    order = np.lexsort((index["offset"], index["shard"]))
+    return np.split(order, np.cumsum([shard.count for shard in shards])[:-1])
 
 
 def open_shards(path: str | Path) -> ShardSet:
