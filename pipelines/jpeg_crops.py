@@ -199,18 +199,18 @@ def _decode(
 @kernel
 def read_pieces(
     pread: int,
-    file: int,
+    file_N: NDArray[np.int32],
     address_N: NDArray[np.int64],
     num_bytes_N: NDArray[np.int64],
     start_N: NDArray[np.int64],
     data_C: NDArray[np.uint8],
 ) -> int:
-    """Read pieces of an open file one after the other; returns −1, or the first that could not be had."""
+    """Read pieces of open files one after the other; returns −1, or the first that could not be had."""
     for n in range(len(address_N)):
         done, wanted = 0, int(num_bytes_N[n])
         while done < wanted:
             place = np.int64(data_C.ctypes.data) + start_N[n] + done
-            got = call_word(pread, (file, place, wanted - done, int(address_N[n]) + done))
+            got = call_word(pread, (file_N[n], place, wanted - done, int(address_N[n]) + done))
             if got <= 0:
                 return n
             done += got

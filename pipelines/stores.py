@@ -25,6 +25,9 @@ from pipelines.resample import SLACK, crop_picture
 from pipelines.shards import open_shards, verify_hint
 from pipelines.turbojpeg import check_jpeg
 
+# Tars kept open; a process may usually have 1,024 files.
+_MOST_OPEN = 256
+
 
 @dataclass(frozen=True)
 class Payloads:
@@ -190,7 +193,8 @@ class BetonStore:
         if not self.reads_ahead:
             return Payloads(index_N, size_N2, mode_N, self._beton.data, address_N, num_bytes_N)
         data_C, start_N = _room(num_bytes_N)
-        failed = read_pieces(pread_address(), self._file, address_N, num_bytes_N, start_N, data_C)
+        file_N = np.full(len(index_N), self._file, np.int32)
+        failed = read_pieces(pread_address(), file_N, address_N, num_bytes_N, start_N, data_C)
         if failed >= 0:
             place = int(address_N[failed]), int(num_bytes_N[failed])
             raise OSError(_explain(self._file, self.path, self.path, int(index_N[failed]), *place))
@@ -213,6 +217,7 @@ class ShardStore:
                 "in any case: choose auto, read or stream"
             )
         self.shard_set = open_shards(path)
+        self._files: dict[int, int] = {}
         self.path, self.count = path, len(self.shard_set)
         self.classes, self.fingerprint = self.shard_set.manifest.classes, self.shard_set.manifest.sha256
 
@@ -237,13 +242,37 @@ class ShardStore:
     def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
         """Read the pictures."""
         records = self.shard_set.index[index_N]
-        num_bytes_N = records["num_bytes"].astype(np.int64)
+        num_bytes_N, offset_N = records["num_bytes"].astype(np.int64), records["offset"].astype(np.int64)
         data_C, start_N = _room(num_bytes_N)
-        offset_N = records["offset"].astype(np.int64)
-        for shard in np.unique(records["shard"]).tolist():
-            here_M = np.flatnonzero(records["shard"] == shard)
-            self._read(shard, here_M, index_N, offset_N, num_bytes_N, start_N, data_C)
+        with self._opened(records["shard"]) as file_N:
+            failed = read_pieces(pread_address(), file_N, offset_N, num_bytes_N, start_N, data_C)
+            if failed >= 0:
+                tar = self.shard_set.tar_path(int(records["shard"][failed]))
+                place = int(offset_N[failed]), int(num_bytes_N[failed])
+                raise OSError(_explain(int(file_N[failed]), tar, self.path, int(index_N[failed]), *place))
         return self._payloads(index_N, data_C, start_N, num_bytes_N)
+
+    @contextlib.contextmanager
+    def _opened(self, shard_N: NDArray[np.uint32]) -> Iterator[NDArray[np.int32]]:
+        """(N,) descriptors of the tars; the first few hundred asked for stay open."""
+        file_N, passing = np.empty(len(shard_N), np.int32), []
+        try:
+            for shard in set(shard_N.tolist()):
+                file = self._files.get(shard)
+                if file is None:
+                    file = os.open(self.shard_set.tar_path(shard), os.O_RDONLY)
+                    # Another thread may have opened it at the same moment.
+                    if len(self._files) >= _MOST_OPEN or self._files.setdefault(shard, file) != file:
+                        passing.append(file)
+                file_N[shard_N == shard] = file
+            yield file_N
+        finally:
+            for file in passing:
+                os.close(file)
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
 
     def loaded(self, index_N: NDArray[np.int64], encoded: list[NDArray[np.uint8]]) -> Payloads:
         """What ``fetch`` returns, of pictures that somebody else has read."""
@@ -264,30 +293,6 @@ class ShardStore:
         size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
         mode_N = np.full(len(index_N), MODE_JPEG, np.uint8)
         return Payloads(index_N, size_N2, mode_N, data_C, start_N, num_bytes_N)
-
-    def _read(
-        self,
-        shard: int,
-        here_M: NDArray[np.int64],
-        index_N: NDArray[np.int64],
-        offset_N: NDArray[np.int64],
-        num_bytes_N: NDArray[np.int64],
-        start_N: NDArray[np.int64],
-        data_C: NDArray[np.uint8],
-    ) -> None:
-        """Read the M of the pictures that lie in one shard."""
-        tar = self.shard_set.tar_path(shard)
-        file = os.open(tar, os.O_RDONLY)
-        try:
-            failed = read_pieces(
-                pread_address(), file, offset_N[here_M], num_bytes_N[here_M], start_N[here_M], data_C
-            )
-            if failed >= 0:
-                n = here_M[failed]
-                place = int(offset_N[n]), int(num_bytes_N[n])
-                raise OSError(_explain(file, tar, self.path, int(index_N[n]), *place))
-        finally:
-            os.close(file)
 
 
 def _room(num_bytes_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
