@@ -153,9 +153,7 @@ class Convert:
         )
         work = Work(source, how, self.on_error, workers=self.workers, progress=advance)
         done = make_shards(work, self.output, sharding)
-        told = (
-            f"{done.made} shards made, {done.asked - done.made} were whole, of {done.num_shards} of the set"
-        )
+        told = f"{done.made} shards made, {done.asked - done.made} were whole, the set has {done.num_shards}"
         line(out, f"{self.output}: {told}. Next: when all are here, the same command without --shards")
         return 0
 

@@ -26,13 +26,12 @@ from dataset_tools.sources import Source
 from engine.checkpoint import write_atomically
 from pipelines.manifest import Shard
 from pipelines.randomness import EpochOrder
-from pipelines.shards import INDEX_DTYPE
+from pipelines.shards import INDEX_DTYPE, PLAN_NAME
 
 DEFAULT_SHARD_SIZE = 2000
 """Pictures a shard: some 220 MB of ImageNet's JPEGs. Large enough that a disk or an object store reads it in
 long runs and 1.28 million pictures are 641 files, small enough that a thousand shards can be shared among
 machines evenly, and that a stopped conversion loses seconds."""
-PLAN_NAME = "convert.json"
 PART_DTYPE = np.dtype([("source", "<u8"), *((name, INDEX_DTYPE[name]) for name in INDEX_DTYPE.names or ())])
 """A record of the index, and the number of the picture in its source."""
 _OURS = re.compile(r"\.?(\d{6,})\.(tar|idx|part\.npz)(\.partial)?")
@@ -128,20 +127,22 @@ class Part:
     skipped: tuple[tuple[int, str], ...]
     """(number in the source, "path: reason") of the pictures left out."""
 
-    def write(self, path: Path, digest: str) -> None:
-        """Write the side file of a plan with this digest."""
+    def write(self, folder: Path, shard: int, digest: str) -> None:
+        """Write the side file of a shard of the plan with this digest."""
         told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "records"}
-        told |= {"plan": digest, "tar": self.tar and dataclasses.asdict(self.tar)}
+        told |= {"plan": digest, "shard": shard, "tar": self.tar and dataclasses.asdict(self.tar)}
         text = np.frombuffer(json.dumps(told).encode(), np.uint8)
-        write_atomically(path, lambda file: np.savez(file, records=self.records, told=text))
+        write_atomically(
+            part_path(folder, shard), lambda file: np.savez(file, records=self.records, told=text)
+        )
 
     @staticmethod
-    def read(path: Path, digest: str) -> "Part | None":
-        """Return the shard of a side file; None where it is missing, damaged or of another plan."""
+    def read(folder: Path, shard: int, digest: str) -> "Part | None":
+        """Return a shard by its side file; None where that is missing, damaged or of another plan."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(part_path(folder, shard), allow_pickle=False) as file:
                 records, told = file["records"], json.loads(file["told"].tobytes())
-            if told.pop("plan") != digest or records.dtype != PART_DTYPE:
+            if (told.pop("plan"), told.pop("shard")) != (digest, shard) or records.dtype != PART_DTYPE:
                 return None
             told["tar"] = told["tar"] and Shard(**told["tar"])
             told["skipped"] = tuple((int(index), str(line)) for index, line in told["skipped"])
@@ -173,7 +174,7 @@ def tar_name(shard: int) -> str:
 
 def whole_part(folder: Path, shard: int, digest: str) -> Part | None:
     """The shard, where it is whole and of this plan."""
-    part = Part.read(part_path(folder, shard), digest)
+    part = Part.read(folder, shard, digest)
     return part if part is not None and part.stands(folder) else None
 
 

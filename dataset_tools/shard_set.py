@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.shard_plan import (
-    PLAN_NAME,
     Part,
     Plan,
     numbered_files,
@@ -19,7 +18,7 @@ from dataset_tools.shard_plan import (
 from dataset_tools.sources import Source
 from engine.checkpoint import write_atomically
 from pipelines.manifest import Manifest, Shard, manifest_path, source_path_line
-from pipelines.shards import INDEX_DTYPE, INDEX_NAME, index_hint, open_shards, set_digest
+from pipelines.shards import INDEX_DTYPE, INDEX_NAME, PLAN_NAME, index_hint, open_shards, set_digest
 
 SUFFIX = ".shards"
 """Of the name of a folder that a conversion makes."""

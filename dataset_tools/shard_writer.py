@@ -14,7 +14,7 @@ from dataset_tools.dali_index import dali_index, tar_samples
 from dataset_tools.disk import BackgroundSync, open_alone, sync_folder
 from dataset_tools.keys import Keys
 from dataset_tools.normalise import BadPicture, Normal
-from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, part_path, tar_name
+from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, tar_name
 from dataset_tools.tar_members import Member
 from engine.checkpoint import write_atomically
 from pipelines.listing import NO_LABEL
@@ -169,4 +169,4 @@ class ShardsWriter:
             replaced=dict(shard.replaced),
             skipped=tuple(shard.skipped),
         )
-        part.write(part_path(self._folder, self._number), self._digest)
+        part.write(self._folder, self._number, self._digest)

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from pipelines.manifest import Manifest, Shard, manifest_path
 
 INDEX_NAME = "index.npy"
+PLAN_NAME = "convert.json"
+"""What a conversion has set out to make; gone once the set is complete."""
 INDEX_DTYPE = np.dtype(
     [
         ("offset", "<u8"),  # of the picture's first byte in its tar
@@ -80,14 +82,15 @@ class ShardSet:
         Reads the index file up to the picture: meant for reports, not for loops.
         """
         record = self.index[index]
-        offset = b" %d " % int(record["offset"])
+        offset = b"%d" % int(record["offset"])
         try:
             with dali_index_path(self.tar_path(int(record["shard"]))).open("rb") as file:
                 if not next(file, b"").startswith(DALI_INDEX_VERSION.encode()):
                     return None
                 for line in file:
-                    if offset in line:
-                        return os.fsdecode(line.split(offset, 1)[1].split(b" ")[1].strip())
+                    fields = line.split()  # suffix, offset, size, name; suffix, …
+                    if offset in fields[1::4]:
+                        return os.fsdecode(fields[3 + 4 * fields[1::4].index(offset)])
         except (FileNotFoundError, IndexError):
             pass
         return None
@@ -151,6 +154,11 @@ def shards_manifest(path: Path) -> Manifest:
     Raises FileNotFoundError where there is none, ValueError where it is not of a set of shards.
     """
     manifest = Manifest.read(path)
+    if manifest is None and (path / PLAN_NAME).exists():
+        raise FileNotFoundError(
+            f"{path} is half made, it has no {manifest_path(path).name} yet; run the conversion again, which "
+            "keeps whole shards and ends it"
+        )
     if manifest is None:
         raise FileNotFoundError(f"{path} has no {manifest_path(path).name}; {index_hint(path)}")
     if manifest.format != "shards" or not manifest.shards:
