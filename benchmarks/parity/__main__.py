@@ -13,7 +13,7 @@ not those of the JSON.
 import functools
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,9 @@ from benchmarks.parity.page import BLOCK, block
 from benchmarks.parity.samples import Samples, make_samples, views_of
 from benchmarks.report.results import read_json
 from engine import cli
-from pipelines import Backend
 
 console = Console(highlight=False, soft_wrap=True)
 RESULTS, PAGE = Path("benchmarks/results/parity.json"), Path("docs/parity.md")
-BACKENDS: tuple[Backend, ...] = ("folder", "ffcv")
 _MEND = "make parity"
 _FILE_WIDTH = 200
 
@@ -62,10 +60,13 @@ def main(config: Parity) -> int:
     if config.check or not config.measure:
         file = config.json or RESULTS
         result = read_result(file)
-        return (
-            _check(file, config.page or PAGE, result) if config.check else _write(config.page or PAGE, result)
-        )
-    result = measure()
+        if config.check:
+            return _check(file, config.page or PAGE, result)
+        _write(config.page or PAGE, result)
+        return verdict(result)
+    with tempfile.TemporaryDirectory(prefix="parity.") as folder, console.status("making pictures") as status:
+        samples = make_samples(Path(folder))
+        result = measure(samples, progress=status.update)
     _print(result)
     if config.json:
         write_figures(config.json, result, console)
@@ -75,32 +76,26 @@ def main(config: Parity) -> int:
     return verdict(result)
 
 
-def measure(backends: tuple[Backend, ...] = BACKENDS) -> dict[str, Any]:
-    """All rows, as plain data; backends whose packages are missing are named with the reason."""
+def measure(samples: Samples, progress: Callable[[str], None]) -> dict[str, Any]:
+    """All rows, as plain data; whatever lacks a package is named with the reason under ``left_out``."""
     left_out: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="parity.") as folder, console.status("making pictures") as status:
-        samples = make_samples(Path(folder))
-        rows = []
-        for row in _rows(samples, backends, left_out):
-            rows.append(row)
-            status.update(f"{row.backend}: {row.operation}")
-    return {
-        "benchmark": "parity",
-        "environment": environment(),
-        "left_out": left_out,
-        "rows": [asdict(row) for row in rows],
-    }
+    rows = []
+    for row in _rows(samples, left_out):
+        rows.append(asdict(row))
+        progress(f"{row.backend}: {row.operation}")
+    return {"benchmark": "parity", "environment": environment(), "left_out": left_out, "rows": rows}
 
 
-def _rows(samples: Samples, backends: tuple[Backend, ...], left_out: dict[str, str]) -> Iterator[Row]:
-    for backend in backends:
-        path = samples.folder if backend == "folder" else samples.beton
+def _rows(samples: Samples, left_out: dict[str, str]) -> Iterator[Row]:
+    for name, subject in geometry.SUBJECTS.items():
         try:
-            crops = geometry.cropper_of(path, backend)
+            crops = geometry.cropper_of(
+                samples.folder if subject.backend == "folder" else samples.beton, name
+            )
         except ImportError as error:
-            left_out[f"backend {backend}"] = str(error)
+            left_out[name] = str(error)
         else:
-            yield from geometry.rows(backend, crops, samples)
+            yield from geometry.rows(name, crops, samples)
     views = views_of(samples, colour.SIDE_PX)
     for name, stage in colour.STAGES.items():
         yield from colour.rows(name, stage, views)
@@ -148,10 +143,9 @@ def _check(file: Path, page: Path, result: dict[str, Any]) -> int:
     return verdict(result)
 
 
-def _write(page: Path, result: dict[str, Any]) -> int:
+def _write(page: Path, result: dict[str, Any]) -> None:
     changed = BLOCK.rewrite(page, block(result))
     console.print(f"{page}: {'tables rewritten' if changed else 'tables are up to date'}")
-    return 0
 
 
 def _print(result: dict[str, Any]) -> None:

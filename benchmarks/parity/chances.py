@@ -8,6 +8,7 @@ Shape letters: N samples, V views, P parameters.
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -99,6 +100,7 @@ def _crop_rows(draw_boxes: DrawBoxes) -> Iterator[Row]:
         yield found.row(MEASURES[name], EVERYBODY)
 
 
+@cache
 def _torchvision_boxes(height: int, width: int) -> Floats:
     """(N, 4) top, left, height, width."""
     picture = torch.empty(3, height, width)
@@ -112,13 +114,7 @@ def _torchvision_boxes(height: int, width: int) -> Floats:
 
 def _factor_rows(params_NP: NDArray[np.float32]) -> Iterator[Row]:
     columns = {"brightness": BRIGHTNESS, "contrast": CONTRAST, "saturation": SATURATION, "hue": HUE}
-    strengths = (FIRING.brightness, FIRING.contrast, FIRING.saturation, FIRING.hue_turns)
-    ranges = [(1 - s, 1 + s) for s in strengths[:3]] + [(-strengths[3], strengths[3])]
-    low, high = FIRING.blur_sigma_px
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        theirs_N4 = np.array([ColorJitter.get_params(*ranges)[1:] for _ in range(NUM_DRAWS)])
-        sigma_N = np.array([GaussianBlur.get_params(low, high) for _ in range(NUM_DRAWS)])
+    theirs_N4, sigma_N = _torchvision_factors()
     fired_A = params_NP[:, HUE] != 0
     for column, (name, place) in enumerate(columns.items()):
         errors = Errors()
@@ -127,6 +123,21 @@ def _factor_rows(params_NP: NDArray[np.float32]) -> Iterator[Row]:
     errors = Errors()
     add_distance(errors, params_NP[params_NP[:, BLUR] > 0, BLUR], sigma_N)
     yield errors.row(MEASURES["factor: blur"], EVERYBODY)
+
+
+@cache
+def _torchvision_factors() -> tuple[Floats, Floats]:
+    """(N, 4) factors of brightness, contrast, saturation and hue, and (N,) deviations of the blur."""
+    strengths = (FIRING.brightness, FIRING.contrast, FIRING.saturation)
+    ranges = [(1 - strength, 1 + strength) for strength in strengths] + [
+        (-FIRING.hue_turns, FIRING.hue_turns)
+    ]
+    low, high = FIRING.blur_sigma_px
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        factors_N4 = np.array([ColorJitter.get_params(*ranges)[1:] for _ in range(NUM_DRAWS)])
+        sigma_N = np.array([GaussianBlur.get_params(low, high) for _ in range(NUM_DRAWS)])
+    return factors_N4, sigma_N
 
 
 def _order_rows(params_NP: NDArray[np.float32]) -> Iterator[Row]:

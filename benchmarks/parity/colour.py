@@ -147,7 +147,7 @@ def by_pil(views: Tensor, steps_N: list[Steps]) -> Tensor:
     for view, steps in zip(views.numpy(), steps_N, strict=True):
         picture = Image.fromarray(view)
         for operation, value in steps:
-            picture = _ON_PIL[operation](picture, value)
+            picture = ON_PIL[operation](picture, value)
         done.append(torch.from_numpy(np.array(picture)))
     return torch.stack(done).permute(0, 3, 1, 2).float()
 
@@ -157,7 +157,7 @@ def by_floats(views: Tensor, steps_N: list[Steps]) -> Tensor:
     done = []
     for x, steps in zip(images(views), steps_N, strict=True):
         for operation, value in steps:
-            x = _ON_FLOATS[operation](x, value)
+            x = ON_FLOATS[operation](x, value)
         done.append(255 * x)
     return torch.stack(done)
 
@@ -168,7 +168,7 @@ def _blur_floats(x: Tensor, sigma: float) -> Tensor:
     return blurred
 
 
-_ON_PIL: Mapping[str, Callable[[Image.Image, float], Image.Image]] = {
+ON_PIL: Mapping[str, Callable[[Image.Image, float], Image.Image]] = {
     "brightness": on_pil.adjust_brightness,
     "contrast": on_pil.adjust_contrast,
     "saturation": on_pil.adjust_saturation,
@@ -177,7 +177,7 @@ _ON_PIL: Mapping[str, Callable[[Image.Image, float], Image.Image]] = {
     "blur": lambda picture, sigma: picture.filter(ImageFilter.GaussianBlur(sigma)),
     "solarise": lambda picture, _: on_pil.solarize(picture, 128),
 }
-_ON_FLOATS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+ON_FLOATS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "brightness": on_tensor.adjust_brightness,
     "contrast": on_tensor.adjust_contrast,
     "saturation": on_tensor.adjust_saturation,

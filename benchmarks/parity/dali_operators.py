@@ -82,7 +82,7 @@ def rows(samples: Samples, views: Tensor) -> Iterator[Row]:
         )
     for how, roi in (("fn.crop, fn.resize", False), ("fn.resize with roi_start, roi_end", True)):
         crops = _cropper(samples, {}, roi=roi)
-        yield from geometry.resize_rows(NAME, crops, samples, "pixels", geometry.by_pil, used=False, how=how)
+        yield from geometry.resize_rows(NAME, crops, samples, "pixels", used=False, how=how)
     yield geometry.flip_row(NAME, _cropper(samples, {}, roi=False), samples, used=False, how="fn.flip")
     for way in WAYS:
         errors = Errors()

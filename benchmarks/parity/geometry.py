@@ -3,10 +3,12 @@
 Shape letters: N pictures, V views of a call, S side in pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, resized_crop
@@ -15,6 +17,7 @@ from benchmarks.parity.limits import MEASURES
 from benchmarks.parity.measures import Errors, Row
 from benchmarks.parity.samples import Samples
 from pipelines import Backend, build_loader
+from pipelines.dali_engine import DALIEngine
 from pipelines.recipe import moco_v2
 
 Cropper = Callable[[NDArray[np.int64], NDArray[np.int32], int], NDArray[np.uint8]]
@@ -22,47 +25,51 @@ Cropper = Callable[[NDArray[np.int64], NDArray[np.int32], int], NDArray[np.uint8
 
 Reference = Callable[[Samples, NDArray[np.int64], NDArray[np.int32], int], NDArray[np.float32]]
 
-PLANES = ("ffcv",)
-"""Backends that resize a JPEG's planes and convert its colours afterwards."""
 _DECODED_PX = 64
 """Side of what is cut out at its own size."""
-_DECODED_PAIRS = 6
+_DECODED_PAIRS = 4
 _RESIZED_PX = (32, 96, 224)
-_RESIZED_PAIRS = 4
+_RESIZED_PAIRS = 2
 _LEAST_BOX_PX = 9
 _FLIPPED_PX = 64
 
 
-def cropper_of(path: Path, backend: Backend) -> Cropper:
+def cropper_of(path: Path, subject: str) -> Cropper:
     """Crops by a backend's engine.
+
+    Args:
+        path: a set that the backend reads.
+        subject: a name among :data:`SUBJECTS`.
 
     Raises:
         ImportError: if a package of the backend is missing.
         ValueError: later, if it cannot decode one of the pictures.
     """
-    build_loader(path, moco_v2(_DECODED_PX), backend, batch_size=1)  # is everything there?
+    backend = SUBJECTS[subject].backend
+    engine = build_loader(path, moco_v2(), backend, batch_size=1, num_threads=1).engine
 
     def crops(index_N: NDArray[np.int64], boxes_NV5: NDArray[np.int32], side: int) -> NDArray[np.uint8]:
-        engine = build_loader(path, moco_v2(side), backend, batch_size=len(index_N), num_threads=1).engine
         out_NVSS3 = np.zeros((*boxes_NV5.shape[:2], side, side, 3), np.uint8)
-        ok_N = engine.crop(engine.fetch(index_N), boxes_NV5, out_NVSS3)
+        fetched = engine.fetch(index_N)
+        if subject == DALI_GRAPH:
+            assert isinstance(engine, DALIEngine)
+            ok_N = engine.crop_on_device(fetched, boxes_NV5, torch.from_numpy(out_NVSS3))
+        else:
+            ok_N = engine.crop(fetched, boxes_NV5, out_NVSS3)
         if not ok_N.all():
             names = ", ".join(engine.picture_name(int(index)) for index in index_N[~ok_N])
-            raise ValueError(f"backend {backend} cannot decode {names} of {path}, which Pillow can")
+            raise ValueError(f"{subject} cannot decode {names} of {path}, which Pillow can")
         return out_NVSS3
 
     return crops
 
 
-def rows(backend: str, crops: Cropper, samples: Samples) -> Iterator[Row]:
-    """Decode for each kind of JPEG, resize in both directions, flip."""
-    yield from decode_rows(backend, crops, samples)
-    if backend in PLANES:
-        yield from resize_rows(backend, crops, samples, "planes", by_pil_in_planes)
-        yield from resize_rows(backend, crops, samples, "clamped", by_pil)
-    else:
-        yield from resize_rows(backend, crops, samples, "pixels", by_pil)
-    yield flip_row(backend, crops, samples)
+def rows(subject: str, crops: Cropper, samples: Samples) -> Iterator[Row]:
+    """Decode each kind of JPEG, resize in both directions, flip; ``subject`` is among :data:`SUBJECTS`."""
+    yield from decode_rows(subject, crops, samples)
+    for against in SUBJECTS[subject].resized_as:
+        yield from resize_rows(subject, crops, samples, against)
+    yield flip_row(subject, crops, samples)
 
 
 def decode_rows(
@@ -80,23 +87,21 @@ def decode_rows(
 
 
 def resize_rows(
-    backend: str,
-    crops: Cropper,
-    samples: Samples,
-    against: str,
-    reference: Reference,
-    *,
-    used: bool = True,
-    how: str = "",
+    backend: str, crops: Cropper, samples: Samples, against: str, *, used: bool = True, how: str = ""
 ) -> Iterator[Row]:
     """Boxes of many sizes, shrunk in both directions or enlarged in both."""
-    rng, size_N2, index_N = np.random.default_rng(1), _sizes(samples), np.arange(len(samples.names))
+    rng = np.random.default_rng(1)
+    # Without the grey ones, which the converter encodes anew.
+    index_N = np.array([i for kind, found in samples.kinds().items() if kind != "grey" for i in found])
+    size_N2 = _sizes(samples)[index_N]
     for direction in ("shrinking", "enlarging"):
         errors = Errors()
         for side in _RESIZED_PX:
             for _ in range(_RESIZED_PAIRS):
                 boxes_NV5 = random_boxes(rng, size_N2, side, shrinking=direction == "shrinking")
-                errors.add(crops(index_N, boxes_NV5, side), reference(samples, index_N, boxes_NV5, side))
+                errors.add(
+                    crops(index_N, boxes_NV5, side), RESIZED[against](samples, index_N, boxes_NV5, side)
+                )
         yield errors.row(MEASURES[f"resize, {direction} / {against}"], backend, used=used, how=how)
 
 
@@ -155,6 +160,22 @@ def by_pil_in_planes(
     return rgb_of(*bands).clip(0, 255)
 
 
+def by_pil_repeating(
+    samples: Samples, index_N: NDArray[np.int64], boxes_NV5: NDArray[np.int32], side: int
+) -> NDArray[np.float32]:
+    """(N, V, S, S, 3) grey levels; where the filter reaches over a box's border, its pixels are repeated."""
+    out_NVSS3 = np.empty((*boxes_NV5.shape[:2], side, side, 3), np.float32)
+    for index, boxes_V5, out_VSS3 in zip(index_N.tolist(), boxes_NV5.tolist(), out_NVSS3, strict=True):
+        picture_HW3 = np.asarray(samples.picture(index))
+        for (top, left, height, width, _), out_SS3 in zip(boxes_V5, out_VSS3, strict=True):
+            reach = max(height, width) // side + 2
+            around = ((reach, reach), (reach, reach), (0, 0))
+            padded = np.pad(picture_HW3[top : top + height, left : left + width], around, mode="edge")
+            box = (reach, reach, reach + width, reach + height)
+            out_SS3[:] = Image.fromarray(padded).resize((side, side), Image.Resampling.BILINEAR, box)
+    return out_NVSS3
+
+
 def rgb_of(y: NDArray[np.float32], u: NDArray[np.float32], v: NDArray[np.float32]) -> NDArray[np.float32]:
     """JFIF's inverse of ITU-R BT.601, channels last."""
     u, v = u - 128, v - 128
@@ -170,3 +191,32 @@ def _crops_of(pictures: list[Image.Image], boxes_NV5: NDArray[np.int32], side: i
     ]
     out = np.stack([np.asarray(crop, np.float32) for crop in crops])
     return out.reshape(*boxes_NV5.shape[:2], *out.shape[1:])
+
+
+RESIZED: Mapping[str, Reference] = {
+    "pixels": by_pil,
+    "planes": by_pil_in_planes,
+    "clamped": by_pil,
+    "repeated": by_pil_repeating,
+    "bordered": by_pil,
+}
+"""References of resizing by their names in the table of limits."""
+DALI_GRAPH = "dali's graph for a GPU, on the CPU"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Crops to be compared."""
+
+    backend: Backend
+    resized_as: tuple[str, ...]
+    """Names of :data:`RESIZED`: its own way and, where that is another, torchvision's."""
+
+
+SUBJECTS: Mapping[str, Subject] = {
+    "folder": Subject("folder", ("pixels",)),
+    "ffcv": Subject("ffcv", ("planes", "clamped")),
+    "dali": Subject("dali", ("pixels",)),
+    DALI_GRAPH: Subject("dali", ("repeated", "bordered")),
+}
+"""Every backend, and the way the dali backend takes on a GPU."""

@@ -9,7 +9,7 @@ from pipelines.recipe import Mixing, moco_v2
 
 NUM_DRAWS = 20_000
 """Samples of each distribution that is drawn at random."""
-NUM_UNMIX = 1_500
+NUM_UNMIX = 1_000
 """Un-Mix batches; about half are global."""
 GRID_CELL_DRAWS = 40_000
 FIRING = dataclasses.replace(moco_v2(), solarize_prob=0.2)
@@ -55,11 +55,12 @@ def _resize(direction: str) -> dict[str, Measure]:
     operation = f"resize, {direction}"
     return {
         f"{operation} / pixels": Measure(
-            operation, _PIL_CROP, GREY_LEVELS, 0.5, 2,
+            operation, _PIL_CROP, GREY_LEVELS, 0.5, 1,
             "Pillow rounds to whole grey levels between its two passes, another may not",
         ),
         f"{operation} / planes": Measure(
-            operation, "resized_crop of Y, U and V in floats, colours converted afterwards", GREY_LEVELS, 0.5, 3,
+            operation, "resized_crop of Y, U and V in floats, colours converted afterwards",
+            GREY_LEVELS, 0.5, 2,
             "one rounding of each plane, which the conversion weighs with up to 1.8",
         ),
         f"{operation} / clamped": Measure(
@@ -67,10 +68,14 @@ def _resize(direction: str) -> dict[str, Measure]:
             "colours that RGB cannot show are clamped after resizing instead of before, which shows at "
             "glaring edges only, so the mean is what counts; against the planes the largest is small",
         ),
-        f"{operation} / DALI": Measure(
+        f"{operation} / repeated": Measure(
+            operation, "resized_crop with the border's pixels repeated beyond it", GREY_LEVELS, 0.5, 1,
+            "Pillow rounds to whole grey levels between its two passes, DALI does not",
+        ),
+        f"{operation} / bordered": Measure(
             operation, _PIL_CROP, GREY_LEVELS, 0.5, 32,
-            "DALI's antialiasing filter is a table of steps, which shows at hard edges when much is shrunk, "
-            "so the mean is what counts",
+            "where the filter reaches over the border DALI repeats the border's pixels and Pillow leaves "
+            "them out, so the outermost pixels differ where much is shrunk, and the mean is what counts",
         ),
     }  # fmt: skip
 

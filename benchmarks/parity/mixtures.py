@@ -26,15 +26,15 @@ _BATCHES = (7, 8)
 _GRIDS = (2, 4, 7, 8, 14)
 """Seven cells do not divide the side."""
 _KEEPS = (0.3, 0.5, 0.75)
-_SEEDS = 8
+_SEEDS = 3
 _UNMIX_SIDE_PX = 64
 
 
 def rows(mix: Mix = mix) -> Iterator[Row]:
     """Masks, then mixtures of every method."""
     yield from _mask_rows()
-    yield from _mixture_rows(mix)
-    yield from _unmix_rows(mix)
+    yield from cell_rows(mix)
+    yield from unmix_rows(mix)
 
 
 def _mask_rows() -> Iterator[Row]:
@@ -68,7 +68,8 @@ def _queries(num: int, side: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(num).normal(size=(num, 3, side, side)).astype(np.float32))
 
 
-def _mixture_rows(mix: Mix) -> Iterator[Row]:
+def cell_rows(mix: Mix) -> Iterator[Row]:
+    """Mixtures by masks of cells, and erased views."""
     pixels, shares, partners = Errors(), Errors(), Errors()
     erased = Errors()
     for number in range(_SEEDS):
@@ -122,7 +123,8 @@ def add_partners(errors: Errors, partner_N: NDArray[np.int64]) -> None:
     errors.add(np.isin(own_N, partner_N, invert=True).mean(), 0)
 
 
-def _unmix_rows(mix: Mix) -> Iterator[Row]:
+def unmix_rows(mix: Mix) -> Iterator[Row]:
+    """Un-Mix: what its images are made of, and how its shares are distributed."""
     recipe = dataclasses.replace(moco_v2(_UNMIX_SIDE_PX), mixing=Mixing(method="unmix"))
     query, index_N = _queries(2, _UNMIX_SIDE_PX), torch.arange(2)
     x = query.numpy().astype(np.float64)
