@@ -50,9 +50,19 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **(_gpu_facts() if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "versions": versions,
+    }
+
+
+def _gpu_facts() -> dict[str, Any]:
+    """What a GPU's figures depend on beside its name."""
+    return {
+        "gpu_memory_gib": round(torch.cuda.get_device_properties().total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
     }
 
 
@@ -69,8 +79,12 @@ def _processor() -> dict[str, str]:
 
 def _system_version(library: str) -> str | None:
     """The version by pkg-config; None where that program or the library is missing."""
-    if shutil.which("pkg-config") is None:
+    return _said("pkg-config", "--modversion", library)
+
+
+def _said(*command: str) -> str | None:
+    """What a program of the system says; None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
         return None
-    command = ["pkg-config", "--modversion", library]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks import conversion, photometric_stage, stages
-from benchmarks.peers.contract import FFCV, Job, Peer, Work
+from benchmarks.peers.contract import FFCV, WORKS, Job, Peer, Work, works
 from benchmarks.peers.ours import CROPS
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.ratios import RAW_FFCV, RAW_JPEG, RAW_OURS
@@ -53,46 +53,49 @@ class Plan:
 
 def crops(pictures: SampleSet, plan: Plan) -> Rows:
     """Samples per second of every loader that makes crops, and how far its pixels are from PIL's."""
-    rows = _loaders(pictures, plan, {peer.name: peer.crops for peer in plan.peers})
+    rows = _loaders(pictures, plan, works("crops", plan.peers))
+    add_errors(rows, pictures, plan)
+    return rows
+
+
+def add_errors(rows: Rows, pictures: SampleSet, plan: Plan) -> None:
+    """Add to each row of crops how far they are from PIL's."""
     asked = choose_crops(plan.job(pictures), _ERROR_PICTURES)
     reference = reference_crops(asked)
     for peer in plan.peers:
         if peer.name in rows:
             rows[peer.name] |= {"antialiased": peer.antialiased, **pixel_error(peer, asked, reference)}
-    return rows
 
 
 def recipe(pictures: SampleSet, plan: Plan) -> Rows:
     """Samples per second of every loader that makes the recipe's views."""
-    return _loaders(pictures, plan, {peer.name: peer.recipe for peer in plan.peers})
+    return _loaders(pictures, plan, works("recipe", plan.peers))
 
 
 def left_out(plan: Plan) -> dict[str, dict[str, str]]:
     """For each work whom it is not measured with, and why."""
-    works = {
-        "crops": {peer.name: peer.crops for peer in plan.peers},
-        "recipe": {peer.name: peer.recipe for peer in plan.peers},
-    }
     return {
-        name: {peer: reason for peer, reason in offers.items() if isinstance(reason, str)}
-        for name, offers in works.items()
+        name: {peer: reason for peer, reason in works(name, plan.peers).items() if isinstance(reason, str)}
+        for name in WORKS
     }
 
 
 def _loaders(pictures: SampleSet, plan: Plan, offers: Mapping[str, Work | str]) -> Rows:
     job = plan.job(pictures)
-    works = {name: work for name, work in offers.items() if isinstance(work, Work)}
-    rates = plan.rates({name: _runner(work, job) for name, work in works.items()})
-    return {name: {**summary(rates[name]), "configured": work.configured} for name, work in works.items()}
+    offered = {name: work for name, work in offers.items() if isinstance(work, Work)}
+    rates = plan.rates({name: runner(work, job) for name, work in offered.items()})
+    return {name: {**summary(rates[name]), "configured": work.configured} for name, work in offered.items()}
 
 
-def _runner(work: Work, job: Job) -> Runner:
+def runner(work: Work, job: Job) -> Runner:
+    """One who takes part in the turns."""
     threads = job.num_threads
     return Runner(
         partial(work.open, job),
         items=job.batch_size * (threads if work.one_thread else 1),
         queued=work.queued + threads * work.queued_per_thread,
         round=1 if work.one_thread else threads,
+        settle=work.settle,
     )
 
 
@@ -106,7 +109,7 @@ def raw(plan: Plan) -> Rows:
     for peer in plan.peers:
         if peer.name == FFCV and isinstance(peer.crops, Work):
             ways[RAW_FFCV] = (peer.crops, replace(jpeg, beton=plan.sets.ffcv_raw))
-    rates = plan.rates({name: _runner(work, job) for name, (work, job) in ways.items()})
+    rates = plan.rates({name: runner(work, job) for name, (work, job) in ways.items()})
     return {
         name: {
             **summary(rates[name]),
@@ -121,7 +124,7 @@ def scaling(plan: Plan) -> Rows:
     """Samples per second of our crops with one thread and with all."""
     job = plan.job(plan.sets.reencoded)
     numbers = sorted({1, plan.num_threads})
-    rates = plan.rates({str(num): _runner(CROPS, replace(job, num_threads=num)) for num in numbers})
+    rates = plan.rates({str(num): runner(CROPS, replace(job, num_threads=num)) for num in numbers})
     return {name: summary(values) for name, values in rates.items()}
 
 

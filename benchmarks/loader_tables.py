@@ -11,6 +11,15 @@ _JPEG_SETS = ("reencoded", "pass_through")
 """Their tables have one for each work below them."""
 _UNITS = {"convert": "pictures/s", "photometric": "views/s"}
 
+# What rows may hold beside their rate: its heading and its form.
+_COLUMNS = {
+    "cpu_share": ("host's cores", ".0%"),
+    "torch_mib": ("torch, MiB", ".0f"),
+    "gpu_mib": ("GPU, MiB", ".0f"),
+    "mean_error": ("mean error", ".2f"),
+    "max_error": ("largest", ".2f"),
+}
+
 
 def print_tables(console: Console, result: dict[str, Any]) -> None:
     """Print every table of the result, then the stages, then the ratios."""
@@ -30,16 +39,25 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
             console.print(f"[dim]{work} without {name}: {reason}[/]")
 
 
+def print_gpu_tables(console: Console, result: dict[str, Any]) -> None:
+    """Print both tables of a GPU's result, and who is left out."""
+    where, config = result["environment"], result["config"]
+    for work, rows in result["tables"].items():
+        console.print(_rates(f"{work} on {where['gpu']}; {config['threads']} threads", rows, "samples/s"))
+        for name, reason in result["left_out"][work].items():
+            console.print(f"[dim]{work} without {name}: {reason}[/]")
+
+
 def _rates(title: str, rows: dict[str, dict[str, Any]], unit: str) -> Table:
-    with_error = any("mean_error" in row for row in rows.values())
+    columns = {key: told for key, told in _COLUMNS.items() if any(key in row for row in rows.values())}
     table = Table(title=title)
     table.add_column("")
-    for heading in (unit, "lowest … highest", *(("mean error", "largest") if with_error else ())):
+    for heading in (unit, "lowest … highest", *(heading for heading, _ in columns.values())):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
         cells = [f"{row['median']:.0f}", f"{row['low']:.0f} … {row['high']:.0f}"]
-        if with_error:
-            cells += ["–" if row[key] is None else f"{row[key]:.2f}" for key in ("mean_error", "max_error")]
+        for key, (_, form) in columns.items():
+            cells.append("–" if row[key] is None else format(row[key], form))
         table.add_row(name, *cells)
     return table
 

@@ -34,6 +34,8 @@ class Runner:
     """At most so many finished batches wait while nobody asks."""
     round: int = 1
     """Batches come in rounds of so many, one from each worker; a turn ends with a whole round."""
+    settle: Callable[[], None] | None = None
+    """Waits until everything handed out is done, where `next` returns before; a turn ends with it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class Turns:
             )
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What was seen of one turn."""
+
+    rate: float
+    """Items per second."""
+    cpu_s: float
+    """Processor time of this process, all its threads, per second; that of other processes is not in it."""
+
+
 def take_turns(
     runners: Mapping[str, Runner], turns: Turns, progress: Callable[[str], None]
 ) -> dict[str, list[float]]:
@@ -60,7 +72,15 @@ def take_turns(
     Returns:
         For each name its items per second in each turn.
     """
-    rates: dict[str, list[float]] = {name: [] for name in runners}
+    watched = watch_turns(runners, turns, progress)
+    return {name: [turn.rate for turn in seen] for name, seen in watched.items()}
+
+
+def watch_turns(
+    runners: Mapping[str, Runner], turns: Turns, progress: Callable[[str], None]
+) -> dict[str, list[Turn]]:
+    """Like :func:`take_turns`, and what else was seen of each turn."""
+    watched: dict[str, list[Turn]] = {name: [] for name in runners}
     with ExitStack() as stack:
         opened: dict[str, Iterator[object]] = {}
         for name, runner in runners.items():
@@ -72,12 +92,12 @@ def take_turns(
             for name, runner in runners.items():
                 progress(name)
                 seconds = turns.seconds if turn else turns.seconds * _WARM_UP_SHARE
-                rate = _turn(opened[name], runner, seconds)
+                seen = _turn(opened[name], runner, seconds)
                 # Having stopped asking, let it fill its queue on its own time and not on the next one's.
-                time.sleep(min(_LONGEST_FILL_S, _FILL_MARGIN * runner.queued * runner.items / rate))
+                time.sleep(min(_LONGEST_FILL_S, _FILL_MARGIN * runner.queued * runner.items / seen.rate))
                 if turn:
-                    rates[name].append(rate)
-    return rates
+                    watched[name].append(seen)
+    return watched
 
 
 def num_steps(runners: Mapping[str, Runner], turns: Turns) -> int:
@@ -85,19 +105,26 @@ def num_steps(runners: Mapping[str, Runner], turns: Turns) -> int:
     return len(runners) * (turns.num + 2)
 
 
-def _turn(batches: Iterator[object], runner: Runner, seconds: float) -> float:
+def _turn(batches: Iterator[object], runner: Runner, seconds: float) -> Turn:
     # Between turns a queue was filled; those batches were made on nobody's time.
     for _ in range(runner.queued):
         next(batches)
+    if runner.settle:
+        runner.settle()
     num = 0
+    cpu_start = time.process_time()
     start = time.perf_counter()
     while True:
         for _ in range(runner.round):
             next(batches)
         num += runner.round
         elapsed = time.perf_counter() - start
-        if elapsed >= seconds:
-            return num * runner.items / elapsed
+        if elapsed < seconds:
+            continue
+        if runner.settle:
+            runner.settle()
+            elapsed = time.perf_counter() - start
+        return Turn(num * runner.items / elapsed, (time.process_time() - cpu_start) / elapsed)
 
 
 def summary(rates: list[float]) -> dict[str, Any]:

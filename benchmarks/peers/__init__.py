@@ -2,12 +2,16 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
 
 from benchmarks.peers.contract import Peer
 
 PeerName = Literal["ours-dali", "torchvision-pil", "torchvision-v2", "ffcv", "dali", "spdl", "decode"]
 ALL_PEERS: tuple[PeerName, ...] = get_args(PeerName)
+GPUPeerName = Literal["ours", "dali", "torchvision"]
+ALL_GPU_PEERS: tuple[GPUPeerName, ...] = get_args(GPUPeerName)
 
 
 class _Source(NamedTuple):
@@ -16,7 +20,7 @@ class _Source(NamedTuple):
     module: str
     """Module of this package, …"""
     peers: str
-    """… and the list in it."""
+    """… and the list in it, or the function of a device that gives one."""
     package: str
     """What must be installed, …"""
     mend: str
@@ -36,6 +40,11 @@ _FROM: dict[PeerName, _Source] = {
     "spdl": _Source("with_spdl", "PEERS", "spdl", _BENCH),
     "decode": _Source("decode_limit", "PEERS", "simplejpeg", _BENCH),
 }
+_GPU_FROM: dict[GPUPeerName, _Source] = {
+    "ours": _Source("ours", "gpu_peers", _DALI, _MEND_DALI, also="nvidia.dali"),
+    "dali": _Source("with_dali", "gpu_peers", _DALI, _MEND_DALI),
+    "torchvision": _Source("with_nvjpeg", "gpu_peers", "torchvision", _BENCH),
+}
 
 
 def load_peers(names: Sequence[PeerName]) -> list[Peer]:
@@ -47,13 +56,17 @@ def load_peers(names: Sequence[PeerName]) -> list[Peer]:
     return [peer for name in names for peer in _load(name, _FROM[name])]
 
 
-def _load(name: str, source: _Source) -> list[Peer]:
+def load_gpu_peers(names: Sequence[GPUPeerName], device: torch.device) -> list[Peer]:
+    """Like :func:`load_peers`, of those that leave their batches on a GPU."""
+    return [peer for name in names for peer in _load(name, _GPU_FROM[name])(device)]
+
+
+def _load(name: str, source: _Source) -> Any:
+    """What stands under ``source.peers``."""
     try:
         if source.also:
             importlib.import_module(source.also)
-        peers: list[Peer] = getattr(
-            importlib.import_module(f"benchmarks.peers.{source.module}"), source.peers
-        )
+        peers = getattr(importlib.import_module(f"benchmarks.peers.{source.module}"), source.peers)
     except ImportError as error:
         raise ImportError(
             f"the peer {name} needs the package {source.package} ({error}); {source.mend} installs it, "

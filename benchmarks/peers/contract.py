@@ -6,24 +6,34 @@ The two works are *crops*, two uint8 crops of a picture at the recipe's scale an
 Shape letters: N pictures, V views, S side in pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipelines.recipe import Recipe
 
+WorkName = Literal["crops", "recipe"]
+WORKS: tuple[WorkName, ...] = get_args(WorkName)
 OURS = "ours"
 OURS_ON_SHARDS = "ours, on shards"
 OURS_DALI = "ours, DALI decodes"
 OURS_STREAM = "ours, DALI's own reader"
+OURS_HOST_DECODES = "ours, the host decodes"
+OURS_GPU_DECODES = "ours, DALI decodes on the GPU"
 TORCHVISION_PIL = "torchvision + PIL"
 TORCHVISION_V2 = "torchvision v2"
 FFCV = "ffcv, a decode per view"
 DALI_ONCE = "DALI CPU, decode once and crop twice"
 DALI_TWICE = "DALI CPU, region decode twice"
+DALI_GPU_ONCE = "DALI GPU, decode once and crop twice"
+DALI_GPU_TWICE = "DALI GPU, region decode twice"
+TORCHVISION_GPU = "torchvision v2 on the GPU, nvJPEG"
 SPDL_FFMPEG = "SPDL, FFmpeg filters"
 SPDL_TORCHVISION = "SPDL, torchvision operators"
 DECODE_LIMIT = "libjpeg-turbo decode only"
@@ -82,8 +92,15 @@ class Work:
     """At most so many finished batches wait while nobody asks for one, and for each thread …"""
     queued_per_thread: int = 0
     """… so many more."""
+    settle: Callable[[], None] | None = None
+    """Waits until the batches handed out are finished, where a device still works on them."""
     one_thread: bool = False
     """The work runs on one thread and its rate counts times the threads of the job."""
+
+
+def settle(device: torch.device) -> Callable[[], None] | None:
+    """What ``Work.settle`` is for a device that tensors are made on."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -97,3 +114,8 @@ class Peer:
     """(N, V, S, S, 3) uint8 at the boxes asked for, by the very operations of the work `crops`."""
     antialiased: bool | None
     """Whether shrinking takes all pixels into account; None where nothing is resampled."""
+
+
+def works(name: WorkName, peers: Sequence[Peer]) -> dict[str, Work | str]:
+    """What each peer, by its name, offers of one of the two works, or why not."""
+    return {peer.name: peer.crops if name == "crops" else peer.recipe for peer in peers}

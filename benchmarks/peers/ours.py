@@ -6,24 +6,31 @@ from functools import partial
 from itertools import count
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks.peers.contract import (
     OURS,
     OURS_DALI,
+    OURS_GPU_DECODES,
+    OURS_HOST_DECODES,
     OURS_ON_SHARDS,
     OURS_STREAM,
     FixedCrops,
     Job,
     Peer,
     Work,
+    settle,
 )
-from pipelines import Backend, Reading, ViewLoader, build_loader
+from pipelines import Backend, DALIOptions, Reading, ViewLoader, build_loader
+from pipelines.dali_engine import DALIEngine
 from pipelines.recipe import Recipe, moco_v2
 from pipelines.streaming import BUFFER
 
 # A generous count of what may wait: too many only lengthens the drain before a turn.
 _BATCHES_AHEAD = 5
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,23 @@ class _Way:
     on_shards: bool
     """Whether it reads the folder of shards, else the .beton file."""
     reading: Reading = "auto"
+    device: torch.device = _CPU
+    operators: bool = False
+    """Whether DALI's operators make the crops, as they do on a GPU, and not our kernels."""
+    options: DALIOptions | None = None
 
     def open(self, asked: Job | FixedCrops, recipe: Recipe, *, batch_size: int, threads: int) -> ViewLoader:
         """A loader over the pictures of a job."""
         path = asked.shards if self.on_shards else asked.beton
         return build_loader(
-            path, recipe, self.backend, batch_size=batch_size, num_threads=threads, reading=self.reading
+            path,
+            recipe,
+            self.backend,
+            batch_size=batch_size,
+            num_threads=threads,
+            reading=self.reading,
+            device=self.device,
+            dali=self.options,
         )
 
 
@@ -51,6 +69,22 @@ def _epochs(way: _Way, batches: Callable[[ViewLoader], Iterator[object]], job: J
         yield from batches(loader)
 
 
+def _crops_on_device(loader: ViewLoader) -> Iterator[Tensor]:
+    """The views of crops() on the loader's device; what is copied is held until its copy is over."""
+    held: tuple[torch.cuda.Event, Tensor] | None = None
+    for batch in loader.crops():
+        views = batch.views.to(loader.device, non_blocking=True)
+        if views.device != batch.views.device:
+            copied = torch.cuda.Event()
+            copied.record()
+            if held:
+                held[0].synchronize()
+            held = copied, batch.views
+        yield views
+    if held:
+        held[0].synchronize()
+
+
 def _fixed_crops(way: _Way, asked: FixedCrops) -> NDArray[np.uint8]:
     """Crops by the loader's engine; see :class:`FixedCrops`."""
     crops_NVSS3 = asked.empty()
@@ -58,7 +92,14 @@ def _fixed_crops(way: _Way, asked: FixedCrops) -> NDArray[np.uint8]:
     recipe = replace(moco_v2(asked.crop_px), num_views=num_views)
     engine = way.open(asked, recipe, batch_size=num, threads=1).engine
     unflipped_NV5 = np.pad(asked.boxes_NV4, ((0, 0), (0, 0), (0, 1)))
-    ok_N = engine.crop(engine.fetch(asked.index_N), unflipped_NV5, crops_NVSS3)
+    fetched = engine.fetch(asked.index_N)
+    if way.operators:
+        assert isinstance(engine, DALIEngine)
+        on_device = torch.empty(crops_NVSS3.shape, dtype=torch.uint8, device=way.device)
+        ok_N = engine.crop_on_device(fetched, unflipped_NV5, on_device)
+        crops_NVSS3[:] = on_device.cpu()
+    else:
+        ok_N = engine.crop(fetched, unflipped_NV5, crops_NVSS3)
     if not ok_N.all():
         path = asked.shards if way.on_shards else asked.beton
         raise ValueError(f"{path}: picture {asked.index_N[~ok_N][0]} cannot be decoded; convert it again")
@@ -70,11 +111,12 @@ def _peer(name: str, way: _Way, sentence: str) -> Peer:
     return Peer(
         name,
         crops=Work(
-            partial(_epochs, way, ViewLoader.crops),
+            partial(_epochs, way, _crops_on_device),
             f"{sentence}; the views of crops(), which are flipped as they are cut",
             queued=_BATCHES_AHEAD,
+            settle=settle(way.device),
         ),
-        recipe=Work(partial(_epochs, way, iter), sentence, queued=_BATCHES_AHEAD),
+        recipe=Work(partial(_epochs, way, iter), sentence, queued=_BATCHES_AHEAD, settle=settle(way.device)),
         fixed_crops=partial(_fixed_crops, way),
         antialiased=True,
     )
@@ -99,3 +141,29 @@ DALI_PEERS = [
         f"{BUFFER:,} pictures, filled anew in each epoch; decoded and cut like {OURS_DALI!r}",
     ),
 ]
+
+_HW_LOADS = (0.0, 0.65, 1.0)
+
+
+def gpu_peers(device: torch.device) -> list[Peer]:
+    """Our loader with batches on a GPU, by each decoder and its options; ``cpu`` runs the same code there."""
+    host = _Way("ffcv", on_shards=False, device=device)
+    peers = [_peer(OURS_HOST_DECODES, host, "on the .beton file, the photometric stage on the GPU")]
+    usual = DALIOptions()
+    variants = {"": usual, ", region decode": DALIOptions(region_decode=True)} | {
+        f", JPEG unit load {load:g}": DALIOptions(hw_decoder_load=load)
+        for load in _HW_LOADS
+        if load != usual.hw_decoder_load
+    }
+    for name, options in variants.items():
+        way = _Way("dali", True, "read", device, operators=True, options=options)
+        how = f"region_decode {options.region_decode}, hw_decoder_load {options.hw_decoder_load:g}"
+        peers.append(
+            _peer(
+                OURS_GPU_DECODES + name,
+                way,
+                f"{_READ_AHEAD}; DALI's mixed decoding ({how}) and its operators for the crops under our "
+                "order and boxes, our photometric stage on the GPU",
+            )
+        )
+    return peers

@@ -6,7 +6,6 @@ Shape letters: N batch, V views, S side in pixels.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
 from benchmarks.peers.contract import SPDL_FFMPEG, SPDL_TORCHVISION, FixedCrops, Job, Peer, Work
+from benchmarks.peers.shuffled import shuffled_batches
 from benchmarks.peers.with_torchvision import decode_file, v2_crop, v2_fixed_crops, v2_recipe
-from pipelines.listing import FolderListing
 from pipelines.recipe import Recipe
 
 _BATCHES_AHEAD = 3
@@ -38,30 +37,17 @@ except RuntimeError as error:
 
 def _run(make_load: Callable[[Recipe], _Load], job: Job) -> Iterator[object]:
     """Batches by a pipeline whose threads each load a whole batch, as SPDL's documentation does."""
-    listing = FolderListing(job.folder)
-    files = [job.folder / listing.path(i) for i in range(len(listing))]
     # Operators of torch must not start threads of their own inside the pipeline's threads.
     executor = ThreadPoolExecutor(job.num_threads, initializer=torch.set_num_threads, initargs=(1,))
     pipeline = (
         PipelineBuilder()
-        .add_source(_shuffled_batches(files, job.batch_size))
+        .add_source(shuffled_batches(job.folder, job.batch_size))
         .pipe(make_load(job.recipe), concurrency=job.num_threads, executor=executor)
         .add_sink(_BATCHES_AHEAD)
         .build(num_threads=job.num_threads, max_failures=0)
     )
     with executor, pipeline.auto_stop():
         yield from pipeline.get_iterator()
-
-
-def _shuffled_batches(files: list[Path], batch_size: int) -> Iterator[list[Path]]:
-    def endless() -> Iterator[Path]:
-        while True:
-            for index in torch.randperm(len(files)).tolist():
-                yield files[index]
-
-    source = endless()
-    while True:
-        yield list(islice(source, batch_size))
 
 
 def _filters(boxes: Sequence[Box], crop_px: int) -> str:

@@ -3,7 +3,7 @@
 Shape letters: N batch, V views, S side in pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -153,12 +153,16 @@ def pil_fixed_crops(asked: FixedCrops) -> NDArray[np.uint8]:
 
 def v2_fixed_crops(asked: FixedCrops) -> NDArray[np.uint8]:
     """Crops by the v2 peer's operations; see :class:`FixedCrops`."""
+    return cut_pictures(map(decode_file, asked.files), asked)
+
+
+def cut_pictures(pictures: Iterable[Tensor], asked: FixedCrops) -> NDArray[np.uint8]:
+    """The crops asked for out of decoded (3, H, W) uint8 pictures, cut where these are."""
     crops_NVSS3 = asked.empty()
-    for file, boxes_V4, crops_VSS3 in zip(asked.files, asked.boxes_NV4, crops_NVSS3, strict=True):
-        picture = decode_file(file)
+    for picture, boxes_V4, crops_VSS3 in zip(pictures, asked.boxes_NV4, crops_NVSS3, strict=True):
         for box, crop_SS3 in zip(boxes_V4.tolist(), crops_VSS3, strict=True):
             crop = functional.resized_crop(picture, *box, [asked.crop_px, asked.crop_px], antialias=True)
-            crop_SS3[:] = crop.permute(1, 2, 0)
+            crop_SS3[:] = crop.permute(1, 2, 0).cpu()
     return crops_NVSS3
 
 

@@ -2,9 +2,10 @@
 
     make report
 
-Reads loader.json and scale.json of benchmarks/results/ and the last demo's summary; writes runs/report.html,
-a single file that needs no network, and the block of loader figures in README.md. With ``--check`` nothing is
-written: it ends with code 1 where the README differs from what the JSON gives.
+Reads loader.json, gpu.json and scale.json of benchmarks/results/ and the last demo's summary, those that are
+there; writes runs/report.html, a single file that needs no network, and the block of loader figures in
+README.md. With ``--check`` nothing is written: it ends with code 1 where the README differs from what the
+JSON gives.
 """
 
 import functools
@@ -19,7 +20,14 @@ from rich.console import Console
 
 from benchmarks.report.page import render
 from benchmarks.report.readme import block, current_block, rewrite
-from benchmarks.report.results import LoaderFigures, ScaleFigures, read_demo, read_loader, read_scale
+from benchmarks.report.results import (
+    LoaderFigures,
+    ScaleFigures,
+    read_demo,
+    read_gpu,
+    read_loader,
+    read_scale,
+)
 from engine import cli
 from engine.checkpoint import write_atomically
 
@@ -56,13 +64,14 @@ def main(config: Report) -> int:
     readme = config.readme or (README if config.results == RESULTS else None)
     if config.check:
         return _check(readme, loader, scale, config.results)
+    gpu = _if_there(config.results / "gpu.json", read_gpu)
     demo = _if_there(config.demo / "summary.json", read_demo)
-    if not (loader or scale or demo):
+    if not (loader or gpu or scale or demo):
         raise ValueError(
-            f"no figures in {config.results} or {config.demo}; measure with `make bench`, `make scale` or "
-            "`make demo`"
+            f"no figures in {config.results} or {config.demo}; measure with `make bench`, `make bench-gpu`, "
+            "`make scale` or `make demo`"
         )
-    page = render(loader, scale, demo)
+    page = render(loader, scale, demo, gpu)
     write_atomically(config.out, lambda file: file.write(page.encode()))
     console.print(f"page: {config.out}")
     if readme and loader:

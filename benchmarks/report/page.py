@@ -6,6 +6,7 @@ from typing import Any
 
 import jinja2
 
+from benchmarks.ratios import MAIN_SET
 from benchmarks.report.charts import (
     Chart,
     chart,
@@ -20,6 +21,7 @@ from benchmarks.report.charts import (
 )
 from benchmarks.report.results import (
     DemoFigures,
+    GPUFigures,
     LoaderFigures,
     Rate,
     ScaleFigures,
@@ -27,6 +29,7 @@ from benchmarks.report.results import (
 from benchmarks.scale import MEASURES
 
 _SET_TITLES = {"reencoded": "re-encoded photographs", "pass_through": "photographs as they are"}
+_WORK_TITLES = {"crops": "two crops of each picture", "recipe": "the whole recipe"}
 _RATIO_TITLES = {
     "crops": "Two crops, samples/s over",
     "recipe": "Whole recipe, samples/s over",
@@ -55,7 +58,12 @@ _RATIO_WORDS = {
 }
 
 
-def render(loader: LoaderFigures | None, scale: ScaleFigures | None, demo: DemoFigures | None) -> str:
+def render(
+    loader: LoaderFigures | None,
+    scale: ScaleFigures | None,
+    demo: DemoFigures | None,
+    gpu: GPUFigures | None = None,
+) -> str:
     """The whole page as HTML that needs no network."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -69,8 +77,11 @@ def render(loader: LoaderFigures | None, scale: ScaleFigures | None, demo: DemoF
     return page.render(
         loader=_loader_view(loader) if loader else None,
         scale=_scale_view(scale) if scale else None,
+        gpu=_gpu_view(gpu) if gpu else None,
         demo=demo,
-        environments=_environments({"Loaders": loader, "Size of the set": scale, "Demo": demo}),
+        environments=_environments(
+            {"Loaders": loader, "Loaders on a GPU": gpu, "Size of the set": scale, "Demo": demo}
+        ),
     )
 
 
@@ -97,6 +108,23 @@ def _loader_view(loader: LoaderFigures) -> dict[str, Any]:
         "photometric": chart(loader.photometric, "views/s"),
         "stages": stack(loader.stages),
         "stages_total": quantity(sum(loader.stages.values()), "µs"),
+    }
+
+
+def _gpu_view(gpu: GPUFigures) -> dict[str, Any]:
+    return {
+        "figures": gpu,
+        "facts": gpu.sets[MAIN_SET],
+        "tables": [
+            {
+                "title": _WORK_TITLES[work],
+                "chart": chart(rates, "samples/s"),
+                "rates": sorted(rates.values(), key=lambda rate: -rate.median),
+                "with_error": any(rate.mean_error is not None for rate in rates.values()),
+            }
+            for work, rates in gpu.tables.items()
+            if rates
+        ],
     }
 
 
@@ -141,7 +169,7 @@ def _scale_view(scale: ScaleFigures) -> dict[str, Any]:
 
 
 def _environments(
-    results: Mapping[str, LoaderFigures | ScaleFigures | DemoFigures | None],
+    results: Mapping[str, LoaderFigures | GPUFigures | ScaleFigures | DemoFigures | None],
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """What was measured on which machine; those of one machine and the same versions together."""
     together: list[tuple[list[str], Mapping[str, Any]]] = []

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.peers.contract import OURS
-from benchmarks.ratios import GROUPS
+from benchmarks.peers.contract import OURS, WORKS
+from benchmarks.ratios import GROUPS, MAIN_SET
 from benchmarks.scale import MEASURES
 
 PICTURE_SETS = ("reencoded", "pass_through")
@@ -36,6 +36,12 @@ class Rate:
     """How it was set up."""
     bytes: int | None = None
     """What its set takes on disk, where that was the question."""
+    cpu_share: float | None = None
+    """Share of the host's cores that it kept busy, where a GPU does part of the work."""
+    torch_mib: float | None = None
+    """Greatest amount of a GPU's memory in torch's tensors, …"""
+    gpu_mib: float | None = None
+    """… and by how much the GPU's free memory fell in all."""
 
     @property
     def is_ours(self) -> bool:
@@ -71,6 +77,18 @@ class LoaderFigures:
     """Table → what is compared → our rate over the other's; None where the other was not measured."""
     left_out: Mapping[str, Mapping[str, str]]
     """Work → peers that do not offer it → why."""
+
+
+@dataclass(frozen=True)
+class GPUFigures:
+    """gpu.json: loaders whose batches are wanted on a GPU."""
+
+    quick: bool
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    sets: Mapping[str, Mapping[str, Any]]
+    tables: Mapping[str, Rates]
+    """Work → loaders; a work that was not measured is absent."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +137,31 @@ def read_loader(file: Path) -> LoaderFigures:
             work: {name: reasons.at(work).get(name, str) for name in reasons.at(work).value}
             for work in reasons.value
         },
+    )
+
+
+def read_gpu(file: Path) -> GPUFigures:
+    """Read gpu.json; raises like :func:`read_loader`."""
+    content = _Node.read(file, "make bench-gpu", "gpu")
+    config, tables = content.at("config"), content.at("tables")
+    for key in ("threads", "batch_size", "crop_px", "turns"):
+        config.get(key, int)
+    pictures = content.at("sets").at(MAIN_SET)
+    pictures.get("pictures", int)
+    pictures.get("mean_kb", float)
+    pictures.get("how", str)
+    for work in tables.value:
+        for name in tables.at(work).value:
+            for key in ("cpu_share", "torch_mib", "gpu_mib"):
+                tables.at(work).at(name).get(key, float)
+    environment = content.at("environment")
+    environment.get("gpu", str)
+    return GPUFigures(
+        quick=content.get("quick", bool),
+        config=config.value,
+        environment=_environment(content),
+        sets=content.at("sets").value,
+        tables={work: tables.at(work).rates() for work in WORKS if work in tables.value},
     )
 
 
@@ -256,4 +299,7 @@ class _Node:
         return {key: None if value is None else self.get(key, float) for key, value in self.value.items()}
 
 
-_OPTIONAL = ("antialiased", "mean_error", "max_error", "configured", "bytes")
+_OPTIONAL = (
+    *("antialiased", "mean_error", "max_error", "configured", "bytes"),
+    *("cpu_share", "torch_mib", "gpu_mib"),
+)

@@ -3,7 +3,7 @@
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Console
 
 import benchmarks.loader as program
 from benchmarks import conversion, timing
-from benchmarks.loader import FULL, QUICK, LoaderBenchmark, main
+from benchmarks.loader import LoaderBenchmark, main
 from benchmarks.peers.contract import (
     DALI_ONCE,
     DALI_TWICE,
@@ -40,9 +40,11 @@ from benchmarks.ratios import (
     RAW_OURS,
     ratios,
 )
-from benchmarks.sample_sets import MAX_SIDE_PX, QUALITY, SampleSet, reencode
-from benchmarks.timing import Runner, Turns, summary, take_turns
+from benchmarks.run_options import Scale
+from benchmarks.sample_sets import MAX_SIDE_PX, QUALITY, reencode
+from benchmarks.timing import Runner, Turn, Turns, summary, take_turns, watch_turns
 from dataset_tools.commands import Convert
+from tests.benchmarks.conftest import Sets
 from tests.conftest import photograph_like
 
 
@@ -154,15 +156,31 @@ def test_turns_alternate_drain_queues_and_end_with_whole_rounds(monkeypatch: pyt
         Turns(0, 1.0)
 
 
+def test_a_turn_ends_when_the_device_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    clock, cpu = itertools.count(), itertools.count(step=3)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timing.time, "process_time", lambda: float(next(cpu)))
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    runner = Runner(lambda: _Batches("a", log), items=10, queued=1, settle=lambda: log.append("settled"))
+    (turn,) = watch_turns({"a": runner}, Turns(1, 2.0), lambda name: None)["a"]
+    # Two batches of ten by the second look at the clock, and one second more until all is done; processor
+    # time is looked at twice.
+    assert turn == Turn(rate=2 * 10 / 3, cpu_s=3 / 3)
+    # First what was queued is taken, and what the device still did is waited for on nobody's time.
+    assert log[-6:] == ["a", "settled", "a", "a", "settled", "a closed"]
+
+
 def test_summary_keeps_every_turn() -> None:
     assert summary([3.0, 1.0, 2.004]) == {"median": 2.0, "low": 1.0, "high": 3.0, "turns": [3.0, 1.0, 2.0]}
 
 
 def test_what_is_given_comes_before_the_defaults_of_quick_and_full() -> None:
-    assert LoaderBenchmark().scale() == FULL
-    assert LoaderBenchmark(quick=True).scale() == QUICK
+    quick = Scale(pictures=128, batch_size=16, turns=2, seconds=0.5)
+    assert LoaderBenchmark().scale() == Scale(pictures=2000, batch_size=64, turns=5, seconds=4.0)
+    assert LoaderBenchmark(quick=True).scale() == quick
     given = LoaderBenchmark(quick=True, turns=3, seconds=0.1).scale()
-    assert given == replace(QUICK, turns=3, seconds=0.1)
+    assert given == replace(quick, turns=3, seconds=0.1)
     with pytest.raises(ValueError, match=r"batch of 9 pictures .* set of 8"):
         LoaderBenchmark(pictures=8, batch_size=9).scale()
 
@@ -209,24 +227,10 @@ def test_our_converter_tells_its_pace_where_the_benchmark_looks(picture_folder: 
     assert float(pace.replace(",", "")) > 0
 
 
-class _Sets:
-    """The sets of the tests' pictures, in place of those under data/."""
-
-    def __init__(self, data: Path, num: int, progress: object) -> None:
-        self.reencoded = SampleSet(
-            data / "pictures", data / "pictures.beton", data / "pictures.shards", "made for tests"
-        )
-
-    def facts(self) -> dict[str, Any]:
-        return {"reencoded": self.reencoded.facts()}
-
-
 def test_the_json_has_the_keys_that_reports_read(
-    picture_folder: Path, beton: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sample_sets: Callable[..., Sets], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, path in (("pictures", picture_folder), ("pictures.beton", beton), ("pictures.shards", shards)):
-        (tmp_path / name).symlink_to(path)
-    monkeypatch.setattr(program, "SampleSets", _Sets)
+    monkeypatch.setattr(program, "SampleSets", sample_sets)
     out = tmp_path / "results" / "loader.json"
     config = LoaderBenchmark(
         json=out,

@@ -17,7 +17,7 @@ from benchmarks.peers.contract import DECODE_LIMIT
 from benchmarks.report import charts, readme
 from benchmarks.report.__main__ import README, RESULTS, Report, main
 from benchmarks.report.page import render
-from benchmarks.report.results import Rate, read_demo, read_loader, read_scale
+from benchmarks.report.results import Rate, read_demo, read_gpu, read_loader, read_scale
 from benchmarks.scale import MEASURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +97,31 @@ def loader_json() -> dict[str, Any]:
         "scaling": {"threads_2_over_1": 1.93},
         "convert": {"vs_ffcv_writer": 10.0},
         "photometric": {"vs_compiled_torch": 0.75},
+    }
+
+
+def gpu_json() -> dict[str, Any]:
+    """Made-up figures in the shape that the GPU benchmark writes."""
+    load = {"cpu_share": 0.31, "torch_mib": 1536.0, "gpu_mib": 2048.0}
+    error = {"antialiased": True, "mean_error": 0.31, "max_error": 17.0}
+    rows = {
+        "ours, DALI decodes on the GPU": _rate(12000, configured="mixed decoding", **load),
+        "DALI GPU, decode once and crop twice": _rate(13000, configured="stock <graph>", **load),
+    }
+    return {
+        "benchmark": "gpu",
+        "quick": False,
+        "config": {"threads": 16, "batch_size": 256, "crop_px": 224, "turns": 3, "seconds": 4.0},
+        "environment": {
+            **_ENVIRONMENT,
+            "gpu": "Test GPU",
+            "gpu_memory_gib": 80.0,
+            "cuda": "13.0",
+            "driver": "999.1",
+        },
+        "sets": {"reencoded": {"pictures": 2000, "mean_kb": 54.3, "how": "encoded anew"}},
+        "left_out": {"crops": {}, "recipe": {}},
+        "tables": {"crops": {name: row | error for name, row in rows.items()}, "recipe": rows},
     }
 
 
@@ -206,6 +231,58 @@ def test_every_rate_stands_in_a_table_with_its_spread(results: Path) -> None:
             spread = f"{charts.number(rate['low'])} … {charts.number(rate['high'])}"
             row = [name, charts.number(rate["median"]), spread]
             assert row in [cells[:3] for cells in page.rows], row
+
+
+def test_the_gpus_rates_stand_beside_load_memory_and_error(results: Path) -> None:
+    (results / "gpu.json").write_text(json.dumps(gpu_json()))
+    assert main(Report(results=results, demo=results, out=results / "page.html")) == 0
+    text = (results / "page.html").read_text()
+    page = _Page(text)
+    assert "gpu" in page.ids and "#gpu" in page.addresses
+    usual = ["31 %", "1.50 GiB", "2.00 GiB"]
+    name, spread = "DALI GPU, decode once and crop twice", "12,480 … 13,390"
+    rows = [row for row in page.rows if row[0] == name and len(row) > 1]
+    assert rows == [[name, "13,000", spread, *usual, "0.31", "17"], [name, "13,000", spread, *usual]]
+    assert "stock &lt;graph&gt;" in text and "A quick run." not in text
+    assert "Test GPU, 80.0 GiB" in text and "999.1, 13.0" in text
+    alone = render(None, None, None, read_gpu(results / "gpu.json"))
+    assert set(_Page(alone).ids) == {"gpu", "machine"}
+
+
+def test_our_other_ways_stand_as_ours_with_ratios_of_their_own(results: Path) -> None:
+    content = loader_json()
+    crops = content["tables"]["reencoded"]["crops"]
+    crops["ours, DALI decodes"] = {**crops["ours"], **_rate(1500)}
+    content["dali_backend"] = {"crops_vs_dali_cpu": 2.45, "recipe_vs_dali_cpu": None}
+    (results / "loader.json").write_text(json.dumps(content))
+    loader = read_loader(results / "loader.json")
+    assert loader.crops["reencoded"]["ours, DALI decodes"].is_ours
+    text = render(loader, None, None)
+    assert "two crops: ours with DALI over stock DALI, the faster of two ways" in text and "2.45 ×" in text
+    assert "Not measured: whole recipe: ours with DALI over stock DALI." in text
+    assert "| **ours, DALI decodes** | **1,500** | **–** | **–** | **–** |" in readme.block(loader, None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "sentence"),
+    [
+        (("benchmark",), "loader", "benchmark is 'loader', expected 'gpu'"),
+        (("environment", "gpu"), 0, "environment: gpu is 0, expected str"),
+        (("tables", "crops", "ours, DALI decodes on the GPU", "gpu_mib"), "much", "gpu_mib is 'much'"),
+        (("sets", "reencoded"), 1, "reencoded is 1, expected dict"),
+    ],
+)
+def test_a_gpus_file_of_another_shape_is_refused_by_key(
+    tmp_path: Path, keys: tuple[str, ...], value: Any, sentence: str
+) -> None:
+    place = content = gpu_json()
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (tmp_path / "gpu.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        read_gpu(tmp_path / "gpu.json")
+    assert "make bench-gpu" in str(caught.value)
 
 
 def test_losses_and_what_is_missing_are_printed(results: Path) -> None:
