@@ -42,7 +42,7 @@ class Plan:
     """Everything that decides which bytes a set of shards holds."""
 
     source: str
-    """The source's fingerprint."""
+    """The source's fingerprint: which pictures there are, not what is in them."""
     count: int
     """Pictures of the source to convert, from the first on."""
     seed: int

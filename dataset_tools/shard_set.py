@@ -1,5 +1,6 @@
 """A folder in which a set of shards is made: who may make it, what is left to do, and the end of it."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ def claim(folder: Path, plan: Plan, *, overwrite: bool) -> Manifest | None:
         made_by = finished.settings.get(PLAN_KEY)
         if made_by is None:
             raise FileExistsError(
-                f"{folder} is a set whose tars were there before and were only indexed; they are not "
-                "replaced, choose another name"
+                f"{folder} is a set that was indexed where it lay, not converted; its tars are never replaced, "
+                "choose another name"
             )
         if made_by == plan.digest and not overwrite:
             open_shards(folder)  # says what is missing
@@ -62,14 +63,17 @@ def claim(folder: Path, plan: Plan, *, overwrite: bool) -> Manifest | None:
                 "or add --overwrite"
             )
     _refuse_foreign(folder, finished)
-    begun = Plan.read(folder) if not overwrite else None
-    if begun is not None and begun != plan:
+    if overwrite or Plan.read(folder) is None:
+        # Of machines that begin at once, one finds its temporary file renamed by another.
+        with contextlib.suppress(FileNotFoundError):
+            plan.write(folder)
+    begun = Plan.read(folder)
+    if begun != plan:
+        differences = "no plan" if begun is None else plan.differences(begun)
         raise FileExistsError(
-            f"another conversion has begun in {folder} (it has {plan.differences(begun)}); finish that one, "
-            "choose another name or add --overwrite"
+            f"another conversion has begun in {folder} (it has {differences}); finish that one, choose "
+            "another name or add --overwrite"
         )
-    if begun is None:
-        plan.write(folder)
     _clear(folder, plan, everything=overwrite)
     return None
 

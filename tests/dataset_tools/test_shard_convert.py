@@ -18,6 +18,7 @@ from dataset_tools import shard_writer
 from dataset_tools.__main__ import main
 from dataset_tools.convert import Sharding, convert, make_shards
 from dataset_tools.normalise import Normalising
+from dataset_tools.shard_plan import Plan
 from dataset_tools.shard_source import ShardSource
 from dataset_tools.sources import FolderSource
 from dataset_tools.tar_source import TarSource
@@ -323,6 +324,24 @@ def test_a_shard_that_is_not_whole_is_made_again(
     assert contents(out) == contents(whole)
 
 
+def test_machines_that_begin_at_once_do_not_hinder_each_other(
+    photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both write the plan under one temporary name, and the second finds it renamed."""
+    write = Plan.write
+
+    def renamed_by_the_other(self: Plan, folder: Path) -> None:
+        write(self, folder)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Plan, "write", renamed_by_the_other)
+    convert(FolderSource(photos), tmp_path / "photos.shards", sharding=SMALL)
+    assert contents(tmp_path / "photos.shards") == contents(whole)
+    make_shards(Work(FolderSource(photos), Normalising()), tmp_path / "x.shards", Sharding(3, 5, (0, 1)))
+    with pytest.raises(FileExistsError, match=r"has begun .* seed 5, now 6"):
+        make_shards(Work(FolderSource(photos), Normalising()), tmp_path / "x.shards", Sharding(3, 6, (1, 2)))
+
+
 def test_a_set_that_is_complete_is_left_alone(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "photos.shards"
     convert(FolderSource(photos), out, sharding=SMALL)
@@ -362,7 +381,7 @@ def test_other_peoples_tars_are_never_replaced(photos: Path, tmp_path: Path, cap
             convert(FolderSource(photos), out, overwrite=overwrite)
     assert main(["index", str(out)]) == 0
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="only indexed"):
+        with pytest.raises(FileExistsError, match="was indexed where it lay"):
             convert(FolderSource(photos), out, overwrite=overwrite)
     assert (out / "000000.tar").read_bytes() == mine
 
