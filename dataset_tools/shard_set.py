@@ -50,8 +50,8 @@ def claim(folder: Path, plan: Plan, *, overwrite: bool) -> Manifest | None:
         made_by = finished.settings.get(PLAN_KEY)
         if made_by is None:
             raise FileExistsError(
-                f"{folder} is a set that was indexed where it lay, not converted; its tars are never replaced, "
-                "choose another name"
+                f"{folder} is a set that was indexed where it lay, not converted; its tars are never "
+                "replaced, choose another name"
             )
         if made_by == plan.digest and not overwrite:
             open_shards(folder)  # says what is missing
