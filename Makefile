@@ -19,10 +19,11 @@ PRETRAINED ?= runs/pretrain/backbone.safetensors
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system doctor demo convert pretrain lincls samples bench system-bench scale report lint test clean
+.PHONY: help setup system doctor demo convert shards index pretrain lincls samples bench bench-gpu system-bench \
+	scale parity report lint test clean
 
 help:  ## |this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {split($$2, part, "|"); printf "  %-46s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {split($$2, part, "|"); printf "  %-46s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## |make .venv with everything in it, system packages first
 
@@ -61,9 +62,17 @@ doctor:  ## |what is installed, which backends work, and the mend for what is mi
 demo: $(READY)  ## |from pictures to a probed encoder, with a preview, in minutes on two cores
 	@$(BIN)/python -m benchmarks.demo $(ARGS)
 
-convert: $(READY)  ## DATA=folder [OUT=x.beton]|compile a folder of pictures
-	@$(call need,DATA,a folder of pictures)
-	@$(BIN)/python -m dataset_tools convert $(DATA) $(or $(OUT),data/$(notdir $(patsubst %/,%,$(DATA))).beton) $(ARGS)
+convert: $(READY)  ## DATA=folder [OUT=x.beton]|compile a folder or a tar of pictures into one file
+	@$(call need,DATA,a folder or a tar of pictures)
+	@$(BIN)/python -m dataset_tools convert $(DATA) $(or $(OUT),data/$(name).beton) $(ARGS)
+
+shards: $(READY)  ## DATA=folder [OUT=x.shards]|compile a folder or a tar of pictures into WebDataset shards
+	@$(call need,DATA,a folder or a tar of pictures)
+	@$(BIN)/python -m dataset_tools convert $(DATA) $(or $(OUT),data/$(name).shards) $(ARGS)
+
+index: $(READY)  ## DATA=folder|make a set of WebDataset shards that are there already
+	@$(call need,DATA,a folder of tars)
+	@$(BIN)/python -m dataset_tools index $(DATA) $(ARGS)
 
 pretrain: $(READY)  ## DATA=x.beton [ARGS="…"]|pretrain an encoder; ARGS=--help lists the options
 	@$(if $(findstring --help,$(ARGS)),,$(call need,DATA,a compiled set or a folder))
@@ -87,6 +96,12 @@ system-bench: $(READY)
 scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming cost at 1.28 and 10 million pictures
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)
 
+parity: samples  ## [ARGS=--check]|how near every backend and operation is to torchvision, for docs/parity.md
+	@$(BIN)/python -m benchmarks.parity --json benchmarks/results/parity.json $(ARGS)
+
+bench-gpu: $(READY)  ## [ARGS=--help]|our backends beside DALI and torchvision on a GPU
+	@$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json $(ARGS)
+
 report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, and the block in README.md
 	@$(BIN)/python -m benchmarks.report $(ARGS)
 
@@ -103,3 +118,6 @@ clean:  ## |remove runs and made data, keep .venv
 
 # $(call need,NAME,what it is): refuse, with a sentence, to go on without a value.
 need = test -n "$($(1))" || { echo "$(1) is not given: $(2), such as make $@ $(1)=…; see make help"; exit 2; }
+
+# What a set made of DATA is called.
+name = $(patsubst %.tar,%,$(notdir $(patsubst %/,%,$(DATA))))
