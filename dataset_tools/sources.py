@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.listing import FolderListing
+from pipelines.listing import FolderListing, PictureList
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -72,7 +72,7 @@ class FolderSource(FolderListing):
         return Sample((self.root / path).read_bytes(), self.label(index), path)
 
 
-class ListedSource(FolderListing):
+class ListedSource(PictureList):
     """Pictures whose paths are kept as a folder's are, but were found by other means."""
 
     def __init__(
@@ -83,13 +83,10 @@ class ListedSource(FolderListing):
         paths: Iterable[tuple[str, Sequence[str]]],
     ) -> None:
         """Keep (prefix, names) in the order given; ``labels`` has one number for every name."""
-        self.root, self._classes, self._labels = root, tuple(classes), labels
-        self._blob, self._stops_by_folder = bytearray(), []
+        super().__init__(root, classes)
         for prefix, names in paths:
             self._add(prefix, names)
-        self._stops = np.concatenate([np.zeros(0, np.uint64), *self._stops_by_folder])
-        del self._stops_by_folder
-        assert len(self._stops) == len(labels)
+        self._close(labels)
 
     @property
     def name(self) -> str:

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tar_members import Member, Window, tar_members
-from pipelines.listing import _SPLIT_NAMES as SPLIT_NAMES
-from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES
+from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES
 
 Folder = tuple[str, ...]
 """The parts of a folder's path."""

@@ -14,39 +14,21 @@ import numpy.typing as npt
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Compared in lower case."""
 NO_LABEL = -1
-_SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
+SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
 
-class FolderListing:
-    """Pictures in folders: one folder a class, or one flat folder of unlabelled pictures.
+class PictureList:
+    """Names and labels of pictures, in order: no Python object is kept per picture."""
 
-    Classes are the sub-folders that hold pictures at any depth, sorted by name; within a class files are
-    sorted, those of a folder before those of its sub-folders. Names starting with a dot are passed over.
-    Pictures both loose in ``root`` and in sub-folders are refused, as it cannot be told what the loose ones
-    are; so are sub-folders that are splits (train, val, …). With ``labelled=False`` everything below
-    ``root`` is taken as one unlabelled set.
-    """
-
-    def __init__(self, root: str | Path, *, labelled: bool = True) -> None:
-        """List ``root``. Raises ValueError, naming it and the mend, where it holds no usable pictures."""
-        self.root = Path(root)
-        if not self.root.is_dir():
-            what = "is a file, not a folder" if self.root.exists() else "does not exist"
-            raise ValueError(f"the source folder {self.root} {what}; give the folder that holds the pictures")
+    def __init__(self, root: Path, classes: Sequence[str] = ()) -> None:
+        """Begin with none; ``classes`` are the names of the labels."""
+        self.root = root
+        self._classes = tuple(classes)
+        self._labels = np.zeros(0, np.int64)
         # The relative paths of all pictures in one string, and where each of them stops in it.
         self._blob = bytearray()
+        self._stops = np.zeros(0, np.uint64)
         self._stops_by_folder: list[npt.NDArray[np.uint64]] = []
-        per_class = self._list_classes() if labelled else self._list_flat()
-        self._labels = np.repeat(
-            np.array([label for label, _ in per_class], np.int64), [count for _, count in per_class]
-        )
-        self._stops = np.concatenate([np.zeros(0, np.uint64), *self._stops_by_folder])
-        del self._stops_by_folder
-        if not len(self._stops):
-            raise ValueError(
-                f"no pictures in {self.root}: looked for {' '.join(PICTURE_SUFFIXES)} there and in its "
-                "sub-folders; give the folder above the class folders, or a flat folder of pictures"
-            )
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -76,8 +58,50 @@ class FolderListing:
         labels_N: npt.NDArray[np.int64] = self._labels[index_N]
         return labels_N
 
+    def _add(self, prefix: str, names: Sequence[str]) -> int:
+        """Append the paths ``prefix + name``; return how many."""
+        if not names:
+            return 0
+        encoded = [os.fsencode(prefix + name) for name in names]
+        stops = np.cumsum([len(path) for path in encoded]).astype(np.uint64) + np.uint64(len(self._blob))
+        self._stops_by_folder.append(stops)
+        self._blob += b"".join(encoded)
+        return len(names)
+
+    def _close(self, labels: npt.NDArray[np.int64]) -> None:
+        """End the list: one label for each name that was added."""
+        self._stops = np.concatenate([self._stops, *self._stops_by_folder])
+        self._stops_by_folder.clear()
+        assert len(labels) == len(self._stops)
+        self._labels = labels
+
+
+class FolderListing(PictureList):
+    """Pictures in folders: one folder a class, or one flat folder of unlabelled pictures.
+
+    Classes are the sub-folders that hold pictures at any depth, sorted by name; within a class files are
+    sorted, those of a folder before those of its sub-folders. Names starting with a dot are passed over.
+    Pictures both loose in ``root`` and in sub-folders are refused, as it cannot be told what the loose ones
+    are; so are sub-folders that are splits (train, val, …). With ``labelled=False`` everything below
+    ``root`` is taken as one unlabelled set.
+    """
+
+    def __init__(self, root: str | Path, *, labelled: bool = True) -> None:
+        """List ``root``. Raises ValueError, naming it and the mend, where it holds no usable pictures."""
+        super().__init__(Path(root))
+        if not self.root.is_dir():
+            what = "is a file, not a folder" if self.root.exists() else "does not exist"
+            raise ValueError(f"the source folder {self.root} {what}; give the folder that holds the pictures")
+        per_class = self._list_classes() if labelled else self._list_flat()
+        labels = np.array([label for label, _ in per_class], np.int64)
+        self._close(np.repeat(labels, [count for _, count in per_class]))
+        if not len(self._stops):
+            raise ValueError(
+                f"no pictures in {self.root}: looked for {' '.join(PICTURE_SUFFIXES)} there and in its "
+                "sub-folders; give the folder above the class folders, or a flat folder of pictures"
+            )
+
     def _list_flat(self) -> list[tuple[int, int]]:
-        self._classes: tuple[str, ...] = ()
         return [(NO_LABEL, self._walk(self.root, "", ()))]
 
     def _list_classes(self) -> list[tuple[int, int]]:
@@ -91,7 +115,7 @@ class FolderListing:
                 f"sub-folders with pictures (first: {found[0][0]}); move the loose ones into a class folder, "
                 "or convert with --no-labels to take all of them as one unlabelled set"
             )
-        if found and {name.lower() for name, _ in found} <= _SPLIT_NAMES:
+        if found and {name.lower() for name, _ in found} <= SPLIT_NAMES:
             names = ", ".join(name for name, _ in found)
             raise ValueError(
                 f"the sub-folders of {self.root} are splits, not classes ({names}); give one of them, such "
@@ -111,16 +135,6 @@ class FolderListing:
         files, folders = _entries(folder)
         count = self._add(prefix, files)
         return count + sum(self._walk(folder / f, f"{prefix}{f}/", (*above, identity)) for f in folders)
-
-    def _add(self, prefix: str, names: Sequence[str]) -> int:
-        """Append the paths ``prefix + name``; return how many."""
-        if not names:
-            return 0
-        encoded = [os.fsencode(prefix + name) for name in names]
-        stops = np.cumsum([len(path) for path in encoded]).astype(np.uint64) + np.uint64(len(self._blob))
-        self._stops_by_folder.append(stops)
-        self._blob += b"".join(encoded)
-        return len(names)
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:

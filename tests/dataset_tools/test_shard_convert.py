@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataset_tools import shard_writer
 from dataset_tools.__main__ import main
 from dataset_tools.convert import Sharding, convert, make_shards
+from dataset_tools.keys import decode_key
 from dataset_tools.normalise import Normalising
 from dataset_tools.shard_plan import Plan
 from dataset_tools.shard_source import ShardSource
@@ -150,6 +152,18 @@ def test_dali_reads_every_picture_and_label(
     assert sorted(read_by_dali(out, **options)) == sorted(wanted)
     shards = open_shards(out)
     assert [shards.payload(i).tobytes() for i in range(3)] == [payload for payload, _ in wanted]
+
+
+def test_webdataset_reads_every_picture_and_label(photos: Path, whole: Path) -> None:
+    source = FolderSource(photos)
+    wanted = {source.path(i): source.label(i) for i in range(len(source)) if source.path(i) != "bee/bad.jpg"}
+    shards = webdataset.WebDataset(sorted(map(str, whole.glob("*.tar"))), shardshuffle=False).decode("rgb8")
+    found = {sample["__key__"]: sample for sample in shards}
+    assert sorted(sample["cls"] for sample in found.values()) == sorted(wanted.values())
+    for key, sample in found.items():
+        stem = decode_key(key)
+        path = next(path for path in wanted if path == stem or path.rpartition(".")[0] == stem)
+        assert sample["cls"] == wanted[path] and sample["jpg"].shape[2] == 3
 
 
 def test_without_classes_there_are_no_labels(tmp_path: Path, encode: Encode) -> None:
