@@ -18,7 +18,6 @@ from typing import Any
 
 from PIL import Image
 
-from dataset_tools.shard_set import SUFFIX
 from pipelines.listing import FolderListing
 from pipelines.manifest import Manifest, manifest_path
 
@@ -128,7 +127,7 @@ class SampleSets:
 
     def _sample_set(self, folder: Path, how: str) -> SampleSet:
         """A folder of pictures with its two compiled sets beside it."""
-        beton, shards = (folder.with_name(folder.name + suffix) for suffix in (".beton", SUFFIX))
+        beton, shards = (folder.with_name(folder.name + suffix) for suffix in (".beton", ".shards"))
         for path in (beton, shards):
             self._compile(path, folder, "jpeg")
         return SampleSet(folder / _SPLIT, beton, shards, how)

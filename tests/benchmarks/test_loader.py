@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 
 import benchmarks.loader as program
 from benchmarks import conversion, timing
+from benchmarks import sample_sets as sample_sets_module
 from benchmarks.loader import LoaderBenchmark, main
 from benchmarks.peers.contract import (
     DALI_ONCE,
@@ -41,9 +43,12 @@ from benchmarks.ratios import (
     ratios,
 )
 from benchmarks.run_options import Scale
-from benchmarks.sample_sets import MAX_SIDE_PX, QUALITY, reencode
+from benchmarks.sample_sets import MAX_SIDE_PX, QUALITY, SampleSet, SampleSets, reencode
 from benchmarks.timing import Runner, Turn, Turns, summary, take_turns, watch_turns
 from dataset_tools.commands import Convert
+from dataset_tools.convert import Sharding, convert
+from dataset_tools.sources import FolderSource
+from pipelines.manifest import Manifest
 from tests.benchmarks.conftest import Sets
 from tests.conftest import photograph_like
 
@@ -217,6 +222,32 @@ def test_reencoding_leaves_nothing_half_made(photographs: Path) -> None:
     with pytest.raises(OSError, match="torn"):
         reencode(photographs, photographs.with_name("again"))
     assert [path.name for path in photographs.parent.iterdir()] == ["photographs"]
+
+
+def test_sets_are_compiled_into_a_file_and_shards_once(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def compiled(command: str, source: Path, target: Path, *options: object) -> None:
+        made.append(target.name)
+        sharding = Sharding(shard_size=8) if target.suffix == ".shards" else None
+        convert(FolderSource(source), target, workers=1, overwrite=True, sharding=sharding)
+
+    monkeypatch.setattr(sample_sets_module, "_dataset_tools", compiled)
+
+    def reencoded() -> SampleSet:
+        return SampleSets(photographs.parent, 2, lambda what: None).reencoded
+
+    pictures = reencoded()
+    assert made == ["photographs-q86.beton", "photographs-q86.shards"]
+    manifests = [Manifest.read(path) for path in (pictures.beton, pictures.shards)]
+    assert [manifest and manifest.format for manifest in manifests] == ["beton", "shards"]
+    reencoded()
+    assert len(made) == 2
+    os.utime(pictures.shards / "set.json", (0, 0))  # older than the pictures
+    reencoded()
+    assert made[2:] == ["photographs-q86.shards"]
 
 
 def test_our_converter_tells_its_pace_where_the_benchmark_looks(picture_folder: Path, tmp_path: Path) -> None:
