@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -67,6 +68,8 @@ def main(config: Parity) -> int:
         return verdict(result)
     with tempfile.TemporaryDirectory(prefix="parity.") as folder, console.status("making pictures") as status:
         samples = make_samples(Path(folder))
+        # Many small operations: beside other work a second thread waits more than it does.
+        torch.set_num_threads(1)
         result = measure(samples, progress=status.update)
     _print(result)
     if config.json:
