@@ -96,7 +96,7 @@ system-bench: $(READY)
 scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming cost at 1.28 and 10 million pictures
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)
 
-parity: samples  ## [ARGS=--check]|how near every backend and operation is to torchvision, for docs/parity.md
+parity: $(READY)  ## [ARGS=--check]|how near every backend and operation is to torchvision, for docs/parity.md
 	@$(BIN)/python -m benchmarks.parity --json benchmarks/results/parity.json $(ARGS)
 
 bench-gpu: $(READY)  ## [ARGS=--help]|our backends beside DALI and torchvision on a GPU
