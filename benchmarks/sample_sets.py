@@ -116,7 +116,7 @@ class SampleSets:
             folder, options = self._data / f"photographs-{self._num}", (*options, "--val", 0)
         if not (folder / _PHOTOGRAPHS_MARKER).is_file():
             self._progress(f"making {folder.name}")
-            _dataset_tools("photographs", folder, *options)
+            dataset_tools("photographs", folder, *options)
         return folder
 
     @cached_property
@@ -146,7 +146,7 @@ class SampleSets:
         if fits and manifest_path(path).stat().st_mtime >= pictures.stat().st_mtime:
             return
         self._progress(f"compiling {path.name}")
-        _dataset_tools("convert", pictures / _SPLIT, path, "--tier", tier, *options, "--overwrite")
+        dataset_tools("convert", pictures / _SPLIT, path, "--tier", tier, *options, "--overwrite")
 
 
 def reencode(source: Path, target: Path, *, workers: int | None = None) -> Path:
@@ -187,7 +187,7 @@ def _reencode_file(source: Path, target: Path) -> None:
     picture.save(target, "JPEG", quality=QUALITY, subsampling="4:2:0")
 
 
-def _dataset_tools(*words: object) -> None:
+def dataset_tools(*words: object) -> None:
     """Run one of the programs of dataset_tools as a user would."""
     command = [sys.executable, "-m", "dataset_tools", *map(str, words)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.parity.marked_block import MarkedBlock
+from benchmarks.marked_block import MarkedBlock
 
 BLOCK = MarkedBlock("<!-- parity: begin -->", "<!-- parity: end -->")
 

@@ -76,7 +76,7 @@ def make_samples(folder: Path) -> Samples:
     Raises:
         ValueError: with the words of the program that makes sets, where that fails.
     """
-    sample_sets._dataset_tools("photographs", folder, "--count", PHOTOGRAPHS, "--val", 0)
+    sample_sets.dataset_tools("photographs", folder, "--count", PHOTOGRAPHS, "--val", 0)
     train, beton = folder / "train", folder / "samples.beton"
     for case, options in _CORNER_CASES.items():
         target = train / f"corner-{case.replace(':', '-')}"
@@ -85,7 +85,7 @@ def make_samples(folder: Path) -> Samples:
             picture = Image.fromarray(colourful(number, height, width))
             picture = picture.convert("L") if case == "grey" else picture
             picture.save(target / f"{number}.jpg", quality=_CORNER_QUALITY, **options)
-    sample_sets._dataset_tools("convert", train, beton)
+    sample_sets.dataset_tools("convert", train, beton)
     listing = FolderListing(train)
     return Samples(train, beton, tuple(listing.path(i) for i in range(len(listing))))
 

@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks.report.page import render
-from benchmarks.report.readme import block, current_block, rewrite
+from benchmarks.report.readme import BLOCK, block
 from benchmarks.report.results import (
     LoaderFigures,
     ScaleFigures,
@@ -89,7 +89,7 @@ def _rewrite(readme: Path, loader: LoaderFigures, scale: ScaleFigures | None) ->
             f"{readme} keeps its figures: those of a quick run are not for it; measure with `make bench`"
         )
         return
-    changed = rewrite(readme, block(loader, scale))
+    changed = BLOCK.rewrite(readme, block(loader, scale))
     console.print(f"{readme}: {'figures rewritten' if changed else 'figures are up to date'}")
 
 
@@ -105,7 +105,7 @@ def _check(
             f"{results} holds the figures of a quick run, which are not for {readme}; run `make bench`"
         )
         return 1
-    if current_block(readme) != block(loader, scale):
+    if BLOCK.current(readme) != block(loader, scale):
         console.print(f"the loader figures in {readme} are not those of {results}; run `make report`")
         return 1
     console.print(f"the loader figures in {readme} are those of {results}")

@@ -1,46 +1,12 @@
 """The README's block of loader figures: made of the same JSON as the page, between two comments."""
 
-from pathlib import Path
-
+from benchmarks.marked_block import MarkedBlock
 from benchmarks.peers.contract import DECODE_LIMIT
 from benchmarks.report.charts import mebibytes, megabytes, number, seconds, times
 from benchmarks.report.results import LoaderFigures, Rates, ScaleFigures
-from engine.checkpoint import write_atomically
 
-BEGIN, END = "<!-- loader figures: begin -->", "<!-- loader figures: end -->"
+BLOCK = MarkedBlock("<!-- loader figures: begin -->", "<!-- loader figures: end -->")
 _SET_NAMES = {"reencoded": "re-encoded", "pass_through": "as they are"}
-
-
-def current_block(readme: Path) -> str:
-    """What stands between the two comments.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the comments are not there once each, in this order.
-    """
-    return _split(readme)[1]
-
-
-def rewrite(readme: Path, text: str) -> bool:
-    """Put ``text`` between the comments and leave all else as it is; returns whether anything changed."""
-    before, old, after = _split(readme)
-    if old == text:
-        return False
-    content = (before + text + after).encode()
-    write_atomically(readme, lambda file: file.write(content))
-    return True
-
-
-def _split(readme: Path) -> tuple[str, str, str]:
-    content = readme.read_bytes().decode()
-    begin, end = content.find(BEGIN), content.find(END)
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or end < begin:
-        raise ValueError(
-            f"{readme} must have one line {BEGIN} and after it one line {END}; put them where the loader's "
-            "figures belong"
-        )
-    start = begin + len(BEGIN)
-    return content[:start], content[start:end], content[end:]
 
 
 def block(loader: LoaderFigures, scale: ScaleFigures | None) -> str:

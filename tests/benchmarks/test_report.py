@@ -21,6 +21,7 @@ from benchmarks.report.results import Rate, read_demo, read_gpu, read_loader, re
 from benchmarks.scale import MEASURES
 
 ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = readme.BLOCK.begin, readme.BLOCK.end
 
 # Made up for these tests, every rate of them: nobody measured these figures.
 _ENVIRONMENT = {
@@ -163,7 +164,7 @@ def results(tmp_path: Path) -> Path:
 @pytest.fixture
 def readme_file(tmp_path: Path) -> Path:
     file = tmp_path / "README.md"
-    file.write_text(f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nlast line ×\n")
+    file.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nlast line ×\n")
     return file
 
 
@@ -492,10 +493,8 @@ def test_only_the_block_is_rewritten_and_only_once(results: Path, readme_file: P
     assert readme_file.read_text().count("old") == 1 and not config.out.exists(), "a check writes nothing"
     assert main(config) == 0
     text = readme_file.read_text()
-    assert text.startswith(f"# Title\n\n{readme.BEGIN}\n## ") and text.endswith(
-        f"{readme.END}\n\nlast line ×\n"
-    )
-    assert "old" not in text.split(readme.BEGIN)[1].split("\n")
+    assert text.startswith(f"# Title\n\n{BEGIN}\n## ") and text.endswith(f"{END}\n\nlast line ×\n")
+    assert "old" not in text.split(BEGIN)[1].split("\n")
     assert main(check) == 0
     assert main(config) == 0 and readme_file.read_text() == text
 
@@ -517,7 +516,13 @@ def test_a_quick_run_stays_out_of_the_readme(results: Path, readme_file: Path) -
 
 
 @pytest.mark.parametrize(
-    "text", ["", readme.BEGIN, f"{readme.END}{readme.BEGIN}", 2 * (readme.BEGIN + readme.END)]
+    "text",
+    [
+        "",
+        BEGIN,
+        f"{END}{BEGIN}",
+        2 * (BEGIN + END),
+    ],
 )
 def test_a_readme_without_its_two_comments_is_refused(results: Path, readme_file: Path, text: str) -> None:
     readme_file.write_text(text)
@@ -549,4 +554,4 @@ def test_the_readme_holds_the_committed_figures() -> None:
     loader = read_loader(ROOT / RESULTS / "loader.json")
     assert not loader.quick
     expected = readme.block(loader, read_scale(scale) if scale.is_file() else None)
-    assert readme.current_block(ROOT / README) == expected, "run `make report` and commit README.md"
+    assert readme.BLOCK.current(ROOT / README) == expected, "run `make report` and commit README.md"
