@@ -19,6 +19,7 @@ from pipelines.ffcv_engine import FFCVEngine
 from pipelines.folder_engine import FolderEngine
 from pipelines.loader import ViewLoader
 from pipelines.recipe import Mixing, Recipe
+from pipelines.shards import index_hint
 from pipelines.stores import StoreEngine, open_store
 from pipelines.streaming import ShardStream
 from pipelines.workers import WORKERS_OF_A_DEVICE
@@ -86,6 +87,8 @@ def build_loader(
         The loader; its ``chosen`` says in a line which backend was taken, and why.
     """
     path, device = Path(path), torch.device(device)
+    if str(device) == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     choice = choose(path, backend, look_around(device))
     log.info("%s", choice)
     if reading not in get_args(Reading) or (choice.backend == "folder" and reading != "auto"):
@@ -93,6 +96,8 @@ def build_loader(
             f"reading is {reading!r}; compiled sets know {', '.join(get_args(Reading))}, the folder backend "
             "reads files ahead in any case (auto)"
         )
+    if choice.backend != "dali" and dali not in (None, DALIOptions()):
+        raise ValueError(f"{dali} are given, but the backend is {choice.backend}; choose backend dali")
     num_threads = usable_cores(num_threads)
     engine = _open_engine(path, choice.backend, reading, device, num_threads, dali)
     stream = None
@@ -128,7 +133,12 @@ def _open_engine(
 ) -> Engine:
     """Open a set with the backend chosen for it."""
     if backend == "folder":
-        return FolderEngine(path)
+        try:
+            return FolderEngine(path)
+        except ValueError as error:
+            if path.is_dir() and next(path.glob("*.tar"), None) is not None:
+                raise ValueError(f"{path} holds tar files without an index; {index_hint(path)}") from error
+            raise
     store = open_store(path, reading)
     if backend == "ffcv":
         return FFCVEngine(store)

@@ -10,7 +10,7 @@ import torch
 from pipelines.beton import INSTALL_FFCV
 from pipelines.dali_operators import INSTALL_DALI
 from pipelines.manifest import Manifest
-from pipelines.shards import index_hint, is_shard_set
+from pipelines.shards import is_shard_set
 
 Backend = Literal["auto", "ffcv", "dali", "folder"]
 # Compute capabilities of the data-centre GPUs with a JPEG unit: A30 and A100; H100 and H200; B200 and B300.
@@ -71,18 +71,27 @@ def choose(path: str | Path, backend: Backend, here: Here) -> Choice:
         )
     if backend != "auto":
         return Choice(backend, "asked for")
-    manifest = Manifest.read(path)
-    tier = manifest.tier if manifest else "unknown"
-    if here.jpeg_unit and here.dali and tier == "jpeg":
+    manifest, shards = Manifest.read(path), is_shard_set(path)
+    # FFCV's types tell the layout of a .beton file, whoever decodes what is in it.
+    dali = here.dali and (shards or here.ffcv) and (manifest is None or manifest.tier == "jpeg")
+    if here.jpeg_unit and dali and manifest is not None:
         return Choice("dali", "this GPU decodes JPEGs in hardware")
     if here.ffcv:
-        if tier == "jpeg":
-            return Choice("ffcv", "the fastest on CPU cores, and this device has no unit that decodes JPEGs")
-        return Choice("ffcv", f"only it reads pictures of the tier {tier}")
-    if here.dali and is_shard_set(path):
+        return Choice("ffcv", _why_ffcv(here, manifest))
+    if dali:
         return Choice("dali", "FFCV, which would be faster on CPU cores, is not installed")
-    or_dali = f" Or DALI, which reads shards alone: {INSTALL_DALI}" if is_shard_set(path) else ""
+    or_dali = f" Or DALI, which reads shards alone: {INSTALL_DALI}" if shards else ""
     raise ImportError(f"nothing that is installed here reads {path}. {INSTALL_FFCV}.{or_dali}")
+
+
+def _why_ffcv(here: Here, manifest: Manifest | None) -> str:
+    if manifest is None:
+        return "it reads every tier, and the set has no manifest to tell its own"
+    if manifest.tier != "jpeg":
+        return f"only it reads pictures of the tier {manifest.tier}"
+    if here.jpeg_unit:
+        return f"the fastest that is installed; for this GPU's JPEG unit DALI is missing, {INSTALL_DALI}"
+    return "the fastest on CPU cores, and this device has no unit that decodes JPEGs"
 
 
 def _check_folder(path: Path, backend: Backend) -> None:
@@ -97,5 +106,3 @@ def _check_folder(path: Path, backend: Backend) -> None:
             f"backend folder reads folders of pictures, {path} is a file; compile it with "
             f"`make convert DATA={path}`"
         )
-    if path.is_dir() and next(path.glob("*.tar"), None) is not None:
-        raise ValueError(f"{path} holds tar files without an index; {index_hint(path)}")

@@ -56,7 +56,7 @@ class DALIEngine(StoreEngine):
 
         Args:
             store: the compiled set.
-            device: where crops are wanted by ``crop_on_device``.
+            device: where crops are wanted by ``crop_on_device``; a GPU with its number.
             num_threads: of a graph whose crops stay on the device.
             options: of decoding on a GPU.
 
@@ -124,20 +124,23 @@ class DALIEngine(StoreEngine):
         """
         every_N = np.arange(len(fetched.index_N))
         try:
-            self._run(every_N, fetched, boxes_NV5, out_NVSS3)
-        except RuntimeError:
+            return self._run(every_N, fetched, boxes_NV5, out_NVSS3)
+        except RuntimeError as error:
             ok_N = self.crop(fetched, boxes_NV5, np.empty(out_NVSS3.shape, np.uint8))
-            if ok_N.all():  # then it is not a matter of pictures
-                raise
-            if ok_N.any():
-                self._run(np.flatnonzero(ok_N), fetched, boxes_NV5, out_NVSS3)
-            return ok_N
-        return np.ones(len(every_N), np.bool_)
+            if ok_N.all():
+                raise RuntimeError(
+                    f"DALI cannot crop {len(ok_N)} pictures of {self.store.path} on {self._device}, all of "
+                    f"which the host decodes (the first is picture {fetched.index_N[0]}); try "
+                    f"--dali.hw-decoder-load 0, smaller batches or --backend ffcv; {error}"
+                ) from error
+        if ok_N.any():
+            ok_N[ok_N] = self._run(np.flatnonzero(ok_N), fetched, boxes_NV5, out_NVSS3)
+        return ok_N
 
     def _run(
         self, some_M: NDArray[np.int64], fetched: Payloads, boxes_NV5: NDArray[np.int32], out_NVSS3: Tensor
-    ) -> None:
-        """Crop the pictures ``some_M`` by one graph."""
+    ) -> NDArray[np.bool_]:
+        """Crop the pictures ``some_M`` by one graph; (M,) which of them have the size that the index says."""
         num_views, crop_px = out_NVSS3.shape[1:3]
         boxes_MV5, encoded = boxes_NV5[some_M], list(fetched)
         with self._cropper(num_views, crop_px).one(len(some_M)) as graph:
@@ -148,23 +151,26 @@ class DALIEngine(StoreEngine):
                 boxes_MV5 = boxes_MV5 - np.pad(window_M4[:, None, :2], ((0, 0), (0, 0), (0, 3)))
             graph.feed_input(BOXES, np.ascontiguousarray(boxes_MV5[:, :, :4]))
             graph.feed_input(MIRRORED, np.ascontiguousarray(boxes_MV5[:, :, 4]))
-            self._hand_over(graph, some_M, out_NVSS3)
+            shapes = self._hand_over(graph, some_M, out_NVSS3)
+        right_M: NDArray[np.bool_] = (shapes[:, :2] == fetched.size_N2[some_M]).all(axis=1)
+        return right_M
 
-    def _hand_over(self, graph: Any, some_M: NDArray[np.int64], out_NVSS3: Tensor) -> None:
-        """Run a graph and take its crops over, by DLPack: no copy through the host."""
-        on_gpu = self._device.type == "cuda"
-        stream = torch.cuda.Stream(self._device) if on_gpu else None
+    def _hand_over(self, graph: Any, some_M: NDArray[np.int64], out_NVSS3: Tensor) -> NDArray[np.int64]:
+        """Run a graph and take its crops over, by DLPack: no copy through the host. Returns the sizes."""
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with torch.cuda.stream(stream):
-            views = graph.run(cuda_stream=stream) if on_gpu else graph.run()
+            shapes, *views = graph.run(stream)
             whole = len(some_M) == len(out_NVSS3)
             rows = slice(None) if whole else torch.from_numpy(some_M).to(out_NVSS3.device)
             for v, crops in enumerate(views):
                 out_NVSS3[rows, v] = torch.utils.dlpack.from_dlpack(crops.as_tensor())
         if stream is not None:
             stream.synchronize()
+        sizes: NDArray[np.int64] = np.asarray(shapes.as_tensor())
+        return sizes
 
     def _cropper(self, num_views: int, crop_px: int) -> Graphs:
-        device_id = (self._device.index or 0) if self._device.type == "cuda" else None
+        device_id = self._device.index if self._device.type == "cuda" else None
         return self._croppers.setdefault(
             (num_views, crop_px),
             Graphs(

@@ -4,6 +4,7 @@ Shape letters: N pictures, V views, S side in pixels.
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,17 +30,14 @@ class DALIOptions:
     hybrid_huffman_threshold: int = 1_000_000
     """Pictures of more pixels than this have their entropy decoding done by the GPU's cores too. DALI's own
     default."""
-    preallocate_width_px: int = 0
-    """Width of the largest picture, if known: memory is taken once instead of growing in the first epoch."""
-    preallocate_height_px: int = 0
-    """Height of the largest picture, likewise."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load is {self.hw_decoder_load}; it must lie in [0, 1]")
-        for name in ("preallocate_width_px", "preallocate_height_px"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.hybrid_huffman_threshold < 0:
+            raise ValueError(
+                f"hybrid_huffman_threshold is {self.hybrid_huffman_threshold} pixels; it must be at least 0"
+            )
 
 
 def import_dali() -> ModuleType:
@@ -80,7 +78,7 @@ def cropping_graph(
     device_id: int | None,
     options: DALIOptions,
 ) -> Any:
-    """A graph that does all of it: encoded pictures and boxes → V lists of (N, S, S, 3) uint8 crops.
+    """A graph that does all of it: encoded pictures and boxes → (N, 3) sizes, V lists of (N, S, S, 3) crops.
 
     On a GPU (``device_id``) decoding is mixed, as DALI calls it, and all that follows stays on the device;
     with None the same operators run on the host. Cut first, then resized: DALI's own region of interest in
@@ -96,8 +94,6 @@ def cropping_graph(
             "jpeg_fancy_upsampling": True,
             "hw_decoder_load": options.hw_decoder_load,
             "hybrid_huffman_threshold": options.hybrid_huffman_threshold,
-            "preallocate_width_hint": options.preallocate_width_px,
-            "preallocate_height_hint": options.preallocate_height_px,
         }
 
     @dali.pipeline_def(  # type: ignore[untyped-decorator, unused-ignore]
@@ -118,7 +114,8 @@ def cropping_graph(
             )
         else:
             picture = fn.decoders.image(encoded, **decode)
-        return tuple(_view(fn, types, picture, boxes[v], mirrored[v], crop_px) for v in range(num_views))
+        views = (_view(fn, types, picture, boxes[v], mirrored[v], crop_px) for v in range(num_views))
+        return fn.peek_image_shape(encoded), *views
 
     return _built(graph())
 
@@ -145,14 +142,22 @@ class Graphs:
         self._build, self._largest = build, 1
         self._waiting: list[tuple[int, Any]] = []
         self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._of_parent: list[tuple[int, Any]] = []
 
     @contextlib.contextmanager
     def one(self, batch: int) -> Iterator[Any]:
         """Lend a graph that takes a batch of this size, building it where none waits."""
+        if os.getpid() != self._process:
+            # The threads of the parent's graphs are not here; even their end would wait for them.
+            self._lock, self._process = threading.Lock(), os.getpid()
+            self._of_parent, self._waiting = self._waiting, []
         with self._lock:
             self._largest = max(self._largest, batch)
-            self._waiting = [(size, graph) for size, graph in self._waiting if size >= self._largest]
+            small = [each for each in self._waiting if each[0] < self._largest]
+            self._waiting = [each for each in self._waiting if each[0] >= self._largest]
             size, graph = self._waiting.pop() if self._waiting else (self._largest, None)
+        del small  # outside of the lock: taking a graph down takes a while
         if graph is None:
             graph = self._build(size)
         yield graph

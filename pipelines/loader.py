@@ -26,7 +26,7 @@ from pipelines.mixing import mix
 from pipelines.photometric import augment
 from pipelines.randomness import NUM_EPOCHS, EpochOrder, key_of
 from pipelines.recipe import Recipe
-from pipelines.streaming import ShardStream
+from pipelines.streaming import BUFFER, ShardStream
 from pipelines.workers import Asked, Made, Started, Workers
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class ViewLoader:
             "shuffle": self._shuffle,
             "global_batch": self.batch_size * self._world_size,
             # A stream's batches depend on how many ranks share it, the loader's own order does not.
-            "streamed_to": self._world_size if self._stream else 0,
+            "stream": f"{self._world_size} ranks, buffer {BUFFER}" if self._stream else "none",
             "epoch": self._epoch,
             "batches_done": self._batches_done,
             "stream_state": self._stream_state,
@@ -179,8 +179,12 @@ class ViewLoader:
         epoch, done = int(state["epoch"]), int(state["batches_done"])
         if not (0 <= epoch < NUM_EPOCHS and 0 <= done <= len(self)):
             raise ValueError(f"the loader's state has done {done} of {len(self)} batches of epoch {epoch}")
-        self._epoch, self._batches_done = epoch, done
-        self._stream_state = str(state["stream_state"])
+        stream_state = str(state.get("stream_state", ""))
+        if self._stream is not None and done and not stream_state:
+            raise ValueError(
+                f"the loader's state has done {done} batches of a stream but lacks its checkpoint; start anew"
+            )
+        self._epoch, self._batches_done, self._stream_state = epoch, done, stream_state
         self._iteration += 1
 
     def __iter__(self) -> Iterator[Batch]:
@@ -207,9 +211,13 @@ class ViewLoader:
             index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
             crops = Crops(pixels[: len(index)], index, label)
             self._count(made)
+            used = pixels if pixels.is_cuda else None
             del pixels
             yield crops
             del crops
+            if used is not None:
+                self._hold(used)
+            del used
 
     def _count(self, made: Made) -> None:
         """Move the cursor behind a batch that is handed out."""
@@ -235,17 +243,17 @@ class ViewLoader:
         crops_V = pixels_NVSS3[: len(index)].to(self.device, non_blocking=True).unbind(1)
         views = [augment(crops, p, self.recipe) for crops, p in zip(crops_V, params_VNP, strict=True)]
         if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
-            self._hold(event, pixels_NVSS3)
+            self._hold(pixels_NVSS3)
         return self._mixed(epoch, views, index, label)
 
     def _pinned(self, column: Tensor) -> Tensor:
         """In memory that can be copied while the host goes on, where there is a device to copy to."""
         return column.pin_memory() if self.device.type == "cuda" else column
 
-    def _hold(self, event: "torch.cuda.Event", pixels: Tensor) -> None:
+    def _hold(self, pixels: Tensor) -> None:
         """Keep crops from being overwritten before the device has used them; wait if many are not."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
         self._uploads.append((event, pixels))
         while self._uploads and (len(self._uploads) > _AHEAD or self._uploads[0][0].query()):
             self._uploads.popleft()[0].synchronize()
@@ -308,6 +316,7 @@ class ViewLoader:
             named = len(self.faults) < _MOST_NAMED
             name = self.engine.picture_name(index) if named else "not looked up"
             fault = self.faults[index] = Fault(index, name, used)
+            self._workers.stand_ins[index] = used
             log.warning(
                 "picture %d (%s) cannot be decoded; picture %d takes its place", *vars(fault).values()
             )

@@ -7,7 +7,8 @@ Shape letters: N pictures of a call, C bytes.
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -194,10 +195,8 @@ class BetonStore:
             return Payloads(index_N, size_N2, mode_N, self._beton.data, address_N, num_bytes_N)
         data_C, start_N = _room(num_bytes_N)
         file_N = np.full(len(index_N), self._file, np.int32)
-        failed = read_pieces(pread_address(), file_N, address_N, num_bytes_N, start_N, data_C)
-        if failed >= 0:
-            place = int(address_N[failed]), int(num_bytes_N[failed])
-            raise OSError(_explain(self._file, self.path, self.path, int(index_N[failed]), *place))
+        pieces = _Pieces(index_N, address_N, num_bytes_N, start_N, data_C)
+        pieces.read(np.arange(len(index_N)), file_N, lambda _: (self.path, self.path))
         return Payloads(index_N, size_N2, mode_N, data_C, start_N, num_bytes_N)
 
 
@@ -218,6 +217,7 @@ class ShardStore:
             )
         self.shard_set = open_shards(path)
         self._files: dict[int, int] = {}
+        self._lock = threading.Lock()
         self.path, self.count = path, len(self.shard_set)
         self.classes, self.fingerprint = self.shard_set.manifest.classes, self.shard_set.manifest.sha256
 
@@ -244,31 +244,43 @@ class ShardStore:
         records = self.shard_set.index[index_N]
         num_bytes_N, offset_N = records["num_bytes"].astype(np.int64), records["offset"].astype(np.int64)
         data_C, start_N = _room(num_bytes_N)
-        with self._opened(records["shard"]) as file_N:
-            failed = read_pieces(pread_address(), file_N, offset_N, num_bytes_N, start_N, data_C)
-            if failed >= 0:
-                tar = self.shard_set.tar_path(int(records["shard"][failed]))
-                place = int(offset_N[failed]), int(num_bytes_N[failed])
-                raise OSError(_explain(int(file_N[failed]), tar, self.path, int(index_N[failed]), *place))
+        pieces = _Pieces(index_N, offset_N, num_bytes_N, start_N, data_C)
+        file_N = np.full(len(index_N), -1, np.int32)
+        for shard in set(records["shard"].tolist()):
+            here_N = records["shard"] == shard
+            file_N[here_N] = self._kept_open(shard)
+            if file_N[here_N][0] < 0:
+                with self._open(shard) as file:
+                    pieces.read(np.flatnonzero(here_N), np.full(here_N.sum(), file, np.int32), self._where)
+        open_M = np.flatnonzero(file_N >= 0)
+        pieces.read(open_M, file_N[open_M], self._where)
         return self._payloads(index_N, data_C, start_N, num_bytes_N)
 
+    def _where(self, index: int) -> tuple[Path, Path]:
+        """The tar of a picture, and the set."""
+        return self.shard_set.tar_path(int(self.shard_set.index[index]["shard"])), self.path
+
+    def _kept_open(self, shard: int) -> int:
+        """A descriptor of a tar that stays open; −1 for one more than may."""
+        with self._lock:
+            if shard not in self._files and len(self._files) < _MOST_OPEN:
+                self._files[shard] = os.open(self._tar(shard), os.O_RDONLY)
+            return self._files.get(shard, -1)
+
     @contextlib.contextmanager
-    def _opened(self, shard_N: NDArray[np.uint32]) -> Iterator[NDArray[np.int32]]:
-        """(N,) descriptors of the tars; the first few hundred asked for stay open."""
-        file_N, passing = np.empty(len(shard_N), np.int32), []
+    def _open(self, shard: int) -> Iterator[int]:
+        file = os.open(self._tar(shard), os.O_RDONLY)
         try:
-            for shard in set(shard_N.tolist()):
-                file = self._files.get(shard)
-                if file is None:
-                    file = os.open(self.shard_set.tar_path(shard), os.O_RDONLY)
-                    # Another thread may have opened it at the same moment.
-                    if len(self._files) >= _MOST_OPEN or self._files.setdefault(shard, file) != file:
-                        passing.append(file)
-                file_N[shard_N == shard] = file
-            yield file_N
+            yield file
         finally:
-            for file in passing:
-                os.close(file)
+            os.close(file)
+
+    def _tar(self, shard: int) -> Path:
+        """The path of a tar that is there, or an error that says what to do."""
+        tar = self.shard_set.tar_path(shard)
+        if not tar.exists():
+            raise FileNotFoundError(f"{tar} has gone while the set was read; bring it back and resume")
+        return tar
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", {}).values():
@@ -301,14 +313,45 @@ def _room(num_bytes_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np
     return np.empty(int(num_bytes_N.sum()) + SLACK, np.uint8), start_N
 
 
-def _explain(file: int, name: Path, path: Path, index: int, address: int, num_bytes: int) -> str:
-    """Read a picture that could not be read once more, for the system's own reason."""
-    got = len(os.pread(file, num_bytes, address))
-    what = "was cut short while it was read" if got < num_bytes else "could be read only at the second try"
-    return (
-        f"{name} {what}: picture {index}, {num_bytes} bytes at {address}; see to the disk, "
-        f"{verify_hint(path)}, and resume"
-    )
+@dataclass(frozen=True)
+class _Pieces:
+    """Pictures to be read into one memory."""
+
+    index_N: NDArray[np.int64]
+    address_N: NDArray[np.int64]
+    num_bytes_N: NDArray[np.int64]
+    start_N: NDArray[np.int64]
+    data_C: NDArray[np.uint8]
+
+    def read(
+        self,
+        some_M: NDArray[np.int64],
+        file_M: NDArray[np.int32],
+        where: Callable[[int], tuple[Path, Path]],
+    ) -> None:
+        """Read the pictures ``some_M`` from the files ``file_M``; ``where`` tells file and set."""
+        done = 0
+        while done < len(some_M):
+            rest_M = some_M[done:]
+            columns = self.address_N[rest_M], self.num_bytes_N[rest_M], self.start_N[rest_M]
+            failed = read_pieces(pread_address(), file_M[done:], *columns, self.data_C)
+            if failed < 0:
+                return
+            # Once more by Python, which goes on after a signal and knows the system's reason.
+            done += failed
+            n = some_M[done]
+            file, path = where(int(self.index_N[n]))
+            address, num_bytes = int(self.address_N[n]), int(self.num_bytes_N[n])
+            picture = f"picture {self.index_N[n]}, {num_bytes} bytes at {address}"
+            mend = f"see to the disk, {verify_hint(path)}, and resume"
+            try:
+                content = os.pread(int(file_M[done]), num_bytes, address)
+            except OSError as error:
+                raise OSError(error.errno, f"{file}: {picture}: {error.strerror}; {mend}") from error
+            if len(content) < num_bytes:
+                raise OSError(f"{file} was cut short while it was read: {picture}; {mend}")
+            self.data_C[self.start_N[n] :][:num_bytes] = np.frombuffer(content, np.uint8)
+            done += 1
 
 
 def _memory_bytes() -> int:

@@ -10,6 +10,9 @@ Shape letters: N pictures of a batch, P pictures of the set.
 """
 
 import base64
+import os
+import re
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +29,8 @@ BUFFER = 2048
 """Pictures in the buffer that is shuffled; of ImageNet's size they take 230 MB on each rank."""
 _BATCHES_AHEAD = 2
 _READER = "reader"
+# What a process has open besides: sockets, logs, other sets.
+_OTHER_FILES = 512
 # A place in the set is one number, the shard's number before the offset; no tar reaches 16 TiB.
 _OFFSET_BITS = 44
 
@@ -59,10 +64,13 @@ class ShardStream:
                     f"{index_file} is missing, which DALI's reader needs; {index_hint(store.path)}, or "
                     "choose reading read"
                 )
+        _allow_open_files(len(self._shards.shards))
         self._number = {shard.name: number for number, shard in enumerate(self._shards.shards)}
-        place_P = _places(self._shards.index["shard"], self._shards.index["offset"])
-        self._order_P = np.argsort(place_P, kind="stable")
-        self._place_P = place_P[self._order_P]
+        # Sixteen bytes a picture, and the only memory that grows with the set.
+        self._place_P = _places(self._shards.index["shard"], self._shards.index["offset"])
+        self._order_P = np.argsort(self._place_P, kind="stable")
+        known = self._shards.manifest.settings.get("extensions")
+        self._extensions = list(known) if known else [suffix.lstrip(".") for suffix in PICTURE_SUFFIXES]
 
     def batches(self, epoch: int, checkpoint: str) -> Iterator[tuple[Payloads, str]]:
         """Batches from the checkpoint on ("" for the start of the epoch), each with the checkpoint behind it.
@@ -77,11 +85,12 @@ class ShardStream:
                 encoded, sources = graph.run()
             except RuntimeError as error:
                 raise OSError(
-                    f"DALI cannot go on reading {self._store.path}; {verify_hint(self._store.path)}; {error}"
+                    f"DALI cannot go on reading {self._store.path}; {verify_hint(self._store.path)}; "
+                    f"{_reason(error)}"
                 ) from error
             payloads = self._payloads(
                 [np.asarray(picture) for picture in encoded],
-                [np.asarray(source).tobytes().decode() for source in sources],
+                [os.fsdecode(np.asarray(source).tobytes()) for source in sources],
             )
             yield payloads, base64.b64encode(graph.checkpoint()).decode()
 
@@ -107,7 +116,7 @@ class ShardStream:
                 name=_READER,
                 paths=[str(tar) for tar in tars],
                 index_paths=[str(dali_index_path(tar)) for tar in tars],
-                ext=[";".join(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)],
+                ext=[";".join(self._extensions)],
                 case_sensitive_extensions=False,
                 missing_component_behavior="skip",
                 # A tar that is cut short while it is mapped would end the process.
@@ -120,12 +129,14 @@ class ShardStream:
             )
             return encoded, dali.fn.get_property(encoded, key="source_info")
 
-        pipeline = graph(checkpoint=base64.b64decode(checkpoint) if checkpoint else None)
+        at = f", or the state's checkpoint {checkpoint!r} is not of this set" if checkpoint else ""
         try:
+            pipeline = graph(checkpoint=base64.b64decode(checkpoint, validate=True) if checkpoint else None)
             pipeline.build()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"DALI cannot open the shards of {self._store.path}; {index_hint(self._store.path)}; {error}"
+                f"DALI cannot open the shards of {self._store.path}{at}; {index_hint(self._store.path)}; "
+                f"{_reason(error)}"
             ) from error
         counted = pipeline.reader_meta(_READER)["epoch_size"]
         if counted != self._store.count:
@@ -138,10 +149,10 @@ class ShardStream:
     def _payloads(self, encoded: list[NDArray[np.uint8]], sources: list[str]) -> Payloads:
         """Find out which pictures these are: DALI tells of each the tar, the offset and the name."""
         place_N = np.array([self._place(source) for source in sources], np.uint64)
-        found_N = np.minimum(np.searchsorted(self._place_P, place_N), len(self._place_P) - 1)
-        index_N = self._order_P[found_N]
+        found_N = np.searchsorted(self._place_P, place_N, sorter=self._order_P)
+        index_N = self._order_P[np.minimum(found_N, len(self._place_P) - 1)]
         num_bytes_N = np.array([len(picture) for picture in encoded], np.int64)
-        wrong_N = (self._place_P[found_N] != place_N) | (
+        wrong_N = (self._place_P[index_N] != place_N) | (
             self._shards.index["num_bytes"][index_N] != num_bytes_N
         )
         if wrong_N.any():
@@ -153,8 +164,36 @@ class ShardStream:
 
     def _place(self, source: str) -> int:
         """The place in the set of what DALI calls ``folder/tar:offset:name``."""
-        tar, offset, _ = source.removeprefix(f"{self._store.path}/").split(":", 2)
-        return self._number[tar] << _OFFSET_BITS | int(offset)
+        told = source.removeprefix(f"{self._store.path}/")
+        # A tar's name may hold colons, and so may a picture's.
+        ends = (match for match in re.finditer(r":(\d+):", told) if told[: match.start()] in self._number)
+        tar = next(ends)
+        return self._number[told[: tar.start()]] << _OFFSET_BITS | int(tar.group(1))
+
+
+def _allow_open_files(num_tars: int) -> None:
+    """DALI's reader has all tars open: ask the system for as many, or say what to do.
+
+    Raises ValueError where it does not allow them.
+    """
+    wanted = num_tars + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= wanted or soft == resource.RLIM_INFINITY:
+        return
+    if hard not in (resource.RLIM_INFINITY,) and hard < wanted:
+        raise ValueError(
+            f"DALI's reader keeps all {num_tars} shards open, this process may have {hard} files; raise that "
+            f"(`ulimit -n {wanted}`, or LimitNOFILE of the service), choose reading read, or larger shards"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _reason(error: Exception) -> str:
+    """The line of DALI's report that tells what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and "ritical error" not in line and "no longer valid" not in line]
+    after = said.index("encountered:") + 1 if "encountered:" in said[:-1] else 0
+    return said[after] if said else str(error)
 
 
 def _places(shard_N: NDArray[Any], offset_N: NDArray[Any]) -> NDArray[np.uint64]:

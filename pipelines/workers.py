@@ -105,6 +105,8 @@ class Workers:
         )
         self._floats = Lender((views, batch_size, side, side, 3), torch.float32)
         self._scratch = threading.local()
+        self.stand_ins: dict[int, int] = {}
+        """Pictures known to be bad, and which take their places; they are not tried again."""
 
     def hired(self, stack: ExitStack, *, streamed: bool) -> Callable[[int, Asked, bool], Started]:
         """Start the threads, which end with the stack; returns the function that gives them a batch.
@@ -136,13 +138,20 @@ class Workers:
         for start in range(0, len(asked.wanted_N), size):
             some = slice(start, start + size)
             index_N = asked.wanted_N[some]
-            fetch: Callable[[], Any] = partial(self._engine.fetch, index_N)
             if asked.fetched is not None:
-                fetch = partial(asked.fetched.part, some)
-            elif readers:
+                fetch: Callable[[], Any] = partial(asked.fetched.part, some)
+            else:
+                index_N = self._without_known_bad(index_N)
+                fetch = partial(self._engine.fetch, index_N)
+            if readers:
                 fetch = readers.submit(fetch).result
             slices.append(workers.submit(self._make, epoch, index_N, fetch, pixels, start, augmented))
         return Started(asked, pixels, slices)
+
+    def _without_known_bad(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        if not self.stand_ins:
+            return index_N
+        return np.array([self.stand_ins.get(index, index) for index in index_N.tolist()], np.int64)
 
     def _make(
         self,
@@ -187,8 +196,10 @@ class Workers:
             tries += 1
             index_N[bad_B] = (index_N[bad_B] + 1) % self._engine.count
             stand_in_BVSS3 = torch.empty_like(views_NVSS3[: len(bad_B)])
+            _settle(views_NVSS3)  # its memory may be somebody's whose work on it is still under way
             ok_N[bad_B] = self._cut(epoch, self._engine.fetch(index_N[bad_B]), stand_in_BVSS3)
             views_NVSS3[torch.from_numpy(bad_B).to(views_NVSS3.device)] = stand_in_BVSS3
+            _settle(views_NVSS3)
         return index_N
 
     def _cut(self, epoch: int, fetched: Any, views_NVSS3: Tensor) -> NDArray[np.bool_]:
@@ -197,6 +208,12 @@ class Workers:
         if self._device_engine:
             return self._device_engine.crop_on_device(fetched, boxes_NV5, views_NVSS3)
         return self._engine.crop(fetched, boxes_NV5, views_NVSS3.numpy())
+
+
+def _settle(views: Tensor) -> None:
+    """Wait for all that this thread has asked of a GPU."""
+    if views.is_cuda:
+        torch.cuda.current_stream(views.device).synchronize()
 
 
 def _pool(name: str, num_threads: int, stack: ExitStack) -> ThreadPoolExecutor:

@@ -1,12 +1,17 @@
 """DALI's own reader: what its stream promises, how it resumes, and what it says of shards that do not fit."""
 
+import itertools
+import os
+import resource
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from dataset_tools.index_shards import index_shards
 from pipelines import Backend, Batch, Recipe, ViewLoader, build_loader
 from pipelines.recipe import Mixing
 
@@ -84,10 +89,90 @@ def test_ranks_share_the_set_and_the_state_of_one_resumes_all(shards: Path) -> N
 
 def test_a_state_of_another_order_is_refused(shards: Path) -> None:
     own = build_loader(shards, RECIPE, "dali", batch_size=6, seed=3)
-    with pytest.raises(ValueError, match=r"streamed_to 0, this run has 1; resume with the same .* reading"):
+    with pytest.raises(
+        ValueError, match=r"stream none, this run has 1 ranks, .*resume with the same .* reading"
+    ):
         _stream(shards).load_state_dict(own.state_dict())
     with pytest.raises(ValueError, match="backend dali, this run has ffcv"):
         _stream(shards, "ffcv").load_state_dict(_stream(shards).state_dict())
+
+
+def test_a_state_that_does_not_fit_the_stream_is_refused(shards: Path) -> None:
+    state = _stream(shards, batch_size=4).state_dict() | {"batches_done": 1}
+    with pytest.raises(ValueError, match="done 1 batches of a stream but lacks its checkpoint"):
+        _stream(shards, batch_size=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="taken with stream 1 ranks"):
+        _stream(shards, batch_size=2, world_size=2).load_state_dict(state)
+    loader = _stream(shards, batch_size=4)
+    loader.load_state_dict(state | {"stream_state": "AAAA"})
+    with pytest.raises(ValueError, match="the state's checkpoint 'AAAA' is not of this set"):
+        list(loader)
+
+
+def test_the_epoch_after_a_whole_one_begins_at_its_start(shards: Path) -> None:
+    loader = _stream(shards)
+    list(loader)
+    assert loader.state_dict()["stream_state"] == ""
+    loader.set_epoch(1)
+    fresh = _stream(shards)
+    fresh.set_epoch(1)
+    assert _indices(list(loader)) == _indices(list(fresh))
+
+
+def test_pictures_are_shuffled_across_shards(shards: Path) -> None:
+    loader = _stream(shards)
+    index = loader.engine.store.shard_set.index  # type: ignore[attr-defined]
+    orders = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        orders.append([int(index[i]["shard"]) for i in _indices(list(loader))])
+    # With all shards in the buffer, neighbours come from different ones, and not in the shards' order.
+    for order in orders:
+        assert sum(a != b for a, b in itertools.pairwise(order)) > 18
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("suffix", ["JPG", "left.jpg"])
+def test_foreign_shards_and_foreign_names(suffix: str, tmp_path: Path, picture_folder: Path) -> None:
+    """Colons and spaces in names, a relative path, upper case, an ending of its own."""
+    folder = tmp_path / "a:7:b"
+    folder.mkdir()
+    pictures = sorted(picture_folder.rglob("*.JPEG"))[:9]
+    for number, name in enumerate(("sh:12:ard.tar", "second.tar")):
+        with tarfile.open(folder / name, "w") as tar:
+            for k, picture in enumerate(pictures[4 * number : 4 * number + 4]):
+                tar.add(picture, f"dir/pic:{k}.{suffix}")
+    index_shards(folder, extensions=[suffix])
+    whole = build_loader(folder, RECIPE, "dali", batch_size=4)
+    views = {int(i): view for b in whole for i, view in zip(b.index, b.query, strict=True)}
+    streamed = build_loader(os.path.relpath(folder), RECIPE, "dali", batch_size=4, reading="stream")
+    batches = list(streamed)
+    assert sorted(_indices(batches)) == list(range(8))
+    for batch in batches:
+        assert all(torch.equal(v, views[int(i)]) for i, v in zip(batch.index, batch.query, strict=True))
+
+
+def test_more_shards_than_open_files_are_refused_with_the_mend(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 4096))
+    _stream(shards)
+    assert asked == [(518, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
+    with pytest.raises(ValueError, match=r"keeps all 6 shards open, .* may have 200 .*ulimit -n 518"):
+        _stream(shards)
+
+
+def test_few_tars_stay_open_and_the_others_are_closed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(build_loader(shards, RECIPE, "dali", batch_size=8))
+    monkeypatch.setattr("pipelines.stores._MOST_OPEN", 2)
+    loader = build_loader(shards, RECIPE, "dali", batch_size=8)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    batches = list(loader)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+    assert all(torch.equal(a.query, b.query) for a, b in zip(whole, batches, strict=True))
 
 
 def test_in_order_without_shuffling(shards: Path) -> None:
@@ -115,6 +200,12 @@ def _shorten_index(copy: Path) -> None:
     (copy / "000003.idx").write_text("\n".join(["v1.2 6", *lines[1:-1]]) + "\n")
 
 
+def _lengthen_picture(copy: Path) -> None:
+    file = copy / "000000.idx"
+    first = file.read_text().splitlines()[1].split()
+    file.write_text(file.read_text().replace(f"jpg 512 {first[2]} ", f"jpg 512 {int(first[2]) + 1} "))
+
+
 def _spoil_index(copy: Path) -> None:
     (copy / "000003.idx").write_text("what is this")
 
@@ -125,6 +216,7 @@ def _spoil_index(copy: Path) -> None:
         (_drop_index, r"000002\.idx is missing, which DALI's reader needs; index the shards"),
         (_swap_indices, "is no picture by the index of .* file does not fit its tar"),
         (_shift_index, "is no picture by the index of .* file does not fit its tar"),
+        (_lengthen_picture, "is no picture by the index of .* file does not fit its tar"),
         (_shorten_index, r"name 39 pictures, its manifest 40"),
         (_spoil_index, "DALI cannot open the shards"),
     ],
