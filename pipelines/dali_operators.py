@@ -82,7 +82,7 @@ def cropping_graph(
 
     On a GPU (``device_id``) decoding is mixed, as DALI calls it, and all that follows stays on the device;
     with None the same operators run on the host. Cut first, then resized: DALI's own region of interest in
-    the resize lets pixels from outside of the box into its edges, up to 21 grey levels off.
+    the resize lets pixels from outside of the box into its edges, up to 63 grey levels off.
     """
     dali = import_dali()
     fn, types = dali.fn, dali.types
