@@ -25,6 +25,8 @@ SMALL = shlex.split(
     "--knn-k 5 --knn-every-epochs 1 --num-threads 1 --log-every-s 0"
 )
 
+STREAMED = ("--backend", "dali", "--reading", "stream")
+
 
 def _argv(data: Path, out: Path, *more: str) -> list[str]:
     return [str(data), "--out", str(out), *SMALL, *more]
@@ -64,17 +66,22 @@ def test_backbone_loads_in_torchvision(beton: Path, tmp_path: Path) -> None:
     assert keys.missing_keys == ["fc.weight", "fc.bias"] and not keys.unexpected_keys
 
 
-@pytest.mark.parametrize("stop_after", [3, 5, 7])
+@pytest.mark.parametrize(
+    ("data", "stop_after", "flags"),
+    [("beton", 3, ()), ("beton", 5, ()), ("beton", 7, ()), ("shards", 7, STREAMED)],
+)
 def test_a_stopped_run_resumes_to_the_same_weights(
+    data: str,
     stop_after: int,
-    beton: Path,
+    flags: tuple[str, ...],
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In the middle of the first epoch, at its very end, and in the middle of the second."""
-    more = ("--method", "both")
-    main(parse(_argv(beton, tmp_path / "whole", *more)))
+    pictures, more = request.getfixturevalue(data), ("--method", "both", *flags)
+    main(parse(_argv(pictures, tmp_path / "whole", *more)))
 
     steps = iter(range(1, 100))
 
@@ -84,10 +91,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(
 
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "agreed", stop_there)
-        main(parse(_argv(beton, tmp_path / "parts", *more)))
+        main(parse(_argv(pictures, tmp_path / "parts", *more)))
     assert "--resume" in capsys.readouterr().out
     assert not (tmp_path / "parts" / "backbone.safetensors").exists()
-    main(parse(_argv(beton, tmp_path / "parts", *more, "--resume")))
+    main(parse(_argv(pictures, tmp_path / "parts", *more, "--resume")))
 
     whole, parts = (load_checkpoint(latest(tmp_path / name)) for name in ("whole", "parts"))
     assert whole.step == parts.step == 10
