@@ -234,7 +234,7 @@ def test_sets_are_compiled_into_a_file_and_shards_once(
         sharding = Sharding(shard_size=8) if target.suffix == ".shards" else None
         convert(FolderSource(source), target, workers=1, overwrite=True, sharding=sharding)
 
-    monkeypatch.setattr(sample_sets_module, "_dataset_tools", compiled)
+    monkeypatch.setattr(sample_sets_module, "dataset_tools", compiled)
 
     def reencoded() -> SampleSet:
         return SampleSets(photographs.parent, 2, lambda what: None).reencoded
