@@ -16,7 +16,6 @@ which that pass writes its columns. Nothing is allocated here.
 Shape letters: S side of the view, T filter taps, C elements of a flat array.
 """
 
-import ctypes
 from typing import NamedTuple
 
 import numpy as np
@@ -315,23 +314,12 @@ def crop_views(
         crop_rgb(pixels_C, width, box, out_VSS3[v].reshape(side * side * 3), scratch)
 
 
-def _as_if_writable(bytes_C: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The same memory without the mark that forbids writing; valid as long as ``bytes_C`` is.
-
-    To numba it is another type, for which every kernel would be compiled once more.
-    """
-    if bytes_C.flags.writeable:
-        return bytes_C
-    memory = (ctypes.c_uint8 * bytes_C.size).from_address(bytes_C.ctypes.data)
-    return np.frombuffer(memory, np.uint8)
-
-
 def crop_picture(
     picture_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
 ) -> None:
     """Write all views of a decoded picture; what lies behind it in memory is not looked at."""
     height, width, _ = picture_HW3.shape
-    pixels_C = _as_if_writable(np.ascontiguousarray(picture_HW3).reshape(-1))
+    pixels_C = np.ascontiguousarray(picture_HW3).reshape(-1)
     # The kernels look up to SLACK bytes past the last pixel of a box, which must be memory of ours.
     if 3 * width < SLACK or (boxes_V5[:, 0] + boxes_V5[:, 2] >= height).any():
         pixels_C = np.concatenate([pixels_C, np.zeros(SLACK, np.uint8)])
