@@ -19,7 +19,7 @@ KEYS = {
 @pytest.mark.slow
 def test_demo_goes_the_whole_way(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    small = ["--photographs", "96", "--fashion", "6000", "--epochs", "1", "--loader-seconds", "0.5"]
+    small = ["--photographs", "96", "--fashion", "3000", "--epochs", "1", "--loader-seconds", "0.5"]
     done = subprocess.run(
         [
             sys.executable,
