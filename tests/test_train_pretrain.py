@@ -140,7 +140,7 @@ def test_mistakes_are_one_sentence(
     flat = tmp_path / "flat"
     shutil.copytree(picture_folder / "cat", flat)
     assert "has no labels" in _refusal(_argv(beton, run, "--val", str(flat)), capsys)
-    assert "is a file" in _refusal([str(beton), "--out", str(run), "--backend", "folder"], capsys)
+    assert "is a compiled set" in _refusal([str(beton), "--out", str(run), "--backend", "folder"], capsys)
     main(parse(_argv(beton, run, "--epochs", "1")))
     assert "--resume" in _refusal(_argv(beton, run, "--epochs", "1"), capsys)
     assert "knn_bank is 0" in _refusal(_argv(beton, run, "--knn-bank", "0"), capsys)
