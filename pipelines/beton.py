@@ -6,7 +6,6 @@ page p being the bytes [p · page_size, (p + 1) · page_size) of the file, so no
 Two samples may share one payload.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.blocks import blocks
 from pipelines.manifest import Manifest, Tier
 
 INSTALL_FFCV = (
@@ -39,8 +39,6 @@ _AGAIN = "convert it again"
 MAX_PAGE_BYTES = 1 << 31
 """The page size is a power of two stored in 32 bits."""
 _MODES_OF_TYPE = {TYPE_IMAGE: (MODE_JPEG, MODE_RAW), TYPE_PLANES: (MODE_YUV420,)}
-_BLOCK = 1 << 18
-"""Entries of the index checked at a time: the checks need memory for a block, not for the index."""
 _Integers = TypeVar("_Integers", int, npt.NDArray[np.uint64])
 
 
@@ -141,7 +139,7 @@ def open_beton(path: str | Path) -> BetonFile:
     table = data[table_at:].view(types.ALLOC_TABLE_TYPE)
     pointers = metadata["f0"]["data_ptr"]
     sizes = table["size"] if _in_sample_order(pointers, table) else _sizes_by_address(path, pointers, table)
-    for rows in _blocks(len(metadata)):
+    for rows in blocks(len(metadata)):
         _check_sizes(path, rows.start, metadata["f0"][rows], sizes[rows], modes)
         _check_places(path, rows.start, pointers[rows], sizes[rows], page, table_at)
     return BetonFile(path, data, page, metadata, pointers, sizes)
@@ -193,18 +191,12 @@ def _metadata(
     )
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    """Yield slices that cover ``range(count)``."""
-    for start in range(0, count, _BLOCK):
-        yield slice(start, min(start + _BLOCK, count))
-
-
 def _in_sample_order(pointers: npt.NDArray[np.uint64], table: npt.NDArray[np.void]) -> bool:
     """Is entry i of the table that of sample i? So our writer leaves it."""
     return len(table) == len(pointers) and all(
         np.array_equal(table["sample_id"][rows], np.arange(rows.start, rows.stop, dtype=np.uint64))
         and np.array_equal(table["ptr"][rows], pointers[rows])
-        for rows in _blocks(len(table))
+        for rows in blocks(len(table))
     )
 
 

@@ -14,13 +14,14 @@ before, and are only indexed, picture i is the i-th on the disk.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.blocks import blocks
 from pipelines.manifest import Manifest, Shard, manifest_path
 
 INDEX_NAME = "index.npy"
@@ -39,8 +40,6 @@ INDEX_DTYPE = np.dtype(
 DALI_INDEX_VERSION = "v1.2"
 TAR_BLOCK = 512
 """Everything in a tar begins at a multiple of so many bytes."""
-# Entries of the index checked at a time, so that the checks need memory for a block, not for the index.
-_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def verify_hint(path: str | Path) -> str:
 def set_digest(shards: Sequence[Shard], index: NDArray[np.void]) -> str:
     """The hash of a set, as in its manifest: of the tars' hashes in order, then of the index's records."""
     hasher = hashlib.sha256("".join(shard.sha256 for shard in shards).encode("ascii"))
-    for _, block in _blocks(index):
-        hasher.update(np.ascontiguousarray(block).view(np.uint8).data)
+    for rows in blocks(len(index)):
+        hasher.update(np.ascontiguousarray(index[rows]).view(np.uint8).data)
     return hasher.hexdigest()
 
 
@@ -193,9 +192,9 @@ def map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
     """
     index = _load_index(path, manifest)
     counts = np.zeros(len(manifest.shards), np.int64)
-    for start, block in _blocks(index):
-        _check_places(path, manifest, start, block)
-        counts += np.bincount(block["shard"], minlength=len(counts))
+    for rows in blocks(len(index)):
+        _check_places(path, manifest, rows.start, index[rows])
+        counts += np.bincount(index["shard"][rows], minlength=len(counts))
     told = [shard.count for shard in manifest.shards]
     if counts.tolist() != told:
         number = int(np.argmax(counts != told))
@@ -223,11 +222,6 @@ def _load_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
             f"in its shards; {index_hint(path)}"
         )
     return index
-
-
-def _blocks(index: NDArray[np.void]) -> Iterator[tuple[int, NDArray[np.void]]]:
-    for start in range(0, len(index), _BLOCK):
-        yield start, index[start : start + _BLOCK]
 
 
 def _check_places(path: Path, manifest: Manifest, start: int, block: NDArray[np.void]) -> None:

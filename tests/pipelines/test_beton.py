@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("ffcv")
 
 from dataset_tools.beton_writer import BetonWriter
-from pipelines import beton as module
+from pipelines import blocks as module
 from pipelines.beton import (
     MODE_JPEG,
     MODE_RAW,

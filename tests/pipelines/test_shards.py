@@ -9,7 +9,7 @@ import pytest
 
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
-from pipelines import shards as module
+from pipelines import blocks as module
 from pipelines.manifest import Manifest
 from pipelines.shards import (
     INDEX_DTYPE,
