@@ -8,7 +8,6 @@ from PIL import Image
 
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
-from pipelines.resample import SLACK, crop_planes, crop_rgb, make_scratch
 
 
 def photograph_like(seed: int, width: int, height: int) -> Image.Image:
@@ -47,17 +46,3 @@ def shards(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("sharded") / "pictures.shards"
     convert(FolderSource(picture_folder), out, workers=1, sharding=Sharding(shard_size=7, seed=1))
     return out
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _resampler_compiled() -> None:
-    """Compile the resampler's single calls before anything else.
-
-    Compiled after a long run of other tests in the same process, numba has been seen to find its own table of
-    signatures broken (a KeyError in Dispatcher.nopython_signatures); the cause is not known.
-    """
-    box, out = (0, 0, 16, 16, 0), np.zeros(8 * 8 * 3, np.uint8)
-    pixels = np.zeros(3 * 16 * 16 + SLACK, np.uint8)
-    crop_rgb(pixels, 16, box, out, make_scratch(8, 16))
-    starts, pitches = (0, 256, 320), (16, 8)
-    crop_planes(pixels, starts, pitches, (16, 16), (True, True), box, out, make_scratch(8, 16))

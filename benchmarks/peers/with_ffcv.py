@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,12 +28,22 @@ _BATCHES_AHEAD = 3
 _LISTED_SAMPLES = 1_000_000
 
 
+def _mend_numba() -> None:
+    """Make the type of byte arrays writable again, for every other function compiled in this process.
+
+    FFCV's ``OSCacheManager.state_type`` sets ``mutable = False`` on it, but numba has one object for all who
+    name that type: its hash changes inside every dictionary that holds it, so that functions compiled before
+    can no longer be listed, compiled anew or finalised (``KeyError``).
+    """
+    numba.uint8[::1].mutable = True
+
+
 @functools.cache
 def _hush_numba() -> None:
     """Keep a harmless message off the terminal.
 
-    Where several loaders were compiled in one process, numba's finaliser of a function looks up an overload
-    that is gone already; Python reports that as an exception ignored.
+    FFCV's own functions were compiled for the other state of that type: where one is finalised, numba looks up
+    an overload that it cannot find; Python reports that as an exception ignored.
     """
     report = sys.unraisablehook
 
@@ -70,6 +81,9 @@ def open_crops(job: Job) -> Iterator[object]:
     while True:
         epoch = iter(loader)
         try:
+            first = next(epoch)
+            _mend_numba()
+            yield first
             yield from epoch
         finally:
             # Its thread would otherwise wait for a reader until the process ends.

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numba
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.peers import ALL_GPU_PEERS, ALL_PEERS, PeerName, load_gpu_peers, load_peers
 from benchmarks.peers.contract import (
@@ -131,6 +133,19 @@ def test_peer_of_threads(name: PeerName, job: Job, asked: FixedCrops) -> None:
         if isinstance(peer.recipe, Work):
             _check(peer.recipe, job, torch.float32)
     _check_pixels(peers, asked)
+
+
+def test_ffcv_leaves_the_functions_of_others_in_order(job: Job) -> None:
+    def total(bytes_N: NDArray[np.uint8]) -> int:
+        return int(bytes_N.sum())
+
+    before = numba.njit(total)
+    assert before(np.ones(3, np.uint8)) == 3
+    (ffcv,) = load_peers(["ffcv"])
+    assert isinstance(ffcv.crops, Work)
+    _first(ffcv.crops, job)
+    assert len(before.nopython_signatures) == 1, "its table of signatures can still be read"
+    assert numba.njit(total)(np.ones(3, np.uint8)) == 3
 
 
 def test_what_runs_on_a_gpu_makes_the_same_views_by_the_same_code_on_the_cpu(
