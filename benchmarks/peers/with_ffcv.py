@@ -42,8 +42,8 @@ def _mend_numba() -> None:
 def _hush_numba() -> None:
     """Keep a harmless message off the terminal.
 
-    FFCV's own functions were compiled for the other state of that type: where one is finalised, numba looks up
-    an overload that it cannot find; Python reports that as an exception ignored.
+    FFCV's own functions were compiled for the other state of that type: where one is finalised, numba looks
+    up an overload that it cannot find; Python reports that as an exception ignored.
     """
     report = sys.unraisablehook
 
