@@ -1,13 +1,26 @@
 """Pictures and compiled sets that many tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from PIL import Image
 
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
+
+# Held from the start, because numba keeps its types by weak reference.
+_NUMBA_TYPES = (numba.uint8[::1], numba.uint8[:, ::1], numba.uint64[::1], numba.uint32[::1])
+
+
+@pytest.fixture(autouse=True)
+def _numba_as_it_was() -> Iterator[None]:
+    """Undo what stock FFCV's memory managers do to numba's types; see ``benchmarks.peers.with_ffcv``."""
+    yield
+    for array_type in _NUMBA_TYPES:
+        array_type.mutable = True
 
 
 def photograph_like(seed: int, width: int, height: int) -> Image.Image:

@@ -28,6 +28,10 @@ _BATCHES_AHEAD = 3
 _LISTED_SAMPLES = 1_000_000
 
 
+# Held from here on, because numba keeps its types by weak reference: the one object of this name.
+_BYTES = numba.uint8[::1]
+
+
 def _mend_numba() -> None:
     """Make the type of byte arrays writable again, for every other function compiled in this process.
 
@@ -35,7 +39,7 @@ def _mend_numba() -> None:
     name that type: its hash changes inside every dictionary that holds it, so that functions compiled before
     can no longer be listed, compiled anew or finalised (``KeyError``).
     """
-    numba.uint8[::1].mutable = True
+    _BYTES.mutable = True
 
 
 @functools.cache
