@@ -32,8 +32,9 @@ from pipelines.dali_operators import (
     decoding_graph,
     import_dali,
 )
+from pipelines.payloads import Payloads
 from pipelines.resample import crop_picture
-from pipelines.stores import Payloads, Store, StoreEngine
+from pipelines.stores import Store, StoreEngine
 
 # DALI's errors name the operator that raised.
 _DECODER = "fn.decoders.image"

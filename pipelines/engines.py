@@ -20,8 +20,6 @@ is larger than three quarters of the memory, and read shards."""
 MAX_TRIES = 16
 """How many neighbours are tried before a run of undecodable pictures is an error."""
 
-VERIFY_HINT = "verify the set with `python -m dataset_tools verify`"
-
 
 class BadPicturesError(ValueError):
     """Too many pictures of a set cannot be decoded."""

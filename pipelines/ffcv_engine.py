@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.jpeg_crops import NO_DECODER, crop_pictures, functions
-from pipelines.stores import Payloads, Store, StoreEngine
+from pipelines.payloads import Payloads
+from pipelines.stores import Store, StoreEngine
 
 
 class FFCVEngine(StoreEngine):

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.crops import draw_boxes
-from pipelines.engines import VERIFY_HINT, BadPicturesError, DeviceEngine, Engine, Fault
+from pipelines.engines import BadPicturesError, DeviceEngine, Engine, Fault
+from pipelines.manifest import verify_hint
 from pipelines.mixing import mix
 from pipelines.photometric import augment
 from pipelines.randomness import NUM_EPOCHS, EpochOrder, key_of
@@ -323,5 +324,5 @@ class ViewLoader:
         if len(self.faults) > self._fault_limit:
             raise BadPicturesError(
                 f"{len(self.faults)} pictures cannot be decoded, the limit is {self._fault_limit} of "
-                f"{self.engine.count}; one is {next(iter(self.faults.values())).name}; {VERIFY_HINT}"
+                f"{self.engine.count}; one is {next(iter(self.faults.values())).name}; {verify_hint()}"
             )

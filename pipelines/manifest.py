@@ -104,6 +104,11 @@ def paths_path(beton_path: str | Path) -> Path:
     return Path(beton_path).with_suffix(".paths")
 
 
+def verify_hint(path: str | Path = "SET") -> str:
+    """The command that finds out what is wrong with a compiled set."""
+    return f"see what is whole with `python -m dataset_tools verify {path}`"
+
+
 def _from_json(content: Any, file: Path) -> Manifest:
     """Build a manifest of parsed JSON; every surprise is a ValueError naming ``file``."""
     if not isinstance(content, dict):

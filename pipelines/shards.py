@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.blocks import blocks
-from pipelines.manifest import Manifest, Shard, manifest_path
+from pipelines.manifest import Manifest, Shard, manifest_path, verify_hint
 
 INDEX_NAME = "index.npy"
 PLAN_NAME = "convert.json"
@@ -108,11 +108,6 @@ def dali_index_path(tar: str | Path) -> Path:
 def index_hint(path: str | Path) -> str:
     """The command that makes the index of shards anew."""
     return f"index the shards with `python -m dataset_tools index {path}`"
-
-
-def verify_hint(path: str | Path) -> str:
-    """The command that finds out what is wrong with a set."""
-    return f"see what is whole with `python -m dataset_tools verify {path}`"
 
 
 def set_digest(shards: Sequence[Shard], index: NDArray[np.void]) -> str:

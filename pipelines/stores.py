@@ -2,14 +2,13 @@
 
 A store finds and reads bytes; :class:`StoreEngine` is what all engines over a store have in common.
 
-Shape letters: N pictures of a call, C bytes.
+Shape letters: N pictures of a call, V views, H, W, S sides, C bytes.
 """
 
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol
@@ -19,49 +18,15 @@ from numpy.typing import NDArray
 
 from pipelines.beton import MODE_JPEG, MODE_RAW, matching_manifest, open_beton
 from pipelines.engines import Reading
-from pipelines.jpeg_crops import pread_address, read_pieces
 from pipelines.manifest import read_source_path
+from pipelines.payloads import Payloads
 from pipelines.pictures import JPEG_START, planes_to_rgb, read_rgb
-from pipelines.resample import SLACK, crop_picture
-from pipelines.shards import open_shards, verify_hint
+from pipelines.resample import crop_picture
+from pipelines.shards import open_shards
 from pipelines.turbojpeg import check_jpeg
 
 # Tars kept open; a process may usually have 1,024 files.
 _MOST_OPEN = 256
-
-
-@dataclass(frozen=True)
-class Payloads:
-    """Some pictures, encoded; see :class:`pipelines.engines.Fetched`."""
-
-    index_N: NDArray[np.int64]
-    """(N,) their positions in the set."""
-    size_N2: NDArray[np.int64]
-    """(N, 2) heights and widths by the set's index."""
-    mode_N: NDArray[np.uint8]
-    """(N,) how each is stored, as in :mod:`pipelines.beton`."""
-    data_C: NDArray[np.uint8]
-    """Memory that holds all of them, with SLACK bytes behind them."""
-    start_N: NDArray[np.int64]
-    """(N,) where in it each begins."""
-    num_bytes_N: NDArray[np.int64]
-    """(N,) how long each is."""
-
-    def part(self, which: slice) -> "Payloads":
-        """Some of them."""
-        return Payloads(
-            self.index_N[which],
-            self.size_N2[which],
-            self.mode_N[which],
-            self.data_C,
-            self.start_N[which],
-            self.num_bytes_N[which],
-        )
-
-    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
-        """The bytes of each picture, without a copy."""
-        for start, num_bytes in zip(self.start_N.tolist(), self.num_bytes_N.tolist(), strict=True):
-            yield self.data_C[start : start + num_bytes]
 
 
 class Store(Protocol):
@@ -193,11 +158,10 @@ class BetonStore:
         mode_N = np.ascontiguousarray(records["mode"])
         if not self.reads_ahead:
             return Payloads(index_N, size_N2, mode_N, self._beton.data, address_N, num_bytes_N)
-        data_C, start_N = _room(num_bytes_N)
+        payloads = Payloads.room(index_N, size_N2, mode_N, num_bytes_N)
         file_N = np.full(len(index_N), self._file, np.int32)
-        pieces = _Pieces(index_N, address_N, num_bytes_N, start_N, data_C)
-        pieces.read(np.arange(len(index_N)), file_N, lambda _: (self.path, self.path))
-        return Payloads(index_N, size_N2, mode_N, data_C, start_N, num_bytes_N)
+        payloads.read(np.arange(len(index_N)), file_N, address_N, lambda _: (self.path, self.path))
+        return payloads
 
 
 class ShardStore:
@@ -242,19 +206,19 @@ class ShardStore:
     def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
         """Read the pictures."""
         records = self.shard_set.index[index_N]
-        num_bytes_N, offset_N = records["num_bytes"].astype(np.int64), records["offset"].astype(np.int64)
-        data_C, start_N = _room(num_bytes_N)
-        pieces = _Pieces(index_N, offset_N, num_bytes_N, start_N, data_C)
+        address_N = records["offset"].astype(np.int64)
+        payloads = _room(index_N, records, records["num_bytes"].astype(np.int64))
         file_N = np.full(len(index_N), -1, np.int32)
         for shard in set(records["shard"].tolist()):
             here_N = records["shard"] == shard
             file_N[here_N] = self._kept_open(shard)
             if file_N[here_N][0] < 0:
                 with self._open(shard) as file:
-                    pieces.read(np.flatnonzero(here_N), np.full(here_N.sum(), file, np.int32), self._where)
+                    file_M = np.full(here_N.sum(), file, np.int32)
+                    payloads.read(np.flatnonzero(here_N), file_M, address_N[here_N], self._where)
         open_M = np.flatnonzero(file_N >= 0)
-        pieces.read(open_M, file_N[open_M], self._where)
-        return self._payloads(index_N, data_C, start_N, num_bytes_N)
+        payloads.read(open_M, file_N[open_M], address_N[open_M], self._where)
+        return payloads
 
     def _where(self, index: int) -> tuple[Path, Path]:
         """The tar of a picture, and the set."""
@@ -289,69 +253,16 @@ class ShardStore:
     def loaded(self, index_N: NDArray[np.int64], encoded: list[NDArray[np.uint8]]) -> Payloads:
         """What ``fetch`` returns, of pictures that somebody else has read."""
         num_bytes_N = np.array([len(picture) for picture in encoded], np.int64)
-        data_C, start_N = _room(num_bytes_N)
-        for picture, start in zip(encoded, start_N.tolist(), strict=True):
-            data_C[start : start + len(picture)] = picture
-        return self._payloads(index_N, data_C, start_N, num_bytes_N)
-
-    def _payloads(
-        self,
-        index_N: NDArray[np.int64],
-        data_C: NDArray[np.uint8],
-        start_N: NDArray[np.int64],
-        num_bytes_N: NDArray[np.int64],
-    ) -> Payloads:
-        records = self.shard_set.index[index_N]
-        size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
-        mode_N = np.full(len(index_N), MODE_JPEG, np.uint8)
-        return Payloads(index_N, size_N2, mode_N, data_C, start_N, num_bytes_N)
+        payloads = _room(index_N, self.shard_set.index[index_N], num_bytes_N)
+        for room_C, picture_C in zip(payloads, encoded, strict=True):
+            room_C[:] = picture_C
+        return payloads
 
 
-def _room(num_bytes_N: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Memory for pictures one after the other, and where each begins."""
-    start_N = np.concatenate([[0], num_bytes_N.cumsum()[:-1]]).astype(np.int64)
-    return np.empty(int(num_bytes_N.sum()) + SLACK, np.uint8), start_N
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """Pictures to be read into one memory."""
-
-    index_N: NDArray[np.int64]
-    address_N: NDArray[np.int64]
-    num_bytes_N: NDArray[np.int64]
-    start_N: NDArray[np.int64]
-    data_C: NDArray[np.uint8]
-
-    def read(
-        self,
-        some_M: NDArray[np.int64],
-        file_M: NDArray[np.int32],
-        where: Callable[[int], tuple[Path, Path]],
-    ) -> None:
-        """Read the pictures ``some_M`` from the files ``file_M``; ``where`` tells file and set."""
-        done = 0
-        while done < len(some_M):
-            rest_M = some_M[done:]
-            columns = self.address_N[rest_M], self.num_bytes_N[rest_M], self.start_N[rest_M]
-            failed = read_pieces(pread_address(), file_M[done:], *columns, self.data_C)
-            if failed < 0:
-                return
-            # Once more by Python, which goes on after a signal and knows the system's reason.
-            done += failed
-            n = some_M[done]
-            file, path = where(int(self.index_N[n]))
-            address, num_bytes = int(self.address_N[n]), int(self.num_bytes_N[n])
-            picture = f"picture {self.index_N[n]}, {num_bytes} bytes at {address}"
-            mend = f"see to the disk, {verify_hint(path)}, and resume"
-            try:
-                content = os.pread(int(file_M[done]), num_bytes, address)
-            except OSError as error:
-                raise OSError(error.errno, f"{file}: {picture}: {error.strerror}; {mend}") from error
-            if len(content) < num_bytes:
-                raise OSError(f"{file} was cut short while it was read: {picture}; {mend}")
-            self.data_C[self.start_N[n] :][:num_bytes] = np.frombuffer(content, np.uint8)
-            done += 1
+def _room(index_N: NDArray[np.int64], records: NDArray[np.void], num_bytes_N: NDArray[np.int64]) -> Payloads:
+    """Memory for pictures of shards, whose index says how large they are."""
+    size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+    return Payloads.room(index_N, size_N2, np.full(len(index_N), MODE_JPEG, np.uint8), num_bytes_N)
 
 
 def _memory_bytes() -> int:

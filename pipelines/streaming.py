@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from pipelines.dali_operators import import_dali
 from pipelines.listing import PICTURE_SUFFIXES
+from pipelines.manifest import verify_hint
+from pipelines.payloads import Payloads
 from pipelines.randomness import EpochOrder
-from pipelines.shards import dali_index_path, index_hint, verify_hint
-from pipelines.stores import Payloads, ShardStore, Store
+from pipelines.shards import dali_index_path, index_hint
+from pipelines.stores import ShardStore, Store
 
 BUFFER = 2048
 """Pictures in the buffer that is shuffled; of ImageNet's size they take 230 MB on each rank."""

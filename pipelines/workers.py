@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.crops import draw_boxes
-from pipelines.engines import MAX_TRIES, VERIFY_HINT, BadPicturesError, DeviceEngine, Engine
+from pipelines.engines import MAX_TRIES, BadPicturesError, DeviceEngine, Engine
+from pipelines.manifest import verify_hint
 from pipelines.memory import Lender
 from pipelines.parameters import draw_parameters
+from pipelines.payloads import Payloads
 from pipelines.photometric_cpu import augment_on_cpu
 from pipelines.recipe import Recipe
-from pipelines.stores import Payloads
 
 _LEAST_SLICE = 8
 """Pictures; smaller slices cost more in hand-overs than they gain in balance."""
@@ -191,7 +192,7 @@ class Workers:
             if tries == MAX_TRIES:
                 name = self._engine.picture_name(int(wanted_N[bad_B[0]]))
                 raise BadPicturesError(
-                    f"{MAX_TRIES} pictures in a row from {name} on cannot be decoded; {VERIFY_HINT}"
+                    f"{MAX_TRIES} pictures in a row from {name} on cannot be decoded; {verify_hint()}"
                 )
             tries += 1
             index_N[bad_B] = (index_N[bad_B] + 1) % self._engine.count
