@@ -182,7 +182,7 @@ def _allow_open_files(num_tars: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= wanted or soft == resource.RLIM_INFINITY:
         return
-    if hard not in (resource.RLIM_INFINITY,) and hard < wanted:
+    if hard != resource.RLIM_INFINITY and hard < wanted:
         raise ValueError(
             f"DALI's reader keeps all {num_tars} shards open, this process may have {hard} files; raise that "
             f"(`ulimit -n {wanted}`, or LimitNOFILE of the service), choose reading read, or larger shards"

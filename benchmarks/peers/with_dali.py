@@ -61,11 +61,13 @@ def _run(job: Job, cut: _Crops, device_id: int | None, *, augmented: bool) -> It
 
     pipeline = define()
     pipeline.build()
+    # Given by position: a keyword would be taken for the name of an input.
+    stream = None if device_id is None else torch.cuda.current_stream(device_id)
     while True:
+        views = pipeline.run(stream)
         if device_id is None:
-            yield pipeline.run()
+            yield views
         else:
-            views = pipeline.run(cuda_stream=torch.cuda.current_stream(device_id))
             yield tuple(torch.utils.dlpack.from_dlpack(view.as_tensor()) for view in views)
 
 
