@@ -9,11 +9,11 @@ from PIL import Image, UnidentifiedImageError
 
 from pipelines.beton import MAX_SIDE_PX
 from pipelines.manifest import TIERS, Tier
-from pipelines.pictures import EXIF_ORIENTATION, upright_rgb
+from pipelines.pictures import EXIF_ORIENTATION, JPEG_START, upright_rgb
 from pipelines.turbojpeg import check_jpeg, decode_planes, encode_planes, read_header
 
 _JPEG_FORMATS = ("JPEG", "MPO")
-_SOI, _MARKER, _APP1, _SOS = b"\xff\xd8", 0xFF, 0xE1, 0xDA
+_MARKER, _APP1, _SOS = 0xFF, 0xE1, 0xDA
 
 
 class BadPicture(Exception):
@@ -132,9 +132,9 @@ def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
 
 def _is_plain_jpeg(payload: bytes) -> bool:
     """Is this a JPEG without EXIF and XMP, which may ask for a rotation, before its first scan?"""
-    if not payload.startswith(_SOI):
+    if not payload.startswith(JPEG_START):
         return False
-    at = len(_SOI)
+    at = len(JPEG_START)
     while at + 4 <= len(payload) and payload[at] == _MARKER and payload[at + 1] != _APP1:
         if payload[at + 1] == _SOS:
             return True

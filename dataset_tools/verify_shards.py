@@ -18,7 +18,7 @@ from dataset_tools.shard_set import unfinished
 from dataset_tools.tar_members import Member, scan_tar
 from pipelines.listing import PICTURE_SUFFIXES
 from pipelines.manifest import Shard
-from pipelines.pictures import read_rgb, read_size
+from pipelines.pictures import is_jpeg, read_rgb, read_size
 from pipelines.shards import (
     check_tar,
     dali_index_path,
@@ -31,10 +31,8 @@ from pipelines.shards import (
 )
 from pipelines.turbojpeg import check_jpeg
 
-_JPEG_START = b"\xff\xd8"
 
-
-def verify_shards(path: Path, workers: int, progress: Callable[[], None] | None) -> Report:
+def verify_shards(path: Path, workers: int | None, progress: Callable[[], None] | None) -> Report:
     """Check a set of shards; see ``verify``. Raises FileNotFoundError for a folder that was never one."""
     if sentence := unfinished(path):
         return _nothing(path, sentence)
@@ -75,7 +73,7 @@ def _check_shard(
     index: NDArray[np.void] | None,
     rows: NDArray[np.int64],
     bad: list[BadIndex],
-    workers: int,
+    workers: int | None,
     progress: Callable[[], None] | None,
 ) -> list[str]:
     """Return what is wrong with a tar and its DALI index; add its bad pictures to ``bad``."""
@@ -160,7 +158,7 @@ def _fault(data: NDArray[np.uint8], record: np.void, places: dict[int, Member]) 
     if not member.name.lower().endswith(PICTURE_SUFFIXES):
         return "its name is not that of a picture"
     payload = data[offset : offset + num_bytes]
-    if payload[: len(_JPEG_START)].tobytes() == _JPEG_START:
+    if is_jpeg(payload):
         verdict = check_jpeg(payload)
         if verdict.state == "damaged":
             return f"damaged: {verdict.message}"

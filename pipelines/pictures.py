@@ -12,6 +12,11 @@ JPEG_START = b"\xff\xd8"
 """What every JPEG file begins with."""
 
 
+def is_jpeg(payload: NDArray[np.uint8]) -> bool:
+    """Whether these bytes begin as a JPEG file does."""
+    return payload[: len(JPEG_START)].tobytes() == JPEG_START
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Decode, turn as the EXIF tag says, convert to 8-bit RGB; transparency is dropped.
 

@@ -20,7 +20,7 @@ from pipelines.beton import MODE_JPEG, MODE_RAW, matching_manifest, open_beton
 from pipelines.engines import Reading
 from pipelines.manifest import read_source_path
 from pipelines.payloads import Payloads
-from pipelines.pictures import JPEG_START, planes_to_rgb, read_rgb
+from pipelines.pictures import is_jpeg, planes_to_rgb, read_rgb
 from pipelines.resample import crop_picture
 from pipelines.shards import open_shards
 from pipelines.turbojpeg import check_jpeg
@@ -91,21 +91,14 @@ class StoreEngine:
 
     def picture(self, index: int) -> NDArray[np.uint8] | None:
         """(H, W, 3) the whole picture, an encoded one upright by PIL; None where it cannot be decoded."""
-        data_C, mode, (height, width) = self.store.payload(index)
-        if mode == MODE_JPEG:
-            image = read_rgb(BytesIO(data_C.tobytes()))
-            return None if image is None else np.asarray(image)
-        if mode == MODE_RAW:
-            return np.array(data_C).reshape(height, width, 3)
-        return planes_to_rgb(data_C, height, width)
+        return _pixels(*self.store.payload(index))
 
     def second_opinion(self, index: int, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
         """Crop a picture that a decoder complained of: sound if no pixel was lost, and PIL reads it too."""
-        data_C, _, size = self.store.payload(index)
-        is_jpeg = data_C[: len(JPEG_START)].tobytes() == JPEG_START
-        if is_jpeg and check_jpeg(data_C).state == "damaged":
+        data_C, mode, size = self.store.payload(index)
+        if is_jpeg(data_C) and check_jpeg(data_C).state == "damaged":
             return False
-        picture_HW3 = self.picture(index)
+        picture_HW3 = _pixels(data_C, mode, size)
         if picture_HW3 is None or picture_HW3.shape[:2] != size:
             return False
         crop_picture(picture_HW3, boxes_V5, out_VSS3)
@@ -152,7 +145,7 @@ class BetonStore:
     def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
         """Find the pictures in the mapped file, or read them."""
         records = self._metadata[index_N]
-        size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+        size_N2 = _size_N2(records)
         address_N = records["data_ptr"].astype(np.int64)
         num_bytes_N = self._beton.sizes[index_N].astype(np.int64)
         mode_N = np.ascontiguousarray(records["mode"])
@@ -261,8 +254,22 @@ class ShardStore:
 
 def _room(index_N: NDArray[np.int64], records: NDArray[np.void], num_bytes_N: NDArray[np.int64]) -> Payloads:
     """Memory for pictures of shards, whose index says how large they are."""
-    size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
-    return Payloads.room(index_N, size_N2, np.full(len(index_N), MODE_JPEG, np.uint8), num_bytes_N)
+    return Payloads.room(index_N, _size_N2(records), np.full(len(index_N), MODE_JPEG, np.uint8), num_bytes_N)
+
+
+def _size_N2(records: NDArray[np.void]) -> NDArray[np.int64]:
+    """(N, 2) heights and widths by the records of an index."""
+    return np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+
+
+def _pixels(data_C: NDArray[np.uint8], mode: int, size: tuple[int, int]) -> NDArray[np.uint8] | None:
+    """(H, W, 3) a stored picture, an encoded one upright by PIL; None where it cannot be decoded."""
+    if mode == MODE_JPEG:
+        image = read_rgb(BytesIO(data_C.tobytes()))
+        return None if image is None else np.asarray(image)
+    if mode == MODE_RAW:
+        return np.array(data_C).reshape(*size, 3)
+    return planes_to_rgb(data_C, *size)
 
 
 def _memory_bytes() -> int:
