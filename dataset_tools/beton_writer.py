@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.disk import BackgroundSync, open_alone, sync_folder
+from dataset_tools.disk import BackgroundSync, open_alone
+from engine.checkpoint import sync_folder
 from pipelines.beton import (
     MAX_PAGE_BYTES,
     MAX_SIDE_PX,

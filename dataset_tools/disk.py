@@ -25,15 +25,6 @@ def open_alone(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "w+b", buffering=_BUFFER_BYTES)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the renames within ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class BackgroundSync:
     """Sends a growing file to the disk piece by piece, on a thread of its own, so that its end is no wait."""
 

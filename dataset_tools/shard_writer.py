@@ -11,12 +11,12 @@ from types import TracebackType
 import numpy as np
 
 from dataset_tools.dali_index import dali_index, tar_samples
-from dataset_tools.disk import BackgroundSync, open_alone, sync_folder
+from dataset_tools.disk import BackgroundSync, open_alone
 from dataset_tools.keys import Keys
 from dataset_tools.normalise import BadPicture, Normal
 from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, tar_name
 from dataset_tools.tar_members import Member
-from engine.checkpoint import write_atomically
+from engine.checkpoint import sync_folder, write_atomically
 from pipelines.listing import NO_LABEL
 from pipelines.manifest import Shard
 from pipelines.shards import TAR_BLOCK, dali_index_path

@@ -110,12 +110,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    # The rename itself reaches the disk only with the folder.
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames within ``folder`` durable: they reach the disk only with it."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def save_checkpoint(path: Path, state: TrainState) -> None:
