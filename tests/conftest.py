@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numba
-import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.parity.samples import colourful
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
 
@@ -25,11 +25,7 @@ def _numba_as_it_was() -> Iterator[None]:
 
 def photograph_like(seed: int, width: int, height: int) -> Image.Image:
     """A smooth, coloured picture with some noise: what JPEG and resampling are made for."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float32)
-    noisy = smooth + rng.normal(0, 6, smooth.shape)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    return Image.fromarray(colourful(seed, height, width))
 
 
 @pytest.fixture(scope="session")
