@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Protocol
 import tyro
 from rich.console import Console
 
-from dataset_tools.convert import Converted, Sharding, convert, make_shards, skipped_path
+from dataset_tools.convert import Converted, Sharding, compile_set, make_shards, skipped_path
 from dataset_tools.fashion_mnist import compile_fashion_mnist, locate
 from dataset_tools.normalise import Normalising
 from dataset_tools.open_source import open_source
@@ -94,9 +94,11 @@ class Convert:
         started = time.monotonic()
         try:
             with track(len(source), "converting", err) as advance:
+                work = self._work(source, advance)
                 if sharding is not None and not _covers_all(sharding, source):
-                    return self._make_some(source, sharding, advance, out)
-                converted = self._convert(source, sharding, advance)
+                    return self._make_some(work, sharding, out)
+                every = sharding and replace(sharding, shards=None)
+                converted = compile_set(work, self.output, sharding=every, overwrite=self.overwrite)
         except KeyboardInterrupt:
             if sharding is None:
                 raise
@@ -130,28 +132,13 @@ class Convert:
             None if self.shards is None else _range(self.shards),
         )
 
-    def _convert(self, source: Source, sharding: Sharding | None, advance: Advance) -> Converted:
-        return convert(
-            source,
-            self.output,
-            tier=self.tier,
-            workers=self.workers,
-            quality=self.quality,
-            max_side=self.max_side,
-            short_side=self.short_side,
-            recompress=self.recompress,
-            verify=self.verify,
-            on_error=self.on_error,
-            sharding=sharding and replace(sharding, shards=None),
-            overwrite=self.overwrite,
-            progress=advance,
-        )
-
-    def _make_some(self, source: Source, sharding: Sharding, advance: Advance, out: Console) -> int:
+    def _work(self, source: Source, advance: Advance) -> Work:
         how = Normalising(
             self.tier, self.quality, self.max_side, self.short_side, self.recompress, self.verify
         )
-        work = Work(source, how, self.on_error, workers=self.workers, progress=advance)
+        return Work(source, how, self.on_error, workers=self.workers, progress=advance)
+
+    def _make_some(self, work: Work, sharding: Sharding, out: Console) -> int:
         done = make_shards(work, self.output, sharding)
         told = f"{done.made} shards made, {done.asked - done.made} were whole, the set has {done.num_shards}"
         line(out, f"{self.output}: {told}. Next: when all are here, the same command without --shards")

@@ -101,6 +101,18 @@ def convert(
         verify=verify,
     )
     work = Work(source, how, on_error, limit, workers, progress)
+    return compile_set(work, out, page_bytes=page_bytes, sharding=sharding, overwrite=overwrite)
+
+
+def compile_set(
+    work: Work,
+    out: str | Path,
+    *,
+    page_bytes: int = DEFAULT_PAGE_BYTES,
+    sharding: Sharding | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Like ``convert``, of work that is described already."""
     if Path(out).suffix != SUFFIX:
         if sharding is not None:
             raise ValueError(f"{out} is to be one file, which has no shards; name a folder {SUFFIX} for them")

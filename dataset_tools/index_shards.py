@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.dali_index import Component, TarSample, dali_index, tar_samples, with_pictures_at
-from dataset_tools.parallel import check_workers, ordered_map
-from dataset_tools.shard_set import PLAN_KEY, save_set, unfinished
+from dataset_tools.parallel import num_workers, ordered_map
+from dataset_tools.shard_set import PLAN_KEY, finished_before, save_set, unfinished
 from dataset_tools.shard_writer import MAX_PICTURE_BYTES
 from dataset_tools.tar_members import scan_tar
 from engine.checkpoint import write_atomically
 from pipelines.beton import MAX_SIDE_PX
-from pipelines.cores import usable_cores
 from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES
 from pipelines.manifest import Manifest, Shard
 from pipelines.pictures import read_size
@@ -71,10 +70,9 @@ def index_shards(
     """
     folder = Path(folder)
     tars = _find_tars(folder)
-    workers = usable_cores() if workers is None else workers
-    check_workers(workers)
+    workers = num_workers(workers)
     _check_writable(folder)
-    before = _earlier(folder)
+    before = finished_before(folder, replaced=True)
     wanted = tuple(e.lower().lstrip(".") for e in extensions) if extensions else _first_kind(tars)
     found: list[_Tar] = []
     for tar in ordered_map(lambda i: _read_tar(tars[i], wanted, labelled), len(tars), workers=workers):
@@ -130,14 +128,6 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _earlier(folder: Path) -> Manifest | None:
-    """The manifest that is to be replaced; a damaged one is one more reason to replace it."""
-    try:
-        return Manifest.read(folder)
-    except ValueError:
-        return None
-
-
 def _first_kind(tars: Sequence[Path]) -> tuple[str, ...]:
     for tar in tars:
         for sample in _samples(tar):
@@ -166,8 +156,7 @@ def write_dali_indices(
     where the folder cannot be written.
     """
     shards = open_shards(folder)
-    workers = usable_cores() if workers is None else workers
-    check_workers(workers)
+    workers = num_workers(workers)
     _check_writable(shards.path)
 
     rows_by_shard = pictures_on_disk(shards.shards, shards.index)

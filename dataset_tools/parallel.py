@@ -5,19 +5,21 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from pipelines.cores import usable_cores
+
 Result = TypeVar("Result")
 _AHEAD_PER_WORKER = 4
 
 
 def ordered_map(
-    function: Callable[[int], Result], count: int, *, workers: int, chunk: int = 1
+    function: Callable[[int], Result], count: int, *, workers: int | None, chunk: int = 1
 ) -> Generator[Result, None, None]:
-    """Yield ``function(0) … function(count − 1)`` in order, computed by ``workers`` threads.
+    """Yield ``function(0) … function(count − 1)`` in order, computed by threads.
 
-    Threads run at most ``4 · workers`` chunks of ``chunk`` items ahead of the consumer, so memory does not
+    ``workers`` None takes all cores. Threads run at most ``4 · workers`` chunks of ``chunk`` items ahead of the consumer, so memory does not
     grow with ``count``. The first exception, in order, is raised here; work not yet started is dropped.
     """
-    check_workers(workers)
+    workers = num_workers(workers)
 
     def run(start: int) -> list[Result]:
         return [function(i) for i in range(start, min(start + chunk, count))]
@@ -35,7 +37,9 @@ def ordered_map(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def check_workers(workers: int) -> None:
-    """Raise ValueError for a number of threads that does no work."""
+def num_workers(wanted: int | None) -> int:
+    """Threads to work with, by default all cores. Raises ValueError for a number that does no work."""
+    workers = usable_cores() if wanted is None else wanted
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
+    return workers

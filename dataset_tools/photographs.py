@@ -19,7 +19,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from dataset_tools.parallel import ordered_map
-from pipelines.cores import usable_cores
 
 RECIPE_VERSION = 1
 """Raised whenever the same seed would give other pictures."""
@@ -109,7 +108,6 @@ def make_photographs(
         raise FileExistsError(f"{out} exists and is not a sample set of ours; choose another folder")
 
     sources = {name: _open_source(file) for name, file in sorted(source_files().items())}
-    workers = usable_cores() if workers is None else workers
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -137,7 +135,7 @@ def _write_tree(
     sources: dict[str, Image.Image],
     counts: tuple[int, int],
     seed: int,
-    workers: int,
+    workers: int | None,
     progress: Callable[[], None] | None,
 ) -> int:
     """Write all pictures of both splits; return the sum of their sizes."""

@@ -45,7 +45,7 @@ def claim(folder: Path, plan: Plan, *, overwrite: bool) -> Manifest | None:
     been, carried out there and ``overwrite`` is off, or where tars lie there that no conversion made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    finished = _finished(folder, overwrite)
+    finished = finished_before(folder, replaced=overwrite)
     if finished is not None:
         made_by = finished.settings.get(PLAN_KEY)
         if made_by is None:
@@ -78,12 +78,12 @@ def claim(folder: Path, plan: Plan, *, overwrite: bool) -> Manifest | None:
     return None
 
 
-def _finished(folder: Path, overwrite: bool) -> Manifest | None:
+def finished_before(folder: Path, *, replaced: bool) -> Manifest | None:
     """The manifest of a finished set; a damaged one counts as none where it is to be replaced."""
     try:
         return Manifest.read(folder)
     except ValueError:
-        if overwrite:
+        if replaced:
             return None
         raise
 

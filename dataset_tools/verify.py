@@ -12,7 +12,6 @@ from dataset_tools.parallel import ordered_map
 from dataset_tools.report import NUM_NAMED, BadIndex, Report, Stats, label_problems, per_class, spread
 from dataset_tools.verify_shards import shards_stats, verify_shards
 from pipelines.beton import MODE_JPEG, TIER_MODES, BetonFile, open_beton, pixel_bytes
-from pipelines.cores import usable_cores
 from pipelines.manifest import Manifest, read_source_path
 from pipelines.shards import open_shards
 from pipelines.turbojpeg import check_jpeg
@@ -26,11 +25,11 @@ def verify(
     ``progress`` is called once a picture. Damage is reported, not raised; where there is no set,
     FileNotFoundError is.
     """
-    path, workers = Path(path), usable_cores() if workers is None else workers
+    path = Path(path)
     return (verify_shards if path.is_dir() else _verify_file)(path, workers, progress)
 
 
-def _verify_file(path: Path, workers: int, progress: Callable[[], None] | None) -> Report:
+def _verify_file(path: Path, workers: int | None, progress: Callable[[], None] | None) -> Report:
     problems: list[str] = []
     manifest = None
     try:
@@ -52,7 +51,7 @@ def _verify_file(path: Path, workers: int, progress: Callable[[], None] | None) 
 
 
 def _check_pictures(
-    beton: BetonFile, workers: int, progress: Callable[[], None] | None
+    beton: BetonFile, workers: int | None, progress: Callable[[], None] | None
 ) -> tuple[list[tuple[int, str]], str]:
     """Decode all pictures and hash them; return (index, reason) of the bad ones and the hash."""
     bad: list[tuple[int, str]] = []

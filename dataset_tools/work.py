@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
-from dataset_tools.parallel import check_workers, ordered_map
+from dataset_tools.parallel import num_workers, ordered_map
 from dataset_tools.sources import Source
-from pipelines.cores import usable_cores
 from pipelines.listing import NO_LABEL
 
 OnError = Literal["skip", "stop"]
@@ -41,12 +40,7 @@ class Work:
             raise ValueError(f"on_error is {self.on_error!r}; known are {', '.join(get_args(OnError))}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
-        check_workers(self.num_threads)
-
-    @property
-    def num_threads(self) -> int:
-        """Threads to work with."""
-        return usable_cores() if self.workers is None else self.workers
+        num_workers(self.workers)  # says what is wrong with them now, and not at the first picture
 
     @property
     def count(self) -> int:
@@ -62,7 +56,7 @@ class Work:
     def fill(self, writer: Writer, index_of: Callable[[int], int], num_places: int) -> None:
         """Normalise the pictures ``index_of(0) … index_of(num_places − 1)`` and hand them over in order."""
         made = ordered_map(
-            lambda place: self._make(index_of(place)), num_places, workers=self.num_threads, chunk=4
+            lambda place: self._make(index_of(place)), num_places, workers=self.workers, chunk=4
         )
         with contextlib.closing(made):
             for picture in made:
