@@ -16,8 +16,9 @@ def ordered_map(
 ) -> Generator[Result, None, None]:
     """Yield ``function(0) … function(count − 1)`` in order, computed by threads.
 
-    ``workers`` None takes all cores. Threads run at most ``4 · workers`` chunks of ``chunk`` items ahead of the consumer, so memory does not
-    grow with ``count``. The first exception, in order, is raised here; work not yet started is dropped.
+    ``workers`` None takes all cores. Threads run at most ``4 · workers`` chunks of ``chunk`` items ahead of
+    the consumer, so memory does not grow with ``count``. The first exception, in order, is raised here; work
+    not yet started is dropped.
     """
     workers = num_workers(workers)
 

@@ -16,8 +16,8 @@ from torchvision.transforms.functional import InterpolationMode, resized_crop
 from benchmarks.parity.limits import MEASURES
 from benchmarks.parity.measures import Errors, Row
 from benchmarks.parity.samples import Samples
+from benchmarks.peers.ours import engine_crops
 from pipelines import Backend, build_loader
-from pipelines.dali_engine import DALIEngine
 from pipelines.recipe import moco_v2
 
 Cropper = Callable[[NDArray[np.int64], NDArray[np.int32], int], NDArray[np.uint8]]
@@ -49,13 +49,8 @@ def cropper_of(path: Path, subject: str) -> Cropper:
     engine = build_loader(path, moco_v2(), backend, batch_size=1, num_threads=1).engine
 
     def crops(index_N: NDArray[np.int64], boxes_NV5: NDArray[np.int32], side: int) -> NDArray[np.uint8]:
-        out_NVSS3 = np.zeros((*boxes_NV5.shape[:2], side, side, 3), np.uint8)
-        fetched = engine.fetch(index_N)
-        if subject == DALI_GRAPH:
-            assert isinstance(engine, DALIEngine)
-            ok_N = engine.crop_on_device(fetched, boxes_NV5, torch.from_numpy(out_NVSS3))
-        else:
-            ok_N = engine.crop(fetched, boxes_NV5, out_NVSS3)
+        operators_on = torch.device("cpu") if subject == DALI_GRAPH else None
+        out_NVSS3, ok_N = engine_crops(engine, index_N, boxes_NV5, side, operators_on)
         if not ok_N.all():
             names = ", ".join(engine.picture_name(int(index)) for index in index_N[~ok_N])
             raise ValueError(f"{subject} cannot decode {names} of {path}, which Pillow can")

@@ -1,4 +1,7 @@
-"""Our own loader, as any program of the house uses it: by each engine, on each kind of compiled set."""
+"""Our own loader, as any program of the house uses it: by each engine, on each kind of compiled set.
+
+Shape letters: N pictures, V views, S side in pixels.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +28,7 @@ from benchmarks.peers.contract import (
 )
 from pipelines import Backend, DALIOptions, Reading, ViewLoader, build_loader
 from pipelines.dali_engine import DALIEngine
+from pipelines.engines import Engine
 from pipelines.recipe import Recipe, moco_v2
 from pipelines.streaming import BUFFER
 
@@ -85,21 +89,36 @@ def _crops_on_device(loader: ViewLoader) -> Iterator[Tensor]:
         held[0].synchronize()
 
 
+def engine_crops(
+    engine: Engine,
+    index_N: NDArray[np.int64],
+    boxes_NV5: NDArray[np.int32],
+    crop_px: int,
+    operators_on: torch.device | None = None,
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """(N, V, S, S, 3) crops of the boxes, and (N,) which pictures could be decoded.
+
+    By DALI's operators where a device for them is given, else as the engine crops on the host.
+    """
+    crops_NVSS3 = np.zeros((*boxes_NV5.shape[:2], crop_px, crop_px, 3), np.uint8)
+    fetched = engine.fetch(index_N)
+    if operators_on is None:
+        return crops_NVSS3, engine.crop(fetched, boxes_NV5, crops_NVSS3)
+    assert isinstance(engine, DALIEngine)
+    on_device = torch.from_numpy(crops_NVSS3).to(operators_on)
+    ok_N = engine.crop_on_device(fetched, boxes_NV5, on_device)
+    return on_device.cpu().numpy(), ok_N
+
+
 def _fixed_crops(way: _Way, asked: FixedCrops) -> NDArray[np.uint8]:
     """Crops by the loader's engine; see :class:`FixedCrops`."""
-    crops_NVSS3 = asked.empty()
-    num, num_views = crops_NVSS3.shape[:2]
+    num, num_views = asked.boxes_NV4.shape[:2]
     recipe = replace(moco_v2(asked.crop_px), num_views=num_views)
     engine = way.open(asked, recipe, batch_size=num, threads=1).engine
     unflipped_NV5 = np.pad(asked.boxes_NV4, ((0, 0), (0, 0), (0, 1)))
-    fetched = engine.fetch(asked.index_N)
-    if way.operators:
-        assert isinstance(engine, DALIEngine)
-        on_device = torch.empty(crops_NVSS3.shape, dtype=torch.uint8, device=way.device)
-        ok_N = engine.crop_on_device(fetched, unflipped_NV5, on_device)
-        crops_NVSS3[:] = on_device.cpu()
-    else:
-        ok_N = engine.crop(fetched, unflipped_NV5, crops_NVSS3)
+    crops_NVSS3, ok_N = engine_crops(
+        engine, asked.index_N, unflipped_NV5, asked.crop_px, way.device if way.operators else None
+    )
     if not ok_N.all():
         path = asked.shards if way.on_shards else asked.beton
         raise ValueError(f"{path}: picture {asked.index_N[~ok_N][0]} cannot be decoded; convert it again")

@@ -119,9 +119,7 @@ def read_loader(file: Path) -> LoaderFigures:
     if not by_set:
         raise tables.error(f"there is neither of {' and '.join(PICTURE_SETS)}")
     for name in by_set:
-        sets.at(name).get("pictures", int)
-        sets.at(name).get("mean_kb", float)
-        sets.at(name).get("how", str)
+        _check_photographs(sets.at(name))
     stages, reasons = content.if_there("stages"), content.if_there("left_out")
     return LoaderFigures(
         quick=content.get("quick", bool),
@@ -146,16 +144,12 @@ def read_gpu(file: Path) -> GPUFigures:
     config, tables = content.at("config"), content.at("tables")
     for key in ("threads", "batch_size", "crop_px", "turns"):
         config.get(key, int)
-    pictures = content.at("sets").at(MAIN_SET)
-    pictures.get("pictures", int)
-    pictures.get("mean_kb", float)
-    pictures.get("how", str)
+    _check_photographs(content.at("sets").at(MAIN_SET))
     for work in tables.value:
         for name in tables.at(work).value:
             for key in ("cpu_share", "torch_mib", "gpu_mib"):
                 tables.at(work).at(name).get(key, float)
-    environment = content.at("environment")
-    environment.get("gpu", str)
+    content.at("environment").get("gpu", str)
     return GPUFigures(
         quick=content.get("quick", bool),
         config=config.value,
@@ -229,6 +223,13 @@ def read_json(file: Path, mend: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not an object; make it again: {mend}")
     return content
+
+
+def _check_photographs(facts: "_Node") -> None:
+    """What pages say of a set of photographs."""
+    facts.get("pictures", int)
+    facts.get("mean_kb", float)
+    facts.get("how", str)
 
 
 def _environment(content: "_Node") -> Mapping[str, Any]:
