@@ -7,6 +7,8 @@ changed: the batch is dealt out anew, over ranks or over the groups of a `SplitB
 Shape letters: N batch on this rank, C channels, S side, G groups, R ranks.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -88,6 +90,23 @@ def undeal_over_splits(x: Tensor, num_splits: int) -> Tensor:
     rows = _channels_first_to_last(x)
     gathered = rows.unflatten(0, (-1, num_splits)).transpose(0, 1).flatten(0, 1)
     return _channels_last_to_first(gathered)
+
+
+def join_branches(branches: Sequence[Tensor], num_splits: int) -> Tensor:
+    """One batch of B batches (N, …), of whose consecutive parts each has its share of every one.
+
+    Image batches come back channels_last. Raises ValueError where ``num_splits`` does not divide N.
+    """
+    _check_divisible(len(branches[0]), num_splits)
+    parts_BG = [_channels_first_to_last(x).chunk(num_splits) for x in branches]
+    in_order = [part for parts_B in zip(*parts_BG, strict=True) for part in parts_B]
+    return _channels_last_to_first(torch.cat(in_order))
+
+
+def part_branches(x: Tensor, num_branches: int, num_splits: int) -> list[Tensor]:
+    """Undo `join_branches` for rows (B·N, D) made of its rows."""
+    x_GBnD = x.unflatten(0, (num_splits, num_branches, -1))
+    return [x_GBnD[:, branch].flatten(0, 1) for branch in range(num_branches)]
 
 
 def _hand_sizes(num_rows: int, rank: int, world_size: int) -> list[int]:

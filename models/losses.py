@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_QUEUE_CHUNK = 16384
-"""Queue rows a block of logits spans: large enough to fill a GPU, small enough to keep memory flat."""
+
+def _rows_of_a_block(device: torch.device) -> int:
+    """Queue rows a block of logits spans: on a CPU it stays in the cache, on a GPU it fills the device."""
+    return 4096 if device.type == "cpu" else 16384
 
 
 class _NegativeLogSumExp(torch.autograd.Function):
@@ -30,14 +32,15 @@ class _NegativeLogSumExp(torch.autograd.Function):
         max_N = q_ND.new_full((len(q_ND),), -torch.inf)
         sum_N = torch.zeros_like(max_N)
         weighted_ND = torch.zeros_like(q_ND)
-        for block_CD in queue_KD.split(_QUEUE_CHUNK):
-            logits_NC = (q_ND @ block_CD.T).div_(temperature)
+        scaled_ND = q_ND / temperature
+        for block_CD in queue_KD.split(_rows_of_a_block(q_ND.device)):
+            logits_NC = scaled_ND @ block_CD.T
             new_max_N = torch.maximum(max_N, logits_NC.amax(1))
             rescale_N = (max_N - new_max_N).exp()
             weights_NC = logits_NC.sub_(new_max_N[:, None]).exp_()
             sum_N = sum_N * rescale_N + weights_NC.sum(1)
             if wants_gradient:
-                weighted_ND = weighted_ND * rescale_N[:, None] + weights_NC @ block_CD
+                weighted_ND.mul_(rescale_N[:, None]).addmm_(weights_NC, block_CD)
             max_N = new_max_N
         if wants_gradient:
             ctx.save_for_backward(weighted_ND / (sum_N[:, None] * temperature))
@@ -77,26 +80,28 @@ def cross_entropy(positive_N: Tensor, negative_lse_N: Tensor) -> Tensor:
     return F.softplus(negative_lse_N - positive_N)
 
 
-def info_nce(q_ND: Tensor, k_ND: Tensor, queue_KD: Tensor, temperature: float) -> Tensor:
-    """Mean cross-entropy of each query with its key against the queue, a scalar (MoCo, eq. 1).
+def info_nce(q_ND: Tensor, k_ND: Tensor, negative_lse_N: Tensor, temperature: float) -> Tensor:
+    """Mean of CE(q, k) against the queue, a scalar (MoCo, eq. 1).
 
-    Keys and queue receive no gradient.
+    negative_lse_N: of the same queries, from `negative_logsumexp`. Keys receive no gradient.
     """
-    lse_N, _ = negative_logsumexp(q_ND, queue_KD, temperature)
-    return cross_entropy(positive_logit(q_ND, k_ND.detach(), temperature), lse_N).mean()
+    return cross_entropy(positive_logit(q_ND, k_ND.detach(), temperature), negative_lse_N).mean()
 
 
 def mixture_loss(
-    qm_ND: Tensor, k_ND: Tensor, partner_N: Tensor, lam_N: Tensor, queue_KD: Tensor, temperature: float
+    qm_ND: Tensor,
+    k_ND: Tensor,
+    partner_N: Tensor,
+    lam_N: Tensor,
+    negative_lse_N: Tensor,
+    temperature: float,
 ) -> Tensor:
     """Mean of λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]), a scalar (MixMask, arXiv 2210.11456; Un-Mix).
 
     qm_ND: embedded mixed views; k_ND: clean keys; partner_N: int64, whose pixels fill view i; lam_N in
-    [0, 1]: share of the anchor's own pixels. Both terms have the same negatives, so one product with the
-    queue serves.
+    [0, 1]: share of the anchor's own pixels. Both terms have the same negatives, so one log-sum-exp serves.
     """
-    lse_N, _ = negative_logsumexp(qm_ND, queue_KD, temperature)
     k_ND = k_ND.detach()
-    own_N = cross_entropy(positive_logit(qm_ND, k_ND, temperature), lse_N)
-    partners_N = cross_entropy(positive_logit(qm_ND, k_ND[partner_N], temperature), lse_N)
+    own_N = cross_entropy(positive_logit(qm_ND, k_ND, temperature), negative_lse_N)
+    partners_N = cross_entropy(positive_logit(qm_ND, k_ND[partner_N], temperature), negative_lse_N)
     return (lam_N * own_N + (1 - lam_N) * partners_N).mean()

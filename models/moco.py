@@ -8,8 +8,6 @@ Shape letters: N batch on this rank, M keys of all ranks, S side, D embedding, K
 
 import copy
 import functools
-from collections.abc import Sequence
-from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,51 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import losses
+from models.batch import NUM_MIXTURES, BatchLike, Method, MixtureLike, directions_of
 from models.batchnorm import (
     SplitBatchNorm2d,
     deal_over_splits,
+    join_branches,
+    part_branches,
     shuffle_across_ranks,
     undeal_over_splits,
     unshuffle_across_ranks,
 )
 from models.encoders import EncoderFactory, NormLayer, backbone_features
-
-Method = Literal["moco", "mixmask", "unmix", "both", "erase"]
-
-NUM_MIXTURES: dict[Method, int] = {"moco": 0, "mixmask": 1, "unmix": 1, "both": 2, "erase": 1}
-"""Mixtures a batch must bring for each method. Each weighs as much as the clean term."""
-
-
-class MixtureLike(Protocol):
-    """What the model reads of a mixture."""
-
-    @property
-    def images(self) -> Tensor:
-        """(N, 3, S, S) mixed or erased query views."""
-
-    @property
-    def partner(self) -> Tensor:
-        """(N,) int64, whose pixels fill each view."""
-
-    @property
-    def lam(self) -> Tensor:
-        """(N,) float32, share of the anchor's own pixels."""
-
-
-class BatchLike(Protocol):
-    """What the model reads of a batch."""
-
-    @property
-    def query(self) -> Tensor:
-        """(N, 3, S, S)."""
-
-    @property
-    def key(self) -> Tensor:
-        """(N, 3, S, S)."""
-
-    @property
-    def mixtures(self) -> Sequence[MixtureLike]:
-        """As many as `NUM_MIXTURES` says."""
 
 
 def _num_ranks() -> int:
@@ -94,6 +58,8 @@ class MoCo(nn.Module):
         temperature: float = 0.2,
         mlp: bool = True,
         bn_splits: int = 8,
+        symmetric: bool = False,
+        joint_forward: bool = False,
         queue_seed: int = 0,
     ) -> None:
         """Build both encoders and a queue of noise.
@@ -107,6 +73,10 @@ class MoCo(nn.Module):
         bn_splits: parts the batch is split into for BN statistics, on every rank; it must divide the batch.
             With one rank, 1 is plain BN, which lets the positive pair be told by its company and costs about
             4 points at long schedules. With several ranks keys are dealt out over the ranks and 1 is enough.
+        symmetric: each view is query once and key once; the loss is the sum of both, and both views' keys
+            enter the queue.
+        joint_forward: all queries and mixtures go through the encoder as one batch, with BN statistics in
+            common; each by itself, as published, if not.
         queue_seed: of the noise; the same on all ranks.
         Raises ValueError for a value out of range.
         """
@@ -121,6 +91,8 @@ class MoCo(nn.Module):
         self.momentum = momentum
         self.temperature = temperature
         self.bn_splits = bn_splits
+        self.symmetric = symmetric
+        self.joint_forward = joint_forward
         norm_layer: NormLayer = nn.BatchNorm2d
         if bn_splits > 1:
             norm_layer = functools.partial(SplitBatchNorm2d, num_splits=bn_splits)
@@ -150,35 +122,35 @@ class MoCo(nn.Module):
         Metrics: loss, loss_clean, acc1 (share of queries whose key beats the whole queue), pos_sim and
         neg_sim (mean cosine), feature_std (spread of the queries per dimension; 1 is even, 0 collapsed), and
         with mixtures loss_mix (their sum) and lam (mean).
-        Raises ValueError if the batch does not bring the mixtures of the method.
+        Raises ValueError if the batch does not bring the views and mixtures of the method.
         """
-        _check(
-            len(batch.mixtures) == NUM_MIXTURES[self.method],
-            f"method {self.method!r} takes {NUM_MIXTURES[self.method]} mixtures, the batch brings "
-            f"{len(batch.mixtures)}; build the loader with the same method as the model",
-        )
-        _check(
-            len(batch.query) == len(batch.key),
-            f"the batch has {len(batch.query)} query and {len(batch.key)} key views; take a recipe of two",
-        )
+        directions = directions_of(batch, self.method, symmetric=self.symmetric)
         if self.training:
             self._update_key_encoder()
-        k_ND = self._embed_keys(batch.key)
-        q_ND = self._embed(self.encoder_q, batch.query)
+        keys = [self._embed_keys(direction.key) for direction in directions]
+        queries = self._embed_queries([images for d in directions for images in d.branches])
 
-        lse_N, hardest_N = losses.negative_logsumexp(q_ND, self.queue_KD, self.temperature)
-        positive_N = losses.positive_logit(q_ND, k_ND, self.temperature)
-        loss_clean = losses.cross_entropy(positive_N, lse_N).mean()
-        mixture_terms = [self._mixture_term(mixture, k_ND) for mixture in batch.mixtures]
-        loss = loss_clean + sum(mixture_terms)
+        # One walk along the queue serves every branch of every direction.
+        lse_N, hardest_N = losses.negative_logsumexp(torch.cat(queries), self.queue_KD, self.temperature)
+        branches = iter(zip(queries, lse_N.chunk(len(queries)), hardest_N.chunk(len(queries)), strict=True))
+        clean_terms, mixture_terms, contrasts = [], [], []
+        for direction, k_ND in zip(directions, keys, strict=True):
+            q_ND, q_lse_N, q_hardest_N = next(branches)
+            clean_terms.append(losses.info_nce(q_ND, k_ND, q_lse_N, self.temperature))
+            contrasts.append(self._contrast_metrics(q_ND.detach(), k_ND, q_hardest_N))
+            for mixture in direction.mixtures:
+                qm_ND, qm_lse_N, _ = next(branches)
+                mixture_terms.append(self._mixture_term(mixture, qm_ND, k_ND, qm_lse_N))
+        loss_clean = torch.stack(clean_terms).sum()
+        loss = torch.stack(clean_terms + mixture_terms).sum()
 
-        metrics = self._contrast_metrics(q_ND.detach(), positive_N.detach(), hardest_N)
+        metrics = {name: torch.stack([c[name] for c in contrasts]).mean() for name in contrasts[0]}
         metrics |= {"loss": loss.detach(), "loss_clean": loss_clean.detach()}
         if mixture_terms:
             metrics["loss_mix"] = torch.stack(mixture_terms).detach().sum()
             metrics["lam"] = torch.stack([mixture.lam for mixture in batch.mixtures]).mean()
         if self.training:
-            self._enqueue(k_ND)
+            self._enqueue(torch.cat(keys))
         return loss, metrics
 
     def backbone_features(self, images_N3SS: Tensor) -> Tensor:
@@ -204,14 +176,22 @@ class MoCo(nn.Module):
             k_ND = undeal_over_splits(k_ND, self.bn_splits)
         return unshuffle_across_ranks(k_ND) if across_ranks else k_ND
 
-    def _mixture_term(self, mixture: MixtureLike, k_ND: Tensor) -> Tensor:
-        qm_ND = self._embed(self.encoder_q, mixture.images)
+    def _embed_queries(self, branches: list[Tensor]) -> list[Tensor]:
+        """(N, D) of each (N, 3, S, S): by a forward pass for each, or by one for all."""
+        if not self.joint_forward:
+            return [self._embed(self.encoder_q, images) for images in branches]
+        splits = self.bn_splits if self.training else 1
+        q_MD = self._embed(self.encoder_q, join_branches(branches, splits))
+        return part_branches(q_MD, len(branches), splits)
+
+    def _mixture_term(self, mixture: MixtureLike, qm_ND: Tensor, k_ND: Tensor, lse_N: Tensor) -> Tensor:
         if self.method == "erase":
-            return losses.info_nce(qm_ND, k_ND, self.queue_KD, self.temperature)
-        return losses.mixture_loss(qm_ND, k_ND, mixture.partner, mixture.lam, self.queue_KD, self.temperature)
+            return losses.info_nce(qm_ND, k_ND, lse_N, self.temperature)
+        return losses.mixture_loss(qm_ND, k_ND, mixture.partner, mixture.lam, lse_N, self.temperature)
 
     @torch.no_grad()
-    def _contrast_metrics(self, q_ND: Tensor, positive_N: Tensor, hardest_N: Tensor) -> dict[str, Tensor]:
+    def _contrast_metrics(self, q_ND: Tensor, k_ND: Tensor, hardest_N: Tensor) -> dict[str, Tensor]:
+        positive_N = losses.positive_logit(q_ND, k_ND, self.temperature)
         return {
             "acc1": (positive_N > hardest_N).float().mean(),
             "pos_sim": positive_N.mean() * self.temperature,

@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mixture:
-    """Query views mixed with each other: image i keeps the share ``lam[i]`` of ``query[i]``."""
+    """Views mixed with each other: image i keeps the share ``lam[i]`` of ``query[i]``.
+
+    Of a batch's ``key_mixtures``, ``key`` stands for ``query``.
+    """
 
     images: Tensor
     """(N, 3, S, S) float32, channels_last, on the training device."""
@@ -35,3 +38,5 @@ class Batch:
     """(N,) int64, position in the compiled set."""
     label: Tensor
     """(N,) int64, −1 where the set has no labels."""
+    key_mixtures: tuple[Mixture, ...] = ()
+    """Mixtures of the key views, as many as of the query views; only for a symmetric loss."""

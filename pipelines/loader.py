@@ -261,9 +261,11 @@ class ViewLoader:
 
     def _mixed(self, epoch: int, views: list[Tensor], index: Tensor, label: Tensor) -> Batch:
         key = views[1] if len(views) > 1 else views[0][:0]
-        mixtures = mix(self.recipe, self.seed, epoch, index, views[0])
+        # Both directions of a symmetric loss take the same masks and partners.
+        mixed = views if self.recipe.mixing.symmetric else views[:1]
+        mixtures = [mix(self.recipe, self.seed, epoch, index, view) for view in mixed]
         index, label = (column.to(self.device, non_blocking=True) for column in (index, label))
-        return Batch(views[0], key, mixtures, index, label)
+        return Batch(views[0], key, mixtures[0], index, label, *mixtures[1:])
 
     def _batches(self, *, augmented: bool) -> Iterator[tuple[Tensor, Made]]:
         """Pixels of the rest of the epoch's batches and what belongs to them; the caller moves the cursor."""

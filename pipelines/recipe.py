@@ -45,6 +45,8 @@ class Mixing:
     """Probability of a global mixture; otherwise a rectangle is pasted."""
     erase_fill: Fill = "mean"
     """What erased cells hold: the normalised zero (black), the data set's mean, or Gaussian noise."""
+    symmetric: bool = False
+    """Each view is query once and key once, and both are mixed; the loss is the sum of the two directions."""
 
     def __post_init__(self) -> None:
         cells = self.grid_size**2

@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,23 +16,10 @@ from engine.launch import choose_device, init_launch
 from models.batchnorm import shuffle_across_ranks, unshuffle_across_ranks
 from models.encoders import NormLayer
 from models.moco import MoCo
+from pipelines import Batch, Mixture
 
 PER_RANK = 6
 STEPS = 3
-
-
-@dataclass(frozen=True)
-class Mixture:
-    images: Tensor
-    partner: Tensor
-    lam: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    query: Tensor
-    key: Tensor
-    mixtures: tuple[Mixture, ...] = ()
 
 
 class _Small(nn.Module):
@@ -62,11 +48,21 @@ def _moco(factory: Callable[..., tuple[nn.Module, int]], **options: object) -> M
     return MoCo(factory, method="mixmask", dim=8, queue_len=20, momentum=0.9, **({"bn_splits": 1} | options))
 
 
+def _batch_of(
+    query: Tensor,
+    key: Tensor,
+    mixtures: tuple[Mixture, ...] = (),
+    key_mixtures: tuple[Mixture, ...] = (),
+) -> Batch:
+    row = torch.arange(len(query))
+    return Batch(query, key, mixtures, row, row, key_mixtures)
+
+
 def _rank_batch(step: int, rank: int) -> Batch:
     generator = torch.Generator().manual_seed(100 * step + rank)
     query, key, mixed = torch.randn(3, PER_RANK, 3, 8, 8, generator=generator)
     lam = torch.rand(PER_RANK, generator=generator)
-    return Batch(query, key, (Mixture(mixed, torch.arange(PER_RANK).flip(0), lam),))
+    return _batch_of(query, key, (Mixture(mixed, torch.arange(PER_RANK).flip(0), lam),))
 
 
 def _joint_batch(step: int) -> Batch:
@@ -77,7 +73,7 @@ def _joint_batch(step: int) -> Batch:
         torch.cat([one.partner, two.partner + PER_RANK]),
         torch.cat([one.lam, two.lam]),
     )
-    return Batch(torch.cat([first.query, second.query]), torch.cat([first.key, second.key]), (mixture,))
+    return _batch_of(torch.cat([first.query, second.query]), torch.cat([first.key, second.key]), (mixture,))
 
 
 def _train(model: nn.Module, batches: list[Batch]) -> list[float]:

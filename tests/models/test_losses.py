@@ -14,6 +14,17 @@ def _unit(seed: int, rows: int, dim: int = 16, dtype: torch.dtype = torch.float3
     return F.normalize(noise, dim=1).to(dtype)
 
 
+def _info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    return losses.info_nce(q, k, losses.negative_logsumexp(q, queue, temperature)[0], temperature)
+
+
+def _mixture_loss(
+    qm: Tensor, k: Tensor, partner: Tensor, lam: Tensor, queue: Tensor, temperature: float
+) -> Tensor:
+    lse, _ = losses.negative_logsumexp(qm, queue, temperature)
+    return losses.mixture_loss(qm, k, partner, lam, lse, temperature)
+
+
 def _numpy_cross_entropy(q: np.ndarray, k: np.ndarray, queue: np.ndarray, temperature: float) -> np.ndarray:
     logits = np.concatenate([(q * k).sum(1, keepdims=True), q @ queue.T], axis=1) / temperature
     top = logits.max(axis=1, keepdims=True)
@@ -29,7 +40,7 @@ def _float64(*tensors: Tensor) -> list[np.ndarray]:
 def test_info_nce_against_numpy(temperature: float, queue_len: int) -> None:
     q, k, queue = _unit(0, 7), _unit(1, 7), _unit(2, queue_len)
     want = _numpy_cross_entropy(*_float64(q, k, queue), temperature).mean()
-    assert losses.info_nce(q, k, queue, temperature).item() == pytest.approx(want, rel=1e-5)
+    assert _info_nce(q, k, queue, temperature).item() == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2])
@@ -40,25 +51,23 @@ def test_mixture_loss_against_numpy(temperature: float) -> None:
     other = _numpy_cross_entropy(*_float64(qm, k[partner], queue), temperature)
     share = lam.double().numpy()
     want = (share * own + (1 - share) * other).mean()
-    assert losses.mixture_loss(qm, k, partner, lam, queue, temperature).item() == pytest.approx(
-        want, rel=1e-5
-    )
+    assert _mixture_loss(qm, k, partner, lam, queue, temperature).item() == pytest.approx(want, rel=1e-5)
 
 
 def test_mixture_of_the_anchor_alone_is_info_nce_and_of_the_partner_alone_is_info_nce_with_it() -> None:
     qm, k, queue, partner = _unit(0, 6), _unit(1, 6), _unit(2, 50), torch.tensor([1, 2, 3, 4, 5, 0])
-    whole = losses.mixture_loss(qm, k, partner, torch.ones(6), queue, 0.2)
-    torch.testing.assert_close(whole, losses.info_nce(qm, k, queue, 0.2), rtol=0, atol=0)
-    none = losses.mixture_loss(qm, k, partner, torch.zeros(6), queue, 0.2)
-    torch.testing.assert_close(none, losses.info_nce(qm, k[partner], queue, 0.2), rtol=0, atol=0)
+    whole = _mixture_loss(qm, k, partner, torch.ones(6), queue, 0.2)
+    torch.testing.assert_close(whole, _info_nce(qm, k, queue, 0.2), rtol=0, atol=0)
+    none = _mixture_loss(qm, k, partner, torch.zeros(6), queue, 0.2)
+    torch.testing.assert_close(none, _info_nce(qm, k[partner], queue, 0.2), rtol=0, atol=0)
 
 
 def test_gradient_is_that_of_full_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_QUEUE_CHUNK", 7)  # several blocks and a ragged last one
+    monkeypatch.setattr(losses, "_rows_of_a_block", lambda device: 7)  # several blocks and a ragged last one
     k, queue, lam = _unit(1, 6), _unit(2, 50), torch.rand(6)
     partner = torch.tensor([5, 4, 3, 2, 1, 0])
     ours, naive = _unit(0, 6).requires_grad_(), _unit(0, 6).requires_grad_()
-    losses.mixture_loss(ours, k, partner, lam, queue, 0.1).backward()
+    _mixture_loss(ours, k, partner, lam, queue, 0.1).backward()
 
     def cross_entropy(keys: Tensor) -> Tensor:
         logits = torch.cat([(naive * keys).sum(1, keepdim=True), naive @ queue.T], dim=1) / 0.1
@@ -70,7 +79,7 @@ def test_gradient_is_that_of_full_logits(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_negative_logsumexp_passes_gradcheck(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(losses, "_QUEUE_CHUNK", chunk)
+    monkeypatch.setattr(losses, "_rows_of_a_block", lambda device: chunk)
     q = _unit(0, 3, dtype=torch.float64).requires_grad_()
     queue = _unit(2, 11, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: losses.negative_logsumexp(x, queue, 0.2)[0], (q,))
@@ -86,8 +95,8 @@ def test_negative_logsumexp_gives_the_hardest_negative() -> None:
 def test_gradient_survives_a_queue_overwritten_before_backward() -> None:
     queue = _unit(2, 20)
     ours, untouched = _unit(0, 4).requires_grad_(), _unit(0, 4).requires_grad_()
-    losses.info_nce(untouched, _unit(1, 4), queue.clone(), 0.2).backward()
-    loss = losses.info_nce(ours, _unit(1, 4), queue, 0.2)
+    _info_nce(untouched, _unit(1, 4), queue.clone(), 0.2).backward()
+    loss = _info_nce(ours, _unit(1, 4), queue, 0.2)
     queue.zero_()
     loss.backward()
     assert torch.equal(ours.grad, untouched.grad)
@@ -95,7 +104,7 @@ def test_gradient_survives_a_queue_overwritten_before_backward() -> None:
 
 def test_keys_and_queue_receive_no_gradient() -> None:
     q, k, queue = (_unit(seed, 4).requires_grad_() for seed in range(3))
-    losses.info_nce(q, k, queue, 0.2).backward()
+    _info_nce(q, k, queue, 0.2).backward()
     assert q.grad is not None and k.grad is None and queue.grad is None
 
 
@@ -107,13 +116,13 @@ def test_nothing_of_queue_size_is_kept_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses.info_nce(_unit(0, 8).requires_grad_(), _unit(1, 8), _unit(2, 4096), 0.2)
+        _info_nce(_unit(0, 8).requires_grad_(), _unit(1, 8), _unit(2, 4096), 0.2)
     assert kept and max(kept) <= 8 * 16
 
 
 def test_autocast_does_not_lower_the_logits() -> None:
     q, k, queue = _unit(0, 8), _unit(1, 8), _unit(2, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = losses.info_nce(q, k, queue, 0.07)
+        inside = _info_nce(q, k, queue, 0.07)
     assert inside.dtype == torch.float32
-    torch.testing.assert_close(inside, losses.info_nce(q, k, queue, 0.07), rtol=0, atol=0)
+    torch.testing.assert_close(inside, _info_nce(q, k, queue, 0.07), rtol=0, atol=0)

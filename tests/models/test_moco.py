@@ -2,7 +2,6 @@
 
 import copy
 from collections import deque
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -12,23 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models import losses
+from models.batch import NUM_MIXTURES, Method
+from models.batchnorm import join_branches, part_branches
 from models.encoders import build_encoder
-from models.moco import NUM_MIXTURES, Method, MoCo
+from models.moco import MoCo
+from pipelines import Batch, Mixture
 
 
-@dataclass(frozen=True)
-class Mixture:
-    images: Tensor
-    partner: Tensor
-    lam: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    query: Tensor
-    key: Tensor
-    mixtures: tuple[Mixture, ...] = ()
+def _batch_of(
+    query: Tensor,
+    key: Tensor,
+    mixtures: tuple[Mixture, ...] = (),
+    key_mixtures: tuple[Mixture, ...] = (),
+) -> Batch:
+    row = torch.arange(len(query))
+    return Batch(query, key, mixtures, row, row, key_mixtures)
 
 
 def _images(seed: int, batch_size: int) -> Tensor:
@@ -36,11 +33,15 @@ def _images(seed: int, batch_size: int) -> Tensor:
     return noise.to(memory_format=torch.channels_last)
 
 
-def _batch(seed: int = 0, batch_size: int = 8, num_mixtures: int = 0) -> Batch:
+def _batch(seed: int = 0, batch_size: int = 8, num_mixtures: int = 0, symmetric: bool = False) -> Batch:
     partner = torch.arange(batch_size).roll(1)
     lam = torch.linspace(0.1, 0.9, batch_size)
-    mixtures = [Mixture(_images(seed + 10 + i, batch_size), partner, lam) for i in range(num_mixtures)]
-    return Batch(_images(seed, batch_size), _images(seed + 1, batch_size), tuple(mixtures))
+    both = [
+        tuple(Mixture(_images(seed + first + i, batch_size), partner, lam) for i in range(num_mixtures))
+        for first in (10, 20)
+    ]
+    views = _images(seed, batch_size), _images(seed + 1, batch_size)
+    return _batch_of(*views, both[0], both[1] if symmetric else ())
 
 
 def _moco(**options: object) -> MoCo:
@@ -131,23 +132,31 @@ def test_key_encoder_moves_by_momentum_alone() -> None:
     assert max(moved) > 1e-4
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("method", list(NUM_MIXTURES))
-def test_loss_is_the_sum_of_its_terms(method: Method) -> None:
-    moco = _moco(method=method).eval()
-    batch = _batch(num_mixtures=NUM_MIXTURES[method])
+def test_loss_is_the_sum_of_its_terms(method: Method, symmetric: bool) -> None:
+    moco = _moco(method=method, symmetric=symmetric).eval()
+    batch = _batch(num_mixtures=NUM_MIXTURES[method], symmetric=symmetric)
     loss, metrics = moco(batch)
-    k = F.normalize(moco.encoder_k(batch.key), dim=1)
-    q = F.normalize(moco.encoder_q(batch.query), dim=1)
-    want = losses.info_nce(q, k, moco.queue_KD, 0.2)
-    torch.testing.assert_close(metrics["loss_clean"], want.detach())
-    for mixture in batch.mixtures:
-        qm = F.normalize(moco.encoder_q(mixture.images), dim=1)
-        if method == "erase":
-            want = want + losses.info_nce(qm, k, moco.queue_KD, 0.2)
-        else:
-            want = want + losses.mixture_loss(qm, k, mixture.partner, mixture.lam, moco.queue_KD, 0.2)
-    torch.testing.assert_close(loss, want)
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ moco.queue_KD.T], 1)
+    directions = [(batch.query, batch.key, batch.mixtures)]
+    if symmetric:
+        directions.append((batch.key, batch.query, batch.key_mixtures))
+    clean, mixed, queries = [], [], []
+    for query, key, mixtures in directions:
+        k = F.normalize(moco.encoder_k(key), dim=1)
+        q = F.normalize(moco.encoder_q(query), dim=1)
+        queries.append(torch.cat([(q * k).sum(1, keepdim=True), q @ moco.queue_KD.T], 1))
+        clean.append(_cross_entropy(q, k, moco.queue_KD).mean())
+        for mixture in mixtures:
+            qm = F.normalize(moco.encoder_q(mixture.images), dim=1)
+            term = _cross_entropy(qm, k, moco.queue_KD)
+            if method != "erase":
+                partners = _cross_entropy(qm, k[mixture.partner], moco.queue_KD)
+                term = mixture.lam * term + (1 - mixture.lam) * partners
+            mixed.append(term.mean())
+    torch.testing.assert_close(metrics["loss_clean"], sum(clean).detach())
+    torch.testing.assert_close(loss, sum(clean + mixed))
+    logits = torch.cat(queries)
     torch.testing.assert_close(metrics["acc1"], (logits.argmax(1) == 0).float().mean())
     torch.testing.assert_close(metrics["pos_sim"], logits[:, 0].mean().detach())
     torch.testing.assert_close(metrics["neg_sim"], logits[:, 1:].mean().detach(), rtol=1e-4, atol=1e-6)
@@ -155,11 +164,42 @@ def test_loss_is_the_sum_of_its_terms(method: Method) -> None:
     assert ("loss_mix" in metrics) == (method != "moco")
 
 
+def _cross_entropy(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / 0.2
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64), reduction="none")
+
+
+def test_symmetric_loss_puts_both_views_keys_into_the_queue() -> None:
+    moco = _moco(method="mixmask", symmetric=True)
+    moco(_batch(num_mixtures=1, symmetric=True))
+    assert int(moco.queue_ptr) == 16
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bn_splits", [1, 2])
+def test_a_joint_forward_differs_only_in_its_batch_statistics(bn_splits: int, symmetric: bool) -> None:
+    options = {"method": "both", "bn_splits": bn_splits, "symmetric": symmetric}
+    apart, joint = _moco(**options), _moco(**options, joint_forward=True)
+    batch = _batch(num_mixtures=2, symmetric=symmetric)
+    torch.testing.assert_close(apart.eval()(batch)[0], joint.eval()(batch)[0])
+    assert not torch.allclose(apart.train()(batch)[0], joint.train()(batch)[0])
+
+
+def test_a_joint_forward_gives_every_split_its_share_of_every_branch() -> None:
+    branches = [_images(seed, 8) for seed in range(3)]
+    joint = join_branches(branches, 2)
+    assert joint.is_contiguous(memory_format=torch.channels_last)
+    for part, half in zip(joint.chunk(2), (slice(0, 4), slice(4, 8)), strict=True):
+        assert torch.equal(part, torch.cat([images[half] for images in branches]))
+    for back, images in zip(part_branches(joint.flatten(1), 3, 2), branches, strict=True):
+        assert torch.equal(back, images.flatten(1))
+
+
 def test_identical_views_at_the_start_give_similarity_one() -> None:
     """Query and key encoder are equal, so without BN company the pair must coincide."""
     moco = _moco().eval()
     images = _images(0, 8)
-    _, metrics = moco(Batch(images, images))
+    _, metrics = moco(_batch_of(images, images))
     assert metrics["pos_sim"].item() == pytest.approx(1, abs=1e-5)
     assert metrics["acc1"] == 1
 
@@ -206,7 +246,7 @@ def test_heads_of_v1_and_v2() -> None:
 def test_feature_std_is_one_when_even_and_zero_when_collapsed() -> None:
     moco = _moco()
     even = F.normalize(torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    score = partial(moco._contrast_metrics, positive_N=torch.zeros(4096), hardest_N=torch.zeros(4096))
+    score = partial(moco._contrast_metrics, k_ND=even, hardest_N=torch.zeros(4096))
     assert score(even)["feature_std"].item() == pytest.approx(1, abs=0.02)
     assert score(even[:1].expand(4096, -1))["feature_std"].item() == pytest.approx(0, abs=1e-5)
 
@@ -227,7 +267,9 @@ def test_values_out_of_range_are_named(options: dict[str, object], message: str)
 
 
 def test_a_batch_without_its_mixtures_is_refused() -> None:
-    with pytest.raises(ValueError, match="'both' takes 2 mixtures, the batch brings 1"):
+    with pytest.raises(ValueError, match="'both' takes 2 mixtures of the query views, the batch brings 1"):
         _moco(method="both")(_batch(num_mixtures=1))
+    with pytest.raises(ValueError, match="'unmix' takes 1 mixtures of the key views, the batch brings 0"):
+        _moco(method="unmix", symmetric=True)(_batch(num_mixtures=1))
     with pytest.raises(ValueError, match="8 query and 0 key views"):
-        _moco()(Batch(_images(0, 8), _images(0, 0)))
+        _moco()(_batch_of(_images(0, 8), _images(0, 0)))
