@@ -73,6 +73,11 @@ class PretrainConfig:
     """Parts of a process's batch with BatchNorm statistics of their own, as if each were on a GPU of its own:
     on one device this keeps BN from giving the pairs away. 1 is plain BN; 0 makes eight parts over all
     processes, as published, or as many as divide the batch."""
+    joint_forward: bool = False
+    """Send queries and mixtures through the encoder as one batch with common BatchNorm statistics, which is
+    faster on GPUs; each by itself, as published, if not."""
+    compile: bool = False
+    """Compile the encoders (torch.compile); the first steps take minutes, later ones are faster on GPUs."""
     epochs: int = 200
     """Passes over the set."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 256

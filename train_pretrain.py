@@ -133,6 +133,10 @@ def run(config: PretrainConfig, launch: Launch) -> None:
     # ----------------------------------------------------------------------------------------- model
     model = build_model(config, launch.world_size).to(launch.device)
     model.to(memory_format=torch.channels_last)
+    if config.compile:
+        # In place: the state dict keeps its names.
+        model.encoder_q.compile()
+        model.encoder_k.compile()
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(),
         config.lr,
@@ -214,6 +218,8 @@ def build_model(config: PretrainConfig, world_size: int) -> MoCo:
         temperature=config.moco_t,
         mlp=config.mlp,
         bn_splits=config.splits(world_size),
+        symmetric=config.mixing.symmetric,
+        joint_forward=config.joint_forward,
         queue_seed=config.seed,
     )
 
