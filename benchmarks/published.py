@@ -1,0 +1,178 @@
+"""The published objective written the plain way: the oracle of our tests and the peer of our benchmarks.
+
+It works as public MoCo and MixMask code does (arXiv 1911.05722 and 2210.11456): the queue is stored D × K, and
+every loss term clones it, multiplies it in full, puts the positive before the negatives and leaves the rest to
+`F.cross_entropy`, so a mixture multiplies its negatives twice. The key encoder follows parameter by parameter;
+images stay in contiguous memory. Two things go further than that code, so that both can be compared
+everywhere: λ may differ from image to image, and the queue takes batches that do not divide it. What that code
+computes only to print it, accuracies, is left out in its favour.
+
+Shape letters: N batch, D embedding, K queue, F features, S side, G cells along a mask's side.
+"""
+
+import copy
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.batch import BatchLike, Method, MixtureLike
+from models.encoders import EncoderFactory
+from models.moco import MoCo
+from pipelines import Batch, Mixture
+from pipelines.recipe import Mixing
+
+_MIN_RECTANGLE_CELLS = 4
+_LOG_ASPECT = math.log(1 / 0.3)
+
+
+# ------------------------------------------------------------------------------------------------- the loss
+
+
+def plain_cross_entropy(q_ND: Tensor, k_ND: Tensor, queue_DK: Tensor, temperature: float) -> Tensor:
+    """(N,) CE(q, k): cross-entropy of N × (1 + K) logits whose first column is the right one."""
+    negatives_DK = queue_DK.clone().detach()
+    positive_N = torch.einsum("nd,nd->n", q_ND, k_ND)
+    negative_NK = torch.einsum("nd,dk->nk", q_ND, negatives_DK)
+    logits = torch.cat([positive_N[:, None], negative_NK], dim=1)
+    logits /= temperature
+    first_N = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return F.cross_entropy(logits, first_N, reduction="none")
+
+
+def plain_objective(
+    method: Method,
+    q_ND: Tensor,
+    k_ND: Tensor,
+    mixed_ND: Sequence[Tensor],
+    mixtures: Sequence[MixtureLike],
+    queue_DK: Tensor,
+    temperature: float,
+) -> Tensor:
+    """The loss of one direction, a scalar: the clean term, and two terms for each mixture.
+
+    method: "erase" takes CE(q_e, k) for its mixture, the others λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]).
+    mixed_ND: the mixtures' embedded images, one (N, D) for each.
+    """
+    loss = plain_cross_entropy(q_ND, k_ND, queue_DK, temperature).mean()
+    for qm_ND, mixture in zip(mixed_ND, mixtures, strict=True):
+        own_N = plain_cross_entropy(qm_ND, k_ND, queue_DK, temperature)
+        if method == "erase":
+            loss = loss + own_N.mean()
+            continue
+        partners_N = plain_cross_entropy(qm_ND, k_ND[mixture.partner], queue_DK, temperature)
+        loss = loss + (mixture.lam * own_N).mean() + ((1 - mixture.lam) * partners_N).mean()
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+class PlainMoCo(nn.Module):
+    """The reference model, for training on one device; ``forward(batch)`` returns the loss.
+
+    Like `models.moco.MoCo` it moves the key encoder first and the queue last. BatchNorm is plain, every view
+    and mixture goes through the encoder by itself. ``queue_DK`` and ``queue_ptr`` are the queue.
+    """
+
+    def __init__(
+        self,
+        encoder_factory: EncoderFactory,
+        *,
+        method: Method,
+        dim: int = 128,
+        queue_len: int = 65536,
+        momentum: float = 0.999,
+        temperature: float = 0.2,
+        symmetric: bool = False,
+        queue_seed: int = 0,
+    ) -> None:
+        """Options are those of `models.moco.MoCo`; the head is the MLP of MoCo v2."""
+        super().__init__()
+        self.method: Method = method
+        self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
+        self.encoder_q, feature_dim = encoder_factory(norm_layer=nn.BatchNorm2d)
+        self.encoder_q.fc = nn.Sequential(
+            nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim)
+        )
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        noise_KD = torch.randn(queue_len, dim, generator=torch.Generator().manual_seed(queue_seed))
+        self.queue_DK: Tensor
+        self.register_buffer("queue_DK", F.normalize(noise_KD, dim=1).T.contiguous())
+        self.queue_ptr = 0
+
+    def start_like(self, moco: MoCo) -> "PlainMoCo":
+        """Take over the weights, the queue and its position of ours; returns itself."""
+        self.encoder_q.load_state_dict(moco.encoder_q.state_dict())
+        self.encoder_k.load_state_dict(moco.encoder_k.state_dict())
+        self.queue_DK.copy_(moco.queue_KD.T)
+        self.queue_ptr = int(moco.queue_ptr)
+        return self
+
+    def forward(self, batch: BatchLike) -> Tensor:
+        """Loss, a scalar, of one batch; for a symmetric loss the sum of both directions."""
+        directions = [(batch.query, batch.key, batch.mixtures)]
+        if self.symmetric:
+            directions.append((batch.key, batch.query, batch.key_mixtures))
+        self._update_key_encoder()
+        losses, keys = [], []
+        for query, key, mixtures in directions:
+            q_ND = F.normalize(self.encoder_q(query), dim=1)
+            mixed_ND = [F.normalize(self.encoder_q(mixture.images), dim=1) for mixture in mixtures]
+            with torch.no_grad():
+                k_ND = F.normalize(self.encoder_k(key), dim=1)
+            keys.append(k_ND)
+            losses.append(
+                plain_objective(self.method, q_ND, k_ND, mixed_ND, mixtures, self.queue_DK, self.temperature)
+            )
+        for k_ND in keys:
+            self._enqueue(k_ND)
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def _update_key_encoder(self) -> None:
+        for key, query in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
+            key.data = key.data * self.momentum + query.data * (1 - self.momentum)
+
+    @torch.no_grad()
+    def _enqueue(self, k_ND: Tensor) -> None:
+        """Write keys over the oldest columns; at once where they fit, as published, else one by one."""
+        queue_len = self.queue_DK.shape[1]
+        if self.queue_ptr + len(k_ND) <= queue_len:
+            self.queue_DK[:, self.queue_ptr : self.queue_ptr + len(k_ND)] = k_ND.T
+            self.queue_ptr = (self.queue_ptr + len(k_ND)) % queue_len
+            return
+        for k_D in k_ND:
+            self.queue_DK[:, self.queue_ptr] = k_D
+            self.queue_ptr = (self.queue_ptr + 1) % queue_len
+
+
+# ----------------------------------------------------------------------------------------------- the mixing
+
+
+def plain_block_mask(grid_size: int, keep: float, rng: random.Random) -> Tensor:
+    """(1, 1, G, G) of ones, in rectangles until at least that share of the cells is kept, and zeros."""
+    quota = int(keep * grid_size**2)
+    mask_GG = torch.zeros(grid_size, grid_size)
+    while (left := quota - int(mask_GG.sum())) > 0:
+        area = rng.uniform(_MIN_RECTANGLE_CELLS, max(_MIN_RECTANGLE_CELLS, left))
+        aspect = math.exp(rng.uniform(-_LOG_ASPECT, _LOG_ASPECT))
+        height = min(grid_size, round(math.sqrt(area * aspect)))
+        width = min(grid_size, round(math.sqrt(area / aspect)))
+        top, column = rng.randint(0, grid_size - height), rng.randint(0, grid_size - width)
+        mask_GG[top : top + height, column : column + width] = 1
+    return mask_GG[None, None]
+
+
+def plain_mixmask(query: Tensor, key: Tensor, mixing: Mixing, rng: random.Random) -> Batch:
+    """A batch of two views whose query views are mixed by one block mask with the batch in reverse order."""
+    num = len(query)
+    mask = plain_block_mask(mixing.grid_size, mixing.mask_lam, rng)
+    mask = F.interpolate(mask, size=query.shape[-2:], mode="nearest")
+    images = query * mask + query.flip(0) * (1 - mask)
+    mixture = Mixture(images, torch.arange(num - 1, -1, -1), mask.mean().expand(num))
+    row_N = torch.arange(num)
+    return Batch(query, key, (mixture,), row_N, torch.full((num,), -1))
