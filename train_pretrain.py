@@ -24,8 +24,7 @@ import functools
 import json
 import shlex
 import sys
-import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import cli
@@ -48,15 +47,16 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.export import save_backbone, save_published
+from engine.health import effective_rank, queue_health
 from engine.knn import extract_features, knn_top1
 from engine.launch import Launch, check_agreement, init_launch
-from engine.logs import RunLog
+from engine.logs import NonFiniteLoss, RunLog, last_good_state, timed
 from engine.precision import Precision
 from engine.schedule import lr_at, set_lr
 from engine.stop import StopRequest
 from models.encoders import build_encoder
 from models.moco import MoCo
-from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
+from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batches
 from pipelines.compiled import compiled_before
 from pipelines.recipe import evaluation
 from presets import PRESETS, PretrainConfig
@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> PretrainConfig:
 
 
 def config_as_json(config: PretrainConfig) -> dict[str, Any]:
-    """What decides the run's numbers, as plain data; a resumed run must agree on all of it."""
+    """What decides the run's numbers, as plain data; a resumed run must agree on all but `CHANGEABLE`."""
     free = {
         *("preset", "data", "val", "out", "resume", "device", "num_threads", "reading", "log_every_s"),
         *("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"),
@@ -86,33 +86,142 @@ def config_as_json(config: PretrainConfig) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key not in free}
 
 
+CHANGEABLE = ("lr", "precision")
+"""What a resumed run may have otherwise, which it says: it is what a loss that is not finite asks for."""
+
+
 # ======================================================================================================
 # Main
 # ======================================================================================================
 
 
+@dataclass
+class Run:
+    """The parts of a run, and how far it has come."""
+
+    config: PretrainConfig
+    launch: Launch
+    precision: Precision
+    loader: ViewLoader
+    model: MoCo
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Steps done."""
+    epoch: int = 0
+    """Epoch the next step belongs to."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return self.config.epochs * len(self.loader)
+
+
 def main(config: PretrainConfig) -> None:
     """Pretrain; see the top of this file."""
     with init_launch(config.device) as launch:
+        # -------------------------------------------------------------------------------------- set-up
         if config.batch_size % launch.world_size:
             raise ValueError(
                 f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes"
             )
-        run(config, launch)
+        found = latest(config.out)
+        if found and not config.resume:
+            raise ValueError(
+                f"{config.out} already holds a run; add --resume to continue it, or choose another --out"
+            )
+        torch.manual_seed(config.seed)
+        precision = Precision.choose(config.precision, launch.device)
 
+        # ---------------------------------------------------------------------------------------- data
+        loader = open_data(config, launch)
 
-def run(config: PretrainConfig, launch: Launch) -> None:
-    """One process's part of the run."""
-    # ---------------------------------------------------------------------------------------- set-up
-    torch.manual_seed(config.seed)
-    precision = Precision.choose(config.precision, launch.device)
-    found = latest(config.out)
-    if found and not config.resume:
-        raise ValueError(
-            f"{config.out} already holds a run; add --resume to continue it, or choose another --out"
+        # --------------------------------------------------------------------------------------- model
+        model = build_model(config, launch.world_size).to(launch.device)
+        model.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(
+            model.encoder_q.parameters(),
+            config.lr,
+            momentum=config.sgd_momentum,
+            weight_decay=config.weight_decay,
+            fused=True,  # one kernel, and no wait for the device under fp16's scaler
         )
+        if config.compile:  # in place: the state dict keeps its names
+            model.encoder_q.compile()
+            model.encoder_k.compile()
 
-    # ------------------------------------------------------------------------------------------ data
+        # -------------------------------------------------------------------------------------- resume
+        run = Run(config, launch, precision, loader, model, optimizer)
+        if found:
+            restore(run, found)
+        check_agreement(launch, run.step)
+
+        # ---------------------------------------------------------------------------------------- loop
+        announce(run)
+        stop = StopRequest()
+        with RunLog(
+            config.out,
+            launch.is_main,
+            total_steps=run.total_steps,
+            first_step=run.step,
+            every_s=config.log_every_s,
+        ) as log:
+            train(run, log, stop)
+        if stop.requested:
+            line = shlex.join([*sys.orig_argv, *([] if config.resume else ["--resume"])])
+            say(launch, f"stopped after step {run.step} of {run.total_steps}; continue with\n    {line}")
+        else:
+            export(run)
+
+
+def train(run: Run, log: RunLog, stop: StopRequest) -> None:
+    """All epochs that are left, or those until a stop is asked for."""
+    config, model = run.config, run.model
+    forward: nn.Module = model
+    if run.launch.world_size > 1:
+        forward = DistributedDataParallel(model, broadcast_buffers=False)
+    model.train()
+    while run.epoch < config.epochs and not stop.requested:
+        run.loader.set_epoch(run.epoch)
+        for wait_s, batch in timed(run.loader):
+            metrics = train_step(run, forward, batch)
+            log.step(run.step, metrics, epoch=run.epoch, samples=config.batch_size, wait_s=wait_s)
+            run.step += 1
+            if stop.agreed(run.launch, ask=run.step % 10 == 0):
+                break
+        else:
+            run.epoch += 1
+            stop.agreed(run.launch, ask=True)
+        log.flush()
+        if stop.requested or due(run.epoch, config.save_every_epochs, config.epochs):
+            save(run)
+        if not stop.requested and due(run.epoch, config.knn_every_epochs, config.epochs):
+            evaluate(run, log)
+
+
+def train_step(run: Run, forward: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
+    """One step of the optimizer; metrics stay on the device."""
+    config, optimizer, scaler = run.config, run.optimizer, run.precision.scaler
+    lr = lr_at(run.step, run.total_steps, config.lr, kind="cosine" if config.cos else "step")
+    set_lr(optimizer, lr)
+    loss: Tensor
+    metrics: dict[str, Tensor | float]
+    with run.precision.autocast():
+        loss, metrics = forward(batch)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    views = 2 if config.mixing.symmetric else 1
+    return metrics | {"lr": lr} | queue_health(run.step + 1, views * config.batch_size, config.moco_k)
+
+
+# ======================================================================================================
+# Parts
+# ======================================================================================================
+
+
+def open_data(config: PretrainConfig, launch: Launch) -> ViewLoader:
+    """The loader of this process's share; refuses a --val that kNN cannot use before the first step."""
     loader = build_loader(
         config.data,
         config.recipe(),
@@ -126,85 +235,12 @@ def run(config: PretrainConfig, launch: Launch) -> None:
         reading=config.reading,
         dali=config.dali,
     )
-
     if config.val:
-        check_labels(config, loader)
-
-    # ----------------------------------------------------------------------------------------- model
-    model = build_model(config, launch.world_size).to(launch.device)
-    model.to(memory_format=torch.channels_last)
-    if config.compile:
-        # In place: the state dict keeps its names.
-        model.encoder_q.compile()
-        model.encoder_k.compile()
-    optimizer = torch.optim.SGD(
-        model.encoder_q.parameters(),
-        config.lr,
-        momentum=config.sgd_momentum,
-        weight_decay=config.weight_decay,
-    )
-
-    # ---------------------------------------------------------------------------------------- resume
-    step, epoch = restore(found, config, model, optimizer, precision, loader) if found else (0, 0)
-    check_agreement(launch, step)
-    forward: nn.Module = model
-    if launch.world_size > 1:
-        forward = DistributedDataParallel(model, broadcast_buffers=False)
-    total_steps = config.epochs * len(loader)
-    announce(config, launch, loader, model, precision, step)
-
-    # ------------------------------------------------------------------------------------------ loop
-    stop = StopRequest()
-    model.train()
-    with RunLog(
-        config.out, launch.is_main, total_steps=total_steps, first_step=step, every_s=config.log_every_s
-    ) as log:
-        while epoch < config.epochs:
-            loader.set_epoch(epoch)
-            for wait_s, batch in with_waiting_time(loader):
-                lr = lr_at(step, total_steps, config.lr, kind="cosine" if config.cos else "step")
-                set_lr(optimizer, lr)
-                with precision.autocast():
-                    loss, metrics = forward(batch)
-                optimizer.zero_grad(set_to_none=True)
-                precision.scaler.scale(loss).backward()
-                precision.scaler.step(optimizer)
-                precision.scaler.update()
-                log.step(step, metrics | {"lr": lr}, epoch=epoch, samples=config.batch_size, wait_s=wait_s)
-                step += 1
-                if stop.agreed(launch, ask=step % 10 == 0):
-                    break
-            else:
-                epoch += 1
-                stop.agreed(launch, ask=True)
-            log.flush()
-            if stop.requested or due(epoch, config.save_every_epochs, config.epochs):
-                save(config, launch, model, optimizer, precision, loader, step, epoch)
-            if stop.requested:
-                break
-            if config.val and launch.is_main and due(epoch, config.knn_every_epochs, config.epochs):
-                log.event({"kind": "knn", "epoch": epoch, "top1": online_knn(config, model, precision)})
-    if stop.requested:
-        line = shlex.join([*sys.orig_argv, *([] if config.resume else ["--resume"])])
-        say(launch, f"stopped after step {step} of {total_steps}; continue with\n    {line}")
-        return
-    export(config, launch, model, optimizer)
-    if loader.faults:
-        say(launch, f"{len(loader.faults)} pictures could not be decoded and were replaced, see above")
-
-
-# ======================================================================================================
-# Parts
-# ======================================================================================================
-
-
-def check_labels(config: PretrainConfig, loader: ViewLoader) -> None:
-    """Refuse sets without labels before the first step, and not at the first kNN."""
-    assert config.val is not None
-    held_out = build_loader(config.val, evaluation(config.recipe()), batch_size=1, drop_last=False)
-    for path, engine in ((config.data, loader.engine), (config.val, held_out.engine)):
-        if engine.labels(np.arange(engine.count)).min() < 0:
-            raise ValueError(f"{path} has no labels, which the online kNN needs; leave out --val")
+        held_out = build_loader(config.val, evaluation(config.recipe()), batch_size=1, drop_last=False)
+        for path, engine in ((config.data, loader.engine), (config.val, held_out.engine)):
+            if engine.labels(np.arange(engine.count)).min() < 0:
+                raise ValueError(f"{path} has no labels, which the online kNN needs; leave out --val")
+    return loader
 
 
 def build_model(config: PretrainConfig, world_size: int) -> MoCo:
@@ -224,91 +260,78 @@ def build_model(config: PretrainConfig, world_size: int) -> MoCo:
     )
 
 
-def with_waiting_time(loader: ViewLoader) -> Iterator[tuple[float, Batch]]:
-    """Batches, each with the seconds it was waited for."""
-    batches = iter(loader)
-    while True:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield time.perf_counter() - start, batch
-
-
 def due(epoch: int, every: int, last: int) -> bool:
     """Whether something done every few epochs is due after ``epoch`` of them; always after the last."""
     return epoch > 0 and (epoch % every == 0 or epoch == last)
 
 
-def restore(
-    checkpoint: Path,
-    config: PretrainConfig,
-    model: MoCo,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    loader: ViewLoader,
-) -> tuple[int, int]:
-    """Put everything back as `save` wrote it; the steps done, and the epoch the next one belongs to."""
-    state = load_checkpoint(checkpoint, config_as_json(config))
-    model.load_state_dict(state.model)
-    optimizer.load_state_dict(state.optimizer)
-    if state.scaler:
-        precision.scaler.load_state_dict(state.scaler)
-    loader.load_state_dict(state.loader)
+def restore(run: Run, checkpoint: Path) -> None:
+    """Put everything back as `save` wrote it."""
+    now = config_as_json(run.config)
+    state = load_checkpoint(checkpoint, now, may_differ=CHANGEABLE)
+    run.model.load_state_dict(state.model)
+    run.optimizer.load_state_dict(state.optimizer)
+    if state.scaler and run.precision.scaler.is_enabled():
+        run.precision.scaler.load_state_dict(state.scaler)
+    run.loader.load_state_dict(state.loader)
     restore_generators(state.generators)
-    return state.step, state.epoch
+    run.step, run.epoch = state.step, state.epoch
+    for name in CHANGEABLE:
+        if state.config[name] != now[name]:
+            say(run.launch, f"{name} is {now[name]} from here on, it was {state.config[name]}")
 
 
-def online_knn(config: PretrainConfig, model: MoCo, precision: Precision) -> float:
-    """Top-1 of the query encoder's features on the held-out set, in [0, 1]."""
-    assert config.val is not None
-    model.eval()
-    view = evaluation(config.recipe())
-    batches = functools.partial(
-        evaluation_batches,
-        recipe=view,
-        device=precision.device,
-        num_threads=config.num_threads,
-        seed=config.seed,
-    )
-    bank = extract_features(
-        model.backbone_features,
-        batches(config.data, backend=config.backend, limit=config.knn_bank),
-        precision,
-    )
-    test = extract_features(model.backbone_features, batches(config.val), precision)
-    num_classes = int(max(bank[1].max(), test[1].max())) + 1
-    top1 = knn_top1(*bank, *test, num_classes=num_classes, k=min(config.knn_k, len(bank[0])))
-    model.train()
-    return top1
-
-
-def save(
-    config: PretrainConfig,
-    launch: Launch,
-    model: MoCo,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    loader: ViewLoader,
-    step: int,
-    epoch: int,
-) -> None:
-    """Write the state after ``step`` steps, and drop the oldest ones."""
-    if not launch.is_main:
+def save(run: Run) -> None:
+    """Write the state, and drop the oldest ones."""
+    if not run.launch.is_main:
         return
+    if not torch.stack(torch._foreach_norm(list(run.model.encoder_q.parameters()))).isfinite().all():
+        raise NonFiniteLoss(
+            f"weights are not finite after step {run.step}, and were not saved; "
+            f"{last_good_state(run.config.out)}"
+        )
     state = TrainState(
-        step=step,
-        epoch=epoch,
-        model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
-        scaler=precision.scaler.state_dict(),
-        loader=loader.state_dict(),
+        step=run.step,
+        epoch=run.epoch,
+        model=run.model.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        scaler=run.precision.scaler.state_dict(),
+        loader=run.loader.state_dict(),
         generators=generator_states(),
-        config=config_as_json(config),
-        meta=backbone_meta(config, model),
+        config=config_as_json(run.config),
+        meta=backbone_meta(run.config, run.model),
     )
-    save_checkpoint(checkpoint_path(config.out, step), state)
-    prune(config.out, config.keep_checkpoints)
+    save_checkpoint(checkpoint_path(run.config.out, run.step), state)
+    prune(run.config.out, run.config.keep_checkpoints)
+
+
+def evaluate(run: Run, log: RunLog) -> None:
+    """Log the effective rank of the query encoder's features, and with --val the kNN top-1 by them."""
+    if not run.launch.is_main:
+        return
+    config, device = run.config, run.precision.device
+    view = evaluation(config.recipe())
+
+    def features(path: Path, backend: Backend, limit: int | None) -> tuple[Tensor, Tensor]:
+        log.busy(f"epoch {run.epoch}  features of {path} for the evaluation")
+        batches = evaluation_batches(
+            path, view, backend, limit=limit, device=device, num_threads=config.num_threads, seed=config.seed
+        )
+        return extract_features(run.model.backbone_features, batches, run.precision)
+
+    run.model.eval()
+    bank = features(config.data, config.backend, config.knn_bank)
+    row: dict[str, float | int | str] = {
+        "kind": "eval",
+        "epoch": run.epoch,
+        "rankme": effective_rank(bank[0]),
+    }
+    if config.val:
+        test = features(config.val, "auto", None)
+        num_classes = int(max(bank[1].max(), test[1].max())) + 1
+        row["knn_top1"] = knn_top1(*bank, *test, num_classes=num_classes, k=min(config.knn_k, len(bank[0])))
+    run.model.train()
+    log.event(row)
 
 
 def backbone_meta(config: PretrainConfig, model: MoCo) -> dict[str, str]:
@@ -327,8 +350,9 @@ def backbone_meta(config: PretrainConfig, model: MoCo) -> dict[str, str]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
 
 
-def export(config: PretrainConfig, launch: Launch, model: MoCo, optimizer: torch.optim.Optimizer) -> None:
+def export(run: Run) -> None:
     """Write the finished backbone and the checkpoint in the published layout; tell the next command."""
+    config, launch, model = run.config, run.launch, run.model
     if not launch.is_main:
         return
     backbone = config.out / "backbone.safetensors"
@@ -338,31 +362,33 @@ def export(config: PretrainConfig, launch: Launch, model: MoCo, optimizer: torch
         epoch=config.epochs,
         arch=config.arch,
         model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
+        optimizer=run.optimizer.state_dict(),
     )
     say(launch, f"finished: {backbone} (and checkpoint.pth.tar in the published layout)")
     say(launch, f"next: python train_lincls.py {config.data} --val VAL --pretrained {backbone}")
+    if run.loader.faults:
+        say(launch, f"{len(run.loader.faults)} pictures could not be decoded and were replaced, see above")
 
 
-def announce(
-    config: PretrainConfig, launch: Launch, loader: ViewLoader, model: MoCo, precision: Precision, step: int
-) -> None:
+def announce(run: Run) -> None:
     """One line of what runs, one of what to expect."""
-    millions = sum(p.numel() for p in model.encoder_q.parameters()) / 1e6
+    config, launch, loader = run.config, run.launch, run.loader
+    millions = sum(p.numel() for p in run.model.encoder_q.parameters()) / 1e6
     say(
         launch,
-        f"{config.mixing.method} on {config.data}: {loader.engine.count} pictures by {loader.engine.name}, "
-        f"{config.arch} of {millions:.1f} M parameters, {config.epochs} epochs of {len(loader)} steps, "
-        f"{precision.name} on {launch.device} × {launch.world_size}, "
+        f"{config.mixing.method}{', symmetric' if config.mixing.symmetric else ''} on {config.data}: "
+        f"{loader.engine.count} pictures by {loader.engine.name}, {config.arch} of {millions:.1f} M "
+        f"parameters, {config.epochs} epochs of {len(loader)} steps, "
+        f"{run.precision.name} on {launch.device} × {launch.world_size}, "
         f"{batch_statistics(config, launch.world_size)}",
     )
     if config.backend == "auto":
         say(launch, loader.chosen)
-    if step:
-        say(launch, f"continuing after step {step}")
+    if run.step:
+        say(launch, f"continuing after step {run.step}")
     if not compiled_before():
         say(launch, "the loader's inner loops are compiled now, once after each update: some fifteen seconds")
-    if not step and config.epochs:
+    if not run.step and config.epochs:
         say(launch, "the loss rises at first, until the queue's noise has given way to real keys")
 
 

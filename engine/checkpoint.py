@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -178,9 +178,12 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
     )
 
 
-def load_checkpoint(path: Path, config: Mapping[str, Any] | None = None) -> TrainState:
+def load_checkpoint(
+    path: Path, config: Mapping[str, Any] | None = None, *, may_differ: Collection[str] = ()
+) -> TrainState:
     """The state in ``path``, on the CPU; with ``config``, only if the run that wrote it had the same.
 
+    may_differ: keys of the config that need not be the same.
     Raises CheckpointError for a missing, damaged, unsafe or foreign file, and for a config that differs,
     naming every key with both values.
     """
@@ -189,7 +192,10 @@ def load_checkpoint(path: Path, config: Mapping[str, Any] | None = None) -> Trai
         keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} is no checkpoint of this project: expected {_FIELDS}, found {keys}")
     state = TrainState(**content)
-    if config is not None and (differences := _differences(state.config, config)):
+    fixed, wanted = (
+        {k: v for k, v in c.items() if k not in may_differ} for c in (state.config, config or {})
+    )
+    if config is not None and (differences := _differences(fixed, wanted)):
         raise CheckpointError(
             f"{path} was written by a run with another configuration ({'; '.join(differences)}); "
             "resume with the same values, or start in a new folder"

@@ -7,10 +7,10 @@ seconds and not at every step.
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,13 +18,42 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from engine.checkpoint import write_atomically
+from engine.checkpoint import latest, write_atomically
 
 Value = float | int | str | None
+Batch = TypeVar("Batch")
+
+ABOUT = (
+    "The loss rises at first, while the queue's noise gives way to real keys (queue_filled): noise is easy "
+    "to tell from a picture's key. Whether it learns is told by knn_top1 and rankme, which rise, and by "
+    "feature_std, which is near 1 for features that are spread evenly and 0 for collapsed ones."
+)
+"""What a reader of the curves must know, shown beside them."""
 
 
 class NonFiniteLoss(Exception):
-    """The loss was NaN or infinite; the message names the steps, the learning rate and what to try."""
+    """The loss was NaN or infinite; the message names the step, the last good state and what to try."""
+
+
+def last_good_state(run_dir: Path) -> str:
+    """In words, what a run whose numbers went wrong can go on from, and how."""
+    good = latest(run_dir)
+    remedy = "a lower --lr, or --precision bf16 or fp32"
+    if good is None:
+        return f"no epoch was finished, so there is no state to go on from; start anew with {remedy}"
+    return f"the last good state is {good}; continue from it with --resume and {remedy}"
+
+
+def timed(batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:
+    """Batches, each with the seconds it was waited for."""
+    iterator = iter(batches)
+    while True:
+        start = time.perf_counter()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        yield time.perf_counter() - start, batch
 
 
 class RunLog:
@@ -61,9 +90,11 @@ class RunLog:
         _keep_rows_before(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._board.add_text("about", ABOUT)
         self._total_steps, self._every_s, self._plain_every_s = total_steps, every_s, plain_every_s
         self._terminal = _Terminal(console or Console(), total_steps, first_step)
         self._sums: dict[str, Tensor | float] = {}
+        self._losses: list[Tensor | float] = []
         self._num_steps = self._num_samples = self._epoch = 0
         self._last_step = first_step
         self._wait_s = 0.0
@@ -91,6 +122,7 @@ class RunLog:
         for name, value in metrics.items():
             value = value.detach().double() if isinstance(value, Tensor) else float(value)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._losses.append(metrics.get("loss", 0.0))
         self._num_steps += 1
         self._num_samples += samples
         self._wait_s += wait_s
@@ -121,12 +153,18 @@ class RunLog:
             self._next_plain = now + self._plain_every_s
         self._sums, self._num_steps, self._num_samples, self._wait_s = {}, 0, 0, 0.0
         self._window_start, self._next_flush = now, now + self._every_s
-        if not math.isfinite(means.get("loss", 0.0)):
-            raise NonFiniteLoss(
-                f"the loss became {means['loss']} between steps {first_step} and {self._last_step} "
-                f"(learning rate {means.get('lr', math.nan):.3g}); resume from the last checkpoint with a "
-                "lower learning rate, or precision bf16 or fp32"
-            )
+        self._refuse_non_finite(first_step, means)
+
+    def _refuse_non_finite(self, first_step: int, means: Mapping[str, float]) -> None:
+        losses, self._losses = self._losses, []
+        if math.isfinite(means.get("loss", 0.0)):
+            return
+        values = torch.stack([torch.as_tensor(loss) for loss in losses]).tolist()
+        bad = next(n for n, value in enumerate(values) if not math.isfinite(value))
+        raise NonFiniteLoss(
+            f"the loss became {values[bad]} in step {first_step + bad} (learning rate "
+            f"{means.get('lr', math.nan):.3g}); {last_good_state(self._path.parent)}"
+        )
 
     def _fetch_means(self) -> dict[str, float]:
         """One transfer for all metrics on a device."""
@@ -136,8 +174,13 @@ class RunLog:
             totals |= zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)
         return {name: total / self._num_steps for name, total in totals.items()}
 
+    def busy(self, what: str) -> None:
+        """Say on the progress line what the run is doing other than stepping."""
+        if self.is_main:
+            self._terminal.busy(what)
+
     def event(self, row: Mapping[str, Value]) -> None:
-        """Write a row of its own, e.g. {"kind": "knn", "top1": 0.62}; the steps so far come first."""
+        """Write a row of its own, e.g. {"kind": "eval", "knn_top1": 0.62}; the steps so far come first."""
         if not self.is_main:
             return
         if "kind" not in row or row["kind"] == "step":
@@ -186,6 +229,10 @@ def _keep_rows_before(path: Path, step: int) -> None:
         write_atomically(path, lambda file: file.writelines(kept))
 
 
+_SHOWN = {"loss": "loss", "lr": "lr", "pos_sim": "pos", "neg_sim": "neg", "feature_std": "std"}
+"""Metrics the line on screen has room for, and what they are called there."""
+
+
 class _Terminal:
     """A progress line that renews itself on a terminal; a plain line now and then elsewhere."""
 
@@ -206,12 +253,19 @@ class _Terminal:
     def show(self, row: Mapping[str, Value], plain: bool) -> None:
         parts = [f"epoch {row['epoch']}", f"step {row['step']}/{self._total_steps}"]
         parts += [f"{row['samples_per_s']:.0f} samples/s"]
-        parts += [f"{name} {row[name]:.4g}" for name in ("loss", "lr") if name in row]
+        parts += [f"{word} {row[name]:.4g}" for name, word in _SHOWN.items() if name in row]
+        filled = row.get("queue_filled", 1.0)
+        if isinstance(filled, float) and filled < 1:
+            parts.append(f"queue {100 * filled:.0f} % filled, until then the loss rises")
         line = "  ".join([*parts, f"data wait {row['wait_percent']:.0f} %"])
         if self._progress:
             self._progress.update(self._task, description=line)
         elif plain:
             self._console.print(line, highlight=False, soft_wrap=True)
+
+    def busy(self, what: str) -> None:
+        if self._progress:
+            self._progress.update(self._task, description=what)
 
     def say(self, row: Mapping[str, Value]) -> None:
         words = [

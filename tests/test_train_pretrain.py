@@ -14,7 +14,7 @@ import torchvision
 
 import train_pretrain
 from engine import cli
-from engine.checkpoint import latest, load_checkpoint
+from engine.checkpoint import latest, load_checkpoint, save_checkpoint
 from engine.stop import StopRequest
 from presets import PRESETS
 from train_pretrain import config_as_json, main, parse
@@ -44,8 +44,9 @@ def test_every_method_runs_and_leaves_its_files(method: str, beton: Path, tmp_pa
     assert steps[-1]["step"] == 9
     assert all(row["loss"] > 0 for row in steps)
     assert ("loss_mix" in steps[0]) == (method != "moco")
-    assert [row["epoch"] for row in rows if row["kind"] == "knn"] == [1, 2]
-    assert all(0 <= row["top1"] <= 1 for row in rows if row["kind"] == "knn")
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    assert [row["epoch"] for row in evaluated] == [1, 2]
+    assert all(0 <= row["knn_top1"] <= 1 and 1 <= row["rankme"] <= 40 for row in evaluated)
     assert list((tmp_path / "tensorboard").iterdir())
 
     published = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
@@ -55,6 +56,43 @@ def test_every_method_runs_and_leaves_its_files(method: str, beton: Path, tmp_pa
     backbone = safetensors.torch.load_file(tmp_path / "backbone.safetensors")
     for name, tensor in backbone.items():
         assert torch.equal(tensor, published["state_dict"][f"module.encoder_q.{name}"])
+
+
+def test_symmetric_joint_and_bf16_train_together(beton: Path, tmp_path: Path) -> None:
+    flags = ("--symmetric", "--joint-forward", "--method", "both", "--precision", "bf16", "--epochs", "1")
+    main(parse(_argv(beton, tmp_path, *flags)))
+    steps = [row for row in _rows(tmp_path) if row["kind"] == "step"]
+    assert steps[-1]["queue_filled"] == 1 and steps[-1]["queue_age"] == 1
+    # Without --val the features' effective rank is told all the same.
+    (evaluated,) = (row for row in _rows(tmp_path) if row["kind"] == "eval")
+    assert evaluated["rankme"] >= 1 and "knn_top1" not in evaluated
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(parse(_argv(beton, tmp_path, "--epochs", "1")))
+    good = latest(tmp_path)
+    diverging = _argv(beton, tmp_path, "--epochs", "1", "--lr", "1e38", "--resume")
+    state = load_checkpoint(good)
+    state.epoch, state.step = 0, 0
+    state.loader["epoch"], state.loader["batches_done"] = 0, 0
+    save_checkpoint(good, state)
+    said = _refusal(diverging, capsys)
+    assert "not finite" in said or "the loss became nan in step" in said
+    assert str(good) in said
+    assert latest(tmp_path) == good
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(good).model.values())
+
+
+def test_learning_rate_and_precision_may_change_when_a_run_goes_on(
+    beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(parse(_argv(beton, tmp_path, "--epochs", "1")))
+    main(parse(_argv(beton, tmp_path, "--epochs", "1", "--lr", "0.01", "--precision", "bf16", "--resume")))
+    said = capsys.readouterr().out
+    assert "lr is 0.01 from here on, it was 0.03" in said
+    assert "precision is bf16 from here on, it was auto" in said
 
 
 def test_backbone_loads_in_torchvision(beton: Path, tmp_path: Path) -> None:
@@ -101,8 +139,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     assert whole.model.keys() == parts.model.keys()
     for name, tensor in whole.model.items():
         assert torch.equal(tensor, parts.model[name]), name
-    for row, other in zip(_rows(tmp_path / "whole")[-1:], _rows(tmp_path / "parts")[-1:], strict=True):
-        assert row["loss"] == other["loss"]
+    last, other = (_rows(tmp_path / name)[-2:] for name in ("whole", "parts"))
+    assert last[0]["loss"] == other[0]["loss"] and last[1]["rankme"] == other[1]["rankme"]
 
 
 def test_state_holds_everything(beton: Path, tmp_path: Path) -> None:

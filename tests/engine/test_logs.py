@@ -93,10 +93,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_steps(tmp_path: Path, 
     log = _log(tmp_path)
     for step, loss in enumerate([1.0, bad, 1.0]):
         log.step(step, {"loss": torch.tensor(loss), "lr": 0.25})
-    with pytest.raises(NonFiniteLoss, match=r"between steps 0 and 2 \(learning rate 0\.25\); resume from"):
+    with pytest.raises(NonFiniteLoss, match=r"in step 1 \(learning rate 0\.25\); no epoch was finished"):
         log.flush()
     log.close()
     assert [row["loss"] for row in _rows(tmp_path)] == [None]
+
+
+def test_a_loss_that_is_not_finite_is_found_in_a_later_window(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_000000002.pt").touch()
+    message = r"nan in step 3 .* state is .*checkpoint_000000002\.pt"
+    with pytest.raises(NonFiniteLoss, match=message), _log(tmp_path) as log:
+        for step, loss in enumerate([1.0, 2.0, 3.0, math.nan, math.inf]):
+            log.step(step, {"loss": torch.tensor(loss)})
+            if step == 1:
+                log.flush()
+
+
+def test_the_line_tells_of_the_queue_while_it_fills(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with _log(tmp_path, console=console, plain_every_s=0) as log:
+        for step, filled in enumerate([0.25, 1.0]):
+            log.step(step, {"loss": 1.5, "pos_sim": 0.75, "queue_filled": filled})
+            log.flush()
+    filling, full = console.file.getvalue().splitlines()
+    assert "pos 0.75" in filling and "queue 25 % filled, until then the loss rises" in filling
+    assert "queue" not in full
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
