@@ -1,5 +1,6 @@
 """Learning rates as a function of the step, so that a resumed run needs no schedule state."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -7,6 +8,22 @@ from typing import Literal
 import torch
 
 ScheduleKind = Literal["cosine", "step"]
+MILESTONES = (0.6, 0.8)
+"""Shares of a run at which a step schedule drops: epochs 120 and 160 of 200, 60 and 80 of a probe's 100."""
+
+
+def shares(milestones: Sequence[int], epochs: int) -> tuple[float, ...]:
+    """Milestones in epochs as shares of a run of ``epochs``, for `lr_at`; `MILESTONES` where none are given.
+
+    Raises ValueError unless they rise and lie within the run, in [1, epochs).
+    """
+    rising = all(low < high for low, high in itertools.pairwise(milestones))
+    if not rising or any(not 0 < milestone < epochs for milestone in milestones):
+        raise ValueError(
+            f"schedule is {' '.join(map(str, milestones))}; in a run of {epochs} epochs, give rising epochs "
+            f"from 1 to {epochs - 1}, or none for 60 % and 80 % of the run"
+        )
+    return tuple(milestone / epochs for milestone in milestones) or MILESTONES
 
 
 def lr_at(
@@ -15,15 +32,14 @@ def lr_at(
     base_lr: float,
     warmup_steps: int = 0,
     kind: ScheduleKind = "cosine",
-    milestones: Sequence[float] = (0.6, 0.8),
+    milestones: Sequence[float] = MILESTONES,
     gamma: float = 0.1,
 ) -> float:
     """The learning rate of ``step`` (0 … total_steps − 1).
 
     Over the first ``warmup_steps`` it climbs linearly, (step + 1) / warmup_steps of ``base_lr``. Then
     cosine: half a period from ``base_lr`` towards 0, which step ``total_steps`` would reach.
-    step: ``base_lr`` · gammaⁿ after n milestones, each a share of ``total_steps`` in (0, 1); (0.6, 0.8) are
-    epochs 120 and 160 of 200, and 60 and 80 of a linear probe's 100.
+    step: ``base_lr`` · gammaⁿ after n milestones, each a share of ``total_steps`` in (0, 1), see `shares`.
     Raises ValueError for a step, warm-up or milestone out of range and for an unknown kind.
     """
     if not 0 <= step < total_steps:

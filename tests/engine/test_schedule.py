@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from engine.schedule import lr_at, set_lr
+from engine.schedule import MILESTONES, lr_at, set_lr, shares
 
 
 def test_cosine_without_warmup_is_torchs() -> None:
@@ -32,6 +32,26 @@ def test_warmup_climbs_to_the_base_and_meets_the_cosine() -> None:
 def test_steps_drop_exactly_at_their_share(total: int) -> None:
     for step, want in [(0, 30), (total * 6 // 10 - 1, 30), (total * 6 // 10, 3), (total * 8 // 10, 0.3)]:
         assert lr_at(step, total, 30, kind="step") == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("epochs", "per_epoch"), [(200, 5004), (7, 3), (1000, 97), (3, 1)])
+def test_milestones_in_epochs_drop_with_the_first_step_of_theirs(epochs: int, per_epoch: int) -> None:
+    milestones = (1, epochs - 1)
+    total, at = epochs * per_epoch, shares(milestones, epochs)
+    for step in {*range(per_epoch + 1), *range(total - per_epoch - 1, total)}:
+        # Written out: a tenth for every milestone that the step's epoch has reached.
+        want = 0.1 ** sum(step // per_epoch >= milestone for milestone in milestones)
+        assert lr_at(step, total, 1.0, kind="step", milestones=at) == pytest.approx(want)
+
+
+def test_published_milestones_are_the_default() -> None:
+    assert shares((120, 160), 200) == shares((60, 80), 100) == shares((), 0) == MILESTONES
+
+
+@pytest.mark.parametrize("milestones", [(0, 5), (5, 10), (7, 5), (5, 5), (-1,)])
+def test_milestones_outside_the_run_are_named(milestones: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=f"schedule is {milestones[0]}.* run of 10 epochs.* from 1 to 9"):
+        shares(milestones, 10)
 
 
 @pytest.mark.parametrize(
