@@ -119,43 +119,7 @@ class Run:
 def main(config: PretrainConfig) -> None:
     """Pretrain; see the top of this file."""
     with init_launch(config.device) as launch:
-        # -------------------------------------------------------------------------------------- set-up
-        if config.batch_size % launch.world_size:
-            raise ValueError(
-                f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes"
-            )
-        found = latest(config.out)
-        if found and not config.resume:
-            raise ValueError(
-                f"{config.out} already holds a run; add --resume to continue it, or choose another --out"
-            )
-        torch.manual_seed(config.seed)
-        precision = Precision.choose(config.precision, launch.device)
-
-        # ---------------------------------------------------------------------------------------- data
-        loader = open_data(config, launch)
-
-        # --------------------------------------------------------------------------------------- model
-        model = build_model(config, launch.world_size).to(launch.device)
-        model.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(
-            model.encoder_q.parameters(),
-            config.lr,
-            momentum=config.sgd_momentum,
-            weight_decay=config.weight_decay,
-            fused=True,  # one kernel, and no wait for the device under fp16's scaler
-        )
-        if config.compile:  # in place: the state dict keeps its names
-            model.encoder_q.compile()
-            model.encoder_k.compile()
-
-        # -------------------------------------------------------------------------------------- resume
-        run = Run(config, launch, precision, loader, model, optimizer)
-        if found:
-            restore(run, found)
-        check_agreement(launch, run.step)
-
-        # ---------------------------------------------------------------------------------------- loop
+        run = assemble(config, launch)
         announce(run)
         stop = StopRequest()
         with RunLog(
@@ -171,6 +135,49 @@ def main(config: PretrainConfig) -> None:
             say(launch, f"stopped after step {run.step} of {run.total_steps}; continue with\n    {line}")
         else:
             export(run)
+
+
+def assemble(config: PretrainConfig, launch: Launch) -> Run:
+    """A run ready for its next step: the first one, or with --resume the one after the last checkpoint."""
+    # ---------------------------------------------------------------------------------------- set-up
+    if config.batch_size % launch.world_size:
+        raise ValueError(
+            f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes"
+        )
+    found = latest(config.out)
+    if found and not config.resume:
+        raise ValueError(
+            f"{config.out} already holds a run; add --resume to continue it, or choose another --out"
+        )
+    torch.manual_seed(config.seed)
+    precision = Precision.choose(config.precision, launch.device)
+
+    # ------------------------------------------------------------------------------------------ data
+    loader = open_data(config, launch)
+
+    # ----------------------------------------------------------------------------------------- model
+    model = build_model(config, launch.world_size).to(launch.device)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.encoder_q.parameters(),
+        config.lr,
+        momentum=config.sgd_momentum,
+        weight_decay=config.weight_decay,
+        fused=True,  # one kernel, and no wait for the device under fp16's scaler
+    )
+    if config.compile:  # in place: the state dict keeps its names
+        model.encoder_q.compile()
+        model.encoder_k.compile()
+
+    # ---------------------------------------------------------------------------------------- resume
+    run = Run(config, launch, precision, loader, model, optimizer)
+    if found:
+        restore(run, found)
+    check_agreement(launch, run.step)
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ loop
 
 
 def train(run: Run, log: RunLog, stop: StopRequest) -> None:

@@ -11,13 +11,17 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 from engine import cli
 from engine.checkpoint import latest, load_checkpoint, save_checkpoint
+from engine.launch import init_launch
+from engine.logs import RunLog
 from engine.stop import StopRequest
 from presets import PRESETS
-from train_pretrain import config_as_json, main, parse
+from train_pretrain import config_as_json, main, parse, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split(
@@ -93,6 +97,55 @@ def test_learning_rate_and_precision_may_change_when_a_run_goes_on(
     said = capsys.readouterr().out
     assert "lr is 0.01 from here on, it was 0.03" in said
     assert "precision is bf16 from here on, it was auto" in said
+
+
+class _NoHostSync(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
+    ):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "flags", [("--method", "both"), ("--symmetric", "--joint-forward", "--method", "erase")]
+)
+def test_a_step_never_makes_the_host_wait(flags: tuple[str, ...], beton: Path, tmp_path: Path) -> None:
+    """So nothing keeps a GPU from being fed ahead, or the step from being captured as a CUDA graph."""
+    config = parse(_argv(beton, tmp_path, *flags))
+    with init_launch("cpu") as launch, RunLog(tmp_path, True, total_steps=10, every_s=1e9) as log:
+        run = train_pretrain.assemble(config, launch)
+        batches = list(run.loader)
+        train_step(run, run.model, batches[0])
+        with _NoHostSync():
+            for batch in batches[1:]:
+                log.step(run.step, train_step(run, run.model, batch))
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoHostSync():
+        torch.ones(1).item()
+
+
+def test_compiled_encoders_train_to_the_same_weights(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced by torch.compile but run as it stands, which takes seconds where code for a CPU takes minutes."""
+    main(parse(_argv(beton, tmp_path / "eager", "--epochs", "1")))
+    asked = []
+    real = torch.compile
+
+    def traced(*args: object, **options: object) -> object:
+        asked.append(options)
+        return real(*args, **options, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    main(parse(_argv(beton, tmp_path / "compiled", "--epochs", "1", "--compile")))
+    assert len(asked) == 2
+    eager, compiled = (load_checkpoint(latest(tmp_path / name)).model for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+    for name, tensor in eager.items():
+        assert torch.equal(tensor, compiled[name]), name
 
 
 def test_backbone_loads_in_torchvision(beton: Path, tmp_path: Path) -> None:

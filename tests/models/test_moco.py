@@ -195,6 +195,17 @@ def test_a_joint_forward_gives_every_split_its_share_of_every_branch() -> None:
         assert torch.equal(back, images.flatten(1))
 
 
+def test_the_whole_forward_is_one_graph() -> None:
+    """Nothing in it depends on a value that only the device knows."""
+    moco = _moco(method="both", symmetric=True)
+    traced = copy.deepcopy(moco)
+    traced.compile(backend="eager", fullgraph=True)
+    for step in range(2):
+        batch = _batch(step, num_mixtures=2, symmetric=True)
+        torch.testing.assert_close(traced(batch), moco(batch), rtol=0, atol=0)
+    torch.testing.assert_close(traced.state_dict(), moco.state_dict(), rtol=0, atol=0)
+
+
 def test_identical_views_at_the_start_give_similarity_one() -> None:
     """Query and key encoder are equal, so without BN company the pair must coincide."""
     moco = _moco().eval()
