@@ -9,7 +9,6 @@ used again; the run's files lie in runs/demo, summary.json and preview.png among
 import functools
 import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from rich.table import Table
 
 from benchmarks.environment import environment
 from benchmarks.peers.contract import OURS, TORCHVISION_PIL
+from benchmarks.programs import FASHION_PICTURES, fashion_sets, is_compiled, run_python
 from engine import cli
 from engine.checkpoint import write_atomically
-from pipelines.manifest import Manifest
 
 console = Console(highlight=False, soft_wrap=True)
 _KEYS = ("knn_top1", "linear_top1")
@@ -40,7 +39,7 @@ class Demo:
     """Folder of the two sample sets."""
     photographs: int = 2000
     """Pictures in the set of photographs."""
-    fashion: int = 60_000
+    fashion: int = FASHION_PICTURES
     """Training pictures of Fashion-MNIST, of 60,000."""
     epochs: int = 2
     """Passes of the pretraining over Fashion-MNIST."""
@@ -55,30 +54,30 @@ def main(config: Demo) -> None:
         shutil.rmtree(config.out / earlier, ignore_errors=True)
     files = config.data / "photographs"
     photographs = config.data / "photographs.beton"
-    train, test = (config.data / f"fashion-mnist-{split}.beton" for split in ("train", "test"))
 
     _banner("1  Sample sets: photographs cut from installed packages, and Fashion-MNIST")
-    if not _compiled(photographs, config.photographs):
-        _python(*("-m", "dataset_tools", "photographs", files, "--count", config.photographs, "--overwrite"))
-        _python("-m", "dataset_tools", "convert", files / "train", photographs, "--overwrite")
-    if not (_compiled(train, config.fashion) and _compiled(test, config.fashion // 6)):
-        _python(
-            *("-m", "dataset_tools", "fashion-mnist", config.data, "--limit", config.fashion),
-            *("--download-to", config.data, "--overwrite"),
+    if not is_compiled(photographs, config.photographs):
+        run_python(
+            console,
+            *("-m", "dataset_tools", "photographs", files, "--count", config.photographs, "--overwrite"),
         )
+        run_python(console, "-m", "dataset_tools", "convert", files / "train", photographs, "--overwrite")
+    train, test = fashion_sets(console, config.data, config.fashion)
+    console.print(f"{photographs}, {train} and {test} are there")
 
     _banner("2  Pretraining with MixMask on Fashion-MNIST, labels unseen")
     pretrain = config.out / "pretrain"
     run = ("train_pretrain.py", train, "--preset", "fashion")
-    _python(*run, "--out", pretrain, "--epochs", config.epochs)
+    run_python(console, *run, "--out", pretrain, "--epochs", config.epochs)
     # The same encoder before its first step, to compare with.
-    _python(*run, "--out", config.out / "random", "--epochs", 0)
+    run_python(console, *run, "--out", config.out / "random", "--epochs", 0)
 
     _banner("3  Probing: nearest neighbours and a linear classifier on frozen features")
     probes = {}
     for name, folder in (("random", config.out / "random"), ("mixmask", pretrain)):
         encoder = folder / "backbone.safetensors"
-        _python(
+        run_python(
+            console,
             *("train_lincls.py", train, "--val", test, "--pretrained", encoder, "--cached"),
             *("--out", folder, "--lr", 1, "--epochs", 30),
         )
@@ -86,7 +85,8 @@ def main(config: Demo) -> None:
 
     _banner("4  Loading the photographs at 224 px, beside torchvision")
     figures = config.out / "loader.json"
-    _python(
+    run_python(
+        console,
         *("-m", "benchmarks.loader", "--data", config.data, "--pictures", config.photographs),
         *("--parts", "pass-through-recipe", "--peers", "torchvision-pil"),
         *("--seconds", config.loader_seconds, "--batch-size", 32, "--json", figures),
@@ -95,7 +95,7 @@ def main(config: Demo) -> None:
 
     _banner("5  What the loader makes of the photographs")
     preview = config.out / "preview.png"
-    _python("-m", "dataset_tools", "preview", photographs, preview)
+    run_python(console, "-m", "dataset_tools", "preview", photographs, preview)
 
     summary = {
         **{f"{key}_{name}": probes[name][key] for key in _KEYS for name in probes},
@@ -119,24 +119,6 @@ def main(config: Demo) -> None:
 
 def _banner(title: str) -> None:
     console.print(f"\n[bold]{title}[/]")
-
-
-def _python(*words: object) -> None:
-    """Run one of our programs; its failure, already told in its own words, ends the demo."""
-    command = [sys.executable, *map(str, words)]
-    console.print(f"[dim]$ python {' '.join(command[1:])}[/]")
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise ValueError(f"the step above ended with code {code}; mend what it says and run the demo again")
-
-
-def _compiled(made: Path, count: int) -> bool:
-    """Whether a compiled set is there, with as many pictures."""
-    manifest = Manifest.read(made) if made.is_file() else None
-    there = manifest is not None and manifest.count == count
-    if there:
-        console.print(f"{made} is there already")
-    return there
 
 
 def _data_wait_fraction(metrics: Path) -> float:

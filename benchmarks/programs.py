@@ -1,0 +1,45 @@
+"""Our own programs, run as a user would run them, and the sample sets they work on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from pipelines.manifest import Manifest
+
+FASHION_PICTURES = 60_000
+"""Training pictures of Fashion-MNIST; the test set has a sixth of them."""
+
+
+def run_python(console: Console, *words: object) -> None:
+    """Run a program with this interpreter, showing its command line and all it says.
+
+    Raises ValueError if it fails; what for, it has said in its own words.
+    """
+    command = [sys.executable, *map(str, words)]
+    console.print(f"[dim]$ python {' '.join(command[1:])}[/]")
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise ValueError(f"the step above ended with code {code}; mend what it says and run this again")
+
+
+def is_compiled(made: Path, count: int) -> bool:
+    """Whether a compiled set is there, with as many pictures."""
+    manifest = Manifest.read(made) if made.is_file() else None
+    return manifest is not None and manifest.count == count
+
+
+def fashion_sets(console: Console, folder: Path, count: int = FASHION_PICTURES) -> tuple[Path, Path]:
+    """Fashion-MNIST's training and test set in ``folder``, compiled there if they are missing.
+
+    count: training pictures. Raises ValueError where they cannot be made.
+    """
+    train, test = (folder / f"fashion-mnist-{split}.beton" for split in ("train", "test"))
+    if not (is_compiled(train, count) and is_compiled(test, count // 6)):
+        run_python(
+            console,
+            *("-m", "dataset_tools", "fashion-mnist", folder, "--limit", count),
+            *("--download-to", folder, "--overwrite"),
+        )
+    return train, test

@@ -1,0 +1,88 @@
+"""The evidence's runs on little data: what comes out, and that nothing finished is run again."""
+
+import json
+import math
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import benchmarks.evidence
+import benchmarks.programs
+from benchmarks.evidence import PROBES, Evidence, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines that were run: in this process, whose imports are done already."""
+    ran: list[list[str]] = []
+
+    def run_here(console: Console, *words: object) -> None:
+        program = [str(word) for word in words]
+        ran.append(program)
+        as_module = program[0] == "-m"
+        monkeypatch.setattr(sys, "argv", program[1:] if as_module else program)
+        try:
+            if as_module:
+                runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / program[0]), run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, program
+
+    monkeypatch.setattr(benchmarks.evidence, "run_python", run_here)
+    monkeypatch.setattr(benchmarks.programs, "run_python", run_here)
+    return ran
+
+
+def test_every_run_is_made_once_and_summed_up(tmp_path: Path, programs: list[list[str]]) -> None:
+    config = Evidence(
+        epochs=1,
+        seeds=(0, 1),
+        methods=("random", "mixmask"),
+        out=tmp_path / "runs",
+        data=tmp_path,
+        fashion=1200,
+        json=tmp_path / "evidence.json",
+    )
+    main(config)
+    assert [program[0] for program in programs] == ["-m", *["train_pretrain.py", "train_lincls.py"] * 4]
+    result = json.loads((tmp_path / "evidence.json").read_text())
+    for method in config.methods:
+        summary = result["evidence"][method]
+        assert [run["seed"] for run in summary["runs"]] == [0, 1]
+        for name in PROBES:
+            first, second = (run[name] for run in summary["runs"])
+            assert 0.1 < min(first, second) <= max(first, second) < 1
+            assert summary[name]["mean"] == pytest.approx((first + second) / 2, abs=1e-5)
+            assert summary[name]["std"] == pytest.approx(abs(first - second) / math.sqrt(2), abs=1e-5)
+    (epoch,) = result["evidence"]["mixmask"]["runs"][0]["curve"]
+    assert epoch["epoch"] == 1 and 0 < epoch["knn_top1"] < 1 and epoch["loss"] > epoch["loss_clean"] > 0
+    assert result["evidence"]["random"]["runs"][0]["curve"] == []
+
+    # One run is lost with its folder, another stopped before it was probed; only these go on.
+    shutil.rmtree(tmp_path / "runs" / "random-1")
+    (tmp_path / "runs" / "mixmask-0" / "run.json").unlink()
+    programs.clear()
+    again = main(config)
+    assert [program[0] for program in programs] == [
+        "train_lincls.py",
+        "train_pretrain.py",
+        "train_lincls.py",
+    ]
+    assert again["evidence"] == json.loads(json.dumps(result["evidence"]))
+
+
+def test_a_folder_of_other_runs_is_refused(tmp_path: Path, programs: list[list[str]]) -> None:
+    config = Evidence(epochs=1, seeds=(0,), methods=("random",), out=tmp_path, data=tmp_path, fashion=1200)
+    (tmp_path / "random-0").mkdir()
+    (tmp_path / "random-0" / "run.json").write_text('{"method": "random", "seed": 0, "epochs": 7}')
+    with pytest.raises(ValueError, match="holds another run"):
+        main(config)
+    with pytest.raises(ValueError, match="take methods of random, moco"):
+        Evidence(methods=("mscn",))
