@@ -7,33 +7,49 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
+from engine import failure
 from engine.checkpoint import CheckpointError
+from engine.launch import ProcessLost
 from engine.logs import NonFiniteLoss
 
-USER_ERRORS = (ValueError, OSError, ImportError, CheckpointError, NonFiniteLoss)
+USER_ERRORS = (ValueError, OSError, ImportError, CheckpointError, NonFiniteLoss, ProcessLost)
 """What is a sentence for the user; anything else is a defect of ours and keeps its traceback."""
 
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, PROCESS_LOST, INTERRUPTED = 2, 3, 130
 """Exit codes."""
 
 
 def run(program: Callable[[], object]) -> None:
     """Run a program; a user's mistake becomes one red sentence on stderr and exit code 2, Ctrl-C code 130.
 
-    With MASKMIX_TRACEBACK=1 in the environment the traceback is shown all the same.
+    Where several processes make a run, what befalls all of a machine is told once, what befalls one with its
+    rank; one that has lost the others ends with code 3. With MASKMIX_TRACEBACK=1 in the environment the
+    traceback is shown all the same.
     """
-    err = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        program()
-    except KeyboardInterrupt:
-        err.print("[red]interrupted[/]")
-        sys.exit(INTERRUPTED)
-    except USER_ERRORS as error:
-        if os.environ.get("MASKMIX_TRACEBACK") == "1":
+    with failure.ending_at_once():
+        try:
+            program()
+        except KeyboardInterrupt:
+            _tell("[red]{}[/]", "interrupted")
+            sys.exit(INTERRUPTED)
+        except SystemExit as end:
+            if end.code:
+                failure.to_tell("the program ended, see above", failure.USAGE)
             raise
-        err.print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(USER_ERROR)
+        except USER_ERRORS as error:
+            if os.environ.get("MASKMIX_TRACEBACK") == "1":
+                raise
+            lost = isinstance(error, ProcessLost)
+            _tell("[bold red]error:[/] {}", str(error), failure.LOST if lost else "")
+            sys.exit(PROCESS_LOST if lost else USER_ERROR)
+
+
+def _tell(form: str, sentence: str, kind: str = "") -> None:
+    told = failure.to_tell(sentence, kind)
+    if told is not None:
+        err = Console(stderr=True, highlight=False, soft_wrap=True)
+        err.print(form.format(escape(told)))
 
 
 def value_of(argv: Sequence[str], flag: str, default: str) -> str:

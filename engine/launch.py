@@ -4,11 +4,17 @@ import contextlib
 import datetime
 import gc
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+
+class ProcessLost(Exception):
+    """A collective failed, because another process of the run has died or hangs; told in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launc
 
     device: see `choose_device`. Processes talk over NCCL on GPUs, over gloo on CPUs.
     timeout_s: how long a collective waits for a missing process before it fails.
+    Raises ProcessLost in place of a collective's error. Where the block fails, the group is not left: that
+    could wait for the dead, so the process should end soon, see `engine.failure.ending_at_once`.
     """
     rank = _number_from_environment("RANK", 0)
     world_size = _number_from_environment("WORLD_SIZE", 1)
@@ -85,20 +93,58 @@ def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launc
     if world_size == 1:
         yield launch
         return
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_s),
-        device_id=launch.device if on_gpu else None,
-    )
-    try:
+    with _losses_told():
+        _join(launch, datetime.timedelta(seconds=timeout_s))
         yield launch
-    finally:
         # What still holds the group, such as DDP's reducer in a cycle of references, would keep gloo's
         # threads alive into the interpreter's end, where one that lets go of a tensor aborts the process:
         # pytorch's issue 190489.
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
+
+
+def _join(launch: Launch, timeout: datetime.timedelta) -> None:
+    """Set up the process group, apart from what earlier starts of the run left behind.
+
+    torchrun keeps its store through restarts, and with it the addresses of the dead. On one machine the
+    number of the start tells them apart; several machines do not always count alike.
+    """
+    on_gpu = launch.device.type == "cuda"
+    start, num_machines = (
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        os.environ.get("GROUP_WORLD_SIZE"),
+    )
+    store = None
+    if start != "0" and num_machines == "1":
+        shared, _, _ = next(rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"start-{start}", shared)  # type: ignore[attr-defined]
+        store.set_timeout(timeout)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=timeout,
+        store=store,
+        rank=launch.rank if store else -1,
+        world_size=launch.world_size if store else -1,
+        device_id=launch.device if on_gpu else None,
+    )
+
+
+@contextlib.contextmanager
+def _losses_told() -> Iterator[None]:
+    """Turn the failure of a collective into ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL and the store have types of their own, gloo's errors are known by the file they come from.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = re.sub(r"^\[[^]]*\]\s*", "", str(error)).splitlines()[0].split(". ")[0]
+        raise ProcessLost(
+            f"lost the connection to the run's other processes ({reason}): one of them has died or hangs; "
+            "its own message stands above, or in the output of its machine; --resume continues from the last "
+            "checkpoint"
+        ) from error
 
 
 def check_agreement(launch: Launch, step: int) -> None:

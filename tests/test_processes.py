@@ -1,0 +1,128 @@
+"""Two real processes under torchrun: one dies, one errs alone, both err alike, and at last they finish.
+
+One start of torchrun, which restarts both processes after each mishap (they take seconds to start); every
+test reads its part of what was printed.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engine.checkpoint import latest, load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLED, ALONE, ALIKE, FINISHED = range(4)
+
+# Rank 1 is killed in the second epoch; cannot open its data; both are refused; nothing happens.
+DRIVER = """
+import os, signal, sys
+import train_pretrain
+from engine import cli
+
+attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
+lr_at, build_loader, argv = train_pretrain.lr_at, train_pretrain.build_loader, sys.argv[1:]
+
+def dies(step, *args, **options):
+    if step == 7 and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lr_at(step, *args, **options)
+
+def without_data(data, *args, **options):
+    return build_loader(data.with_name("absent.beton") if rank == "1" else data, *args, **options)
+
+if attempt == 0:
+    train_pretrain.lr_at = dies
+if attempt == 1:
+    train_pretrain.build_loader = without_data
+if attempt == 2:
+    argv.remove("--resume")
+if rank == "0":
+    print(f"== attempt {attempt}", flush=True)
+cli.run(lambda: train_pretrain.main(train_pretrain.parse(argv)))
+"""
+
+FLAGS = shlex.split(
+    "--arch resnet10w16 --crop-px 32 --grid-size 4 --batch-size 8 --moco-k 24 --bn-splits 2 --epochs 3 "
+    "--num-threads 1 --log-every-s 0 --device cpu --resume"
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What torchrun and both processes left."""
+
+    exit_code: int
+    attempts: list[str]
+    """Everything printed in each attempt."""
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> _Run:
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "driver.py").write_text(DRIVER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(folder / "driver.py"), str(beton), "--out", str(folder / "out"), *FLAGS]
+    with subprocess.Popen(
+        [*torchrun, "--max-restarts", "3", *script],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=240)
+        finally:
+            process.terminate()  # it ends the processes it has started, if there are any left
+    attempts = re.split(r"== attempt \d\n", printed)[1:]
+    assert len(attempts) == 4, printed[-3000:]
+    return _Run(process.returncode, attempts, folder / "out")
+
+
+def _errors(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("error:")]
+
+
+def test_survivor_of_a_killed_process_says_so_and_ends(run: _Run) -> None:
+    (sentence,) = _errors(run.attempts[KILLED])
+    assert re.match(r"error: rank 0: lost the connection to the run's other processes \(.+\)", sentence)
+    assert "--resume" in sentence
+
+
+def test_no_tracebacks(run: _Run) -> None:
+    assert not any("Traceback" in printed for printed in run.attempts)
+
+
+def test_a_mistake_of_one_rank_is_told_with_its_rank_and_nothing_else(run: _Run) -> None:
+    (sentence,) = _errors(run.attempts[ALONE])
+    assert sentence.startswith("error: rank 1: ") and "absent.beton" in sentence
+
+
+def test_a_mistake_of_all_ranks_is_told_once(run: _Run) -> None:
+    (sentence,) = _errors(run.attempts[ALIKE])
+    assert re.fullmatch(r"error: .+/out already holds a run; add --resume .+", sentence)
+
+
+def test_restarted_run_continues_from_its_checkpoint_to_the_end(run: _Run) -> None:
+    assert run.exit_code == 0
+    assert not _errors(run.attempts[FINISHED])
+    assert "continuing after step 5" in run.attempts[FINISHED]
+    assert run.attempts[FINISHED].count("finished:") == 1
+    state = load_checkpoint(latest(run.out))
+    assert state.step == 15 and int(state.model["queue_ptr"]) == 15 * 8 % 24
+
+
+def test_one_log_holds_every_step_once(run: _Run) -> None:
+    rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        step for row in rows if row["kind"] == "step" for step in range(row["first_step"], row["step"] + 1)
+    ]
+    assert steps == list(range(15))
+    assert len(list((run.out / "tensorboard").iterdir())) >= 1
