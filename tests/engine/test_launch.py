@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from engine.launch import choose_device, init_launch
+from models.batch import NUM_MIXTURES, Method
 from models.batchnorm import shuffle_across_ranks, unshuffle_across_ranks
 from models.encoders import NormLayer
 from models.moco import MoCo
@@ -20,6 +22,13 @@ from pipelines import Batch, Mixture
 
 PER_RANK = 6
 STEPS = 3
+CASES: list[tuple[Method, bool, bool]] = [
+    *((method, False, False) for method in NUM_MIXTURES),
+    ("both", True, False),
+    ("both", False, True),
+    ("mixmask", True, True),
+]
+"""Method, symmetric loss, joint forward."""
 
 
 class _Small(nn.Module):
@@ -45,7 +54,8 @@ def _with_norm(norm_layer: NormLayer) -> tuple[nn.Module, int]:
 
 def _moco(factory: Callable[..., tuple[nn.Module, int]], **options: object) -> MoCo:
     torch.manual_seed(0)
-    return MoCo(factory, method="mixmask", dim=8, queue_len=20, momentum=0.9, **({"bn_splits": 1} | options))
+    usual = {"method": "mixmask", "dim": 8, "queue_len": 20, "momentum": 0.9, "bn_splits": 1}
+    return MoCo(factory, **(usual | options))
 
 
 def _batch_of(
@@ -58,22 +68,71 @@ def _batch_of(
     return Batch(query, key, mixtures, row, row, key_mixtures)
 
 
-def _rank_batch(step: int, rank: int) -> Batch:
+def _rank_batch(step: int, rank: int, num_mixtures: int = 1, symmetric: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(100 * step + rank)
-    query, key, mixed = torch.randn(3, PER_RANK, 3, 8, 8, generator=generator)
-    lam = torch.rand(PER_RANK, generator=generator)
-    return _batch_of(query, key, (Mixture(mixed, torch.arange(PER_RANK).flip(0), lam),))
+    views = torch.randn(2, PER_RANK, 3, 8, 8, generator=generator)
+
+    def mixtures() -> tuple[Mixture, ...]:
+        return tuple(
+            Mixture(
+                torch.randn(PER_RANK, 3, 8, 8, generator=generator),
+                torch.arange(PER_RANK).flip(0),
+                torch.rand(PER_RANK, generator=generator),
+            )
+            for _ in range(num_mixtures)
+        )
+
+    return _batch_of(*views, mixtures(), mixtures() if symmetric else ())
 
 
-def _joint_batch(step: int) -> Batch:
-    first, second = (_rank_batch(step, rank) for rank in range(2))
-    (one,), (two,) = first.mixtures, second.mixtures
-    mixture = Mixture(
-        torch.cat([one.images, two.images]),
-        torch.cat([one.partner, two.partner + PER_RANK]),
-        torch.cat([one.lam, two.lam]),
+def _joint_batch(step: int, num_mixtures: int = 1, symmetric: bool = False) -> Batch:
+    ranks = [_rank_batch(step, rank, num_mixtures, symmetric) for rank in range(2)]
+
+    def joined(mixtures: list[tuple[Mixture, ...]]) -> tuple[Mixture, ...]:
+        return tuple(
+            Mixture(
+                torch.cat([one.images, two.images]),
+                torch.cat([one.partner, two.partner + PER_RANK]),
+                torch.cat([one.lam, two.lam]),
+            )
+            for one, two in zip(*mixtures, strict=True)
+        )
+
+    return _batch_of(
+        torch.cat([batch.query for batch in ranks]),
+        torch.cat([batch.key for batch in ranks]),
+        joined([batch.mixtures for batch in ranks]),
+        joined([batch.key_mixtures for batch in ranks]),
     )
-    return _batch_of(torch.cat([first.query, second.query]), torch.cat([first.key, second.key]), (mixture,))
+
+
+def _gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Of one step, under the names that the model has without DDP."""
+    model(batch)[0].backward()
+    plain = model.module if isinstance(model, DDP) else model
+    return {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+
+
+def _sent_bytes(step: Callable[[], object]) -> list[int]:
+    """What each all-to-all and each all-gather of a step hands to the other rank."""
+    sent = []
+    all_to_all, all_gather = dist.all_to_all_single, dist.all_gather_into_tensor
+
+    def counted_all_to_all(received: Tensor, rows: Tensor, **sizes: list[int]) -> object:
+        stays = sizes["input_split_sizes"][dist.get_rank()]
+        sent.append(rows[stays:].nbytes)
+        return all_to_all(received, rows, **sizes)
+
+    def counted_all_gather(received: Tensor, rows: Tensor) -> object:
+        sent.append(rows.nbytes)
+        return all_gather(received, rows)
+
+    with (
+        patch.object(dist, "all_to_all_single", counted_all_to_all),
+        patch.object(dist, "all_gather_into_tensor", counted_all_gather),
+    ):
+        step()
+    return sent
 
 
 def _train(model: nn.Module, batches: list[Batch]) -> list[float]:
@@ -129,6 +188,15 @@ def _worker(local_rank: int, port: int, folder: Path) -> None:
         want = torch.nn.functional.normalize(reference(key), dim=1)
         seen["rows_stay"] = torch.allclose(keys, want, atol=1e-6)
 
+        for number, (method, symmetric, joint) in enumerate(CASES):
+            one_step = _moco(_without_norm, method=method, symmetric=symmetric, joint_forward=joint)
+            batch = _rank_batch(0, rank, NUM_MIXTURES[method], symmetric)
+            seen[f"gradients_{number}"] = _gradients(DDP(one_step), batch)
+            seen[f"queue_{number}"] = one_step.queue_KD
+
+        counted = DDP(_moco(_without_norm))
+        seen["sent"] = _sent_bytes(lambda: counted(_rank_batch(0, rank)))
+
         own_queue = _moco(_without_norm, queue_seed=rank)
         DDP(own_queue)(_rank_batch(0, rank))
         seen["own_queue"] = own_queue.queue_KD.clone()
@@ -176,6 +244,30 @@ def test_two_ranks_without_batchnorm_train_like_one_with_the_joint_batch(
     for rank in ranks:
         torch.testing.assert_close(rank["model"], _plain(moco), rtol=1e-4, atol=1e-5)
     assert not torch.equal(moco.encoder_q.conv.weight, _moco(_without_norm).encoder_q.conv.weight)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_gradients_are_those_of_one_process_with_the_joint_batch(
+    ranks: list[dict[str, object]], number: int
+) -> None:
+    method, symmetric, joint = CASES[number]
+    moco = _moco(_without_norm, method=method, symmetric=symmetric, joint_forward=joint)
+    want = _gradients(moco, _joint_batch(0, NUM_MIXTURES[method], symmetric))
+    assert all(gradient.abs().max() > 1e-4 for gradient in want.values())
+    for rank in ranks:
+        torch.testing.assert_close(rank[f"gradients_{number}"], want, rtol=1e-4, atol=1e-6)
+    queues = [rank[f"queue_{number}"] for rank in ranks]
+    assert torch.equal(*queues)
+    # A symmetric loss has two keys of each picture, which come rank by rank instead of view by view.
+    first_column = [queue[:, 0].sort().values for queue in (queues[0], moco.queue_KD)]
+    torch.testing.assert_close(*first_column, rtol=1e-4, atol=1e-6)
+
+
+def test_no_row_travels_that_need_not(ranks: list[dict[str, object]]) -> None:
+    """Half of the key images and, back, of the keys; then all of the keys, which the other has not."""
+    image, key = 3 * 8 * 8 * 4, 8 * 4
+    for rank in ranks:
+        assert rank["sent"] == [PER_RANK // 2 * image, PER_RANK // 2 * key, PER_RANK * key]
 
 
 def test_queues_are_the_same_bits_on_both_ranks(ranks: list[dict[str, object]]) -> None:
