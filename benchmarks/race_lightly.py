@@ -4,6 +4,7 @@ https://docs.lightly.ai/self-supervised-learning/examples/moco.html
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.race_ours import Batches, Runner, Setting
+from benchmarks.race_ours import Batches, Runner, Setting, train
 from models.encoders import build_encoder
 from pipelines import build_loader
+from pipelines.cores import usable_cores
 from pipelines.recipe import Recipe
 
 
@@ -77,8 +79,12 @@ class LightlyMoCo(nn.Module):
         return loss
 
 
-def lightly(setting: Setting, data: Path, seed: int, workers: int, torch_threads: int) -> Runner:
-    """lightly's MoCo v2 on the pictures of a compiled set, which must all have the same size."""
+def lightly(setting: Setting, data: Path, hands: tuple[int, int], seed: int) -> Runner:
+    """lightly's MoCo v2 on the pictures of a compiled set, which must all have the same size.
+
+    hands: processes of its DataLoader, and threads of torch's operators beside them.
+    """
+    workers, torch_threads = hands
     torch.manual_seed(seed)
     model = LightlyMoCo(setting)
 
@@ -99,3 +105,20 @@ def lightly(setting: Setting, data: Path, seed: int, workers: int, torch_threads
             yield from loader
 
     return Runner(model, model.encoder, batches, model, torch_threads)
+
+
+def try_hands(
+    setting: Setting, data: Path, seconds: float, told: Callable[[str], None]
+) -> dict[tuple[int, int], float]:
+    """Samples/s of lightly with several divisions of the cores, each trained for so many seconds.
+
+    As many processes as cores and as many threads is what the documentation's example comes to; processes and
+    threads then take the cores from each other, and fewer of either may be faster.
+    """
+    cores = usable_cores(0)
+    rates = {}
+    for hands in dict.fromkeys([(cores, cores), (cores, 1), (1, 1), (0, cores)]):
+        told(f"trying lightly with {hands[0]} workers and {hands[1]} threads")
+        stint = train(lightly(setting, data, hands, 0), setting, seconds, lambda _: None)
+        rates[hands] = stint.samples / stint.seconds
+    return rates

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import race, race_ours
-from benchmarks.race import LIGHTLY, MIXMASK, OURS, Race
+from benchmarks.race import Race
+from benchmarks.race_figures import LIGHTLY, MIXMASK, OURS, figures
 from benchmarks.race_ours import Setting
 from dataset_tools.fashion_mnist import IdxPair, compile_fashion_mnist
 from pipelines import Batch
@@ -65,7 +66,7 @@ def test_learning_rate_follows_the_wall_time() -> None:
 def test_tiny_race(tiny_fashion: Path, tmp_path: Path) -> None:
     pytest.importorskip("lightly")
     out = tmp_path / "race.json"
-    race.main(Race(seconds=0.5, data=tiny_fashion, json=out, workers=1))
+    race.main(Race(seconds=0.5, data=tiny_fashion, json=out, hands=(1, 1)))
     result = json.loads(out.read_text())
     measured = result["race"]
     runners = measured["runners"]
@@ -89,7 +90,7 @@ def test_both_models_start_alike_and_minimise_the_same_loss(tiny_fashion: Path) 
 
     setting = Setting(bn_splits=1)
     mine = race_ours.ours("moco", setting, tiny_fashion / "fashion-mnist-train.beton", 3)
-    theirs = lightly(setting, tiny_fashion / "fashion-mnist-train.beton", 3, 0, 1)
+    theirs = lightly(setting, tiny_fashion / "fashion-mnist-train.beton", (0, 1), 3)
     queue_KD = torch.nn.functional.normalize(torch.randn(setting.queue_len, setting.dim), dim=1)
     assert isinstance(theirs.model, LightlyMoCo)
     theirs.model.criterion.memory_bank.bank.copy_(queue_KD)
@@ -133,7 +134,7 @@ def test_figures_over_seeds() -> None:
         MIXMASK: [run(500, 0.79), run(500, 0.79)],
         LIGHTLY: [run(240, 0.72), run(260, 0.74)],
     }
-    found = race.figures(runs, dict.fromkeys(runs, "so"))
+    found = figures(runs, dict.fromkeys(runs, "so"))
     assert found["samples_per_s_vs_lightly"] == 4 and found["mixmask_samples_per_s_vs_lightly"] == 2
     assert found["knn_gain_over_lightly"] == pytest.approx(8)
     assert found["mixmask_knn_gain_over_lightly"] == pytest.approx(6)
@@ -141,7 +142,7 @@ def test_figures_over_seeds() -> None:
 
 
 def test_refuses_what_is_no_race(tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for config in (Race(seconds=0.0), Race(seeds=()), Race(workers=-1)):
+    for config in (Race(seconds=0.0), Race(seeds=()), Race(hands=(-1, 1))):
         with pytest.raises(ValueError, match="make no race"):
             race.main(config)
     full = tmp_path / "race.json"
