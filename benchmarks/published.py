@@ -1,11 +1,11 @@
 """The published objective written the plain way: the oracle of our tests and the peer of our benchmarks.
 
-It works as public MoCo and MixMask code does (arXiv 1911.05722 and 2210.11456): the queue is stored D × K, and
-every loss term clones it, multiplies it in full, puts the positive before the negatives and leaves the rest to
-`F.cross_entropy`, so a mixture multiplies its negatives twice. The key encoder follows parameter by parameter;
-images stay in contiguous memory. Two things go further than that code, so that both can be compared
-everywhere: λ may differ from image to image, and the queue takes batches that do not divide it. What that code
-computes only to print it, accuracies, is left out in its favour.
+It works as public MoCo and MixMask code does (arXiv 1911.05722 and 2210.11456): the queue is stored D × K,
+and every loss term clones it, multiplies it in full, puts the positive before the negatives and leaves the
+rest to `F.cross_entropy`, so a mixture multiplies its negatives twice. The key encoder follows parameter by
+parameter; images stay in contiguous memory. Two things go further than that code, so that both can be
+compared everywhere: λ may differ from image to image, and the queue takes batches that do not divide it.
+What that code computes only to print it, accuracies, is left out in its favour.
 
 Shape letters: N batch, D embedding, K queue, F features, S side, G cells along a mask's side.
 """
@@ -94,9 +94,9 @@ class PlainMoCo(nn.Module):
         super().__init__()
         self.method: Method = method
         self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
-        self.encoder_q, feature_dim = encoder_factory(norm_layer=nn.BatchNorm2d)
+        self.encoder_q, self.feature_dim = encoder_factory(norm_layer=nn.BatchNorm2d)
         self.encoder_q.fc = nn.Sequential(
-            nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim)
+            nn.Linear(self.feature_dim, self.feature_dim), nn.ReLU(), nn.Linear(self.feature_dim, dim)
         )
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         noise_KD = torch.randn(queue_len, dim, generator=torch.Generator().manual_seed(queue_seed))
