@@ -8,10 +8,11 @@ a picture with one mixture, and divide by the 21 TFLOP/s that eight GPU-days for
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -121,9 +122,10 @@ class PretrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     knn_every_epochs: int = 10
-    """Epochs between online kNN evaluations; the last epoch always has one, where there is a --val."""
+    """Epochs between evaluations of the features: effective rank, and kNN where there is a --val. The last
+    epoch always has one."""
     knn_bank: int = 50_000
-    """Training pictures, drawn at random, among which neighbours are looked for."""
+    """Training pictures, drawn at random, whose rank is told and among which neighbours are looked for."""
     knn_k: int = 200
     """Neighbours that vote."""
     log_every_s: float = 5.0
@@ -150,6 +152,37 @@ class PretrainConfig:
             return self.bn_splits
         batch = self.batch_size // world_size
         return next(parts for parts in range(max(1, 8 // world_size), 0, -1) if batch % parts == 0)
+
+    def batch_statistics(self, world_size: int) -> str:
+        """In words, what keeps BatchNorm from giving the pairs away."""
+        splits = self.splits(world_size)
+        if world_size > 1:
+            return f"keys dealt out over {world_size} processes, {splits} BN split(s) on each"
+        return f"BN over {splits} splits of the batch" if splits > 1 else "plain BN, which may leak the pairs"
+
+    def as_json(self) -> dict[str, Any]:
+        """What decides the run's numbers, as plain data; a resumed run must agree on it."""
+        free = {
+            *("preset", "data", "val", "out", "resume", "device", "num_threads", "reading", "log_every_s"),
+            *("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"),
+        }
+        plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return {key: value for key, value in plain.items() if key not in free}
+
+    def backbone_meta(self, feature_dim: int) -> dict[str, str]:
+        """What a reader of the finished backbone must know to use it."""
+        views = self.views
+        facts = {
+            "arch": self.arch,
+            "feature_dim": feature_dim,
+            "small_stem": self.small_stem,
+            "method": self.mixing.method,
+            "crop_px": views.crop_px,
+            "eval_center_share": views.eval_center_share,
+            "mean": list(views.mean),
+            "std": list(views.std),
+        }
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
 
     def milestones(self) -> tuple[float, ...]:
         """Shares of the run at which --no-cos drops the rate."""

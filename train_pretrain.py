@@ -12,7 +12,8 @@ Two nodes (the same line on both, --out on a file system they share, HEAD the fi
 
 What it costs and gives: with the defaults, ResNet-50 and 200 epochs of ImageNet-1K as published, 69.2 linear
 top-1; `--preset fashion` takes minutes on two CPU cores. The published command line works with only the
-program's name changed. The loss first rises, while the queue's noise gives way to real keys.
+program's name and the launcher's flags changed, see docs/command-line.md. The loss first rises, while the
+queue's noise gives way to real keys.
 
 Left in --out: checkpoints that --resume continues, metrics.jsonl and TensorBoard logs, and at the end
 backbone.safetensors and checkpoint.pth.tar in the published layout (module.encoder_q.*). SIGTERM or Ctrl-C
@@ -21,12 +22,10 @@ finishes the step, writes the state and tells the line that resumes.
 
 import dataclasses
 import functools
-import json
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,14 +51,15 @@ from engine.knn import extract_features, knn_top1
 from engine.launch import Launch, check_agreement, init_launch
 from engine.logs import NonFiniteLoss, RunLog, last_good_state, timed
 from engine.precision import Precision
-from engine.schedule import lr_at, set_lr
+from engine.published_flags import from_published
+from engine.schedule import ScheduleKind, lr_at, set_lr
 from engine.stop import StopRequest
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batches
 from pipelines.compiled import compiled_before
 from pipelines.recipe import evaluation
-from presets import PRESETS, PretrainConfig
+from presets import PRESETS, PretrainConfig, training_set
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -70,24 +70,16 @@ console = Console(highlight=False, soft_wrap=True)
 
 def parse(argv: list[str]) -> PretrainConfig:
     """The config of a command line: a preset's values, overridden by the flags given."""
+    argv = from_published(argv)
     preset = cli.value_of(argv, "--preset", PretrainConfig.preset)
     # An unknown name is left for the parser to refuse.
     start = PRESETS[preset if preset in PRESETS else PretrainConfig.preset](tyro.MISSING)
-    return tyro.cli(PretrainConfig, default=start, args=argv, description=__doc__)
-
-
-def config_as_json(config: PretrainConfig) -> dict[str, Any]:
-    """What decides the run's numbers, as plain data; a resumed run must agree on all but `CHANGEABLE`."""
-    free = {
-        *("preset", "data", "val", "out", "resume", "device", "num_threads", "reading", "log_every_s"),
-        *("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"),
-    }
-    plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return {key: value for key, value in plain.items() if key not in free}
+    config = tyro.cli(PretrainConfig, default=start, args=argv, description=__doc__)
+    return dataclasses.replace(config, data=training_set(config.data))
 
 
 CHANGEABLE = ("lr", "precision")
-"""What a resumed run may have otherwise, which it says: it is what a loss that is not finite asks for."""
+"""What a resumed run may have otherwise, and says so: it is what a loss that is not finite asks for."""
 
 
 # ======================================================================================================
@@ -208,7 +200,8 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> None:
 def train_step(run: Run, forward: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
     """One step of the optimizer; metrics stay on the device."""
     config, optimizer, scaler = run.config, run.optimizer, run.precision.scaler
-    lr = lr_at(run.step, run.total_steps, config.lr, kind="cosine" if config.cos else "step")
+    kind: ScheduleKind = "cosine" if config.cos else "step"
+    lr = lr_at(run.step, run.total_steps, config.lr, kind=kind, milestones=config.milestones())
     set_lr(optimizer, lr)
     loss: Tensor
     metrics: dict[str, Tensor | float]
@@ -274,7 +267,7 @@ def due(epoch: int, every: int, last: int) -> bool:
 
 def restore(run: Run, checkpoint: Path) -> None:
     """Put everything back as `save` wrote it."""
-    now = config_as_json(run.config)
+    now = run.config.as_json()
     state = load_checkpoint(checkpoint, now, may_differ=CHANGEABLE)
     run.model.load_state_dict(state.model)
     run.optimizer.load_state_dict(state.optimizer)
@@ -305,8 +298,8 @@ def save(run: Run) -> None:
         scaler=run.precision.scaler.state_dict(),
         loader=run.loader.state_dict(),
         generators=generator_states(),
-        config=config_as_json(run.config),
-        meta=backbone_meta(run.config, run.model),
+        config=run.config.as_json(),
+        meta=run.config.backbone_meta(run.model.feature_dim),
     )
     save_checkpoint(checkpoint_path(run.config.out, run.step), state)
     prune(run.config.out, run.config.keep_checkpoints)
@@ -341,29 +334,13 @@ def evaluate(run: Run, log: RunLog) -> None:
     log.event(row)
 
 
-def backbone_meta(config: PretrainConfig, model: MoCo) -> dict[str, str]:
-    """What a reader of the finished backbone must know to use it."""
-    views = config.views
-    facts = {
-        "arch": config.arch,
-        "feature_dim": model.feature_dim,
-        "small_stem": config.small_stem,
-        "method": config.mixing.method,
-        "crop_px": views.crop_px,
-        "eval_center_share": views.eval_center_share,
-        "mean": list(views.mean),
-        "std": list(views.std),
-    }
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
-
-
 def export(run: Run) -> None:
     """Write the finished backbone and the checkpoint in the published layout; tell the next command."""
     config, launch, model = run.config, run.launch, run.model
     if not launch.is_main:
         return
     backbone = config.out / "backbone.safetensors"
-    save_backbone(backbone, model.encoder_q, backbone_meta(config, model))
+    save_backbone(backbone, model.encoder_q, config.backbone_meta(model.feature_dim))
     save_published(
         config.out / "checkpoint.pth.tar",
         epoch=config.epochs,
@@ -387,7 +364,7 @@ def announce(run: Run) -> None:
         f"{loader.engine.count} pictures by {loader.engine.name}, {config.arch} of {millions:.1f} M "
         f"parameters, {config.epochs} epochs of {len(loader)} steps, "
         f"{run.precision.name} on {launch.device} × {launch.world_size}, "
-        f"{batch_statistics(config, launch.world_size)}",
+        f"{config.batch_statistics(launch.world_size)}",
     )
     if config.backend == "auto":
         say(launch, loader.chosen)
@@ -397,14 +374,6 @@ def announce(run: Run) -> None:
         say(launch, "the loader's inner loops are compiled now, once after each update: some fifteen seconds")
     if not run.step and config.epochs:
         say(launch, "the loss rises at first, until the queue's noise has given way to real keys")
-
-
-def batch_statistics(config: PretrainConfig, world_size: int) -> str:
-    """In words, what keeps BatchNorm from giving the pairs away."""
-    splits = config.splits(world_size)
-    if world_size > 1:
-        return f"keys dealt out over {world_size} processes, {splits} BN split(s) on each"
-    return f"BN over {splits} splits of the batch" if splits > 1 else "plain BN, which may leak the pairs"
 
 
 def say(launch: Launch, line: str) -> None:

@@ -20,8 +20,7 @@ from engine.checkpoint import latest, load_checkpoint, save_checkpoint
 from engine.launch import init_launch
 from engine.logs import RunLog
 from engine.stop import StopRequest
-from presets import PRESETS
-from train_pretrain import config_as_json, main, parse, train_step
+from train_pretrain import main, parse, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split(
@@ -130,7 +129,7 @@ def test_a_step_never_makes_the_host_wait(flags: tuple[str, ...], beton: Path, t
 def test_compiled_encoders_train_to_the_same_weights(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced by torch.compile but run as it stands, which takes seconds where code for a CPU takes minutes."""
+    """Traced by torch.compile but run as it stands: seconds, where code for a CPU takes minutes."""
     main(parse(_argv(beton, tmp_path / "eager", "--epochs", "1")))
     asked = []
     real = torch.compile
@@ -203,7 +202,7 @@ def test_state_holds_everything(beton: Path, tmp_path: Path) -> None:
     assert {"queue_KD", "queue_ptr"} <= state.model.keys()
     assert state.optimizer["state"] and state.generators["cpu"].numel()
     assert state.loader["seed"] == 0
-    assert state.config == config_as_json(config)
+    assert state.config == config.as_json()
     assert int(state.model["queue_ptr"]) == 10 * 8 % 24
 
 
@@ -238,29 +237,10 @@ def test_mistakes_are_one_sentence(
     assert "moco_t" in _refusal(_argv(beton, run, "--epochs", "1", "--moco-t", "0.5", "--resume"), capsys)
 
 
-def test_published_command_line_is_understood() -> None:
-    published = (
-        "-a resnet50 --lr 0.03 --epochs 200 --batch-size 256 --mask_lam 0.5 --mask_type block --mlp "
-        "--moco-t 0.2 --aug-plus --method mixmask --cos --grid_size 8 --exp_path OUT DATA"
-    )
-    config = parse(shlex.split(published))
-    assert config.data == Path("DATA") and config.out == Path("OUT")
-    assert (config.mixing.mask_type, config.mixing.grid_size, config.mixing.mask_lam) == ("block", 8, 0.5)
-    # The published flags are the defaults.
-    default = parse(["DATA", "--out", "OUT"])
-    assert config_as_json(config) == config_as_json(default)
-    assert default.recipe().blur_prob == 0.5
-    assert parse(["DATA", "--no-aug-plus"]).recipe().grey_before_jitter
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_presets_can_be_overridden(name: str) -> None:
-    preset = PRESETS[name](Path("DATA"))
-    assert preset.preset == name
-    config = parse(["DATA", "--preset", name, "--lr", "0.5", "--grid-size", "5"])
-    assert config.lr == 0.5 and config.mixing.grid_size == 5
-    assert (config.arch, config.moco_k) == (preset.arch, preset.moco_k)
-    preset.recipe()
+def test_the_rate_drops_at_the_epochs_of_the_schedule(beton: Path, tmp_path: Path) -> None:
+    main(parse(_argv(beton, tmp_path, "--no-cos", "--schedule", "1", "--lr", "0.5")))
+    rates = {row["epoch"]: row["lr"] for row in _rows(tmp_path) if row["kind"] == "step"}
+    assert rates == {0: 0.5, 1: pytest.approx(0.05)}
 
 
 def test_two_processes_share_one_run(beton: Path, tmp_path: Path) -> None:
