@@ -20,7 +20,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup system doctor demo convert shards index pretrain lincls samples bench bench-gpu system-bench \
-	scale parity report lint test clean
+	step race evidence scale parity report lint test clean
 
 help:  ## |this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {split($$2, part, "|"); printf "  %-46s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
@@ -92,6 +92,15 @@ bench: $(READY) system-bench  ## [ARGS=--help]|our loader beside its peers on th
 
 system-bench: $(READY)
 	@$(MAKE) --no-print-directory system SYSTEM_PACKAGES="$(BENCH_PACKAGES)" DATA_PACKAGES=
+
+step: samples  ## [ARGS=--help]|a training step and a whole epoch beside the published formulation
+	@$(BIN)/python -m benchmarks.step --json benchmarks/results/step.json $(ARGS)
+
+race: $(READY)  ## [ARGS="--seconds 240"]|pretraining on Fashion-MNIST against lightly, for the same wall time
+	@$(BIN)/python -m benchmarks.race --json benchmarks/results/race.json $(ARGS)
+
+evidence: $(READY)  ## [ARGS=--help]|every method, three seeds, pretrained and probed; restartable, ninety minutes
+	@$(BIN)/python -m benchmarks.evidence --json benchmarks/results/evidence.json $(ARGS)
 
 scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming cost at 1.28 and 10 million pictures
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)

@@ -1,5 +1,6 @@
 """The loader's promises: what views depend on, sharding, resuming, bad pictures; ffcv held against folder."""
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_batch_is_what_the_contract_says(beton: Path) -> None:
         assert (batch.label == (batch.index >= 20).long()).all()
     assert sorted(int(i) for b in batches for i in b.index) == list(range(40))
     assert loader.classes == ("bird", "cat")
+
+
+def test_a_symmetric_recipe_mixes_both_views_alike(beton: Path) -> None:
+    symmetric = dataclasses.replace(RECIPE, mixing=dataclasses.replace(RECIPE.mixing, symmetric=True))
+    loader = build_loader(beton, symmetric, batch_size=8, seed=3)
+    for one_way, both in zip(_load(beton), loader, strict=True):
+        assert _same(one_way, both) and one_way.key_mixtures == () and len(both.key_mixtures) == 2
+        for mixture, of_keys in zip(both.mixtures, both.key_mixtures, strict=True):
+            assert torch.equal(mixture.partner, of_keys.partner) and torch.equal(mixture.lam, of_keys.lam)
+            # Each pixel of a mixture lies between those it is made of.
+            pair = torch.stack([both.key, both.key[of_keys.partner]])
+            assert (of_keys.images <= pair.amax(0) + 1e-5).all()
+            assert (of_keys.images >= pair.amin(0) - 1e-5).all()
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "dali", "folder"])
