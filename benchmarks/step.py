@@ -232,11 +232,8 @@ def _measure(method: Method, size: Size, bars: Bars) -> dict[str, Any]:
     rates = take_turns(runners, turns, bars.steps(num_steps(runners, turns)))
     times_ms = {name: [1e3 / rate for rate in rates[name]] for name in _FORMULATIONS}
     bars.next_part(f"{method}: memory")
-    note = bars.steps(len(_FORMULATIONS))
-    peaks_mib = {}
-    for name in _FORMULATIONS:
-        note(name)
-        peaks_mib[name] = _in_fresh_process(name, method, size)
+    bars.steps(1)("in fresh processes")
+    peaks_mib = _in_fresh_processes(method, size)
     medians = {name: statistics.median(times_ms[name]) for name in _FORMULATIONS}
     return {
         **{
@@ -254,14 +251,16 @@ def _steps(formulation: Formulation, method: Method, size: Size) -> Iterator[Ten
         yield step()
 
 
-def _in_fresh_process(formulation: Formulation, method: Method, size: Size) -> float:
+def _in_fresh_processes(method: Method, size: Size) -> dict[str, float]:
+    """The peak of each formulation, each in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(len(_FORMULATIONS), mp_context=spawn, max_tasks_per_child=1) as pool:
+        asked = {name: pool.submit(peak_memory_mib, name, method, size) for name in _FORMULATIONS}
         try:
-            return pool.submit(peak_memory_mib, formulation, method, size).result()
+            return {name: peak.result() for name, peak in asked.items()}
         except BrokenProcessPool as error:
             raise ValueError(
-                f"the process measuring {method}, {formulation}, was killed, most likely for its memory; "
+                f"a process measuring {method} was killed, most likely for its memory; "
                 "give a smaller --queue-len or --batch-size"
             ) from error
 
