@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import cli
+from engine import cli, failure
 from engine.checkpoint import (
     TrainState,
     checkpoint_path,
@@ -74,7 +75,13 @@ def parse(argv: list[str]) -> PretrainConfig:
     preset = cli.value_of(argv, "--preset", PretrainConfig.preset)
     # An unknown name is left for the parser to refuse.
     start = PRESETS[preset if preset in PRESETS else PretrainConfig.preset](tyro.MISSING)
-    config = tyro.cli(PretrainConfig, default=start, args=argv, description=__doc__)
+    config = tyro.cli(
+        PretrainConfig,
+        default=start,
+        args=argv,
+        description=__doc__,
+        console_outputs=failure.speaks_for_machine(),
+    )
     return dataclasses.replace(config, data=training_set(config.data))
 
 
@@ -123,8 +130,7 @@ def main(config: PretrainConfig) -> None:
         ) as log:
             train(run, log, stop)
         if stop.requested:
-            line = shlex.join([*sys.orig_argv, *([] if config.resume else ["--resume"])])
-            say(launch, f"stopped after step {run.step} of {run.total_steps}; continue with\n    {line}")
+            say(launch, f"stopped after step {run.step} of {run.total_steps}; {how_to_continue(run)}")
         else:
             export(run)
 
@@ -177,6 +183,8 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> None:
     config, model = run.config, run.model
     forward: nn.Module = model
     if run.launch.world_size > 1:
+        # Its replacement in newer versions of torch would still broadcast once at the start.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         forward = DistributedDataParallel(model, broadcast_buffers=False)
     model.train()
     while run.epoch < config.epochs and not stop.requested:
@@ -352,6 +360,14 @@ def export(run: Run) -> None:
     say(launch, f"next: python train_lincls.py {config.data} --val VAL --pretrained {backbone}")
     if run.loader.faults:
         say(launch, f"{len(run.loader.faults)} pictures could not be decoded and were replaced, see above")
+
+
+def how_to_continue(run: Run) -> str:
+    """The line that resumes a stopped run."""
+    more = [] if run.config.resume else ["--resume"]
+    if run.launch.world_size > 1:  # our own words are a worker's, not torchrun's
+        return " ".join(["continue with the same torchrun command", *(["and"] if more else []), *more])
+    return f"continue with\n    {shlex.join([*sys.orig_argv, *more])}"
 
 
 def announce(run: Run) -> None:

@@ -199,12 +199,13 @@ class RunLog:
             if isinstance(value, (int, float)) and name not in ("step", "first_step"):
                 self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
-    def close(self) -> None:
-        """Flush and close the files."""
+    def close(self, *, flush: bool = True) -> None:
+        """Close the files, after the steps so far are written; ``flush`` leaves that out after an error."""
         if not self.is_main or self._file.closed:
             return
         try:
-            self.flush()
+            if flush:
+                self.flush()
         finally:
             self._file.close()
             self._board.close()
@@ -216,7 +217,8 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # After an error a flush might raise another in its place, or wait for a device that waits in vain.
+        self.close(flush=error is None)
 
 
 def _keep_rows_before(path: Path, step: int) -> None:

@@ -168,6 +168,9 @@ class MoCo(nn.Module):
             return self._embed(self.encoder_k, images_N3SS)
         across_ranks, across_splits = _num_ranks() > 1, self.bn_splits > 1
         if across_ranks:
+            # What autocast would do at the first convolution, before the rows travel: half the bytes.
+            if torch.is_autocast_enabled(images_N3SS.device.type):
+                images_N3SS = images_N3SS.to(torch.get_autocast_dtype(images_N3SS.device.type))
             images_N3SS = shuffle_across_ranks(images_N3SS)
         if across_splits:
             images_N3SS = deal_over_splits(images_N3SS, self.bn_splits)
@@ -212,7 +215,7 @@ class MoCo(nn.Module):
         keys_MD = k_ND
         if (num_ranks := _num_ranks()) > 1:
             keys_MD = k_ND.new_empty(num_ranks * k_ND.shape[0], k_ND.shape[1])
-            dist.all_gather_into_tensor(keys_MD, k_ND.contiguous())
+            dist.all_gather(list(keys_MD.chunk(num_ranks)), k_ND.contiguous())
         queue_len = len(self.queue_KD)
         newest_MD = keys_MD[-queue_len:]
         slots_M = (self.queue_ptr + torch.arange(len(newest_MD), device=keys_MD.device)) % queue_len

@@ -243,18 +243,6 @@ def test_the_rate_drops_at_the_epochs_of_the_schedule(beton: Path, tmp_path: Pat
     assert rates == {0: 0.5, 1: pytest.approx(0.05)}
 
 
-def test_two_processes_share_one_run(beton: Path, tmp_path: Path) -> None:
-    """torchrun over gloo: one log, one checkpoint, and the batch of 8 shared."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(ROOT / "train_pretrain.py"), *_argv(beton, tmp_path, "--device", "cpu")]
-    done = subprocess.run([*command, *script], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("finished:") == 1
-    state = load_checkpoint(latest(tmp_path))
-    assert state.step == 10 and int(state.model["queue_ptr"]) == 10 * 8 % 24
-    assert [row["step"] for row in _rows(tmp_path) if row["kind"] == "step"][-1] == 9
-
-
 def test_sigterm_finishes_the_step_and_says_how_to_go_on(beton: Path, tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "train_pretrain.py"), *_argv(beton, tmp_path, "--epochs", "4000")]
     process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)

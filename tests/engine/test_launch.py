@@ -116,7 +116,7 @@ def _gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def _sent_bytes(step: Callable[[], object]) -> list[int]:
     """What each all-to-all and each all-gather of a step hands to the other rank."""
     sent = []
-    all_to_all, all_gather = dist.all_to_all_single, dist.all_gather_into_tensor
+    all_to_all, all_gather = dist.all_to_all_single, dist.all_gather
 
     def counted_all_to_all(received: Tensor, rows: Tensor, **sizes: list[int]) -> object:
         stays = sizes["input_split_sizes"][dist.get_rank()]
@@ -129,7 +129,7 @@ def _sent_bytes(step: Callable[[], object]) -> list[int]:
 
     with (
         patch.object(dist, "all_to_all_single", counted_all_to_all),
-        patch.object(dist, "all_gather_into_tensor", counted_all_gather),
+        patch.object(dist, "all_gather", counted_all_gather),
     ):
         step()
     return sent
