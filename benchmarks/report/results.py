@@ -1,20 +1,20 @@
 """The benchmarks' JSON files, read and checked; a file of another shape is refused with a sentence."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from benchmarks.peers.contract import OURS, WORKS
 from benchmarks.ratios import GROUPS, MAIN_SET
+from benchmarks.report.files import Node
+from benchmarks.report.files import read_json as read_json  # for benchmarks.parity too
 from benchmarks.scale import MEASURES
 
 PICTURE_SETS = ("reencoded", "pass_through")
 """The two sets of photographs that peers are measured on."""
 OTHER_TABLES = ("raw", "scaling", "convert", "photometric")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def read_loader(file: Path) -> LoaderFigures:
         FileNotFoundError: if it is not there.
         ValueError: if it is not of this shape; the sentence names file and key.
     """
-    content = _Node.read(file, "make bench", "loader")
+    content = Node.read(file, "make bench", "loader")
     tables, config, sets = content.at("tables"), content.at("config"), content.at("sets")
     for key in ("threads", "batch_size", "crop_px", "turns"):
         config.get(key, int)
@@ -124,11 +124,11 @@ def read_loader(file: Path) -> LoaderFigures:
     return LoaderFigures(
         quick=content.get("quick", bool),
         config=config.value,
-        environment=_environment(content),
+        environment=content.environment(),
         sets=sets.value,
-        crops={name: table.if_there("crops").rates() for name, table in by_set.items()},
-        recipe={name: table.if_there("recipe").rates() for name, table in by_set.items()},
-        **{name: tables.if_there(name).rates() for name in OTHER_TABLES},
+        crops={name: _rates(table.if_there("crops")) for name, table in by_set.items()},
+        recipe={name: _rates(table.if_there("recipe")) for name, table in by_set.items()},
+        **{name: _rates(tables.if_there(name)) for name in OTHER_TABLES},
         stages={name: stages.get(name, float) for name in stages.value},
         ratios={name: content.if_there(name).ratios() for name in GROUPS},
         left_out={
@@ -140,7 +140,7 @@ def read_loader(file: Path) -> LoaderFigures:
 
 def read_gpu(file: Path) -> GPUFigures:
     """Read gpu.json; raises like :func:`read_loader`."""
-    content = _Node.read(file, "make bench-gpu", "gpu")
+    content = Node.read(file, "make bench-gpu", "gpu")
     config, tables = content.at("config"), content.at("tables")
     for key in ("threads", "batch_size", "crop_px", "turns"):
         config.get(key, int)
@@ -153,24 +153,24 @@ def read_gpu(file: Path) -> GPUFigures:
     return GPUFigures(
         quick=content.get("quick", bool),
         config=config.value,
-        environment=_environment(content),
+        environment=content.environment(),
         sets=content.at("sets").value,
-        tables={work: tables.at(work).rates() for work in WORKS if work in tables.value},
+        tables={work: _rates(tables.at(work)) for work in WORKS if work in tables.value},
     )
 
 
 def read_scale(file: Path) -> ScaleFigures:
     """Read scale.json; raises like :func:`read_loader`."""
-    content = _Node.read(file, "make scale", "scale")
+    content = Node.read(file, "make scale", "scale")
     counts = content.at("counts")
     config = content.at("config")
     for key in ("threads", "batch_size", "crop_px", "repeats", "payloads"):
         config.get(key, int)
     return ScaleFigures(
         config=config.value,
-        environment=_environment(content),
+        environment=content.environment(),
         counts={
-            int(count): {name: counts.at(count).at(name).rate(name) for name in MEASURES}
+            int(count): {name: _rate(name, counts.at(count).at(name)) for name in MEASURES}
             for count in sorted(counts.value, key=int)
         },
         index_mib={
@@ -198,106 +198,30 @@ class DemoFigures:
 
 def read_demo(file: Path) -> DemoFigures:
     """Read a demo's summary.json; raises like :func:`read_loader`."""
-    content = _Node(read_json(file, "make demo"), str(file), "make demo")
+    content = Node(read_json(file, "make demo"), str(file), "make demo")
     numbers = {
         field.name: content.get(field.name, float)
         for field in dataclasses.fields(DemoFigures)
         if field.name not in ("knn_k", "environment")
     }
-    return DemoFigures(**numbers, knn_k=content.get("knn_k", int), environment=_environment(content))
+    return DemoFigures(**numbers, knn_k=content.get("knn_k", int), environment=content.environment())
 
 
-def read_json(file: Path, mend: str) -> dict[str, Any]:
-    """Read a JSON object; ``mend`` is the command that makes the file.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is no JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no {file}; make it: {mend}") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); make it again: {mend}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object; make it again: {mend}")
-    return content
-
-
-def _check_photographs(facts: "_Node") -> None:
+def _check_photographs(facts: Node) -> None:
     """What pages say of a set of photographs."""
     facts.get("pictures", int)
     facts.get("mean_kb", float)
     facts.get("how", str)
 
 
-def _environment(content: "_Node") -> Mapping[str, Any]:
-    environment = content.at("environment")
-    for key in ("processor", "python", "system"):
-        environment.get(key, str)
-    environment.get("cores", int)
-    environment.get("memory_gib", float)
-    environment.at("versions")
-    if "gpu" not in environment.value:
-        raise environment.error("gpu is missing")
-    return environment.value
+def _rates(table: Node) -> Rates:
+    return {name: _rate(name, table.at(name)) for name in table.value}
 
 
-@dataclass(frozen=True)
-class _Node:
-    """An object within a JSON file that knows where it stands, for the sentence of an error."""
-
-    value: Mapping[str, Any]
-    where: str
-    """The file and the keys down to here."""
-    mend: str
-
-    @staticmethod
-    def read(file: Path, mend: str, benchmark: str) -> "_Node":
-        node = _Node(read_json(file, mend), str(file), mend)
-        if (found := node.get("benchmark", str)) != benchmark:
-            raise node.error(f"benchmark is {found!r}, expected {benchmark!r}")
-        return node
-
-    def error(self, what: str) -> ValueError:
-        return ValueError(
-            f"{self.where}: {what}; the file is of an older program or of another one, "
-            f"measure again: {self.mend}"
-        )
-
-    def get(self, key: str, kind: type[_T]) -> _T:
-        """The value under ``key``, which must be of ``kind``; an integer is a float too."""
-        if key not in self.value:
-            raise self.error(f"{key} is missing")
-        value = self.value[key]
-        number = kind is float and isinstance(value, int)
-        if not (isinstance(value, kind) or number) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(f"{key} is {value!r}, expected {kind.__name__}")
-        return value  # type: ignore[no-any-return]
-
-    def at(self, key: str) -> "_Node":
-        """The object under ``key``."""
-        value: dict[str, Any] = self.get(key, dict)
-        return _Node(value, f"{self.where}: {key}", self.mend)
-
-    def if_there(self, key: str) -> "_Node":
-        """The object under ``key``, an empty one where there is none."""
-        return self.at(key) if key in self.value else _Node({}, f"{self.where}: {key}", self.mend)
-
-    def rates(self) -> Rates:
-        """All entries as rates."""
-        return {name: self.at(name).rate(name) for name in self.value}
-
-    def rate(self, name: str) -> Rate:
-        """This object as a rate."""
-        optional = {key: self.value[key] for key in _OPTIONAL if self.value.get(key) is not None}
-        median, low, high = (self.get(key, float) for key in ("median", "low", "high"))
-        return Rate(name, median, low, high, tuple(self.get("turns", list)), **optional)
-
-    def ratios(self) -> dict[str, float | None]:
-        """All entries as numbers or None."""
-        return {key: None if value is None else self.get(key, float) for key, value in self.value.items()}
+def _rate(name: str, row: Node) -> Rate:
+    optional = {key: row.value[key] for key in _OPTIONAL if row.value.get(key) is not None}
+    median, low, high = (row.get(key, float) for key in ("median", "low", "high"))
+    return Rate(name, median, low, high, tuple(row.get("turns", list)), **optional)
 
 
 _OPTIONAL = (
