@@ -19,6 +19,7 @@ from benchmarks.report.charts import (
     stack,
     times,
 )
+from benchmarks.report.curves import COLOURS
 from benchmarks.report.results import (
     DemoFigures,
     GPUFigures,
@@ -26,6 +27,8 @@ from benchmarks.report.results import (
     Rate,
     ScaleFigures,
 )
+from benchmarks.report.training import EvidenceFigures, RaceFigures, StepFigures, TrainingFigures
+from benchmarks.report.training_page import knn_plot, training_view
 from benchmarks.scale import MEASURES
 
 _SET_TITLES = {"reencoded": "re-encoded photographs", "pass_through": "photographs as they are"}
@@ -58,13 +61,54 @@ _RATIO_WORDS = {
 }
 
 
+Measured = (
+    LoaderFigures | GPUFigures | ScaleFigures | StepFigures | RaceFigures | EvidenceFigures | DemoFigures
+)
+
+
 def render(
     loader: LoaderFigures | None,
     scale: ScaleFigures | None,
     demo: DemoFigures | None,
     gpu: GPUFigures | None = None,
+    training: TrainingFigures | None = None,
 ) -> str:
     """The whole page as HTML that needs no network."""
+    training = training or TrainingFigures()
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            loader=_loader_view(loader) if loader else None,
+            scale=_scale_view(scale) if scale else None,
+            gpu=_gpu_view(gpu) if gpu else None,
+            demo=demo,
+            training=training_view(training),
+            environments=_environments(
+                {
+                    "Loaders": loader,
+                    "Loaders on a GPU": gpu,
+                    "Size of the set": scale,
+                    "Steps and epochs": training.step,
+                    "Race": training.race,
+                    "Evidence": training.evidence,
+                    "Demo": demo,
+                }
+            ),
+        )
+    )
+
+
+def picture(evidence: EvidenceFigures) -> str | None:
+    """The curves of kNN by epoch as an SVG file of its own; None where nothing was trained."""
+    drawn = knn_plot(evidence)
+    if drawn is None:
+        return None
+    template = _templates().get_template("evidence_picture.html")
+    return template.render(plot=drawn, colours=COLOURS)
+
+
+def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -73,16 +117,8 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "megabytes": megabytes, "times": times, "mebibytes": mebibytes}
-    page = environment.get_template("page.html")
-    return page.render(
-        loader=_loader_view(loader) if loader else None,
-        scale=_scale_view(scale) if scale else None,
-        gpu=_gpu_view(gpu) if gpu else None,
-        demo=demo,
-        environments=_environments(
-            {"Loaders": loader, "Loaders on a GPU": gpu, "Size of the set": scale, "Demo": demo}
-        ),
-    )
+    environment.filters["at"] = "{:.2f}".format
+    return environment
 
 
 def _loader_view(loader: LoaderFigures) -> dict[str, Any]:
@@ -169,7 +205,7 @@ def _scale_view(scale: ScaleFigures) -> dict[str, Any]:
 
 
 def _environments(
-    results: Mapping[str, LoaderFigures | GPUFigures | ScaleFigures | DemoFigures | None],
+    results: Mapping[str, Measured | None],
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """What was measured on which machine; those of one machine and the same versions together."""
     together: list[tuple[list[str], Mapping[str, Any]]] = []
