@@ -83,7 +83,8 @@ class PretrainConfig:
     """Send queries and mixtures through the encoder as one batch with common BatchNorm statistics, which is
     faster on GPUs; each by itself, as published, if not."""
     compile: bool = False
-    """Compile the encoders (torch.compile); the first steps take minutes, later ones are faster on GPUs."""
+    """Have torch.compile fuse the encoders, and on GPUs the photometric stage; the first steps take minutes,
+    later ones are faster on GPUs."""
     epochs: int = 200
     """Passes over the set."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 256

@@ -51,6 +51,7 @@ from engine.health import effective_rank, queue_health
 from engine.knn import extract_features, knn_top1
 from engine.launch import Launch, check_agreement, init_launch
 from engine.logs import NonFiniteLoss, RunLog, last_good_state, timed
+from engine.memory import keep_freed_memory
 from engine.precision import Precision
 from engine.published_flags import from_published
 from engine.schedule import ScheduleKind, lr_at, set_lr
@@ -147,6 +148,8 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
         raise ValueError(
             f"{config.out} already holds a run; add --resume to continue it, or choose another --out"
         )
+    if launch.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     precision = Precision.choose(config.precision, launch.device)
 
@@ -242,6 +245,7 @@ def open_data(config: PretrainConfig, launch: Launch) -> ViewLoader:
         num_threads=config.num_threads,
         reading=config.reading,
         dali=config.dali,
+        compiled=config.compile,
     )
     if config.val:
         held_out = build_loader(config.val, evaluation(config.recipe()), batch_size=1, drop_last=False)

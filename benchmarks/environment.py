@@ -17,7 +17,7 @@ from engine.checkpoint import write_atomically
 
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "numba", "pillow", "ffcv", "opencv-python"),
-    *("nvidia-dali-cuda130", "spdl", "simplejpeg"),
+    *("nvidia-dali-cuda130", "spdl", "simplejpeg", "lightly"),
 )
 # What FFCV, and so our engine, is linked with: its name in pkg-config.
 _SYSTEM_LIBRARIES = {"libjpeg-turbo (system)": "libturbojpeg", "opencv (system)": "opencv4"}

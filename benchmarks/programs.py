@@ -24,22 +24,23 @@ def run_python(console: Console, *words: object) -> None:
         raise ValueError(f"the step above ended with code {code}; mend what it says and run this again")
 
 
-def is_compiled(made: Path, count: int) -> bool:
-    """Whether a compiled set is there, with as many pictures."""
+def is_compiled(made: Path, count: int | None) -> bool:
+    """Whether a compiled set is there, with as many pictures; None for any number."""
     manifest = Manifest.read(made) if made.is_file() else None
-    return manifest is not None and manifest.count == count
+    return manifest is not None and count in (None, manifest.count)
 
 
-def fashion_sets(console: Console, folder: Path, count: int = FASHION_PICTURES) -> tuple[Path, Path]:
+def fashion_sets(console: Console, folder: Path, count: int | None = None) -> tuple[Path, Path]:
     """Fashion-MNIST's training and test set in ``folder``, compiled there if they are missing.
 
-    count: training pictures. Raises ValueError where they cannot be made.
+    count: training pictures; None takes what is there, or makes the whole sets. Raises ValueError where they
+    cannot be made.
     """
     train, test = (folder / f"fashion-mnist-{split}.beton" for split in ("train", "test"))
-    if not (is_compiled(train, count) and is_compiled(test, count // 6)):
+    if not (is_compiled(train, count) and is_compiled(test, count and count // 6)):
         run_python(
             console,
-            *("-m", "dataset_tools", "fashion-mnist", folder, "--limit", count),
+            *("-m", "dataset_tools", "fashion-mnist", folder, "--limit", count or FASHION_PICTURES),
             *("--download-to", folder, "--overwrite"),
         )
     return train, test

@@ -28,6 +28,8 @@ def figures(runs: dict[str, list[dict[str, float]]], settings: dict[str, str]) -
         mine = means[name]
         ratios[f"{prefix}samples_per_s_vs_lightly"] = mine["samples_per_s"] / theirs["samples_per_s"]
         ratios[f"{prefix}knn_gain_over_lightly"] = 100 * (mine["knn_after"] - theirs["knn_after"])
+        gain = 100 * (mine["knn_whole_after"] - theirs["knn_whole_after"])
+        ratios[f"{prefix}knn_gain_over_lightly_whole_bank"] = gain
     runners = {
         name: {**means[name], "spread": _spread(seeds), "runs": seeds, "configured": settings[name]}
         for name, seeds in runs.items()
@@ -64,7 +66,7 @@ def print_race(console: Console, result: dict[str, Any]) -> None:
     """A table of all runners, and ours against lightly's."""
     race, config = result["race"], result["config"]
     table = Table(title=f"Fashion-MNIST, {config['seconds']:g} s of training on {config['threads']} cores")
-    for column in ("", "samples/s", "samples", "kNN before", "kNN after"):
+    for column in ("", "samples/s", "samples", "kNN before", "kNN after", "… whole bank"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in race["runners"].items():
         spread = row["spread"] or {}
@@ -74,6 +76,7 @@ def print_race(console: Console, result: dict[str, Any]) -> None:
             f"{row['samples']:,.0f}",
             f"{100 * row['knn_before']:.1f} %",
             f"{100 * row['knn_after']:.1f}" + (f" ± {100 * spread['knn_after']:.1f} %" if spread else " %"),
+            f"{100 * row['knn_whole_before']:.1f} → {100 * row['knn_whole_after']:.1f} %",
         )
     console.print(table)
     for prefix, name in (("", OURS), ("mixmask_", MIXMASK)):

@@ -69,6 +69,10 @@ class Setting:
     """L2 penalty on all weights."""
 
 
+FEW = 5000
+"""Training pictures among which neighbours are looked for, for the figure that tells encoders apart."""
+
+
 @dataclass(frozen=True)
 class Runner:
     """Somebody in the race, freshly initialised."""
@@ -131,20 +135,30 @@ def _lr_after(gone_s: float, total_s: float, base_lr: float) -> float:
     return lr_at(int(1000 * gone_s), math.ceil(1000 * total_s), base_lr)
 
 
-def knn(encoder: nn.Module, setting: Setting, train_set: Path, test_set: Path, limit: int | None) -> float:
+def knn(
+    encoder: nn.Module, setting: Setting, train_set: Path, test_set: Path, limit: int | None
+) -> dict[str, float]:
     """Share of test pictures, in [0, 1], that their 200 nearest training pictures classify (t = 0.1).
 
     limit: take so many training pictures and a sixth as many test pictures at random, instead of all.
+    Returns ``knn``, with the neighbours looked for among `FEW` training pictures only, and ``knn_whole``,
+    among all: with so many to choose from a random encoder does well, which leaves less to be seen.
     """
     encoder.eval()
     precision = Precision.choose("fp32", torch.device("cpu"))
     encode = functools.partial(backbone_features, encoder)
     view = evaluation(setting.recipe)
     some = limit and limit // 6
-    bank = extract_features(encode, evaluation_batches(train_set, view, limit=limit), precision)
+    features, labels = extract_features(encode, evaluation_batches(train_set, view, limit=limit), precision)
     test = extract_features(encode, evaluation_batches(test_set, view, limit=some), precision)
-    num_classes = int(max(bank[1].max(), test[1].max())) + 1
-    return knn_top1(*bank, *test, num_classes=num_classes, k=min(200, len(bank[0])))
+    num_classes = int(max(labels.max(), test[1].max())) + 1
+    drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return {
+        name: knn_top1(
+            features[rows], labels[rows], *test, num_classes=num_classes, k=min(200, len(labels[rows]))
+        )
+        for name, rows in (("knn", drawn[:FEW]), ("knn_whole", drawn))
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ ours

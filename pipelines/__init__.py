@@ -55,6 +55,7 @@ def build_loader(
     drop_last: bool = True,
     reading: Reading = "auto",
     dali: DALIOptions | None = None,
+    compiled: bool = False,
 ) -> ViewLoader:
     """Build a loader over a compiled set or a folder.
 
@@ -77,6 +78,7 @@ def build_loader(
         drop_last: leave out the last, smaller batch of an epoch.
         reading: how a compiled set is read, see :data:`pipelines.engines.Reading`.
         dali: how the ``dali`` backend decodes on a GPU.
+        compiled: have torch.compile fuse the photometric stage of a GPU; the CPU's is compiled in any case.
 
     Raises:
         FileNotFoundError: if the compiled set, or a file of it, is not there.
@@ -119,6 +121,7 @@ def build_loader(
         drop_last=drop_last,
         stream=stream,
         device_engine=engine if isinstance(engine, DALIEngine) and device.type == "cuda" else None,
+        compiled=compiled,
         chosen=str(choice),
     )
 

@@ -40,3 +40,10 @@ class Batch:
     """(N,) int64, −1 where the set has no labels."""
     key_mixtures: tuple[Mixture, ...] = ()
     """Mixtures of the key views, as many as of the query views; only for a symmetric loss."""
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Every tensor of a batch."""
+    mixtures = (*batch.mixtures, *batch.key_mixtures)
+    mixed = [part for mixture in mixtures for part in (mixture.images, mixture.partner, mixture.lam)]
+    return [batch.query, batch.key, batch.index, batch.label, *mixed]

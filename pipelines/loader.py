@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import Batch
+from pipelines.batch import Batch, tensors_of
 from pipelines.crops import draw_boxes
 from pipelines.engines import BadPicturesError, DeviceEngine, Engine, Fault
 from pipelines.manifest import verify_hint
@@ -28,12 +28,15 @@ from pipelines.photometric import augment
 from pipelines.randomness import NUM_EPOCHS, EpochOrder, key_of
 from pipelines.recipe import Recipe
 from pipelines.streaming import BUFFER, ShardStream
+from pipelines.uploads import Uploads, one_ahead
 from pipelines.workers import Asked, Made, Started, Workers
 
 log = logging.getLogger(__name__)
 
 _AHEAD = 4
 """Batches under way or ready, the one handed out next among them."""
+_RUN_BESIDE_THE_HOST = {"cuda"}
+"""Devices whose batches are made ready one ahead."""
 _MOST_NAMED = 1000
 """Faults whose pictures are named; of more only the index is told."""
 _STATE_VERSION = 3
@@ -58,8 +61,9 @@ class ViewLoader:
     change nothing about it. A picture that cannot be decoded is replaced by the next one of the set that can,
     listed in ``faults`` and logged by name; when more than ``max_bad_fraction`` of the set (and more than
     ten) are bad, the run stops with :class:`BadPicturesError`. With a ``stream`` it decides which pictures
-    come when; with a ``device_engine`` (the engine itself, or None) crops are made on the device. ``chosen``
-    tells in words which backend this is, and why.
+    come when; with a ``device_engine`` (the engine itself, or None) crops are made on the device;
+    ``compiled`` has torch.compile fuse the photometric stage of a device. ``chosen`` tells in words which
+    backend this is, and why.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class ViewLoader:
         max_bad_fraction: float = 0.01,
         stream: ShardStream | None = None,
         device_engine: DeviceEngine | None = None,
+        compiled: bool = False,
         chosen: str = "",
     ) -> None:
         if not batch_size >= 1:
@@ -108,7 +113,8 @@ class ViewLoader:
         self._epoch, self._batches_done, self._stream_state = 0, 0, ""
         # Which iteration moves the cursor: the last one begun, unless the cursor was set since.
         self._iteration = 0
-        self._uploads: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._augment = torch.compile(augment, fullgraph=True) if compiled else augment
+        self._uploads = Uploads(device, most=_AHEAD)
         self._workers = Workers(
             engine,
             recipe,
@@ -194,13 +200,23 @@ class ViewLoader:
         Raises:
             RuntimeError: if another iteration has been begun, or another epoch chosen, since the last batch.
         """
-        epoch, on_host = self._epoch, self.device.type == "cpu" and self._device_engine is None
-        for pixels, made in self._batches(augmented=on_host):
-            batch = self._on_host(epoch, pixels, made) if on_host else self._on_device(epoch, pixels, made)
+        finished = self._finished()
+        ahead = one_ahead(finished, lambda pair: tensors_of(pair[0]), self.device)
+        for batch, made in ahead if self.device.type in _RUN_BESIDE_THE_HOST else finished:
             self._count(made)
-            del pixels  # what is held here while we wait cannot be lent again
             yield batch
             del batch
+        self._rewind()
+
+    def _finished(self) -> Generator[tuple[Batch, Made], None, None]:
+        """Batches as they are handed out, and what belongs to them."""
+        epoch, on_host = self._epoch, self.device.type == "cpu" and self._device_engine is None
+        for pixels, made in self._batches(augmented=on_host):
+            finish = self._on_host if on_host else self._on_device
+            batch = finish(epoch, pixels, made)
+            del pixels  # what is held here while we wait cannot be lent again
+            yield batch, made
+            del batch, made
 
     def crops(self) -> Iterator[Crops]:
         """Like iterating, but only the crops: no photometric stage, no mixtures, nothing on a device.
@@ -217,8 +233,13 @@ class ViewLoader:
             yield crops
             del crops
             if used is not None:
-                self._hold(used)
+                self._uploads.hold(used)
             del used
+        self._rewind()
+
+    def _rewind(self) -> None:
+        """An epoch is over: the cursor is back at its start."""
+        self._batches_done, self._stream_state = 0, ""
 
     def _count(self, made: Made) -> None:
         """Move the cursor behind a batch that is handed out."""
@@ -237,27 +258,14 @@ class ViewLoader:
 
     def _on_device(self, epoch: int, pixels_NVSS3: Tensor, made: Made) -> Batch:
         """Upload crops where they are on the host; augment, normalise and mix on the training device."""
-        index, label, params_VNP = (
-            self._pinned(torch.from_numpy(column)) for column in (made.index_N, made.label_N, made.params_VNP)
-        )
+        columns = (made.index_N, made.label_N, made.params_VNP)
+        index, label, params_VNP = (self._uploads.pinned(torch.from_numpy(column)) for column in columns)
         params_VNP = params_VNP.to(self.device, non_blocking=True)
         crops_V = pixels_NVSS3[: len(index)].to(self.device, non_blocking=True).unbind(1)
-        views = [augment(crops, p, self.recipe) for crops, p in zip(crops_V, params_VNP, strict=True)]
+        views = [self._augment(crops, p, self.recipe) for crops, p in zip(crops_V, params_VNP, strict=True)]
         if self.device.type == "cuda":
-            self._hold(pixels_NVSS3)
+            self._uploads.hold(pixels_NVSS3)
         return self._mixed(epoch, views, index, label)
-
-    def _pinned(self, column: Tensor) -> Tensor:
-        """In memory that can be copied while the host goes on, where there is a device to copy to."""
-        return column.pin_memory() if self.device.type == "cuda" else column
-
-    def _hold(self, pixels: Tensor) -> None:
-        """Keep crops from being overwritten before the device has used them; wait if many are not."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        self._uploads.append((event, pixels))
-        while self._uploads and (len(self._uploads) > _AHEAD or self._uploads[0][0].query()):
-            self._uploads.popleft()[0].synchronize()
 
     def _mixed(self, epoch: int, views: list[Tensor], index: Tensor, label: Tensor) -> Batch:
         key = views[1] if len(views) > 1 else views[0][:0]
@@ -291,7 +299,6 @@ class ViewLoader:
                         f"epoch {epoch} was being iterated when another iteration was begun or the cursor "
                         f"was set (it is in epoch {self._epoch} now); finish one before the next"
                     )
-        self._batches_done, self._stream_state = 0, ""
 
     def _asked(self, epoch: int, first: int) -> Generator[Asked, None, None]:
         """What the batches of this rank hold, from batch ``first`` of the epoch on."""

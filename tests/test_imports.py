@@ -19,7 +19,18 @@ MAY_USE = {
     "train_lincls": {"presets", "engine", "pipelines", "models"},
 }
 # Packages a user may lack: only the module that needs one imports it, and says how to install it.
-OPTIONAL = {"ffcv", "cv2", "nvidia", "spdl", "simplejpeg", "detectron2", "wandb", "skimage", "sklearn"}
+OPTIONAL = {
+    "lightly",
+    "ffcv",
+    "cv2",
+    "nvidia",
+    "spdl",
+    "simplejpeg",
+    "detectron2",
+    "wandb",
+    "skimage",
+    "sklearn",
+}
 
 
 def _files(room: str) -> list[Path]:

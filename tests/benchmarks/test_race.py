@@ -126,6 +126,8 @@ def test_figures_over_seeds() -> None:
             "samples": 2 * rate,
             "seconds": 2.0,
             "knn_before": 0.6,
+            "knn_whole_before": 0.7,
+            "knn_whole_after": after + 0.1,
             "knn_after": after,
         }
 

@@ -91,6 +91,8 @@ def race_json(num_seeds: int = 3) -> dict[str, Any]:
                 "samples": 240 * rate,
                 "seconds": 240.0,
                 "knn_before": 0.7 + 0.002 * seed,
+                "knn_whole_before": 0.75,
+                "knn_whole_after": after + 0.05,
                 "knn_after": after + 0.004 * seed,
             }
             for seed in range(num_seeds)

@@ -201,36 +201,6 @@ def test_memory_is_free_again_while_the_loader_waits(beton: Path) -> None:
     assert len(loader._workers._floats._storages) == 4
 
 
-class _Event:
-    """A GPU's event: over at once, or never before it is waited for."""
-
-    def __init__(self, over: bool, waited: list["_Event"]) -> None:
-        self._over, self._waited = over, waited
-
-    def record(self, stream: object) -> None:
-        pass
-
-    def query(self) -> bool:
-        return self._over
-
-    def synchronize(self) -> None:
-        self._waited.append(self)
-
-
-@pytest.mark.parametrize("over", [True, False])
-def test_uploads_hold_their_memory_until_they_are_over(
-    over: bool, beton: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader = _load(beton)
-    waited: list[_Event] = []
-    monkeypatch.setattr(torch.cuda, "Event", lambda: _Event(over, waited))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
-    for _ in range(10):
-        loader._hold(torch.empty(1))
-    assert len(loader._uploads) == (0 if over else 4)
-    assert over or len(waited) == 6
-
-
 @pytest.mark.parametrize("backend", ["ffcv", "dali"])
 def test_backends_equal_folder_on_the_same_boxes(backend: str, beton: Path, picture_folder: Path) -> None:
     compiled, files = _load(beton, backend=backend).engine, _load(picture_folder).engine
