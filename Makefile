@@ -108,10 +108,11 @@ scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming
 parity: $(READY)  ## [ARGS=--check]|how near every backend and operation is to torchvision, for docs/parity.md
 	@$(BIN)/python -m benchmarks.parity --json benchmarks/results/parity.json $(ARGS)
 
-bench-gpu: $(READY)  ## [ARGS=--help]|our backends beside DALI and torchvision on a GPU
+bench-gpu: $(READY)  ## [ARGS=--quick]|on a GPU: our backends beside DALI and torchvision, and whole training steps
 	@$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json $(ARGS)
+	@$(BIN)/python -m benchmarks.training --json benchmarks/results/training.json $(ARGS)
 
-report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, and the block in README.md
+report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, and the blocks in README.md
 	@$(BIN)/python -m benchmarks.report $(ARGS)
 
 lint: $(READY)  ## |ruff and the strict type checker

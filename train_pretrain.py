@@ -12,8 +12,8 @@ Two nodes (the same line on both, --out on a file system they share, HEAD the fi
 
 What it costs and gives: with the defaults, ResNet-50 and 200 epochs of ImageNet-1K as published, 69.2 linear
 top-1; `--preset fashion` takes minutes on two CPU cores. The published command line works with only the
-program's name and the launcher's flags changed, see docs/command-line.md. The loss first rises, while the
-queue's noise gives way to real keys.
+program's name and the launcher's flags changed, as docs/command-line.md tells flag by flag. The loss first
+rises, while the queue's noise gives way to real keys.
 
 Left in --out: checkpoints that --resume continues, metrics.jsonl and TensorBoard logs, and at the end
 backbone.safetensors and checkpoint.pth.tar in the published layout (module.encoder_q.*). SIGTERM or Ctrl-C
@@ -50,8 +50,9 @@ from engine.export import save_backbone, save_published
 from engine.health import effective_rank, queue_health
 from engine.knn import extract_features, knn_top1
 from engine.launch import Launch, check_agreement, init_launch
-from engine.logs import NonFiniteLoss, RunLog, last_good_state, timed
+from engine.logs import NonFiniteLoss, RunLog, last_good_state
 from engine.memory import keep_freed_memory
+from engine.optimizer import sgd
 from engine.precision import Precision
 from engine.published_flags import from_published
 from engine.schedule import ScheduleKind, lr_at, set_lr
@@ -159,13 +160,7 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
     # ----------------------------------------------------------------------------------------- model
     model = build_model(config, launch.world_size).to(launch.device)
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.encoder_q.parameters(),
-        config.lr,
-        momentum=config.sgd_momentum,
-        weight_decay=config.weight_decay,
-        fused=True,  # one kernel, and no wait for the device under fp16's scaler
-    )
+    optimizer = sgd(model.encoder_q, config.lr, config.sgd_momentum, config.weight_decay)
     if config.compile:  # in place: the state dict keeps its names
         model.encoder_q.compile()
         model.encoder_k.compile()
@@ -192,8 +187,9 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> None:
     model.train()
     while run.epoch < config.epochs and not stop.requested:
         run.loader.set_epoch(run.epoch)
-        for wait_s, batch in timed(run.loader):
+        for batch in run.loader:
             metrics = train_step(run, forward, batch)
+            wait_s = run.loader.take_waited_s()
             log.step(run.step, metrics, epoch=run.epoch, samples=config.batch_size, wait_s=wait_s)
             run.step += 1
             if stop.agreed(run.launch, ask=run.step % 10 == 0):
@@ -202,6 +198,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> None:
             run.epoch += 1
             stop.agreed(run.launch, ask=True)
         log.flush()
+        refuse_non_finite_weights(run)
         if stop.requested or due(run.epoch, config.save_every_epochs, config.epochs):
             save(run)
         if not stop.requested and due(run.epoch, config.knn_every_epochs, config.epochs):
@@ -293,15 +290,18 @@ def restore(run: Run, checkpoint: Path) -> None:
             say(run.launch, f"{name} is {now[name]} from here on, it was {state.config[name]}")
 
 
+def refuse_non_finite_weights(run: Run) -> None:
+    """A last step may have spoilt them though its loss was finite."""
+    if not torch.stack(torch._foreach_norm(list(run.model.encoder_q.parameters()))).isfinite().all():
+        raise NonFiniteLoss(
+            f"the weights are not finite after step {run.step}; {last_good_state(run.config.out)}"
+        )
+
+
 def save(run: Run) -> None:
     """Write the state, and drop the oldest ones."""
     if not run.launch.is_main:
         return
-    if not torch.stack(torch._foreach_norm(list(run.model.encoder_q.parameters()))).isfinite().all():
-        raise NonFiniteLoss(
-            f"weights are not finite after step {run.step}, and were not saved; "
-            f"{last_good_state(run.config.out)}"
-        )
     state = TrainState(
         step=run.step,
         epoch=run.epoch,

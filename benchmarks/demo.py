@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.environment import environment
 from benchmarks.peers.contract import OURS, TORCHVISION_PIL
-from benchmarks.programs import FASHION_PICTURES, fashion_sets, is_compiled, run_python
+from benchmarks.programs import FASHION_PICTURES, fashion_sets, is_compiled, probe, run_python
 from engine import cli
 from engine.checkpoint import write_atomically
 
@@ -75,13 +75,7 @@ def main(config: Demo) -> None:
     _banner("3  Probing: nearest neighbours and a linear classifier on frozen features")
     probes = {}
     for name, folder in (("random", config.out / "random"), ("mixmask", pretrain)):
-        encoder = folder / "backbone.safetensors"
-        run_python(
-            console,
-            *("train_lincls.py", train, "--val", test, "--pretrained", encoder, "--cached"),
-            *("--out", folder, "--lr", 1, "--epochs", 30),
-        )
-        probes[name] = json.loads((folder / "result.json").read_text())
+        probes[name] = probe(console, train, test, folder)
 
     _banner("4  Loading the photographs at 224 px, beside torchvision")
     figures = config.out / "loader.json"

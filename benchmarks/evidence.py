@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment, write_figures
-from benchmarks.programs import FASHION_PICTURES, fashion_sets, run_python
+from benchmarks.programs import FASHION_PICTURES, fashion_sets, probe, run_python
+from benchmarks.run_options import RunOptions
 from engine import cli
 from engine.checkpoint import latest, write_atomically
 
@@ -53,6 +54,11 @@ class Evidence:
     json: Path | None = None
     """Where the figures go."""
 
+    @property
+    def quick(self) -> bool:
+        """Whether this is too little for figures."""
+        return self.fashion < FASHION_PICTURES or self.epochs < type(self).epochs
+
     def __post_init__(self) -> None:
         unknown = set(self.methods) - {RANDOM, *METHODS}
         if unknown or not self.methods or not self.seeds or self.epochs < 1:
@@ -64,6 +70,7 @@ class Evidence:
 
 def main(config: Evidence) -> dict[str, Any]:
     """Run what is not finished yet, print a table, write the JSON; returns what was written."""
+    RunOptions(quick=config.quick, json=config.json).keep_full_figures()
     train, test = fashion_sets(console, config.data, config.fashion)
     # Seed by seed, so that whoever stops early has seen all methods equally often.
     wanted = [(method, seed) for seed in config.seeds for method in config.methods]
@@ -74,6 +81,7 @@ def main(config: Evidence) -> dict[str, Any]:
     evidence = {method: _summary(done) for method, done in runs.items()}
     result = {
         "benchmark": "evidence",
+        "quick": config.quick,
         "evidence": evidence,
         "config": {"epochs": config.epochs, "seeds": config.seeds, "pictures": config.fashion},
         "environment": environment(),
@@ -104,12 +112,7 @@ def _run(config: Evidence, method: str, seed: int, train: Path, test: Path) -> d
             *("--seed", seed, "--val", test, "--out", out),
             *(("--resume",) if latest(out) else ()),
         )
-    run_python(
-        console,
-        *("train_lincls.py", train, "--val", test, "--pretrained", backbone, "--cached"),
-        *("--out", out, "--lr", 1, "--epochs", 30, "--seed", seed),
-    )
-    probed = json.loads((out / "result.json").read_text())
+    probed = probe(console, train, test, out, seed)
     run = asked | {name: probed[name] for name in PROBES} | _curves(out / "metrics.jsonl")
     write_atomically(finished, lambda file: file.write((json.dumps(run, indent=2) + "\n").encode()))
     return run

@@ -1,5 +1,6 @@
 """Our own programs, run as a user would run them, and the sample sets they work on."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,17 @@ def run_python(console: Console, *words: object) -> None:
     code = subprocess.run(command, check=False).returncode
     if code:
         raise ValueError(f"the step above ended with code {code}; mend what it says and run this again")
+
+
+def probe(console: Console, train: Path, test: Path, folder: Path, seed: int = 0) -> dict[str, float]:
+    """The fast probe of ``folder``/backbone.safetensors; its results, which are left in the folder too."""
+    run_python(
+        console,
+        *("train_lincls.py", train, "--val", test, "--pretrained", folder / "backbone.safetensors"),
+        *("--cached", "--lr", 1, "--epochs", 30, "--seed", seed, "--out", folder),
+    )
+    probed: dict[str, float] = json.loads((folder / "result.json").read_text())
+    return probed
 
 
 def is_compiled(made: Path, count: int | None) -> bool:

@@ -48,7 +48,7 @@ def configured(setting: Setting, hands: tuple[int, int]) -> dict[str, str]:
     """How each runner is set up, in a sentence; ``hands`` as for `benchmarks.race_lightly.lightly`."""
     loop = (
         f"the compiled set by our loader, all cores, channels_last, BN over {setting.bn_splits} parts of the "
-        "batch and keys dealt anew"
+        "batch and keys dealt anew, freed memory kept between steps"
     )
     return {
         OURS: loop,

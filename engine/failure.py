@@ -133,6 +133,8 @@ def ending_at_once() -> Iterator[None]:
         if _is_alone() or not end.code:
             raise
         code = end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str) and (told := to_tell(end.code)):
+            sys.stderr.write(f"{told}\n")
     except BaseException:
         if _is_alone():
             raise

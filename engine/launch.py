@@ -130,14 +130,17 @@ def _join(launch: Launch, timeout: datetime.timedelta) -> None:
     )
 
 
+_OF_GLOO = re.compile(r"\[\S*gloo/transport/\S+:\d+\]")
+"""How messages of gloo's connections begin; NCCL's and the store's errors have types of their own."""
+
+
 @contextlib.contextmanager
 def _losses_told() -> Iterator[None]:
     """Turn the failure of a collective into ProcessLost."""
     try:
         yield
     except RuntimeError as error:
-        # NCCL and the store have types of their own, gloo's errors are known by the file they come from.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError) and not _OF_GLOO.match(str(error)):
             raise
         reason = re.sub(r"^\[[^]]*\]\s*", "", str(error)).splitlines()[0].split(". ")[0]
         raise ProcessLost(

@@ -7,10 +7,10 @@ seconds and not at every step.
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 from rich.console import Console
@@ -21,7 +21,6 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from engine.checkpoint import latest, write_atomically
 
 Value = float | int | str | None
-Batch = TypeVar("Batch")
 
 ABOUT = (
     "The loss rises at first, while the queue's noise gives way to real keys (queue_filled): noise is easy "
@@ -42,18 +41,6 @@ def last_good_state(run_dir: Path) -> str:
     if good is None:
         return f"no epoch was finished, so there is no state to go on from; start anew with {remedy}"
     return f"the last good state is {good}; continue from it with --resume and {remedy}"
-
-
-def timed(batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:
-    """Batches, each with the seconds it was waited for."""
-    iterator = iter(batches)
-    while True:
-        start = time.perf_counter()
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        yield time.perf_counter() - start, batch
 
 
 class RunLog:

@@ -7,8 +7,9 @@ Shape letters: N batch, V views, S side in pixels, P parameters.
 """
 
 import logging
+import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -113,7 +114,10 @@ class ViewLoader:
         self._epoch, self._batches_done, self._stream_state = 0, 0, ""
         # Which iteration moves the cursor: the last one begun, unless the cursor was set since.
         self._iteration = 0
-        self._augment = torch.compile(augment, fullgraph=True) if compiled else augment
+        self._waited_s = 0.0
+        self._augment = (
+            torch.compile(augment, fullgraph=True) if compiled and device.type != "cpu" else augment
+        )
         self._uploads = Uploads(device, most=_AHEAD)
         self._workers = Workers(
             engine,
@@ -200,12 +204,14 @@ class ViewLoader:
         Raises:
             RuntimeError: if another iteration has been begun, or another epoch chosen, since the last batch.
         """
+        refuse_another = self._begin()
         finished = self._finished()
         ahead = one_ahead(finished, lambda pair: tensors_of(pair[0]), self.device)
         for batch, made in ahead if self.device.type in _RUN_BESIDE_THE_HOST else finished:
             self._count(made)
             yield batch
             del batch
+            refuse_another()
         self._rewind()
 
     def _finished(self) -> Generator[tuple[Batch, Made], None, None]:
@@ -224,6 +230,7 @@ class ViewLoader:
         On machines with a GPU the memory is pinned; hold a batch until a copy of it is over. An engine that
         leaves crops on the device leaves these there too.
         """
+        refuse_another = self._begin()
         for pixels, made in self._batches(augmented=False):
             index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
             crops = Crops(pixels[: len(index)], index, label)
@@ -235,7 +242,27 @@ class ViewLoader:
             if used is not None:
                 self._uploads.hold(used)
             del used
+            refuse_another()
         self._rewind()
+
+    def take_waited_s(self) -> float:
+        """Seconds for which batches were waited for since this was asked last: the workers were too slow."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
+
+    def _begin(self) -> Callable[[], None]:
+        """Begin an iteration, which alone may move the cursor; call what is returned to refuse any other."""
+        self._iteration += 1
+        mine, epoch = self._iteration, self._epoch
+
+        def refuse_another() -> None:
+            if self._iteration != mine:
+                raise RuntimeError(
+                    f"epoch {epoch} was being iterated when another iteration was begun or the cursor was "
+                    f"set (it is in epoch {self._epoch} now); finish one before the next"
+                )
+
+        return refuse_another
 
     def _rewind(self) -> None:
         """An epoch is over: the cursor is back at its start."""
@@ -278,8 +305,6 @@ class ViewLoader:
     def _batches(self, *, augmented: bool) -> Iterator[tuple[Tensor, Made]]:
         """Pixels of the rest of the epoch's batches and what belongs to them; the caller moves the cursor."""
         epoch = self._epoch
-        self._iteration += 1
-        mine = self._iteration
         ahead: deque[Started] = deque()
         with ExitStack() as stack:
             asked = stack.enter_context(closing(self._asked(epoch, self._batches_done)))
@@ -290,15 +315,12 @@ class ViewLoader:
                 if not ahead:
                     break
                 started = ahead.popleft()
+                asked_at = time.perf_counter()
                 made = started.result()
+                self._waited_s += time.perf_counter() - asked_at
                 self._note_faults(started.asked.wanted_N, made.index_N)
                 yield started.pixels, made
                 del started, made
-                if self._iteration != mine:
-                    raise RuntimeError(
-                        f"epoch {epoch} was being iterated when another iteration was begun or the cursor "
-                        f"was set (it is in epoch {self._epoch} now); finish one before the next"
-                    )
 
     def _asked(self, epoch: int, first: int) -> Generator[Asked, None, None]:
         """What the batches of this rank hold, from batch ``first`` of the epoch on."""

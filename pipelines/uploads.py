@@ -1,5 +1,6 @@
 """From the host to a device without either waiting: memory lent for copies, batches made ready one ahead."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -48,7 +49,7 @@ def one_ahead(
     tensors_of: all that the training will use of a batch; its memory is not given away before the training's
     stream is through with it.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _side_stream(device) if device.type == "cuda" else None
     with closing(batches):
         waiting = _queued(batches, stream)
         while waiting is not None:
@@ -61,6 +62,12 @@ def one_ahead(
                     tensor.record_stream(present)
             yield batch
             del batch
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loaders of a process: memory that one stream has freed does not serve another."""
+    return torch.cuda.Stream(device)
 
 
 def _queued(

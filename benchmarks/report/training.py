@@ -88,7 +88,7 @@ class Racer:
     knn_after: Sequence[float]
     """… and kNN of each seed."""
     mean: Mapping[str, float]
-    """samples_per_s, samples, knn_before, knn_after → their mean over seeds."""
+    """samples_per_s, samples, knn_before, knn_after and the last two of the whole bank → mean over seeds."""
     spread: Mapping[str, float]
     """samples_per_s and knn_after → their standard deviation; empty for a single seed."""
 
@@ -109,7 +109,9 @@ class RaceFigures:
     speed: Mapping[str, float]
     """Our runner → its samples/s over lightly's."""
     gain: Mapping[str, float]
-    """Our runner → points of kNN over lightly's."""
+    """Our runner → points of kNN over lightly's, …"""
+    gain_whole: Mapping[str, float]
+    """… and with neighbours looked for among all training pictures."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ def read_race(file: Path) -> RaceFigures:
     race, config = content.at("race"), content.at("config")
     config.get("seconds", float)
     config.get("threads", int)
+    config.at("knn").get("bank", int)
     runners = race.at("runners")
     return RaceFigures(
         content.get("quick", bool),
@@ -236,7 +239,10 @@ def read_race(file: Path) -> RaceFigures:
         content.environment(),
         {name: _racer(name, runners.at(name)) for name in (*RACE_RATIOS, LIGHTLY)},
         {name: race.get(f"{prefix}samples_per_s_vs_lightly", float) for name, prefix in RACE_RATIOS.items()},
-        {name: race.get(f"{prefix}knn_gain_over_lightly", float) for name, prefix in RACE_RATIOS.items()},
+        *(
+            {name: race.get(f"{prefix}{gain}", float) for name, prefix in RACE_RATIOS.items()}
+            for gain in ("knn_gain_over_lightly", "knn_gain_over_lightly_whole_bank")
+        ),
     )
 
 
@@ -245,7 +251,8 @@ def _racer(name: str, node: Node) -> Racer:
     rates, before, after = (
         [run.get(key, float) for run in runs] for key in ("samples_per_s", "knn_before", "knn_after")
     )
-    mean = {key: node.get(key, float) for key in ("samples_per_s", "samples", "knn_before", "knn_after")}
+    kinds = [f"{kind}_{when}" for kind in ("knn", "knn_whole") for when in ("before", "after")]
+    mean = {key: node.get(key, float) for key in ("samples_per_s", "samples", *kinds)}
     spread = {}
     if len(runs) > 1:
         spread = {key: node.at("spread").get(key, float) for key in ("samples_per_s", "knn_after")}

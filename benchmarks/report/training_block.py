@@ -69,19 +69,22 @@ def _race_sentence(race: RaceFigures) -> str:
     def after(name: str) -> str:
         racer = race.racers[name]
         spread = f" ± {100 * racer.spread['knn_after']:.1f}" if racer.spread else ""
-        knn = f"{100 * racer.mean['knn_after']:.1f}{spread} %"
+        knn = f"{100 * racer.mean['knn_after']:.1f}{spread} % ({100 * racer.mean['knn_whole_after']:.1f} %)"
         return f"{number(racer.mean['samples_per_s'])} samples/s, kNN {knn}"
 
     ours = "; ".join(
-        f"{name} {after(name)} ({times(race.speed[name])} the samples/s, {race.gain[name]:+.1f} points)"
+        f"{name} {after(name)}, {times(race.speed[name])} the samples/s and {race.gain[name]:+.1f} "
+        f"({race.gain_whole[name]:+.1f}) points"
         for name in race.speed
     )
     seeds = len(race.racers[LIGHTLY].rates)
-    start = race.racers[LIGHTLY].mean["knn_before"]
+    start = race.racers[LIGHTLY].mean
+    bank = race.config["knn"]["bank"]
+    several = f", {seeds} seeds" if seeds > 1 else ""
     return (
-        f"Race on Fashion-MNIST, {number(race.config['seconds'])} s of training each"
-        f"{f', {seeds} seeds' if seeds > 1 else ''}, from kNN {100 * start:.1f} %: {ours}; beside {LIGHTLY} "
-        f"{after(LIGHTLY)}."
+        f"Race on Fashion-MNIST, {number(race.config['seconds'])} s of training each{several}, kNN among "
+        f"{bank:,} training pictures (in brackets: all of them), from {100 * start['knn_before']:.1f} % "
+        f"({100 * start['knn_whole_before']:.1f} %): {ours}; beside {LIGHTLY} {after(LIGHTLY)}."
     )
 
 

@@ -141,7 +141,7 @@ def _speed(racer: Racer) -> Rate:
 
 
 def _race_cells(race: RaceFigures, racer: Racer) -> list[str]:
-    """Samples/s and over lightly, samples, kNN before, after and over lightly."""
+    """Samples/s and over lightly, samples, kNN before, after and over lightly; of the whole bank too."""
     mean, spread = racer.mean, racer.spread
     return [
         number(mean["samples_per_s"]) + (f" ± {number(spread['samples_per_s'])}" if spread else ""),
@@ -150,6 +150,8 @@ def _race_cells(race: RaceFigures, racer: Racer) -> list[str]:
         f"{100 * mean['knn_before']:.1f} %",
         f"{100 * mean['knn_after']:.1f}" + (f" ± {100 * spread['knn_after']:.1f} %" if spread else " %"),
         f"{race.gain[racer.name]:+.1f} points" if racer.is_ours else "–",
+        f"{100 * mean['knn_whole_before']:.1f} → {100 * mean['knn_whole_after']:.1f} %",
+        f"{race.gain_whole[racer.name]:+.1f} points" if racer.is_ours else "–",
     ]
 
 
