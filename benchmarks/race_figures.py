@@ -8,28 +8,32 @@ from rich.table import Table
 
 from benchmarks.race_ours import Setting
 
-OURS, MIXMASK, LIGHTLY = "ours, MoCo v2", "ours, MixMask", "lightly, MoCo v2"
+OURS, MIXMASK = "ours, MoCo v2", "ours, MixMask"
+LIGHTLY, LIGHTLY_AT_BEST = "lightly, MoCo v2", "lightly, with the cores divided at best"
 
 
 def figures(runs: dict[str, list[dict[str, float]]], settings: dict[str, str]) -> dict[str, Any]:
     """The JSON's ``race``: means over seeds with their spread, and ours against lightly.
 
     Args:
-        runs: of each runner, by seed; kNN as a share in [0, 1].
+        runs: of each runner, by seed; kNN as a share in [0, 1]. Ours are compared with lightly as it is
+            documented, and with lightly at its best.
         settings: how each runner is set up.
     """
     means = {
         name: {key: statistics.fmean(run[key] for run in seeds) for key in seeds[0]}
         for name, seeds in runs.items()
     }
-    theirs = means[LIGHTLY]
-    ratios = {}
+    ratios: dict[str, float] = {}
     for prefix, name in (("", OURS), ("mixmask_", MIXMASK)):
-        mine = means[name]
-        ratios[f"{prefix}samples_per_s_vs_lightly"] = mine["samples_per_s"] / theirs["samples_per_s"]
-        ratios[f"{prefix}knn_gain_over_lightly"] = 100 * (mine["knn_after"] - theirs["knn_after"])
-        gain = 100 * (mine["knn_whole_after"] - theirs["knn_whole_after"])
-        ratios[f"{prefix}knn_gain_over_lightly_whole_bank"] = gain
+        for suffix, peer in (("lightly", LIGHTLY), ("lightly_at_best", LIGHTLY_AT_BEST)):
+            mine, theirs = means[name], means[peer]
+            ratios |= {
+                f"{prefix}samples_per_s_vs_{suffix}": mine["samples_per_s"] / theirs["samples_per_s"],
+                f"{prefix}knn_gain_over_{suffix}": 100 * (mine["knn_after"] - theirs["knn_after"]),
+                f"{prefix}knn_gain_over_{suffix}_whole_bank": 100
+                * (mine["knn_whole_after"] - theirs["knn_whole_after"]),
+            }
     runners = {
         name: {**means[name], "spread": _spread(seeds), "runs": seeds, "configured": settings[name]}
         for name, seeds in runs.items()
@@ -44,8 +48,8 @@ def _spread(seeds: list[dict[str, float]]) -> dict[str, float] | None:
     return {key: statistics.stdev(run[key] for run in seeds) for key in ("samples_per_s", "knn_after")}
 
 
-def configured(setting: Setting, hands: tuple[int, int]) -> dict[str, str]:
-    """How each runner is set up, in a sentence; ``hands`` as for `benchmarks.race_lightly.lightly`."""
+def configured(setting: Setting, hands: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """How each runner is set up, in a sentence; ``hands`` of lightly's, see `benchmarks.race_lightly`."""
     loop = (
         f"the compiled set by our loader, all cores, channels_last, BN over {setting.bn_splits} parts of the "
         "batch and keys dealt anew, freed memory kept between steps"
@@ -53,13 +57,17 @@ def configured(setting: Setting, hands: tuple[int, int]) -> dict[str, str]:
     return {
         OURS: loop,
         MIXMASK: f"{loop}; one block mask per image on a grid of {setting.mixing.grid_size}",
-        LIGHTLY: (
-            "MoCoV2Transform with the recipe's numbers, MoCoProjectionHead, NTXentLoss with its memory bank, "
-            "update_momentum, as in the documentation's example; PIL images made from pixels in memory, a "
-            f"DataLoader of {hands[0]} lasting workers, {hands[1]} threads in torch, contiguous memory, BN "
-            "over the whole batch (the example has no other)"
-        ),
+        **{name: _configured_lightly(*divided) for name, divided in hands.items()},
     }
+
+
+def _configured_lightly(workers: int, torch_threads: int) -> str:
+    return (
+        "MoCoV2Transform with the recipe's numbers, MoCoProjectionHead, NTXentLoss with its memory bank, "
+        "update_momentum, as in the documentation's example; PIL images made from pixels in memory, a "
+        f"DataLoader of {workers} lasting workers, {torch_threads} threads in torch, contiguous memory, BN "
+        "over the whole batch (the example has no other)"
+    )
 
 
 def print_race(console: Console, result: dict[str, Any]) -> None:
@@ -80,7 +88,8 @@ def print_race(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(table)
     for prefix, name in (("", OURS), ("mixmask_", MIXMASK)):
-        console.print(
-            f"{name}: {race[f'{prefix}samples_per_s_vs_lightly']:.1f} × lightly's samples/s, "
-            f"{race[f'{prefix}knn_gain_over_lightly']:+.1f} points of kNN"
-        )
+        for suffix, peer in (("lightly", "lightly's"), ("lightly_at_best", "lightly's at its best")):
+            console.print(
+                f"{name}: {race[f'{prefix}samples_per_s_vs_{suffix}']:.1f} × {peer} samples/s, "
+                f"{race[f'{prefix}knn_gain_over_{suffix}']:+.1f} points of kNN"
+            )

@@ -107,17 +107,22 @@ def lightly(setting: Setting, data: Path, hands: tuple[int, int], seed: int) -> 
     return Runner(model, model.encoder, batches, model, torch_threads)
 
 
+def documented_hands() -> tuple[int, int]:
+    """What the documentation's example comes to: a process for each core, and torch's default of threads."""
+    return usable_cores(0), usable_cores(0)
+
+
 def try_hands(
     setting: Setting, data: Path, seconds: float, told: Callable[[str], None]
 ) -> dict[tuple[int, int], float]:
     """Samples/s of lightly with several divisions of the cores, each trained for so many seconds.
 
-    As many processes as cores and as many threads is what the documentation's example comes to; processes and
-    threads then take the cores from each other, and fewer of either may be faster.
+    As in the documentation's example, processes and threads take the cores from each other; fewer of either
+    may be faster.
     """
     cores = usable_cores(0)
     rates = {}
-    for hands in dict.fromkeys([(cores, cores), (cores, 1), (1, 1), (0, cores)]):
+    for hands in dict.fromkeys([documented_hands(), (cores, 1), (1, 1), (0, cores)]):
         told(f"trying lightly with {hands[0]} workers and {hands[1]} threads")
         stint = train(lightly(setting, data, hands, 0), setting, seconds, lambda _: None)
         rates[hands] = stint.samples / stint.seconds

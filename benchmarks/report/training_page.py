@@ -146,6 +146,7 @@ def _race_cells(race: RaceFigures, racer: Racer) -> list[str]:
     return [
         number(mean["samples_per_s"]) + (f" ± {number(spread['samples_per_s'])}" if spread else ""),
         times(race.speed[racer.name]) if racer.is_ours else "–",
+        times(race.speed_at_best[racer.name]) if racer.is_ours else "–",
         f"{mean['samples']:,.0f}",
         f"{100 * mean['knn_before']:.1f} %",
         f"{100 * mean['knn_after']:.1f}" + (f" ± {100 * spread['knn_after']:.1f} %" if spread else " %"),

@@ -1,12 +1,19 @@
 """What the tests of several benchmarks need."""
 
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from benchmarks import demo, evidence
+from benchmarks import programs as running
 from benchmarks.sample_sets import SampleSet
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Sets:
@@ -24,3 +31,26 @@ class Sets:
 def sample_sets(picture_folder: Path, beton: Path, shards: Path) -> Callable[..., Sets]:
     """What a benchmark can take for SampleSets: it makes nothing and has the tests' pictures."""
     return lambda data, num, progress: Sets(SampleSet(picture_folder, beton, shards, "made for tests"))
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines of our programs that were run: in this process, whose imports are done already."""
+    ran: list[list[str]] = []
+
+    def run_here(console: Console, *words: object) -> None:
+        program = [str(word) for word in words]
+        ran.append(program)
+        as_module = program[0] == "-m"
+        monkeypatch.setattr(sys, "argv", program[1:] if as_module else program)
+        try:
+            if as_module:
+                runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / program[0]), run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, program
+
+    for module in (running, demo, evidence):
+        monkeypatch.setattr(module, "run_python", run_here)
+    return ran

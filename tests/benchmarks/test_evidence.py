@@ -2,42 +2,12 @@
 
 import json
 import math
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-import benchmarks.evidence
-import benchmarks.programs
 from benchmarks.evidence import PROBES, Evidence, main
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The command lines that were run: in this process, whose imports are done already."""
-    ran: list[list[str]] = []
-
-    def run_here(console: Console, *words: object) -> None:
-        program = [str(word) for word in words]
-        ran.append(program)
-        as_module = program[0] == "-m"
-        monkeypatch.setattr(sys, "argv", program[1:] if as_module else program)
-        try:
-            if as_module:
-                runpy.run_module(program[1], run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(str(ROOT / program[0]), run_name="__main__")
-        except SystemExit as ended:
-            assert not ended.code, program
-
-    monkeypatch.setattr(benchmarks.evidence, "run_python", run_here)
-    monkeypatch.setattr(benchmarks.programs, "run_python", run_here)
-    return ran
 
 
 def test_every_run_is_made_once_and_summed_up(tmp_path: Path, programs: list[list[str]]) -> None:

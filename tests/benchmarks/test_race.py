@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks import race, race_ours
 from benchmarks.race import Race
-from benchmarks.race_figures import LIGHTLY, MIXMASK, OURS, figures
+from benchmarks.race_figures import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, OURS, figures
 from benchmarks.race_ours import Setting
 from dataset_tools.fashion_mnist import IdxPair, compile_fashion_mnist
 from pipelines import Batch
@@ -63,14 +63,16 @@ def test_learning_rate_follows_the_wall_time() -> None:
     assert race_ours._lr_after(3.9999, 4.0, 0.06) < 1e-6
 
 
-def test_tiny_race(tiny_fashion: Path, tmp_path: Path) -> None:
+def test_tiny_race(tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightly")
+    # Processes of a DataLoader take seconds to start.
+    monkeypatch.setattr("benchmarks.race_lightly.documented_hands", lambda: (0, 2))
     out = tmp_path / "race.json"
-    race.main(Race(seconds=0.5, data=tiny_fashion, json=out, hands=(1, 1)))
+    race.main(Race(seconds=0.5, data=tiny_fashion, json=out, hands=(0, 1)))
     result = json.loads(out.read_text())
     measured = result["race"]
     runners = measured["runners"]
-    assert set(runners) == {OURS, MIXMASK, LIGHTLY}
+    assert set(runners) == {OURS, MIXMASK, LIGHTLY, LIGHTLY_AT_BEST}
     # The same weights at the start.
     assert len({row["knn_before"] for row in runners.values()}) == 1
     for row in runners.values():
@@ -135,10 +137,13 @@ def test_figures_over_seeds() -> None:
         OURS: [run(900, 0.80), run(1100, 0.82)],
         MIXMASK: [run(500, 0.79), run(500, 0.79)],
         LIGHTLY: [run(240, 0.72), run(260, 0.74)],
+        LIGHTLY_AT_BEST: [run(400, 0.75), run(400, 0.75)],
     }
     found = figures(runs, dict.fromkeys(runs, "so"))
     assert found["samples_per_s_vs_lightly"] == 4 and found["mixmask_samples_per_s_vs_lightly"] == 2
+    assert found["samples_per_s_vs_lightly_at_best"] == 2.5
     assert found["knn_gain_over_lightly"] == pytest.approx(8)
+    assert found["knn_gain_over_lightly_at_best_whole_bank"] == pytest.approx(6)
     assert found["mixmask_knn_gain_over_lightly"] == pytest.approx(6)
     assert found["runners"][OURS]["spread"]["knn_after"] == pytest.approx(0.02 / 2**0.5)
 

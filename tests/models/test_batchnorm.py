@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from models.batchnorm import SplitBatchNorm2d, _hand_sizes, deal_over_splits, undeal_over_splits
+from models.batchnorm import (
+    SplitBatchNorm2d,
+    _hand_sizes,
+    _normalise_parts,
+    _NormaliseParts,
+    deal_over_splits,
+    undeal_over_splits,
+)
 
 
 def _images(batch_size: int, seed: int = 0) -> torch.Tensor:
@@ -53,6 +60,23 @@ def test_gradient_is_that_of_the_parts() -> None:
     split(ours).square().mul(_images(6, 1)).sum().backward()
     torch.cat([plain(chunk) for chunk in reference.chunk(2)]).square().mul(_images(6, 1)).sum().backward()
     torch.testing.assert_close(ours.grad, reference.grad)
+    for name, parameter in split.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_written_in_place_are_the_parts_joined(dtype: torch.dtype) -> None:
+    weight, bias = torch.rand(2, 5)
+    images = _images(12).to(dtype).to(memory_format=torch.channels_last)
+    ways = []
+    for normalise in (_normalise_parts, _NormaliseParts.apply):
+        leaf, scale, shift = (x.clone().requires_grad_() for x in (images, weight, bias))
+        means, variances = torch.zeros(3, 5), torch.ones(3, 5)
+        output = normalise(leaf, scale, shift, means, variances, 0.1, 1e-5)
+        (output.float() * _images(12, 1)).sum().backward()
+        assert output.dtype == dtype and output.is_contiguous(memory_format=torch.channels_last)
+        ways.append([output.detach(), leaf.grad, scale.grad, shift.grad, means, variances])
+    torch.testing.assert_close(*ways, rtol=1e-5, atol=1e-4)
 
 
 def test_channels_last_stays() -> None:
