@@ -1,7 +1,8 @@
 """Whole pretraining epochs with MixMask on the CPU: ours beside the published recipe written the plain way.
 
 The same pictures, architecture, initial weights, optimizer and threads. Ours reads the compiled set and
-trains as `train_pretrain` does. The published recipe reads the files with PIL and torchvision in the
+trains as `train_pretrain` does, but with torch's default SGD and without keeping freed memory, which both
+would gain from. The published recipe reads the files with PIL and torchvision in the
 processes of a DataLoader, mixes in the training process, keeps images in contiguous memory and trains
 `benchmarks.published.PlainMoCo`. They take turns by epochs, after a first pass over the data whose first
 batch alone is trained on; the DataLoader's processes stay between epochs.
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.peers.with_torchvision import _pil_recipe, _TwoViews
+from benchmarks.peers.with_torchvision import TwoViews, pil_recipe
 from benchmarks.published import PlainMoCo, plain_mixmask
 from benchmarks.run_options import Bars
 from benchmarks.sample_sets import SampleSet, SampleSets
@@ -91,7 +92,7 @@ class EpochSetting:
 def measure_epochs(settings: list[EpochSetting], data: Path, bars: Bars) -> dict[str, Any]:
     """Time epochs of each setting; the JSON's ``epoch``, whose first figures are those of the first one."""
     # The server that forks the DataLoader's workers imports once what all of them need.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([_TwoViews.__module__])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([TwoViews.__module__])
     measured = []
     for setting in settings:
         bars.next_part(f"epochs of {setting.arch} at {setting.crop_px} px")
@@ -230,7 +231,7 @@ def _our_batches(setting: EpochSetting, pictures: SampleSet) -> Callable[[int], 
 
 def _plain_batches(setting: EpochSetting, pictures: SampleSet) -> Callable[[int], Iterator[Batch]]:
     recipe = setting.recipe
-    views = _TwoViews(transforms.Compose(_pil_recipe(recipe)))
+    views = TwoViews(transforms.Compose(pil_recipe(recipe)))
     loader = DataLoader(
         ImageFolder(str(pictures.folder), views),
         setting.batch_size,

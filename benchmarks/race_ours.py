@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.knn import extract_features, knn_top1
+from engine.optimizer import sgd
 from engine.precision import Precision
 from engine.schedule import lr_at, set_lr
 from models.encoders import backbone_features, build_encoder
@@ -106,10 +107,7 @@ def train(runner: Runner, setting: Setting, seconds: float, progress: Callable[[
     So neither the compiler of our loader nor the start of a DataLoader's processes counts, and all begin with
     batches ahead. ``progress`` is told after each step how far it is.
     """
-    trained = [parameter for parameter in runner.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained, setting.lr, momentum=setting.sgd_momentum, weight_decay=setting.weight_decay, fused=True
-    )
+    optimizer = sgd(runner.model, setting.lr, setting.sgd_momentum, setting.weight_decay)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(runner.torch_threads)
     runner.model.train()

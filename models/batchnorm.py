@@ -58,6 +58,7 @@ class _NormaliseParts(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
+        """As `_normalise_parts`; each part's own statistics are kept for the gradient."""
         output = torch.empty_like(input)
         mean_GC, inverse_std_GC = torch.empty_like(means_GC), torch.empty_like(means_GC)
         num = len(means_GC)
@@ -75,6 +76,7 @@ class _NormaliseParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients by input, weight and bias, the last two summed over the parts."""
         input, weight_C, mean_GC, inverse_std_GC = ctx.saved_tensors
         num = len(mean_GC)
         input_parts, weight_parts, bias_parts = zip(

@@ -28,6 +28,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """(N,) log-sum-exp and (N,) maximum of the logits, which carries no gradient."""
         wants_gradient = ctx.needs_input_grad[0]
         max_N = q_ND.new_full((len(q_ND),), -torch.inf)
         sum_N = torch.zeros_like(max_N)

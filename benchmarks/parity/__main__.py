@@ -28,7 +28,7 @@ from benchmarks.parity import chances, colour, geometry, mixtures
 from benchmarks.parity.measures import Row
 from benchmarks.parity.page import BLOCK, block
 from benchmarks.parity.samples import Samples, make_samples, views_of
-from benchmarks.report.results import read_json
+from benchmarks.report.files import read_json
 from engine import cli
 from pipelines.dali_operators import import_dali
 

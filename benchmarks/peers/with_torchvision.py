@@ -38,13 +38,14 @@ class _PILBlur:
         return image.filter(ImageFilter.GaussianBlur(sigma))
 
 
-class _TwoViews:
+class TwoViews:
     """The published loader's: the same transform applied twice to one decoded picture."""
 
     def __init__(self, transform: Callable[[object], Tensor]) -> None:
         self._transform = transform
 
     def __call__(self, image: object) -> tuple[Tensor, Tensor]:
+        """Query and key view."""
         return self._transform(image), self._transform(image)
 
 
@@ -52,7 +53,8 @@ def _pil_crop(recipe: Recipe) -> list[object]:
     return [transforms.RandomResizedCrop(recipe.crop_px, recipe.crop_scale, recipe.crop_ratio)]
 
 
-def _pil_recipe(recipe: Recipe) -> list[object]:
+def pil_recipe(recipe: Recipe) -> list[object]:
+    """The whole augmentation of a PIL image, as transforms in their order."""
     jitter = transforms.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue_turns)
     return [
         *_pil_crop(recipe),
@@ -113,11 +115,11 @@ def _batches(job: Job, dataset: ImageFolder) -> Iterator[object]:
 
 def _open_pil(steps: Callable[[Recipe], list[object]], job: Job) -> Iterator[object]:
     transform = transforms.Compose(steps(job.recipe))
-    return _batches(job, ImageFolder(str(job.folder), _TwoViews(transform)))
+    return _batches(job, ImageFolder(str(job.folder), TwoViews(transform)))
 
 
 def _open_v2(transform: Callable[[Recipe], v2.Transform], job: Job) -> Iterator[object]:
-    views = _TwoViews(transform(job.recipe))
+    views = TwoViews(transform(job.recipe))
     return _batches(job, ImageFolder(str(job.folder), views, loader=decode_file))
 
 
@@ -128,7 +130,7 @@ def open_pil_crops(job: Job) -> Iterator[object]:
 
 def open_pil_recipe(job: Job) -> Iterator[object]:
     """The published loader: ImageFolder, PIL transforms; two (N, 3, S, S) float32 views."""
-    return _open_pil(_pil_recipe, job)
+    return _open_pil(pil_recipe, job)
 
 
 def open_v2_crops(job: Job) -> Iterator[object]:

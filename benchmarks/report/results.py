@@ -8,8 +8,7 @@ from typing import Any
 
 from benchmarks.peers.contract import OURS, WORKS
 from benchmarks.ratios import GROUPS, MAIN_SET
-from benchmarks.report.files import Node
-from benchmarks.report.files import read_json as read_json  # for benchmarks.parity too
+from benchmarks.report.files import Node, read_json
 from benchmarks.scale import MEASURES
 
 PICTURE_SETS = ("reencoded", "pass_through")
