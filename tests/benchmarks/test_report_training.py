@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from benchmarks.epoch import OURS, OURS_ONE_BN, PLAIN
@@ -292,12 +292,13 @@ def test_long_curves_have_no_dots_and_few_ticks() -> None:
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5), st.integers(3, 8))
+@example([0.0, 0.15625], 8)
 def test_axes_hold_all_values_between_round_ticks(values: list[float], most_ticks: int) -> None:
     values = [round(value, 3) for value in values]
     axis = curves.axis(values, most_ticks)
     assert all(-1e-6 <= axis.pct(value) <= 100 + 1e-6 for value in values)
     assert 2 <= len(axis.ticks) <= most_ticks
-    assert axis.ticks[0].pct == 0 and axis.ticks[-1].pct == 100
+    assert [axis.ticks[0].pct, axis.ticks[-1].pct] == pytest.approx([0, 100])
     assert len({tick.text for tick in axis.ticks}) == len(axis.ticks)
     for tick in axis.ticks:
         there = axis.low + tick.pct / 100 * (axis.high - axis.low)
