@@ -32,7 +32,7 @@ Batches = Generator[Any, None, None]
 def _fashion_recipe() -> Recipe:
     return dataclasses.replace(
         moco_v2(32),
-        crop_scale=(0.5, 1.0),
+        crop_scale=(0.85, 1.0),
         blur_prob=0.0,
         center_share=1.0,
         mean=(0.286,) * 3,
@@ -58,7 +58,7 @@ class Setting:
     """Share of the key encoder that stays at each step."""
     temperature: float = 0.1
     """Of the contrast."""
-    bn_splits: int = 2
+    bn_splits: int = 4
     """Parts of our batches with BatchNorm statistics of their own."""
     batch_size: int = 128
     """Pictures in a step."""

@@ -83,7 +83,7 @@ def test_tiny_race(tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.Monke
     speed = runners[OURS]["samples_per_s"] / runners[LIGHTLY]["samples_per_s"]
     assert measured["samples_per_s_vs_lightly"] == pytest.approx(speed)
     assert result["environment"]["versions"]["lightly"]
-    assert result["config"]["bn_splits"] == 2 and result["config"]["recipe"]["crop_px"] == 32
+    assert result["config"]["bn_splits"] == Setting.bn_splits and result["config"]["recipe"]["crop_px"] == 32
 
 
 def test_both_models_start_alike_and_minimise_the_same_loss(tiny_fashion: Path) -> None:
