@@ -3,8 +3,9 @@
     python -m benchmarks.race --json benchmarks/results/race.json
 
 All train the same small encoder from the same initial weights, with the same head, queue, batch, temperature,
-momenta, optimizer and distribution of views, on all cores and for the same wall time, one after the other.
-lightly starts twice: used as its documentation shows, and with the cores divided between its processes and
+momenta and optimizer, on all cores and for the same wall time, one after the other. lightly starts twice:
+used as its documentation shows, with MoCoV2Transform as it comes and a process for each core; and at its
+best, with the distribution of views that ours has and with the cores divided between its processes and
 torch's threads as short trials show to be fastest. The cosine schedule runs by the wall time too. Each clock
 starts when the first batch has arrived; judging by nearest neighbours, before and after, does not count.
 """
@@ -68,35 +69,37 @@ def main(config: Race) -> dict[str, Any]:
     theirs = _import_lightly()
     train_set, test_set = fashion_sets(console, config.data)
     setting = Setting()
-    judge = functools.partial(
-        knn, setting=setting, train_set=train_set, test_set=test_set, limit=6000 if config.quick else None
-    )
+    limit = 6000 if config.quick else None
+    judge = functools.partial(knn, train_set=train_set, test_set=test_set, limit=limit)
     with _progress() as progress:
         best, trials = config.hands, {}
         if best is None:
             trials = _try_hands(theirs, setting, train_set, seconds, progress)
             best = max(trials, key=lambda tried: trials[tried])
-        hands = {LIGHTLY: theirs.documented_hands(), LIGHTLY_AT_BEST: best}
+        rivals = {
+            LIGHTLY: (theirs.documented(setting), theirs.documented_hands()),
+            LIGHTLY_AT_BEST: (setting, best),
+        }
         # First, because what our trainer asks of the C library stays with the process.
-        builds: dict[str, Build] = {
+        builds: dict[str, tuple[Setting, Build]] = {
             **{
-                name: functools.partial(theirs.lightly, setting, train_set, divided)
-                for name, divided in hands.items()
+                name: (own, functools.partial(theirs.lightly, own, train_set, hands))
+                for name, (own, hands) in rivals.items()
             },
-            OURS: functools.partial(ours, "moco", setting, train_set),
-            MIXMASK: functools.partial(ours, "mixmask", setting, train_set),
+            OURS: (setting, functools.partial(ours, "moco", setting, train_set)),
+            MIXMASK: (setting, functools.partial(ours, "mixmask", setting, train_set)),
         }
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in builds}
-        for name, build in builds.items():
+        for name, (own, build) in builds.items():
             if name == OURS:
                 keep_freed_memory()
             for seed in config.seeds:
                 told = f"{name}, seed {seed}" if len(config.seeds) > 1 else name
-                runs[name].append(_run(build(seed), setting, seconds, judge, progress, told))
+                runs[name].append(_run(build(seed), own, seconds, judge, progress, told))
     result = {
         "benchmark": "race",
         "quick": config.quick,
-        "race": figures(runs, configured(setting, hands)),
+        "race": figures(runs, configured(setting, rivals)),
         "config": _facts(config, setting, seconds, trials),
         "environment": environment(),
     }
@@ -151,7 +154,7 @@ def _run(
 ) -> dict[str, float]:
     """Judge, train, judge; the figures of one runner and seed."""
     task = progress.add_task(name, total=seconds, rate="judging")
-    before = judge(runner.encoder)
+    before = judge(runner.encoder, setting)
 
     def show(done: Stint) -> None:
         progress.update(task, completed=done.seconds, rate=f"{done.samples / done.seconds:,.0f} samples/s")
@@ -159,7 +162,7 @@ def _run(
     progress.update(task, rate="starting")
     stint = train(runner, setting, seconds, show)
     progress.update(task, rate="judging")
-    after = judge(runner.encoder)
+    after = judge(runner.encoder, setting)
     progress.remove_task(task)
     rate = stint.samples / stint.seconds
     told = f"{100 * before['knn']:.1f} → {100 * after['knn']:.1f} %"

@@ -9,7 +9,7 @@ from rich.table import Table
 from benchmarks.race_ours import Setting
 
 OURS, MIXMASK = "ours, MoCo v2", "ours, MixMask"
-LIGHTLY, LIGHTLY_AT_BEST = "lightly, MoCo v2", "lightly, with the cores divided at best"
+LIGHTLY, LIGHTLY_AT_BEST = "lightly as documented", "lightly at its best"
 
 
 def figures(runs: dict[str, list[dict[str, float]]], settings: dict[str, str]) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def _spread(seeds: list[dict[str, float]]) -> dict[str, float] | None:
     return {key: statistics.stdev(run[key] for run in seeds) for key in ("samples_per_s", "knn_after")}
 
 
-def configured(setting: Setting, hands: dict[str, tuple[int, int]]) -> dict[str, str]:
-    """How each runner is set up, in a sentence; ``hands`` of lightly's, see `benchmarks.race_lightly`."""
+def configured(setting: Setting, theirs: dict[str, tuple[Setting, tuple[int, int]]]) -> dict[str, str]:
+    """How each runner is set up, in a sentence; ``theirs``: setting and hands of each of lightly's."""
     loop = (
         f"the compiled set by our loader, all cores, channels_last, BN over {setting.bn_splits} parts of the "
         "batch and keys dealt anew, freed memory kept between steps"
@@ -57,13 +57,14 @@ def configured(setting: Setting, hands: dict[str, tuple[int, int]]) -> dict[str,
     return {
         OURS: loop,
         MIXMASK: f"{loop}; one block mask per image on a grid of {setting.mixing.grid_size}",
-        **{name: _configured_lightly(*divided) for name, divided in hands.items()},
+        **{name: _configured_lightly(own == setting, *hands) for name, (own, hands) in theirs.items()},
     }
 
 
-def _configured_lightly(workers: int, torch_threads: int) -> str:
+def _configured_lightly(our_views: bool, workers: int, torch_threads: int) -> str:
+    views = "with the numbers of our views" if our_views else "as it comes"
     return (
-        "MoCoV2Transform with the recipe's numbers, MoCoProjectionHead, NTXentLoss with its memory bank, "
+        f"MoCoV2Transform {views}, MoCoProjectionHead, NTXentLoss with its memory bank, "
         "update_momentum, as in the documentation's example; PIL images made from pixels in memory, a "
         f"DataLoader of {workers} lasting workers, {torch_threads} threads in torch, contiguous memory, BN "
         "over the whole batch (the example has no other)"

@@ -4,6 +4,7 @@ https://docs.lightly.ai/self-supervised-learning/examples/moco.html
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from benchmarks.race_ours import Batches, Runner, Setting, train
 from models.encoders import build_encoder
 from pipelines import build_loader
 from pipelines.cores import usable_cores
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, moco_v2
 
 
 class Pictures(Dataset[list[Tensor]]):
@@ -110,6 +111,18 @@ def lightly(setting: Setting, data: Path, hands: tuple[int, int], seed: int) -> 
 def documented_hands() -> tuple[int, int]:
     """What the documentation's example comes to: a process for each core, and torch's default of threads."""
     return usable_cores(0), usable_cores(0)
+
+
+def documented(setting: Setting) -> Setting:
+    """A setting with the views of the documentation's example: MoCoV2Transform as it comes.
+
+    Those are MoCo v2's numbers, normalisation included. The judge's view is the whole picture, as in ours.
+    """
+    recipe = setting.recipe
+    return dataclasses.replace(
+        setting,
+        recipe=dataclasses.replace(moco_v2(recipe.crop_px), center_share=recipe.center_share),
+    )
 
 
 def try_hands(

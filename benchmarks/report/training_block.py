@@ -74,8 +74,8 @@ def _race_sentence(race: RaceFigures) -> str:
 
     ours = "; ".join(
         f"{name} {after(name)}, {times(race.speed[name])} the samples/s of lightly as documented "
-        f"({times(race.speed_at_best[name])} at its best) and {race.gain[name]:+.1f} "
-        f"({race.gain_whole[name]:+.1f}) points"
+        f"({times(race.speed_at_best[name])} at its best) and {race.gain[name]:+.1f} points "
+        f"({race.gain_at_best[name]:+.1f})"
         for name in race.speed
     )
     seeds = len(race.racers[LIGHTLY].rates)

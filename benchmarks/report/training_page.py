@@ -141,7 +141,7 @@ def _speed(racer: Racer) -> Rate:
 
 
 def _race_cells(race: RaceFigures, racer: Racer) -> list[str]:
-    """Samples/s and over lightly, samples, kNN before, after and over lightly; of the whole bank too."""
+    """Samples/s and over lightly's, samples, kNN before, after and over lightly's, kNN of the whole bank."""
     mean, spread = racer.mean, racer.spread
     return [
         number(mean["samples_per_s"]) + (f" ± {number(spread['samples_per_s'])}" if spread else ""),
@@ -150,9 +150,11 @@ def _race_cells(race: RaceFigures, racer: Racer) -> list[str]:
         f"{mean['samples']:,.0f}",
         f"{100 * mean['knn_before']:.1f} %",
         f"{100 * mean['knn_after']:.1f}" + (f" ± {100 * spread['knn_after']:.1f} %" if spread else " %"),
-        f"{race.gain[racer.name]:+.1f} points" if racer.is_ours else "–",
+        *(
+            f"{gain[racer.name]:+.1f} points" if racer.is_ours else "–"
+            for gain in (race.gain, race.gain_at_best)
+        ),
         f"{100 * mean['knn_whole_before']:.1f} → {100 * mean['knn_whole_after']:.1f} %",
-        f"{race.gain_whole[racer.name]:+.1f} points" if racer.is_ours else "–",
     ]
 
 
