@@ -54,7 +54,7 @@ class Setting:
     """Size of the embedding."""
     queue_len: int = 4096
     """Length of the queue."""
-    momentum: float = 0.99
+    momentum: float = 0.996
     """Share of the key encoder that stays at each step."""
     temperature: float = 0.1
     """Of the contrast."""
@@ -62,7 +62,7 @@ class Setting:
     """Parts of our batches with BatchNorm statistics of their own."""
     batch_size: int = 128
     """Pictures in a step."""
-    lr: float = 0.06
+    lr: float = 0.03
     """Learning rate of SGD at the start; half a cosine over the wall time takes it to 0."""
     sgd_momentum: float = 0.9
     """Momentum of SGD."""
