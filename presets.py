@@ -306,10 +306,10 @@ def fashion(data: Path) -> PretrainConfig:
     Four minutes on two CPU cores; `make demo` prints what came out. What so short a run needs: a queue that
     real keys fill within the first tenth, crops of nearly all of a picture, which its object fills (MoCo's
     kNN after two epochs, neighbours among 5,000: 75.4 with crops from 0.5, 76.7 from 0.7, 78.6 from 0.85,
-    79.2 from 0.95), and batch statistics that do not leak (76.7 with four splits, 75.8 with two). Losses of
-    mixtures add to the clean one, and with them the gradient: at lr 0.06 and momentum 0.99, which MoCo alone
-    bears, --method both collapsed for an epoch with one seed of three (feature_std 0.01; kNN after two
-    epochs 71 to 73 %, now 80). Blur would leave little of pictures of 28 px.
+    79.2 from 0.95), and batch statistics that do not leak (76.7 with four splits, 75.8 with two). A
+    mixture's loss adds to the clean one, and with it the gradient: at lr 0.06 and momentum 0.99, which MoCo
+    alone bears, two of three runs of --method both collapsed in their first epoch (benchmarks/NOTES.md).
+    Blur would leave little of pictures of 28 px.
     """
     return PretrainConfig(
         data,
