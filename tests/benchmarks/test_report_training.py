@@ -391,7 +391,9 @@ def test_the_block_has_a_table_and_a_sentence_each(results: Path) -> None:
     )
     assert "+5.0 points (+4.0)" in race
     assert "from 70.2 % (75.0 %)" in race
-    assert "lightly as documented 505 samples/s, kNN 76.4 ± 0.4 % (81.0 %); lightly at" in race
+    assert (
+        "lightly as documented (its own views) 505 samples/s, kNN 76.4 ± 0.4 % (81.0 %); lightly at" in race
+    )
     assert "moco 0.50 × and 0.25 ×; mixmask 0.25 × and 0.12 ×" in step and "queue 65,536" in step
     assert "resnet18 at 224 px 1.50 × as fast (1.58 × with BN as published)" in epoch
     assert f"]({training_block.PICTURE})" in text and "Test Processor <1>, 2 cores, no GPU." in lines
