@@ -66,8 +66,8 @@ def _configured_lightly(our_views: bool, workers: int, torch_threads: int) -> st
     return (
         f"MoCoV2Transform {views}, MoCoProjectionHead, NTXentLoss with its memory bank, "
         "update_momentum, as in the documentation's example; PIL images made from pixels in memory, a "
-        f"DataLoader with {workers} lasting worker(s), {torch_threads} thread(s) in torch, contiguous memory, "
-        "BN over the whole batch (the example has no other)"
+        f"DataLoader with {workers} lasting worker(s), {torch_threads} thread(s) in torch, contiguous memory,"
+        " BN over the whole batch (the example has no other)"
     )
 
 
