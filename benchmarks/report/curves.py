@@ -199,5 +199,5 @@ def _labelled(low: float, high: float, marks: Sequence[float], texts: Sequence[s
 
 
 def _pct(value: float, low: float, high: float) -> float:
-    """A single epoch stands in the middle."""
-    return 100 * (value - low) / (high - low) if high > low else 50.0
+    """A single epoch stands in the middle; the division comes first, so that ``high`` is 100 exactly."""
+    return 100 * ((value - low) / (high - low)) if high > low else 50.0

@@ -89,13 +89,16 @@ def test_tiny_race(tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_both_models_start_alike_and_minimise_the_same_loss(tiny_fashion: Path) -> None:
     pytest.importorskip("lightly")
-    from benchmarks.race_lightly import LightlyMoCo, lightly
+    from benchmarks.race_lightly import LightlyMoCo, documented, lightly
 
     setting = Setting(bn_splits=1)
     mine = race_ours.ours("moco", setting, tiny_fashion / "fashion-mnist-train.beton", 3)
     theirs = lightly(setting, tiny_fashion / "fashion-mnist-train.beton", (0, 1), 3)
     queue_KD = torch.nn.functional.normalize(torch.randn(setting.queue_len, setting.dim), dim=1)
     assert isinstance(theirs.model, LightlyMoCo)
+    other = lightly(documented(setting), tiny_fashion / "fashion-mnist-train.beton", (0, 1), 3).encoder
+    for name, tensor in theirs.encoder.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
     theirs.model.criterion.memory_bank.bank.copy_(queue_KD)
     mine.model.get_buffer("queue_KD").copy_(queue_KD)
     query_N3SS, key_N3SS = torch.randn(2, 8, 3, 32, 32)
