@@ -303,13 +303,13 @@ def tiny_imagenet(data: Path) -> PretrainConfig:
 def fashion(data: Path) -> PretrainConfig:
     """The demo's run: a 0.3 M parameter ResNet on Fashion-MNIST at 32 px, a few epochs.
 
-    Four minutes on two CPU cores; `make demo` prints what came out. What so short a run needs: a queue that
-    real keys fill within a tenth, crops of nearly all of a picture, which its object fills (MoCo's
-    kNN after 85 s at lr 0.06, a bank of 5,000: 75.4 with crops from 0.5, 76.7 from 0.7, 78.6 from 0.85,
-    79.2 from 0.95), and batch statistics that do not leak (76.7 with four splits, 75.8 with two). A
-    mixture's loss adds to the clean one, and with it the gradient: at lr 0.06 and momentum 0.99, which MoCo
-    alone bears, two of three runs of --method both collapsed in their first epoch (benchmarks/NOTES.md).
-    Blur would leave little of pictures of 28 px.
+    Two and a half minutes on two CPU cores; `make demo` prints what came out. What so short a run needs:
+    a queue that real keys fill within a tenth, crops of nearly all of a picture, which its object fills
+    (MoCo's kNN after 85 s at lr 0.06, a bank of 5,000: 75.4 with crops from 0.5, 76.7 from 0.7, 78.6 from
+    0.85, 79.2 from 0.95), and batch statistics that do not leak (76.7 with four splits, 75.8 with two). A
+    mixture's loss adds to the clean one, and with it the gradient: at lr 0.06 and momentum 0.99, which
+    MoCo alone bears, two of three runs of --method both collapsed in their first epoch
+    (benchmarks/NOTES.md). Blur would leave little of pictures of 28 px.
     """
     return PretrainConfig(
         data,
