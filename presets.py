@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from engine.export import BackboneMeta
 from engine.precision import PrecisionName
 from engine.schedule import shares
 from pipelines import Backend, DALIOptions, Reading
@@ -170,20 +171,21 @@ class PretrainConfig:
         plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return {key: value for key, value in plain.items() if key not in free}
 
-    def backbone_meta(self, feature_dim: int) -> dict[str, str]:
-        """What a reader of the finished backbone must know to use it."""
+    def backbone_meta(self, feature_dim: int, num_pictures: int) -> BackboneMeta:
+        """What a reader of the finished backbone must know to use it, and to tell what it is."""
         views = self.views
-        facts = {
-            "arch": self.arch,
-            "feature_dim": feature_dim,
-            "small_stem": self.small_stem,
-            "method": self.mixing.method,
-            "crop_px": views.crop_px,
-            "eval_center_share": views.eval_center_share,
-            "mean": list(views.mean),
-            "std": list(views.std),
-        }
-        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+        return BackboneMeta(
+            arch=self.arch,
+            feature_dim=feature_dim,
+            small_stem=self.small_stem,
+            method=self.mixing.method,
+            trained_on=f"{self.data.name}, {num_pictures:,} pictures",
+            recipe=json.dumps(self.as_json()),
+            crop_px=views.crop_px,
+            eval_center_share=views.eval_center_share,
+            mean=views.mean,
+            std=views.std,
+        )
 
     def milestones(self) -> tuple[float, ...]:
         """Shares of the run at which --no-cos drops the rate."""

@@ -1,9 +1,14 @@
 """Linear probe and kNN on a frozen encoder.
 
-The published protocol: a linear classifier on random crops, 100 epochs, lr 30 (one GPU, or a CPU):
+The published protocol: a linear classifier on random crops, 100 epochs, lr 30. One GPU, or a CPU:
     python train_lincls.py data/in1k-train.beton --val data/in1k-val.beton --pretrained CKPT
 
-The fast way: features of one centre view cached once, the classifier trained on them in seconds:
+One node of eight GPUs (the batch of 256 is shared among them; more nodes as with train_pretrain.py):
+    torchrun --nproc-per-node 8 train_lincls.py TRAIN --val VAL --pretrained CKPT
+
+The fast way: features of one centre view cached once, classifiers of many learning rates and weight decays
+trained on them in one pass; how far what it gives lies from the published protocol's figure stands in
+docs/evaluation.md:
     python train_lincls.py data/in1k-train.beton --val data/in1k-val.beton --pretrained CKPT --cached
 
 kNN alone:
@@ -11,101 +16,116 @@ kNN alone:
 
 --pretrained takes our checkpoints and safetensors files, and files in the published layout (.pth.tar with
 module.encoder_q.*), all read without running code from them. DATA may also be a folder that holds train/ and
-val/. Ends with the top-1 figures and result.json in --out.
+val/. Left in --out: the figures in result.json, those of --cached in cached.json, of --knn-only in knn.json;
+of the published protocol also logs, and checkpoints that --resume continues.
 """
 
 import contextlib
 import functools
-import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from rich.table import Table
+from torch import Tensor
 
-from engine import cli
-from engine.checkpoint import write_atomically
-from engine.export import load_backbone
-from engine.knn import extract_features, knn_top1
-from engine.launch import choose_device
-from engine.precision import Precision, PrecisionName
-from engine.schedule import lr_at, set_lr
-from models.encoders import build_encoder
-from pipelines import Backend, build_loader, evaluation_batches
-from pipelines.recipe import Recipe, evaluation, linear_train
-
-console = Console(highlight=False, soft_wrap=True)
+from engine import cli, failure
+from engine.checkpoint import write_json
+from engine.export import fingerprint
+from engine.features import Features, extract_features, gathered
+from engine.knn import knn_top1
+from engine.launch import Launch, init_launch
+from engine.linear import LinearSetting, accuracies, train_linear
+from engine.precision import Precision
+from engine.published_flags import from_published
+from engine.run import console, say
+from models.classifier import new_classifier
+from pipelines import Backend, evaluation_batches
+from pretrained import LabelledSets, Pretrained, labelled_sets, load_pretrained
+from supervised import SupervisedConfig, Training, assemble, fit
 
 # ======================================================================================================
 # Config
 # ======================================================================================================
 
 
+_OF_THE_PUBLISHED_PROTOCOL = (
+    *("lr", "schedule", "cos", "weight_decay", "sgd_momentum"),
+    *("resume", "val_every_epochs", "log_every_s"),
+)
+_OF_THE_FAST_WAY = ("cached_lr", "cached_wd")
+_OF_TRAINING = ("epochs", "batch_size")
+
+
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(SupervisedConfig):
     """Measure a frozen encoder. The defaults are the published linear probe."""
 
-    data: tyro.conf.Positional[Path]
-    """Labelled training set: a .beton, a folder of class folders, or a folder that holds train/ and val/."""
-    pretrained: Path
-    """Checkpoint, backbone.safetensors or published .pth.tar. `train_pretrain.py --epochs 0` exports an
-    encoder that has learned nothing, to compare with."""
-    val: Path | None = None
-    """Labelled test set; by default DATA/val."""
     out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = Path("runs/lincls")
-    """Folder for result.json."""
-    arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Encoder, where the file does not say; they must agree where it does."""
-    small_stem: bool | None = None
-    """3 × 3 first convolution and no max-pool, where the file does not say."""
-    crop_px: int | None = None
-    """Side of a view; by default what the encoder was trained on, else 224."""
+    """Folder of the run: its figures, and of the published protocol logs and checkpoints."""
+    lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 30.0
+    """Learning rate of SGD."""
     cached: bool = False
     """Train on features of one centre view, computed once, instead of new random crops every epoch."""
+    cached_lr: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    """Learning rates that --cached tries."""
+    cached_wd: tuple[float, ...] = (0.0, 1e-5, 1e-4)
+    """Weight decays that it tries with each of them."""
+    knn: bool = True
+    """Measure the nearest neighbours, too, for which the training set is seen once in centre views."""
     knn_only: bool = False
     """Measure the nearest neighbours and train no classifier."""
     knn_k: int = 200
     """Neighbours that vote."""
     knn_t: float = 0.1
     """Temperature of their votes."""
-    epochs: int = 100
-    """Passes over the training set; the rate drops to a tenth after 60 % and 80 % of them."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 256
-    """Pictures in a step."""
-    lr: float = 30.0
-    """Learning rate of SGD with momentum 0.9; there is no weight decay."""
-    seed: int = 0
-    """Of the classifier, the order and the crops."""
-    precision: PrecisionName = "auto"
-    """Number format of the encoder; the classifier is trained in fp32."""
-    backend: Backend = "auto"
-    """As in train_pretrain.py."""
-    num_threads: int = 0
-    """Threads that decode; 0 takes all cores."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    leave_one_out: bool = False
+    """Also classify each picture of the training set by its others."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "knn_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
+        if self.knn_k < 1 or not (self.cached_lr and self.cached_wd):
+            raise ValueError(
+                f"knn_k {self.knn_k}, cached_lr {self.cached_lr}, cached_wd {self.cached_wd}: take at least "
+                "one of each"
+            )
+        if self.knn_only and not self.knn:
+            raise ValueError("--knn-only and --no-knn leave nothing to measure; leave one of them out")
+        if not self.knn_t > 0:
+            raise ValueError(f"knn_t is {self.knn_t}; it must be more than 0")
+        if self.cached and self.knn_only:
+            raise ValueError("--cached trains classifiers and --knn-only none; leave one of them out")
+        self._refuse_what_has_no_effect()
 
+    def _refuse_what_has_no_effect(self) -> None:
+        without: dict[str, str] = {}
+        if self.cached or self.knn_only:
+            way = "--cached" if self.cached else "--knn-only"
+            without |= dict.fromkeys(_OF_THE_PUBLISHED_PROTOCOL, f"with {way}")
+        if self.knn_only:
+            without |= dict.fromkeys(_OF_TRAINING, "with --knn-only")
+        if not self.cached:
+            without |= dict.fromkeys(_OF_THE_FAST_WAY, "without --cached")
+        if not self.knn:
+            without |= dict.fromkeys(("knn_k", "knn_t", "leave_one_out"), "with --no-knn")
+        for name, when in without.items():
+            if getattr(self, name) != getattr(ProbeConfig, name):
+                raise ValueError(f"{name} {getattr(self, name)} has no effect {when}; leave one of them out")
 
-@dataclass(frozen=True)
-class Frozen:
-    """An encoder in eval mode, and the view it wants."""
+    def as_json(self) -> dict[str, Any]:
+        """What decides the weights, without what is measured beside them."""
+        measured = ("knn", "leave_one_out", "cached")
+        return {name: value for name, value in super().as_json().items() if not name.startswith(measured)}
 
-    encoder: nn.Module
-    feature_dim: int
-    view: Recipe
+    def linear_settings(self) -> list[LinearSetting]:
+        """What --cached trains classifiers with."""
+        return [LinearSetting(lr, wd) for lr in self.cached_lr for wd in self.cached_wd]
 
 
 # ======================================================================================================
@@ -115,47 +135,38 @@ class Frozen:
 
 def main(config: ProbeConfig) -> None:
     """Probe; see the top of this file."""
-    # ---------------------------------------------------------------------------------------- set-up
     start = time.perf_counter()
-    torch.manual_seed(config.seed)
-    precision = Precision.choose(config.precision, choose_device(config.device))
-    train, val = split_data(config)
-    frozen = load_frozen(config, precision.device)
-
-    # -------------------------------------------------------------------------------------- features
-    bank = cache(config, frozen, precision, train, "features of the training set")
-    test = cache(config, frozen, precision, val, "features of the test set")
-    num_classes = check_labels(train, bank[1], val, test[1])
-    k = min(config.knn_k, len(bank[0]))
-    result: dict[str, float | str | int] = {
-        "pretrained": str(config.pretrained),
-        "knn_k": k,
-        "knn_top1": knn_top1(*bank, *test, num_classes=num_classes, k=k, temperature=config.knn_t),
-    }
-
-    # ------------------------------------------------------------------------------------ classifier
-    if not config.knn_only:
-        classifier = nn.Linear(frozen.feature_dim, num_classes).to(precision.device)
-        nn.init.normal_(classifier.weight, std=0.01)
-        nn.init.zeros_(classifier.bias)
-        if config.cached:
-            train_on_cache(config, classifier, *bank)
+    result: dict[str, Any] = {"pretrained": str(config.pretrained)}
+    with init_launch(config.device) as launch:
+        # ------------------------------------------------------------------------- published protocol
+        name = "knn.json" if config.knn_only else "cached.json" if config.cached else "result.json"
+        if name == "result.json":
+            run = assemble(config, launch, frozen=True, base_lrs=(0.0, config.lr))
+            if not fit(run):
+                return
+            result |= of_the_published_protocol(run)
+            pretrained, sets = run.pretrained, run.sets
         else:
-            train_on_crops(config, classifier, frozen, precision, train)
-        predicted = classifier.cpu()(test[0]).argmax(1)
-        result["linear_top1"] = (predicted == test[1]).float().mean().item()
-        result["protocol"] = "cached centre view" if config.cached else "published"
+            pretrained, sets = load_pretrained(config, launch.device), labelled_sets(config)
 
-    # ---------------------------------------------------------------------------------------- result
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    path = config.out / "result.json"
-    write_atomically(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
-    figures = "  ".join(
-        f"{name.replace('_', ' ')} {100 * result[name]:.2f} %"
-        for name in ("knn_top1", "linear_top1")
-        if name in result
+        # ------------------------------------------------------------------------ on features seen once
+        if name != "result.json" or config.knn:
+            result |= judge_features(config, launch, pretrained, sets)
+
+        # ---------------------------------------------------------------------------------------- result
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        if launch.is_main:
+            write_json(config.out / name, result)
+            told = f"{figures(result)}  ({result['seconds']} s, {config.out / name})"
+            say(launch, f"{config.pretrained}: {told}")
+
+
+def figures(result: Mapping[str, Any]) -> str:
+    """The shares of a result, as a line."""
+    names = ("knn_top1", "knn_leave_one_out_top1", "linear_top1", "linear_top5")
+    return "  ".join(
+        f"{name.replace('_', ' ')} {100 * result[name]:.2f} %" for name in names if name in result
     )
-    console.print(f"{config.pretrained}: {figures}  ({result['seconds']} s, {path})")
 
 
 # ======================================================================================================
@@ -163,59 +174,109 @@ def main(config: ProbeConfig) -> None:
 # ======================================================================================================
 
 
-def split_data(config: ProbeConfig) -> tuple[Path, Path]:
-    """The training and the test set."""
-    if config.val is not None:
-        return config.data, config.val
-    train, val = config.data / "train", config.data / "val"
-    if not (train.is_dir() and val.is_dir()):
-        raise ValueError(
-            f"no test set: give --val, or a folder with train/ and val/ in place of {config.data}"
+def of_the_published_protocol(run: Training) -> dict[str, Any]:
+    """The figures of a finished run.
+
+    Raises RuntimeError if a weight or a statistic of the frozen encoder is not the file's any more.
+    """
+    state, accuracy = run.pretrained.backbone.state, run.measured.accuracy
+    moved = [
+        name
+        for name, tensor in run.model.encoder.state_dict().items()
+        if not torch.equal(tensor.cpu(), state[name])
+    ]
+    if moved:
+        raise RuntimeError(
+            f"{len(moved)} tensors of the frozen encoder have moved, the first are {moved[:3]}"
         )
-    return train, val
+    assert accuracy is not None, "the last epoch is always measured"
+    return {
+        "encoder_sha256": fingerprint(state),
+        "protocol": "published",
+        "linear_top1": accuracy.top1,
+        "linear_top5": accuracy.top5,
+        "linear_best_top1": run.measured.best_top1,
+    }
 
 
-def load_frozen(config: ProbeConfig, device: torch.device) -> Frozen:
-    """The encoder of a file, in eval mode without gradients."""
-    state, meta = load_backbone(config.pretrained)
-    arch = config.arch or meta.get("arch")
-    if arch is None:
-        raise ValueError(f"{config.pretrained} does not say its architecture; give --arch")
-    if meta.get("arch", arch) != arch:
-        raise ValueError(f"{config.pretrained} holds a {meta['arch']}, --arch says {arch}")
-    known = {name: json.loads(text) for name, text in meta.items() if name not in ("arch", "method")}
-    small_stem = known.get("small_stem", False) if config.small_stem is None else config.small_stem
-    encoder, feature_dim = build_encoder(arch, small_stem=small_stem)
-    try:
-        encoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{config.pretrained} is no {arch}{' with the small stem' if small_stem else ''}; "
-            f"check --arch and --small-stem ({error})"
-        ) from error
-    encoder.requires_grad_(False).eval()
-    view = evaluation(
-        Recipe(
-            crop_px=config.crop_px or known.get("crop_px", Recipe.crop_px),
-            center_share=known.get("eval_center_share", Recipe.center_share),
-            mean=tuple(known.get("mean", Recipe.mean)),
-            std=tuple(known.get("std", Recipe.std)),
+def judge_features(
+    config: ProbeConfig, launch: Launch, pretrained: Pretrained, sets: LabelledSets
+) -> dict[str, Any]:
+    """kNN and, with --cached, classifiers on features of centre views; nothing but on the main process."""
+    precision = Precision.choose(config.precision, launch.device)
+    bank = cache(config, pretrained, launch, precision, sets.train, config.backend)
+    test = cache(config, pretrained, launch, precision, sets.val, "auto")
+    if bank is None or test is None:
+        return {}
+    bank, test = (Features(*(part.to(launch.device) for part in features)) for features in (bank, test))
+    result: dict[str, Any] = {"encoder_sha256": fingerprint(pretrained.backbone.state)}
+    if config.knn:
+        vote = functools.partial(knn_top1, k=config.knn_k, temperature=config.knn_t)
+        result |= {"knn_k": min(config.knn_k, len(bank.label_N)), "knn_top1": vote(bank, test)}
+        if config.leave_one_out:
+            result["knn_leave_one_out_top1"] = vote(bank)
+    if config.cached:
+        result |= sweep(config, launch, pretrained.feature_dim, sets.num_classes, bank, test)
+    return result
+
+
+def sweep(
+    config: ProbeConfig, launch: Launch, feature_dim: int, num_classes: int, bank: Features, test: Features
+) -> dict[str, Any]:
+    """Classifiers of all settings; the best on the test set, and a table of all."""
+    settings = config.linear_settings()
+    steps = config.epochs * max(1, len(bank.label_N) // config.batch_size)
+    with progress_bar(f"{len(settings)} classifiers", steps, config.batch_size) as advance:
+        heads = train_linear(
+            bank,
+            functools.partial(new_classifier, feature_dim, num_classes),
+            settings,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=launch.device,
+            advance=advance,
         )
-    )
-    encoder.to(device)
-    encoder.to(memory_format=torch.channels_last)
-    return Frozen(encoder, feature_dim, view)
+    found = accuracies(heads, test)
+    best = max(range(len(found)), key=lambda number: found[number].top1)
+    rows = [vars(setting) | vars(accuracy) for setting, accuracy in zip(settings, found, strict=True)]
+    table = Table(title="linear top-1, %, by weight decay and learning rate")
+    table.add_column("")
+    for lr in config.cached_lr:
+        table.add_column(f"{lr:g}", justify="right")
+    for wd in config.cached_wd:
+        row = (100 * one["top1"] for one in rows if one["weight_decay"] == wd)
+        table.add_row(f"{wd:g}", *(f"{share:.2f}" for share in row))
+    console.print(table)
+    return {
+        "protocol": "cached centre view",
+        **{f"linear_{name}": share for name, share in vars(found[best]).items()},
+        **{f"linear_{name}": value for name, value in vars(settings[best]).items()},
+        "linear_settings": rows,
+    }
 
 
 def cache(
-    config: ProbeConfig, frozen: Frozen, precision: Precision, path: Path, what: str
-) -> tuple[Tensor, Tensor]:
-    """(M, D) float32 features and (M,) labels of a set's centre views, in order."""
+    config: ProbeConfig,
+    pretrained: Pretrained,
+    launch: Launch,
+    precision: Precision,
+    path: Path,
+    backend: Backend,
+) -> Features | None:
+    """Features of a set's centre views, gathered in the main process's memory: ImageNet's are 10 GB."""
     batches = evaluation_batches(
-        path, frozen.view, config.backend, device=precision.device, num_threads=config.num_threads
+        path,
+        pretrained.view,
+        backend,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device=precision.device,
+        num_threads=config.num_threads,
     )
-    # Kept in main memory: ImageNet's would fill ten gigabytes of a GPU.
-    return extract_features(frozen.encoder, with_progress(batches, what), precision, torch.device("cpu"))
+    pretrained.encoder.eval()
+    shown = with_progress(batches, f"features of {path}") if launch.is_main else batches
+    return gathered(launch, extract_features(pretrained.encoder, shown, precision, torch.device("cpu")))
 
 
 def with_progress(batches: Iterable[tuple[Tensor, Tensor]], what: str) -> Iterable[tuple[Tensor, Tensor]]:
@@ -246,72 +307,15 @@ def progress_bar(what: str, steps: int, batch_size: int) -> Iterator[Callable[[]
         yield advance
 
 
-def check_labels(train: Path, train_label_N: Tensor, val: Path, val_label_M: Tensor) -> int:
-    """The number of classes."""
-    num_classes = int(train_label_N.max()) + 1
-    for path, labels in ((train, train_label_N), (val, val_label_M)):
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"{path} has labels {low} … {high}, the training set has 0 … {num_classes - 1}; "
-                "a probe needs labelled sets of the same classes (−1 means no label)"
-            )
-    return num_classes
-
-
-def train_on_cache(config: ProbeConfig, classifier: nn.Linear, feature_ND: Tensor, label_N: Tensor) -> None:
-    """SGD over cached features, a new order every epoch."""
-    steps = max(1, len(feature_ND) // config.batch_size)
-    generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.SGD(classifier.parameters(), config.lr, momentum=0.9)
-    with progress_bar("classifier", config.epochs * steps, config.batch_size) as advance:
-        for epoch in range(config.epochs):
-            set_lr(optimizer, lr_at(epoch, config.epochs, config.lr, kind="step"))
-            order = torch.randperm(len(feature_ND), generator=generator)
-            for rows in order.split(config.batch_size)[:steps]:
-                features, labels = (x[rows].to(classifier.weight.device) for x in (feature_ND, label_N))
-                classify(classifier, optimizer, features, labels)
-                advance()
-
-
-def train_on_crops(
-    config: ProbeConfig, classifier: nn.Linear, frozen: Frozen, precision: Precision, train: Path
-) -> None:
-    """The published protocol: new random crops every epoch through the frozen encoder."""
-    loader = build_loader(
-        train,
-        linear_train(frozen.view),
-        config.backend,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=precision.device,
-        num_threads=config.num_threads,
+def parse(argv: list[str]) -> ProbeConfig:
+    """The config of a command line, as given or as published."""
+    return tyro.cli(
+        ProbeConfig,
+        args=from_published(argv),
+        description=__doc__,
+        console_outputs=failure.speaks_for_machine(),
     )
-    optimizer = torch.optim.SGD(classifier.parameters(), config.lr, momentum=0.9)
-    with progress_bar("linear probe", config.epochs * len(loader), config.batch_size) as advance:
-        for epoch in range(config.epochs):
-            set_lr(optimizer, lr_at(epoch, config.epochs, config.lr, kind="step"))
-            loader.set_epoch(epoch)
-            for batch in loader:
-                with torch.no_grad(), precision.autocast():
-                    features = frozen.encoder(batch.query)
-                classify(classifier, optimizer, features.float(), batch.label)
-                advance()
-
-
-def classify(
-    classifier: nn.Linear, optimizer: torch.optim.Optimizer, feature_ND: Tensor, label_N: Tensor
-) -> None:
-    """One step of the classifier."""
-    loss = F.cross_entropy(classifier(feature_ND), label_N)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
 
 
 if __name__ == "__main__":
-    cli.run(
-        functools.partial(
-            lambda argv: main(tyro.cli(ProbeConfig, args=argv, description=__doc__)), sys.argv[1:]
-        )
-    )
+    cli.run(lambda: main(parse(sys.argv[1:])))

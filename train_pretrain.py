@@ -22,39 +22,29 @@ finishes the step, writes the state and tells the line that resumes.
 
 import dataclasses
 import functools
-import shlex
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from engine import cli, failure
-from engine.checkpoint import (
-    TrainState,
-    checkpoint_path,
-    generator_states,
-    latest,
-    load_checkpoint,
-    prune,
-    restore_generators,
-    save_checkpoint,
-)
-from engine.export import save_backbone, save_published
+from engine.checkpoint import checkpoint_path, prune, save_checkpoint, to_resume
+from engine.export import BackboneMeta, save_backbone, save_published
+from engine.features import Features, extract_features
 from engine.health import effective_rank, queue_health
-from engine.knn import extract_features, knn_top1
+from engine.knn import knn_top1
 from engine.launch import Launch, check_agreement, init_launch
-from engine.logs import NonFiniteLoss, RunLog, last_good_state
+from engine.logs import RunLog
+from engine.loop import due, train_epochs
 from engine.memory import keep_freed_memory
 from engine.optimizer import sgd
 from engine.precision import Precision
 from engine.published_flags import from_published
+from engine.run import how_to_continue, restore, say, shared_among_processes, state_of
 from engine.schedule import ScheduleKind, lr_at, set_lr
 from engine.stop import StopRequest
 from models.encoders import build_encoder
@@ -63,8 +53,6 @@ from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batch
 from pipelines.compiled import compiled_before
 from pipelines.recipe import evaluation
 from presets import PRESETS, PretrainConfig, training_set
-
-console = Console(highlight=False, soft_wrap=True)
 
 # ======================================================================================================
 # Config
@@ -112,6 +100,21 @@ class Run:
     """Epoch the next step belongs to."""
 
     @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return self.config.out
+
+    @property
+    def num_epochs(self) -> int:
+        """Of the whole schedule."""
+        return self.config.epochs
+
+    @property
+    def global_batch(self) -> int:
+        """Pictures in a step over all processes."""
+        return self.config.batch_size
+
+    @property
     def total_steps(self) -> int:
         """Steps of the whole schedule."""
         return self.config.epochs * len(self.loader)
@@ -122,17 +125,20 @@ def main(config: PretrainConfig) -> None:
     with init_launch(config.device) as launch:
         run = assemble(config, launch)
         announce(run)
-        stop = StopRequest()
-        with RunLog(
-            config.out,
-            launch.is_main,
-            total_steps=run.total_steps,
-            first_step=run.step,
-            every_s=config.log_every_s,
-        ) as log:
+        with (
+            StopRequest() as stop,
+            RunLog(
+                config.out,
+                launch.is_main,
+                total_steps=run.total_steps,
+                first_step=run.step,
+                every_s=config.log_every_s,
+            ) as log,
+        ):
             train(run, log, stop)
         if stop.requested:
-            say(launch, f"stopped after step {run.step} of {run.total_steps}; {how_to_continue(run)}")
+            more = how_to_continue(launch, config.resume)
+            say(launch, f"stopped after step {run.step} of {run.total_steps}; {more}")
         else:
             export(run)
 
@@ -144,11 +150,7 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
         raise ValueError(
             f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes"
         )
-    found = latest(config.out)
-    if found and not config.resume:
-        raise ValueError(
-            f"{config.out} already holds a run; add --resume to continue it, or choose another --out"
-        )
+    found = to_resume(config.out, config.resume)
     if launch.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
@@ -168,7 +170,7 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
     # ---------------------------------------------------------------------------------------- resume
     run = Run(config, launch, precision, loader, model, optimizer)
     if found:
-        restore(run, found)
+        restore(run, found, config.as_json(), CHANGEABLE)
     check_agreement(launch, run.step)
     return run
 
@@ -178,27 +180,9 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
 
 def train(run: Run, log: RunLog, stop: StopRequest) -> None:
     """All epochs that are left, or those until a stop is asked for."""
-    config, model = run.config, run.model
-    forward: nn.Module = model
-    if run.launch.world_size > 1:
-        # Its replacement in newer versions of torch would still broadcast once at the start.
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        forward = DistributedDataParallel(model, broadcast_buffers=False)
-    model.train()
-    while run.epoch < config.epochs and not stop.requested:
-        run.loader.set_epoch(run.epoch)
-        for batch in run.loader:
-            metrics = train_step(run, forward, batch)
-            wait_s = run.loader.take_waited_s()
-            log.step(run.step, metrics, epoch=run.epoch, samples=config.batch_size, wait_s=wait_s)
-            run.step += 1
-            if stop.agreed(run.launch, ask=run.step % 10 == 0):
-                break
-        else:
-            run.epoch += 1
-            stop.agreed(run.launch, ask=True)
-        log.flush()
-        refuse_non_finite_weights(run)
+    config, forward = run.config, shared_among_processes(run)
+    run.model.train()
+    for _ in train_epochs(run, functools.partial(train_step, run, forward), log, stop):
         if stop.requested or due(run.epoch, config.save_every_epochs, config.epochs):
             save(run)
         if not stop.requested and due(run.epoch, config.knn_every_epochs, config.epochs):
@@ -269,50 +253,11 @@ def build_model(config: PretrainConfig, world_size: int) -> MoCo:
     )
 
 
-def due(epoch: int, every: int, last: int) -> bool:
-    """Whether something done every few epochs is due after ``epoch`` of them; always after the last."""
-    return epoch > 0 and (epoch % every == 0 or epoch == last)
-
-
-def restore(run: Run, checkpoint: Path) -> None:
-    """Put everything back as `save` wrote it."""
-    now = run.config.as_json()
-    state = load_checkpoint(checkpoint, now, may_differ=CHANGEABLE)
-    run.model.load_state_dict(state.model)
-    run.optimizer.load_state_dict(state.optimizer)
-    if state.scaler and run.precision.scaler.is_enabled():
-        run.precision.scaler.load_state_dict(state.scaler)
-    run.loader.load_state_dict(state.loader)
-    restore_generators(state.generators)
-    run.step, run.epoch = state.step, state.epoch
-    for name in CHANGEABLE:
-        if state.config[name] != now[name]:
-            say(run.launch, f"{name} is {now[name]} from here on, it was {state.config[name]}")
-
-
-def refuse_non_finite_weights(run: Run) -> None:
-    """A last step may have spoilt them though its loss was finite."""
-    if not torch.stack(torch._foreach_norm(list(run.model.encoder_q.parameters()))).isfinite().all():
-        raise NonFiniteLoss(
-            f"the weights are not finite after step {run.step}; {last_good_state(run.config.out)}"
-        )
-
-
 def save(run: Run) -> None:
     """Write the state, and drop the oldest ones."""
     if not run.launch.is_main:
         return
-    state = TrainState(
-        step=run.step,
-        epoch=run.epoch,
-        model=run.model.state_dict(),
-        optimizer=run.optimizer.state_dict(),
-        scaler=run.precision.scaler.state_dict(),
-        loader=run.loader.state_dict(),
-        generators=generator_states(),
-        config=run.config.as_json(),
-        meta=run.config.backbone_meta(run.model.feature_dim),
-    )
+    state = state_of(run, run.config.as_json(), backbone_meta(run).as_strings())
     save_checkpoint(checkpoint_path(run.config.out, run.step), state)
     prune(run.config.out, run.config.keep_checkpoints)
 
@@ -324,7 +269,7 @@ def evaluate(run: Run, log: RunLog) -> None:
     config, device = run.config, run.precision.device
     view = evaluation(config.recipe())
 
-    def features(path: Path, backend: Backend, limit: int | None) -> tuple[Tensor, Tensor]:
+    def features(path: Path, backend: Backend, limit: int | None) -> Features:
         log.busy(f"epoch {run.epoch}  features of {path} for the evaluation")
         batches = evaluation_batches(
             path, view, backend, limit=limit, device=device, num_threads=config.num_threads, seed=config.seed
@@ -336,14 +281,18 @@ def evaluate(run: Run, log: RunLog) -> None:
     row: dict[str, float | int | str] = {
         "kind": "eval",
         "epoch": run.epoch,
-        "rankme": effective_rank(bank[0]),
+        "rankme": effective_rank(bank.feature_ND),
     }
     if config.val:
         test = features(config.val, "auto", None)
-        num_classes = int(max(bank[1].max(), test[1].max())) + 1
-        row["knn_top1"] = knn_top1(*bank, *test, num_classes=num_classes, k=min(config.knn_k, len(bank[0])))
+        row["knn_top1"] = knn_top1(bank, test, k=config.knn_k)
     run.model.train()
     log.event(row)
+
+
+def backbone_meta(run: Run) -> BackboneMeta:
+    """What the finished backbone says of itself."""
+    return run.config.backbone_meta(run.model.feature_dim, run.loader.count)
 
 
 def export(run: Run) -> None:
@@ -352,7 +301,7 @@ def export(run: Run) -> None:
     if not launch.is_main:
         return
     backbone = config.out / "backbone.safetensors"
-    save_backbone(backbone, model.encoder_q, config.backbone_meta(model.feature_dim))
+    save_backbone(backbone, model.encoder_q, backbone_meta(run))
     save_published(
         config.out / "checkpoint.pth.tar",
         epoch=config.epochs,
@@ -364,14 +313,6 @@ def export(run: Run) -> None:
     say(launch, f"next: python train_lincls.py {config.data} --val VAL --pretrained {backbone}")
     if run.loader.faults:
         say(launch, f"{len(run.loader.faults)} pictures could not be decoded and were replaced, see above")
-
-
-def how_to_continue(run: Run) -> str:
-    """The line that resumes a stopped run."""
-    more = [] if run.config.resume else ["--resume"]
-    if run.launch.world_size > 1:  # our own words are a worker's, not torchrun's
-        return " ".join(["continue with the same torchrun command", *(["and"] if more else []), *more])
-    return f"continue with\n    {shlex.join([*sys.orig_argv, *more])}"
 
 
 def announce(run: Run) -> None:
@@ -394,12 +335,6 @@ def announce(run: Run) -> None:
         say(launch, "the loader's inner loops are compiled now, once after each update: some fifteen seconds")
     if not run.step and config.epochs:
         say(launch, "the loss rises at first, until the queue's noise has given way to real keys")
-
-
-def say(launch: Launch, line: str) -> None:
-    """Print a line, once for the whole run."""
-    if launch.is_main:
-        console.print(line)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from benchmarks.environment import environment
 from benchmarks.peers.contract import OURS, TORCHVISION_PIL
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, is_compiled, probe, run_python
 from engine import cli
-from engine.checkpoint import write_atomically
+from engine.checkpoint import write_json
 
 console = Console(highlight=False, soft_wrap=True)
 _KEYS = ("knn_top1", "linear_top1")
@@ -101,7 +101,7 @@ def main(config: Demo) -> None:
         "environment": environment(),
     }
     path = config.out / "summary.json"
-    write_atomically(path, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
+    write_json(path, summary)
     _print(summary)
     console.print(f"figures: {path}\npicture: {preview}")
     console.print("next, with your own pictures: make convert DATA=<folder>")

@@ -1,7 +1,6 @@
 """What a figure was measured on, which every result file carries, and the writing of such files."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -13,7 +12,7 @@ import PIL.features
 import torch
 from rich.console import Console
 
-from engine.checkpoint import write_atomically
+from engine.checkpoint import write_json
 
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "numba", "pillow", "ffcv", "opencv-python"),
@@ -26,9 +25,7 @@ _CPU_FLAGS = {"avx2": "avx2", "avx512": "avx512f"}
 
 def write_figures(path: Path, result: dict[str, Any], console: Console) -> None:
     """Write a benchmark's figures as JSON and say where they are."""
-    content = (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(content))
+    write_json(path, result)
     console.print(f"written to {path}")
 
 

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment, write_figures
-from benchmarks.programs import FASHION_PICTURES, fashion_sets, probe, run_python
+from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, probe, run_python
 from benchmarks.run_options import RunOptions
 from engine import cli
-from engine.checkpoint import latest, write_atomically
+from engine.checkpoint import latest, write_json
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -97,10 +97,9 @@ def _run(config: Evidence, method: str, seed: int, train: Path, test: Path) -> d
     out = config.out / f"{method}-{seed}"
     finished = out / "run.json"
     asked = {"method": method, "seed": seed, "epochs": config.epochs, "pictures": config.fashion}
+    keep_settings(out, asked)
     if finished.is_file():
         run: dict[str, Any] = json.loads(finished.read_text())
-        if {name: run.get(name) for name in asked} != asked:
-            raise ValueError(f"{out} holds another run ({finished}); take another --out, or remove it")
         console.print(f"finished before: {finished}")
         return run
     mixing = ("--method", "moco", "--epochs", 0) if method == RANDOM else ("--method", method)
@@ -114,7 +113,7 @@ def _run(config: Evidence, method: str, seed: int, train: Path, test: Path) -> d
         )
     probed = probe(console, train, test, out, seed)
     run = asked | {name: probed[name] for name in PROBES} | _curves(out / "metrics.jsonl")
-    write_atomically(finished, lambda file: file.write((json.dumps(run, indent=2) + "\n").encode()))
+    write_json(finished, run)
     return run
 
 

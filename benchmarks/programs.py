@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from engine.checkpoint import write_json
 from pipelines.manifest import Manifest
 
 FASHION_PICTURES = 60_000
@@ -25,14 +28,35 @@ def run_python(console: Console, *words: object) -> None:
         raise ValueError(f"the step above ended with code {code}; mend what it says and run this again")
 
 
+def keep_settings(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Write down what a run in ``folder`` is made with.
+
+    Raises ValueError if what an earlier start left there was made otherwise.
+    """
+    path = folder / "settings.json"
+    plain = json.loads(json.dumps(asked))
+    before = json.loads(path.read_text()) if path.is_file() else plain
+    if before != plain:
+        differing = [
+            f"{name} was {before.get(name)}, is {plain.get(name)}"
+            for name in sorted(before | plain)
+            if before.get(name) != plain.get(name)
+        ]
+        raise ValueError(
+            f"{folder} holds a run of other settings ({'; '.join(differing)}); take another --out, or "
+            "remove it"
+        )
+    write_json(path, plain)
+
+
 def probe(console: Console, train: Path, test: Path, folder: Path, seed: int = 0) -> dict[str, float]:
     """The fast probe of ``folder``/backbone.safetensors; its results, which are left in the folder too."""
     run_python(
         console,
         *("train_lincls.py", train, "--val", test, "--pretrained", folder / "backbone.safetensors"),
-        *("--cached", "--lr", 1, "--epochs", 30, "--seed", seed, "--out", folder),
+        *("--cached", "--cached-lr", 1, "--cached-wd", 0, "--epochs", 30, "--seed", seed, "--out", folder),
     )
-    probed: dict[str, float] = json.loads((folder / "result.json").read_text())
+    probed: dict[str, float] = json.loads((folder / "cached.json").read_text())
     return probed
 
 

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine.knn import extract_features, knn_top1
+from engine.features import Features, extract_features
+from engine.knn import knn_top1
 from engine.optimizer import sgd
 from engine.precision import Precision
 from engine.schedule import lr_at, set_lr
@@ -149,14 +150,9 @@ def knn(
     some = limit and limit // 6
     features, labels = extract_features(encode, evaluation_batches(train_set, view, limit=limit), precision)
     test = extract_features(encode, evaluation_batches(test_set, view, limit=some), precision)
-    num_classes = int(max(labels.max(), test[1].max())) + 1
     drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return {
-        name: knn_top1(
-            features[rows], labels[rows], *test, num_classes=num_classes, k=min(200, len(labels[rows]))
-        )
-        for name, rows in (("knn", drawn[:FEW]), ("knn_whole", drawn))
-    }
+    few = Features(features[drawn[:FEW]], labels[drawn[:FEW]])
+    return {"knn": knn_top1(few, test), "knn_whole": knn_top1(Features(features, labels), test)}
 
 
 # ------------------------------------------------------------------------------------------------------ ours

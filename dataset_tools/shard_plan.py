@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.sources import Source
-from engine.checkpoint import write_atomically
+from engine.checkpoint import write_atomically, write_json
 from pipelines.manifest import Shard
 from pipelines.randomness import EpochOrder
 from pipelines.shards import INDEX_DTYPE, PLAN_NAME
@@ -73,8 +73,7 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         """Put the plan into the folder it is for."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / PLAN_NAME, lambda file: file.write(text.encode()))
+        write_json(folder / PLAN_NAME, dataclasses.asdict(self))
 
     @staticmethod
     def read(folder: Path) -> "Plan | None":

@@ -85,6 +85,19 @@ def latest(run_dir: Path) -> Path | None:
     return next(reversed(_checkpoints(run_dir)), None)
 
 
+def to_resume(run_dir: Path, resume: bool) -> Path | None:
+    """The newest checkpoint of a run that is to go on; None for a run that begins.
+
+    Raises ValueError where a run would begin in a folder that holds one.
+    """
+    found = latest(run_dir)
+    if found and not resume:
+        raise ValueError(
+            f"{run_dir} already holds a run; add --resume to continue it, or choose another --out"
+        )
+    return found
+
+
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest checkpoints, and what an interrupted write left behind."""
     if keep < 1:
@@ -111,6 +124,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain data as JSON, atomically. Raises ValueError for NaN and infinities, which it has not."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def sync_folder(folder: Path) -> None:
@@ -203,16 +222,17 @@ def load_checkpoint(
     return state
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config without groups: those of a group go by ``group.key``."""
+    plain: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        plain |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return plain
 
 
 def _differences(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """One entry for each key that differs; tuples and lists are alike, as in JSON."""
-    left, right = (_flat(json.loads(json.dumps(config))) for config in (written, wanted))
+    left, right = (flat(json.loads(json.dumps(config))) for config in (written, wanted))
     return [
         f"{key}: {left.get(key, 'absent')!r} then, {right.get(key, 'absent')!r} now"
         for key in sorted(left | right)

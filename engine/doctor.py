@@ -179,7 +179,7 @@ def examine() -> list[Finding]:
     detectron = check_package(
         "detectron2",
         "detectron2",
-        "pip install git+https://github.com/facebookresearch/detectron2 (detection only)",
+        "make setup; for GPUs pip install git+https://github.com/facebookresearch/detectron2 (for detection)",
     )
     backends = [
         _backend("folder", core[:2], install),

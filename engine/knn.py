@@ -3,90 +3,57 @@
 Shape letters: N training samples, M test samples, D features, B test samples at a time, C classes.
 """
 
-from collections.abc import Callable, Iterable
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from engine.precision import Precision
+from engine.features import Features, check_labels
 
 
 def knn_top1(
-    train_ND: Tensor,
-    train_label_N: Tensor,
-    test_MD: Tensor,
-    test_label_M: Tensor,
+    bank: Features,
+    test: Features | None = None,
     *,
-    num_classes: int,
     k: int = 200,
     temperature: float = 0.1,
     chunk: int = 1024,
-    leave_one_out: bool = False,
 ) -> float:
-    """Share of test samples, in [0, 1], whose class wins the vote of their nearest neighbours.
+    """Share of test samples, in [0, 1], whose class wins the vote of their nearest neighbours in the bank.
 
     Features are L2-normalised here; each of ``k`` neighbours votes with weight exp(cosine / temperature)
-    (Wu et al., arXiv 1805.01978). Labels are int64 in 0 … num_classes − 1.
-    leave_one_out: the test set is the training set, in the same order, and no sample is its own neighbour.
-    chunk: test samples at a time; memory is chunk × N floats.
-    Raises ValueError if there are fewer than ``k`` candidates, for labels out of range, and for sets whose
-    sizes do not fit each other.
-    """
-    candidates = len(train_ND) - leave_one_out
-    _check(
-        1 <= k <= candidates, f"k is {k}; with {candidates} training samples choose it in [1, {candidates}]"
-    )
-    for name, features, labels in (("training", train_ND, train_label_N), ("test", test_MD, test_label_M)):
-        _check(len(features) == len(labels), f"{len(features)} {name} features have {len(labels)} labels")
-        _check(len(labels) > 0, f"the {name} set is empty; nothing can be measured")
-        low, high = int(labels.min()), int(labels.max())
-        _check(
-            low >= 0 and high < num_classes,
-            f"{name} labels span {low} … {high}; num_classes {num_classes} allows 0 … {num_classes - 1} "
-            "(−1 marks a sample without label, leave those out)",
-        )
-    _check(not leave_one_out or len(train_ND) == len(test_MD), "leave_one_out takes the training set twice")
+    (Wu et al., arXiv 1805.01978). The work is done where the features are, both on one device.
 
-    train_ND, test_MD = F.normalize(train_ND.float(), dim=1), F.normalize(test_MD.float(), dim=1)
+    Args:
+        bank: N labelled samples among which neighbours are looked for.
+        test: M labelled samples; None for leave-one-out: those of the bank, none its own neighbour.
+        k: neighbours that vote; all candidates where there are fewer.
+        temperature: of the votes.
+        chunk: test samples at a time; memory is chunk × N floats.
+
+    Raises:
+        ValueError: for k or a temperature out of range, samples without label, and sets that are too small.
+    """
+    leave_one_out = test is None
+    test = bank if test is None else test
+    if k < 1 or not temperature > 0:
+        raise ValueError(f"k is {k} and the temperature {temperature}; take at least 1, and more than 0")
+    labels = (bank.label_N, test.label_N)
+    num_classes = max((int(label.max()) + 1 for label in labels if len(label)), default=0)
+    for name, label in zip(("the bank", "the test set"), labels, strict=True):
+        check_labels(name, label, num_classes)
+    k = min(k, len(bank.label_N) - leave_one_out)
+    if not k:
+        raise ValueError("the bank has a single sample, which has no neighbour but itself")
+    bank_ND = F.normalize(bank.feature_ND.float(), dim=1)
+    test_MD = bank_ND if leave_one_out else F.normalize(test.feature_ND.float(), dim=1)
     correct = torch.zeros((), dtype=torch.int64, device=test_MD.device)
     for start in range(0, len(test_MD), chunk):
-        similarity_BN = test_MD[start : start + chunk] @ train_ND.T
+        similarity_BN = test_MD[start : start + chunk] @ bank_ND.T
         if leave_one_out:
             similarity_BN.diagonal(offset=start).fill_(-torch.inf)
         nearest_Bk, index_Bk = similarity_BN.topk(k, dim=1)
         # Weights relative to the nearest neighbour's: the vote is the same and exp cannot overflow.
         weight_Bk = ((nearest_Bk - nearest_Bk[:, :1]) / temperature).exp()
         votes_BC = weight_Bk.new_zeros(len(weight_Bk), num_classes)
-        votes_BC.scatter_add_(1, train_label_N[index_Bk], weight_Bk)
-        correct += (votes_BC.argmax(1) == test_label_M[start : start + chunk]).sum()
+        votes_BC.scatter_add_(1, bank.label_N[index_Bk], weight_Bk)
+        correct += (votes_BC.argmax(1) == test.label_N[start : start + chunk]).sum()
     return correct.item() / len(test_MD)
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-@torch.no_grad()
-def extract_features(
-    encode: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    precision: Precision,
-    store: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run ``encode`` over (images, labels) batches; (N, D) float32 features and (N,) labels, in order.
-
-    encode: put its model into eval mode first. precision: names the device the images are moved to.
-    store: where features are kept, by default on that device; the CPU if they would not fit there.
-    Raises ValueError if there is no batch.
-    """
-    store = store or precision.device
-    features, labels = [], []
-    for images, label in batches:
-        with precision.autocast():
-            encoded = encode(images.to(precision.device, non_blocking=True))
-        features.append(encoded.float().to(store))
-        labels.append(label.to(store))
-    _check(bool(features), "the loader gave no batch; is the set smaller than one batch?")
-    return torch.cat(features), torch.cat(labels)

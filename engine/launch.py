@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+
+_ROWS_AT_A_TIME = 65_536
+"""Of a gathered tensor in one message."""
 
 
 class ProcessLost(Exception):
@@ -39,6 +43,31 @@ class Launch:
         """Wait until all processes are here; returns at once for a single one."""
         if self.world_size > 1:
             dist.barrier()
+
+    def gather_rows(self, rows: Tensor) -> Tensor | None:
+        """Rows of all processes, those of rank 0 first, on the main process; None on the others.
+
+        rows: (n, …) on the CPU, where they stay; n may differ, and be 0, the rest not. Returns (Σ n, …).
+        """
+        if self.world_size == 1:
+            return rows
+        # NCCL would take them through a GPU, which may have no room.
+        group: dist.ProcessGroup = dist.new_group(backend="gloo")  # type: ignore[assignment]
+        counts = [torch.zeros((), dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(counts, torch.tensor(len(rows)), group=group)
+        gathered = None
+        if self.is_main:
+            gathered = rows.new_empty(int(sum(counts)), *rows.shape[1:])
+            shares = gathered.split([int(count) for count in counts])
+            shares[0].copy_(rows)
+            for rank, share in enumerate(shares[1:], start=1):
+                for block in share.split(_ROWS_AT_A_TIME) if len(share) else ():
+                    dist.recv(block, src=rank, group=group)
+        else:
+            for block in rows.contiguous().split(_ROWS_AT_A_TIME) if len(rows) else ():
+                dist.send(block, dst=0, group=group)
+        dist.destroy_process_group(group)
+        return gathered
 
 
 def _number_from_environment(name: str, otherwise: int) -> int:

@@ -27,7 +27,7 @@ ABOUT = (
     "to tell from a picture's key. Whether it learns is told by knn_top1 and rankme, which rise, and by "
     "feature_std, which is near 1 for features that are spread evenly and 0 for collapsed ones."
 )
-"""What a reader of the curves must know, shown beside them."""
+"""What a reader of a pretraining's curves must know."""
 
 
 class NonFiniteLoss(Exception):
@@ -61,9 +61,12 @@ class RunLog:
         first_step: int = 0,
         every_s: float = 5.0,
         plain_every_s: float = 30.0,
+        about: str = ABOUT,
         console: Console | None = None,
     ) -> None:
         """Open the files.
+
+        about: what a reader of the curves must know, shown beside them.
 
         first_step: where a resumed run goes on. Rows a killed run wrote beyond its last checkpoint, from this
         step on, are dropped: those steps are run, and logged, again.
@@ -77,7 +80,7 @@ class RunLog:
         _keep_rows_before(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
-        self._board.add_text("about", ABOUT)
+        self._board.add_text("about", about)
         self._total_steps, self._every_s, self._plain_every_s = total_steps, every_s, plain_every_s
         self._terminal = _Terminal(console or Console(), total_steps, first_step)
         self._sums: dict[str, Tensor | float] = {}
@@ -218,7 +221,14 @@ def _keep_rows_before(path: Path, step: int) -> None:
         write_atomically(path, lambda file: file.writelines(kept))
 
 
-_SHOWN = {"loss": "loss", "lr": "lr", "pos_sim": "pos", "neg_sim": "neg", "feature_std": "std"}
+_SHOWN = {
+    "loss": "loss",
+    "lr": "lr",
+    "train_top1": "training top-1",
+    "pos_sim": "pos",
+    "neg_sim": "neg",
+    "feature_std": "std",
+}
 """Metrics the line on screen has room for, and what they are called there."""
 
 

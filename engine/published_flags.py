@@ -21,8 +21,8 @@ RENAMED_VALUES = {("--mask-type", "discrete"): "grid"}
 
 _LAUNCHER = (
     "torchrun starts the processes here: leave out {flag} and the other launcher flags (--world-size, "
-    "--rank, --dist-url, --dist-backend, --multiprocessing-distributed) and run "
-    "`torchrun --nproc-per-node GPUS train_pretrain.py …`; one GPU needs no launcher"
+    "--rank, --dist-url, --dist-backend, --multiprocessing-distributed) and put `torchrun --nproc-per-node "
+    "GPUS` in python's place; one GPU needs no launcher"
 )
 _THREADS = (
     "{flag} counted a node's loader processes, of which there are none here: leave it out, every core is "

@@ -66,3 +66,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group the learning rate ``lr``."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def scale_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Give every parameter group this share of its ``initial_lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["initial_lr"]

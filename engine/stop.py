@@ -1,6 +1,8 @@
 """Stopping a run from outside without losing a step."""
 
 import signal
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -9,14 +11,30 @@ from engine.launch import Launch
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that the loop can end after a whole step, everywhere the same."""
+    """Remembers SIGTERM and SIGINT, so that the loop can end after a whole step, everywhere the same.
+
+    A context manager: after it, signals do what they did before. Where one of several processes fails, they
+    stay remembered: torchrun's signal to the others must not cut short what they say.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         """Whether the processes have agreed to stop."""
         self._signalled = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and dist.is_initialized():
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, _number: int, _frame: object) -> None:
         self._signalled = True

@@ -6,7 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.batch import Batch, Mixture
@@ -53,6 +55,7 @@ def build_loader(
     num_threads: int = 0,
     shuffle: bool = True,
     drop_last: bool = True,
+    subset: NDArray[np.int64] | None = None,
     reading: Reading = "auto",
     dali: DALIOptions | None = None,
     compiled: bool = False,
@@ -76,6 +79,8 @@ def build_loader(
         num_threads: for decoding; 0 takes every core this process may use, shared among local ranks.
         shuffle: visit the set in a new order each epoch.
         drop_last: leave out the last, smaller batch of an epoch.
+        subset: (n,) positions in the set of the pictures that an epoch goes through, instead of all, in any
+            order. Their views are those they have in the whole set.
         reading: how a compiled set is read, see :data:`pipelines.engines.Reading`.
         dali: how the ``dali`` backend decodes on a GPU.
         compiled: have torch.compile fuse the photometric stage of a GPU; the CPU's is compiled in any case.
@@ -104,6 +109,8 @@ def build_loader(
     engine = _open_engine(path, choice.backend, reading, device, num_threads, dali)
     stream = None
     if reading == "stream":
+        if subset is not None:
+            raise ValueError("a stream goes through whole shards and knows no subset; choose reading auto")
         assert isinstance(engine, StoreEngine)
         stream = ShardStream(
             engine.store, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle
@@ -119,6 +126,7 @@ def build_loader(
         num_threads=num_threads,
         shuffle=shuffle,
         drop_last=drop_last,
+        subset=subset,
         stream=stream,
         device_engine=engine if isinstance(engine, DALIEngine) and device.type == "cuda" else None,
         compiled=compiled,
@@ -158,18 +166,25 @@ def evaluation_batches(
     limit: int | None = None,
     batch_size: int = 512,
     seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
     device: torch.device | str = "cpu",
     num_threads: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of a set, each picture once, in order; for features, kNN and validation.
+
+    Several processes take a run of batches each, the first rank the first one; the last ranks go without
+    where there are too few.
 
     Args:
         path: as for :func:`build_loader`.
         recipe: normally :func:`pipelines.recipe.evaluation` of a run's recipe.
         backend: as for :func:`build_loader`.
         limit: take this many pictures, drawn at random by ``seed``, instead of all.
-        batch_size: pictures per batch; the last may be smaller.
+        batch_size: pictures per batch over all processes; the last may be smaller.
         seed: of the drawing.
+        rank: of this process.
+        world_size: number of processes that share the set.
         device: where images are wanted.
         num_threads: for decoding; 0 takes all cores.
 
@@ -180,14 +195,18 @@ def evaluation_batches(
         path,
         recipe,
         backend,
-        batch_size=min(batch_size, limit or batch_size),
+        batch_size=-(-min(batch_size, limit or batch_size) // world_size),
         seed=seed,
         device=device,
         num_threads=num_threads,
         shuffle=limit is not None,
         drop_last=False,
     )
-    left = loader.engine.count if limit is None else limit
-    for batch in islice(loader, -(-left // loader.batch_size)):
+    wanted = loader.engine.count if limit is None else limit
+    batches = -(-wanted // loader.batch_size)
+    most = -(-batches // world_size)
+    first, stop = (min(share * most, batches) for share in (rank, rank + 1))
+    loader.load_state_dict(loader.state_dict() | {"batches_done": first})
+    for number, batch in enumerate(islice(loader, stop - first), start=first):
+        left = wanted - number * loader.batch_size
         yield batch.query[:left], batch.label[:left]
-        left -= len(batch.label)

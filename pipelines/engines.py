@@ -3,6 +3,7 @@
 Shape letters: N pictures of a call, V views, S side in pixels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -68,6 +69,9 @@ class Engine(Protocol):
 
     def picture_name(self, index: int) -> str:
         """Where picture ``index`` came from, for messages."""
+
+    def names(self) -> Iterator[str]:
+        """Where each picture came from, in order. Raises ValueError where that is not recorded."""
 
 
 class DeviceEngine(Engine, Protocol):

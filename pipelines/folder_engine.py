@@ -5,6 +5,7 @@ Class folders become labels; a flat folder has none. Nothing is kept per picture
 is taken for whole: a JPEG damaged inside its coded data gives pixels without a word; converting finds it out.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -49,6 +50,10 @@ class FolderEngine:
     def picture_name(self, index: int) -> str:
         """The file's path below the folder."""
         return self._listing.path(index)
+
+    def names(self) -> Iterator[str]:
+        """The files' paths below the folder, in order."""
+        return map(self._listing.path, range(self.count))
 
     def picture(self, index: int) -> NDArray[np.uint8] | None:
         """(H, W, 3) the whole picture, upright; None where it cannot be decoded."""

@@ -6,6 +6,7 @@ thread that iterates is to put slices together, upload and mix.
 Shape letters: N batch, V views, S side in pixels, P parameters.
 """
 
+import hashlib
 import logging
 import time
 from collections import deque
@@ -59,12 +60,12 @@ class ViewLoader:
     """Iterable of :class:`Batch`; made by :func:`pipelines.build_loader`.
 
     Every view is a function of (seed, epoch, index, view): threads, batch size, world size and resuming
-    change nothing about it. A picture that cannot be decoded is replaced by the next one of the set that can,
-    listed in ``faults`` and logged by name; when more than ``max_bad_fraction`` of the set (and more than
-    ten) are bad, the run stops with :class:`BadPicturesError`. With a ``stream`` it decides which pictures
-    come when; with a ``device_engine`` (the engine itself, or None) crops are made on the device;
-    ``compiled`` has torch.compile fuse the photometric stage of a device. ``chosen`` tells in words which
-    backend this is, and why.
+    change nothing about it. A picture that cannot be decoded is replaced by the next one that can, of the set
+    or the ``subset``, listed in ``faults`` and logged by name; when more than ``max_bad_fraction`` of them
+    (and more than ten) are bad, the run stops with :class:`BadPicturesError`. With a ``stream`` it decides
+    which pictures come when; with a ``device_engine`` (the engine itself, or None) crops are made on the
+    device; ``compiled`` has torch.compile fuse the photometric stage of a device. ``chosen`` tells in words
+    which backend this is, and why.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ViewLoader:
         num_threads: int,
         shuffle: bool,
         drop_last: bool,
+        subset: NDArray[np.int64] | None = None,
         max_bad_fraction: float = 0.01,
         stream: ShardStream | None = None,
         device_engine: DeviceEngine | None = None,
@@ -90,10 +92,17 @@ class ViewLoader:
             raise ValueError(f"batch size is {batch_size}; it must be at least 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; it must lie in [0, {world_size})")
-        if drop_last and batch_size * world_size > engine.count:
+        if subset is not None and not (len(subset) and subset.min() >= 0 and subset.max() < engine.count):
             raise ValueError(
-                f"a batch of {batch_size} on {world_size} rank(s) is larger than the set of {engine.count} "
-                f"pictures; choose a batch size of at most {engine.count // world_size}"
+                f"a subset of {len(subset)} pictures is empty or leaves the set's {engine.count}"
+            )
+        subset = None if subset is None else np.unique(subset)
+        self.count = engine.count if subset is None else len(subset)
+        """Pictures of an epoch, on all ranks together."""
+        if drop_last and batch_size * world_size > self.count:
+            raise ValueError(
+                f"a batch of {batch_size} on {world_size} rank(s) is larger than the set of {self.count} "
+                f"pictures; choose a batch size of at most {self.count // world_size}"
             )
         if not drop_last and (world_size > 1 or recipe.mixing.method != "moco"):
             raise ValueError(
@@ -107,9 +116,9 @@ class ViewLoader:
         self.faults: dict[int, Fault] = {}
         self.chosen = chosen
         self._rank, self._world_size = rank, world_size
-        self._shuffle, self._drop_last = shuffle, drop_last
+        self._shuffle, self._drop_last, self._subset = shuffle, drop_last, subset
         self._stream, self._device_engine = stream, device_engine
-        self._fault_limit = max(10, int(max_bad_fraction * engine.count))
+        self._fault_limit = max(10, int(max_bad_fraction * self.count))
         key_of(seed)  # refuses a seed out of range now, and not at the first batch
         self._epoch, self._batches_done, self._stream_state = 0, 0, ""
         # Which iteration moves the cursor: the last one begun, unless the cursor was set since.
@@ -126,6 +135,7 @@ class ViewLoader:
             seed=seed,
             device=device,
             num_threads=num_threads,
+            subset=subset,
             device_engine=device_engine,
         )
 
@@ -137,7 +147,7 @@ class ViewLoader:
     def __len__(self) -> int:
         """Batches of one epoch on this rank."""
         step = self.batch_size * self._world_size
-        return self.engine.count // step if self._drop_last else -(-self.engine.count // step)
+        return self.count // step if self._drop_last else -(-self.count // step)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch to iterate next; the cursor of a resumed epoch is kept, any other starts anew.
@@ -153,10 +163,11 @@ class ViewLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor: what has been handed out, not what has been prefetched."""
+        subset = "" if self._subset is None else f" {hashlib.sha256(self._subset.tobytes()).hexdigest()}"
         return {
             "version": _STATE_VERSION,
-            "set": self.engine.fingerprint,
-            "count": self.engine.count,
+            "set": self.engine.fingerprint + subset,
+            "count": self.count,
             # Decoders differ in the last grey level.
             "backend": self.engine.name,
             "seed": self.seed,
@@ -334,10 +345,11 @@ class ViewLoader:
             yield Asked(self._order(epoch, slice(start, start + self.batch_size)))
 
     def _order(self, epoch: int, places: slice) -> NDArray[np.int64]:
-        count = self.engine.count
         if self._shuffle:
-            return EpochOrder(self.seed, epoch, count)[places]
-        return np.arange(*places.indices(count), dtype=np.int64)
+            order_N = EpochOrder(self.seed, epoch, self.count)[places]
+        else:
+            order_N = np.arange(*places.indices(self.count), dtype=np.int64)
+        return order_N if self._subset is None else self._subset[order_N]
 
     def _note_faults(self, wanted_N: NDArray[np.int64], used_N: NDArray[np.int64]) -> None:
         for n in np.flatnonzero(wanted_N != used_N):
@@ -355,5 +367,5 @@ class ViewLoader:
         if len(self.faults) > self._fault_limit:
             raise BadPicturesError(
                 f"{len(self.faults)} pictures cannot be decoded, the limit is {self._fault_limit} of "
-                f"{self.engine.count}; one is {next(iter(self.faults.values())).name}; {verify_hint()}"
+                f"{self.count}; one is {next(iter(self.faults.values())).name}; {verify_hint()}"
             )

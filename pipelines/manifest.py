@@ -1,11 +1,12 @@
 """What stands beside a compiled set: ``X.json``, how it was made; ``X.paths``, where pictures came from."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -185,6 +186,25 @@ def read_source_path(beton_path: str | Path, index: int) -> str | None:
             line = next(itertools.islice(file, index, None), None)
     except FileNotFoundError:
         return None
-    if line is None:
-        return None
+    return None if line is None else _source_path(line)
+
+
+def read_source_paths(beton_path: str | Path, count: int) -> Iterator[str]:
+    """Where each of ``count`` pictures came from, in order, read line by line.
+
+    Raises ValueError, naming ``X.paths``, where it is missing or has another number of lines.
+    """
+    paths, lines = paths_path(beton_path), 0
+    with contextlib.suppress(FileNotFoundError), paths.open("rb") as file:
+        for line in file:
+            lines += 1
+            yield _source_path(line)
+    if lines != count:
+        raise ValueError(
+            f"{paths} names {lines} of the {count} pictures of {beton_path}; copy it there beside the set, "
+            "or compile the set again"
+        )
+
+
+def _source_path(line: bytes) -> str:
     return re.sub(r"\\[\\nr]", lambda match: _UNESCAPES[match.group()], os.fsdecode(line.rstrip(b"\n")))

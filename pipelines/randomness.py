@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     UNMIX = 5
     NOISE = 6
     ORDER = 7
+    SUBSET = 8
 
 
 _ORDER = int(Purpose.ORDER)

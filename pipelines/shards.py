@@ -14,7 +14,7 @@ before, and are only indexed, picture i is the i-th on the disk.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,18 +81,37 @@ class ShardSet:
         Reads the index file up to the picture: meant for reports, not for loops.
         """
         record = self.index[index]
-        offset = b"%d" % int(record["offset"])
+        members = self._members(int(record["shard"]))
+        return next((name for offset, name in members if offset == record["offset"]), None)
+
+    def member_names(self) -> Iterator[str]:
+        """The pictures' names in their tars, in order; one tar's names are held at a time.
+
+        Raises ValueError, naming the tar, where DALI's index file is missing or lacks one.
+        """
+        held, names = -1, dict[int, str]()
+        for shard, offset in zip(self.index["shard"], self.index["offset"], strict=True):
+            if shard != held:
+                held, names = int(shard), dict(self._members(int(shard)))
+            if int(offset) not in names:
+                tar = self.tar_path(held)
+                raise ValueError(
+                    f"{dali_index_path(tar)} does not name all pictures; {index_hint(self.path)}"
+                )
+            yield names[int(offset)]
+
+    def _members(self, shard: int) -> Iterator[tuple[int, str]]:
+        """Offset and name of each member of a tar, as far as DALI's index file tells."""
         try:
-            with dali_index_path(self.tar_path(int(record["shard"]))).open("rb") as file:
+            with dali_index_path(self.tar_path(shard)).open("rb") as file:
                 if not next(file, b"").startswith(DALI_INDEX_VERSION.encode()):
-                    return None
+                    return
                 for line in file:
                     fields = line.split()  # suffix, offset, size, name; suffix, …
-                    if offset in fields[1::4]:
-                        return os.fsdecode(fields[3 + 4 * fields[1::4].index(offset)])
-        except (FileNotFoundError, IndexError):
-            pass
-        return None
+                    for offset, name in zip(fields[1::4], fields[3::4], strict=False):
+                        yield int(offset), os.fsdecode(name)
+        except (FileNotFoundError, ValueError):
+            return
 
 
 def is_shard_set(path: str | Path) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.beton import MODE_JPEG, MODE_RAW, matching_manifest, open_beton
 from pipelines.engines import Reading
-from pipelines.manifest import read_source_path
+from pipelines.manifest import read_source_path, read_source_paths
 from pipelines.payloads import Payloads
 from pipelines.pictures import is_jpeg, planes_to_rgb, read_rgb
 from pipelines.resample import crop_picture
@@ -55,6 +55,9 @@ class Store(Protocol):
     def picture_name(self, index: int) -> str:
         """Where picture ``index`` came from, for messages."""
 
+    def names(self) -> Iterator[str]:
+        """Where each picture came from, in order. Raises ValueError where that is not recorded."""
+
 
 def open_store(path: Path, reading: Reading = "auto") -> Store:
     """Open a ``.beton`` file or a folder of shards.
@@ -84,6 +87,10 @@ class StoreEngine:
     def picture_name(self, index: int) -> str:
         """Where picture ``index`` came from, for messages."""
         return self.store.picture_name(index)
+
+    def names(self) -> Iterator[str]:
+        """Where each picture came from, in order. Raises ValueError where that is not recorded."""
+        return self.store.names()
 
     def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
         """Find the pictures in the mapped file, or read them. Raises OSError where that fails."""
@@ -136,6 +143,10 @@ class BetonStore:
     def picture_name(self, index: int) -> str:
         """The source path of picture ``index``."""
         return read_source_path(self.path, index) or f"picture {index} of {self.path.name}"
+
+    def names(self) -> Iterator[str]:
+        """The pictures' source paths, in order. Raises ValueError if the file of them is not there."""
+        return read_source_paths(self.path, self.count)
 
     def payload(self, index: int) -> tuple[NDArray[np.uint8], int, tuple[int, int]]:
         """The stored bytes of one picture, how it is stored, and its height and width."""
@@ -190,6 +201,10 @@ class ShardStore:
         """The picture's name in its tar, and which tar that is."""
         tar = self.shard_set.tar_path(int(self.shard_set.index[index]["shard"])).name
         return f"{self.shard_set.member_name(index) or f'picture {index}'} in {tar}"
+
+    def names(self) -> Iterator[str]:
+        """The pictures' names in their tars, in order. Raises ValueError if DALI's index files lack one."""
+        return self.shard_set.member_names()
 
     def payload(self, index: int) -> tuple[NDArray[np.uint8], int, tuple[int, int]]:
         """The stored bytes of one picture, how it is stored, and its height and width."""

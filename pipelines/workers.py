@@ -91,12 +91,13 @@ class Workers:
         seed: int,
         device: torch.device,
         num_threads: int,
+        subset: NDArray[np.int64] | None,
         device_engine: DeviceEngine | None,
     ) -> None:
-        """Nobody is hired yet; arguments as of :class:`pipelines.loader.ViewLoader`."""
+        """Nobody is hired yet; arguments as of :class:`pipelines.loader.ViewLoader`, ``subset`` rising."""
         self._engine, self._recipe, self._seed = engine, recipe, seed
         self._batch_size, self._num_threads = batch_size, num_threads
-        self._device_engine = device_engine
+        self._subset, self._device_engine = subset, device_engine
         side, views, on_device = recipe.crop_px, recipe.num_views, device_engine is not None
         self._bytes = Lender(
             (batch_size, views, side, side, 3),
@@ -195,13 +196,19 @@ class Workers:
                     f"{MAX_TRIES} pictures in a row from {name} on cannot be decoded; {verify_hint()}"
                 )
             tries += 1
-            index_N[bad_B] = (index_N[bad_B] + 1) % self._engine.count
+            index_N[bad_B] = self._next(index_N[bad_B])
             stand_in_BVSS3 = torch.empty_like(views_NVSS3[: len(bad_B)])
             _settle(views_NVSS3)  # its memory may be somebody's whose work on it is still under way
             ok_N[bad_B] = self._cut(epoch, self._engine.fetch(index_N[bad_B]), stand_in_BVSS3)
             views_NVSS3[torch.from_numpy(bad_B).to(views_NVSS3.device)] = stand_in_BVSS3
             _settle(views_NVSS3)
         return index_N
+
+    def _next(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The pictures after some, of those that an epoch goes through."""
+        if self._subset is None:
+            return (index_B + 1) % self._engine.count
+        return self._subset[np.searchsorted(self._subset, index_B, "right") % len(self._subset)]
 
     def _cut(self, epoch: int, fetched: Any, views_NVSS3: Tensor) -> NDArray[np.bool_]:
         """Have the engine write the crops of some pictures; which of them could be decoded."""

@@ -6,17 +6,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {"pipelines", "models", "engine", "dataset_tools", "detection", "benchmarks", "presets"}
+ROOMS = {
+    *("pipelines", "models", "engine", "dataset_tools", "detection", "benchmarks"),
+    *("presets", "pretrained", "supervised"),
+}
 MAY_USE = {
     "pipelines": set(),
     "models": set(),
     "engine": set(),
-    "detection": set(),
+    "detection": {"engine"},
     "dataset_tools": {"pipelines", "engine"},
     "benchmarks": {"pipelines", "engine", "models"},
     "presets": {"engine", "pipelines", "models"},
     "train_pretrain": {"presets", "engine", "pipelines", "models"},
-    "train_lincls": {"presets", "engine", "pipelines", "models"},
+    "pretrained": {"engine", "pipelines", "models"},
+    "supervised": {"pretrained", "engine", "pipelines", "models"},
+    "train_lincls": {"pretrained", "supervised", "engine", "pipelines", "models"},
+    "train_finetune": {"pretrained", "supervised", "engine", "pipelines", "models"},
 }
 # Packages a user may lack: only the module that needs one imports it, and says how to install it.
 OPTIONAL = {

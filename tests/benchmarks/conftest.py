@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, evidence
+from benchmarks import demo, evidence, probes
 from benchmarks import programs as running
 from benchmarks.sample_sets import SampleSet
 
@@ -51,6 +51,6 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         except SystemExit as ended:
             assert not ended.code, program
 
-    for module in (running, demo, evidence):
+    for module in (running, demo, evidence, probes):
         monkeypatch.setattr(module, "run_python", run_here)
     return ran

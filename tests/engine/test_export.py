@@ -4,15 +4,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 
 from engine import export
 from engine.checkpoint import CheckpointError, TrainState, save_checkpoint
+from models.classifier import Classifier
 from models.encoders import build_encoder
 from models.moco import MoCo
 
-META = {"arch": "resnet10w16", "feature_dim": "128", "method": "mixmask", "mean": "0.5 0.5 0.5"}
+META = export.BackboneMeta(
+    arch="resnet10w16", feature_dim=128, small_stem=False, method="mixmask", mean=(0.5, 0.25, 0.5)
+)
 
 
 def _moco() -> MoCo:
@@ -55,7 +59,7 @@ def test_published_round_trip_and_layout(tmp_path: Path) -> None:
     assert content["state_dict"]["module.queue_ptr"].shape == (1,)
     state_dict, meta = export.load_backbone(path)
     _assert_same(state_dict, _backbone(moco))
-    assert meta == {"arch": "resnet10w16"}
+    assert meta == export.BackboneMeta(arch="resnet10w16")
 
 
 def test_published_resnet50_gives_torchvisions_keys(tmp_path: Path) -> None:
@@ -76,9 +80,19 @@ def test_published_resnet50_gives_torchvisions_keys(tmp_path: Path) -> None:
 
 def test_our_checkpoint(tmp_path: Path) -> None:
     moco, path = _moco(), tmp_path / "checkpoint.pt"
-    save_checkpoint(path, TrainState(1, 0, moco.state_dict(), {}, meta=META))
+    save_checkpoint(path, TrainState(1, 0, moco.state_dict(), {}, meta=META.as_strings()))
     state_dict, meta = export.load_backbone(path)
     _assert_same(state_dict, _backbone(moco))
+    assert meta == META
+
+
+def test_our_classifiers_checkpoint(tmp_path: Path) -> None:
+    encoder, feature_dim = build_encoder("resnet10w16")
+    model, path = Classifier(encoder, feature_dim, 3, frozen=False), tmp_path / "best.pt"
+    strings = META.as_strings() | {"best_top1": "0.5"}
+    save_checkpoint(path, TrainState(1, 0, model.state_dict(), {}, meta=strings))
+    state_dict, meta = export.load_backbone(path)
+    _assert_same(state_dict, encoder.state_dict())
     assert meta == META
 
 
@@ -106,6 +120,16 @@ def test_unknown_layouts_and_keys_are_named(tmp_path: Path) -> None:
         export.load_backbone(path)
 
 
+def test_what_a_file_says_may_be_foreign_or_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    tensors = {"conv1.weight": torch.zeros(1)}
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    assert export.load_backbone(path).meta == export.BackboneMeta()
+    safetensors.torch.save_file(tensors, path, {"arch": "resnet18", "mean": "0.5 0.5 0.5"})
+    with pytest.raises(CheckpointError, match=r"what .*backbone.safetensors says of its backbone is damaged"):
+        export.load_backbone(path)
+
+
 def test_damaged_missing_and_incomplete_files(tmp_path: Path) -> None:
     path = tmp_path / "backbone.safetensors"
     with pytest.raises(CheckpointError, match="there is no backbone"):
@@ -115,4 +139,4 @@ def test_damaged_missing_and_incomplete_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cut short or no safetensors file"):
         export.load_backbone(path)
     with pytest.raises(ValueError, match=r"meta lacks \['feature_dim'\]"):
-        export.save_backbone(path, _moco().encoder_q, {"arch": "resnet10w16"})
+        export.save_backbone(path, _moco().encoder_q, export.BackboneMeta(arch="resnet10w16"))

@@ -1,7 +1,5 @@
 """Launch alone, and two gloo processes that must behave like one with the joint batch."""
 
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -9,7 +7,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -19,6 +16,7 @@ from models.batchnorm import shuffle_across_ranks, unshuffle_across_ranks
 from models.encoders import NormLayer
 from models.moco import MoCo
 from pipelines import Batch, Mixture
+from tests.processes import in_two_processes
 
 PER_RANK = 6
 STEPS = 3
@@ -151,11 +149,8 @@ def _plain(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def _worker(local_rank: int, port: int, folder: Path) -> None:
+def _worker(folder: Path) -> None:
     """Everything two ranks do in these tests, so that they are started once."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(local_rank), "LOCAL_RANK": str(local_rank)}
-    torch.set_num_threads(1)
     seen: dict[str, object] = {}
     with init_launch("cpu") as launch:
         rank = launch.rank
@@ -197,21 +192,23 @@ def _worker(local_rank: int, port: int, folder: Path) -> None:
         counted = DDP(_moco(_without_norm))
         seen["sent"] = _sent_bytes(lambda: counted(_rank_batch(0, rank)))
 
+        # Three rows from one rank and none from the other, then the other way round, then some from both.
+        for number, rows in enumerate(((3, 0), (0, 2), (2, 5))):
+            gathered = launch.gather_rows(torch.full((rows[rank], 2), float(rank)))
+            seen[f"gathered_{number}"] = gathered
+
         own_queue = _moco(_without_norm, queue_seed=rank)
         DDP(own_queue)(_rank_batch(0, rank))
         seen["own_queue"] = own_queue.queue_KD.clone()
         launch.barrier()
     seen["left"] = not dist.is_initialized()
-    torch.save(seen, folder / f"{local_rank}.pt")
+    torch.save(seen, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_worker, args=(port, folder), nprocs=2)
+    in_two_processes(_worker, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -311,3 +308,11 @@ def test_devices_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'two'"), init_launch("cpu"):
         pass
+
+
+def test_rows_are_gathered_on_the_main_process(ranks: list[dict[str, object]]) -> None:
+    for number, (first, second) in enumerate(((3, 0), (0, 2), (2, 5))):
+        gathered = ranks[0][f"gathered_{number}"]
+        assert isinstance(gathered, Tensor) and gathered.shape == (first + second, 2)
+        assert gathered[:, 0].tolist() == [0.0] * first + [1.0] * second
+        assert ranks[1][f"gathered_{number}"] is None

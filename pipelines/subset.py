@@ -1,0 +1,115 @@
+"""Some pictures of a set: a share of each class, or those of a list of names.
+
+Shape letters: N pictures of the set, M of the subset, C classes.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import compress
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.randomness import Purpose, bits
+
+_MOST_NAMED = 3
+_POSITION = re.compile(r"#\d+")
+
+
+def balanced_subset(label_N: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
+    """(M,) positions, rising, of a share of each class, drawn by the seed; at least one picture of each.
+
+    A class of n pictures gives n · share of them, rounded, and the larger of two shares has all pictures of
+    the smaller. label_N: classes from 0; share: in (0, 1]. Raises ValueError for another share, and for
+    pictures without a class.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of labels is {share:g}; it must lie in (0, 1], 0.1 for 10 %")
+    if (label_N < 0).any():
+        raise ValueError(f"{int((label_N < 0).sum())} of {len(label_N)} pictures have no label")
+    lots_N = bits(seed, 0, torch.arange(len(label_N)), Purpose.SUBSET, 1)[:, 0].numpy()
+    order_N = np.lexsort((lots_N, label_N))
+    count_C = np.bincount(label_N)
+    wanted_C = np.maximum(np.minimum(count_C, 1), np.floor(count_C * share + 0.5).astype(np.int64))
+    place_N = np.arange(len(label_N)) - np.repeat(np.cumsum(count_C) - count_C, count_C)
+    chosen_M: NDArray[np.int64] = order_N[place_N < np.repeat(wanted_C, count_C)]
+    return np.sort(chosen_M)
+
+
+def listed_subset(names: Callable[[], Iterable[str]], count: int, path: Path) -> NDArray[np.int64]:
+    """(M,) positions, rising, of the pictures that a file names, one a line.
+
+    A line is a file's name, or its path from any folder on: ``n01440764_10043.JPEG`` as well as
+    ``train/n01440764/n01440764_10043.JPEG``. Suffixes count only where names differ in nothing else; empty
+    lines do not. A list for a set without names has positions, ``#0`` and on.
+
+    Args:
+        names: gives those of the set's pictures, in order.
+        count: of the set's pictures.
+        path: of the file.
+
+    Raises:
+        ValueError: if lines name no picture of the set, or the same name stands for several.
+        OSError: if the file cannot be read.
+    """
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    positions = [int(line[1:]) for line in lines if _POSITION.fullmatch(line)]
+    if lines and len(positions) == len(lines):
+        if max(positions) >= count:
+            raise ValueError(f"{path} has #{max(positions)}, the set's pictures are #0 … #{count - 1}")
+        return np.unique(np.array(positions, np.int64))
+    found: dict[str, list[tuple[int, str]]] = {line: [] for line in lines}
+    by_file = defaultdict[str, list[str]](list)
+    for line in found:
+        by_file[_file(_key(line))].append(line)
+    for index, name in enumerate(names()):
+        for line in by_file.get(_file(_key(name)), ()):
+            if _ends_alike(_key(name), _key(line)):
+                found[line].append((index, name))
+    missing = [line for line, pictures in found.items() if not pictures]
+    if missing or not found:
+        raise ValueError(
+            f"{path} names {len(found)} pictures, of which the set lacks {len(missing)}"
+            f"{f' (such as {_some(missing)})' if missing else ''}; check that the list is of this set"
+        )
+    return np.unique(np.array([_the_one(path, *item) for item in found.items()], np.int64))
+
+
+def _the_one(path: Path, line: str, pictures: list[tuple[int, str]]) -> int:
+    """The position of the picture that a line means."""
+    exact = [(index, name) for index, name in pictures if _ends_alike(name, line)] or pictures
+    if len(exact) > 1:
+        raise ValueError(
+            f"{path} names {line}, and the set has several pictures of this name (the second is "
+            f"{exact[1][1]}); give their paths below the source in place of their names"
+        )
+    return exact[0][0]
+
+
+def names_of(names: Iterable[str], subset_M: NDArray[np.int64], count: int) -> Iterator[str]:
+    """The names of a subset's pictures, of ``count`` names of the whole set."""
+    chosen_N = np.zeros(count, np.bool_)
+    chosen_N[subset_M] = True
+    return compress(names, chosen_N)
+
+
+def _key(name: str) -> str:
+    """A name without its suffix and without what is around it."""
+    path = PurePosixPath(name.strip())
+    return str(path.with_suffix("")) if path.name else str(path)
+
+
+def _file(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _ends_alike(path: str, other: str) -> bool:
+    """Whether the last parts of one path are those of the other, all of them."""
+    return f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
+
+
+def _some(missing: list[str]) -> str:
+    return ", ".join(missing[:_MOST_NAMED])

@@ -1,0 +1,173 @@
+"""Fine-tune a pretrained encoder on labels: all of them, or 1 % or 10 %.
+
+With a tenth of the labels, chosen by --seed the same number from each class, as the list in --out tells:
+    python train_finetune.py TRAIN --val VAL --pretrained CKPT --labels 0.1
+
+With the published lists of ImageNet pictures (one file name a line, such as n01440764_10043.JPEG):
+    python train_finetune.py TRAIN --val VAL --pretrained CKPT --labels 10percent.txt
+
+One node of eight GPUs (the batch of 256 is shared among them; more nodes as with train_pretrain.py):
+    torchrun --nproc-per-node 8 train_finetune.py …
+
+The defaults are SwAV's for a tenth of the labels (arXiv 2006.09882, its eval_semisup.py): 20 epochs, learning
+rates 0.01 for the encoder and 0.2 for the classifier; for 1 % it takes --lr 0.02 --head-lr 5.
+
+Left in --out: result.json, best.pt and the newest checkpoint, which --resume continues, backbone.safetensors
+of the best epoch, labels.txt, logs.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from engine import cli, failure
+from engine.checkpoint import write_atomically, write_json
+from engine.export import BackboneMeta, fingerprint, load_backbone, save_backbone
+from engine.launch import init_launch
+from engine.published_flags import from_published
+from engine.run import console, say
+from pipelines import build_loader
+from pipelines.recipe import Recipe, evaluation
+from pipelines.subset import balanced_subset, listed_subset, names_of
+from pretrained import LabelledSets
+from supervised import BEST, SupervisedConfig, Training, assemble, fit
+
+# ======================================================================================================
+# Config
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(SupervisedConfig):
+    """Fine-tune an encoder."""
+
+    out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = Path("runs/finetune")
+    """Folder of the run."""
+    labels: str = "1"
+    """Share of each class's pictures to train on, in (0, 1], drawn by --seed; or a file that names them, one
+    a line, such as the published lists of 1 % and 10 % of ImageNet."""
+    epochs: int = 20
+    """Passes over these pictures."""
+    lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 0.01
+    """Learning rate of the encoder."""
+    head_lr: float = 0.2
+    """Learning rate of the classifier."""
+    sync_bn: bool = False
+    """BatchNorm statistics over all GPUs; each has its own if not."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr < 0 or self.head_lr < 0:
+            raise ValueError(f"lr is {self.lr}, head_lr {self.head_lr}; neither may be less than 0")
+
+    def describe(self, encoder: BackboneMeta, sets: LabelledSets) -> BackboneMeta:
+        """What was said of the encoder before, and that it was fine-tuned, on what and how."""
+        on = sets.train.name if sets.train.name != "train" else f"{sets.train.parent.name}/train"
+        return dataclasses.replace(
+            encoder,
+            method=f"{encoder.method}, fine-tuned" if encoder.method else "fine-tuned",
+            trained_on=", then ".join(filter(None, (encoder.trained_on, f"{on} with labels"))),
+            recipe=json.dumps(
+                {"pretraining": json.loads(encoder.recipe or "{}"), "fine_tuning": self.as_json()}
+            ),
+        )
+
+
+# ======================================================================================================
+# Main
+# ======================================================================================================
+
+
+def main(config: FinetuneConfig) -> None:
+    """Fine-tune; see the top of this file."""
+    start = time.perf_counter()
+    with init_launch(config.device) as launch:
+        subset, names = choose_pictures(config)
+        run = assemble(
+            config,
+            launch,
+            frozen=False,
+            base_lrs=(config.lr, config.head_lr),
+            subset=subset,
+            sync_bn=config.sync_bn,
+        )
+        if names and launch.is_main:
+            lines = [f"{name}\n".encode() for name in names]
+            write_atomically(config.out / "labels.txt", lambda file: file.writelines(lines))
+        say(
+            launch,
+            f"{run.loader.count:,} labelled pictures, {config.epochs} epochs of {len(run.loader)} steps",
+        )
+        if fit(run) and launch.is_main:
+            finish(run, time.perf_counter() - start)
+
+
+def choose_pictures(config: FinetuneConfig) -> tuple[NDArray[np.int64] | None, list[str]]:
+    """The pictures to train on and their names, or positions (#17) in a set without; nothing for all."""
+    train, _ = config.sets()
+    engine = build_loader(train, evaluation(Recipe()), batch_size=1, drop_last=False).engine
+    try:
+        share = float(config.labels)
+    except ValueError:
+        listed = Path(config.labels)
+        if not listed.is_file():
+            raise FileNotFoundError(
+                f"--labels {config.labels} is neither a share in (0, 1] nor a file that names pictures"
+            ) from None
+        subset = listed_subset(engine.names, engine.count, listed)
+    else:
+        if share == 1:
+            return None, []
+        subset = balanced_subset(engine.labels(np.arange(engine.count)), share, config.seed)
+    try:
+        return subset, list(names_of(engine.names(), subset, engine.count))
+    except ValueError:  # nothing says where the pictures came from
+        return subset, [f"#{position}" for position in subset]
+
+
+def finish(run: Training, seconds: float) -> None:
+    """Write the best epoch's encoder and the figures; tell them."""
+    config, last, best_top1 = run.config, run.measured.accuracy, run.measured.best_top1
+    assert last is not None, "the last epoch is always measured"
+    best = load_backbone(config.out / BEST)
+    run.model.encoder.load_state_dict(best.state)
+    backbone, path = config.out / "backbone.safetensors", config.out / "result.json"
+    save_backbone(backbone, run.model.encoder, best.meta)
+    result = {
+        "pretrained": str(config.pretrained),
+        "encoder_sha256": fingerprint(run.pretrained.backbone.state),
+        "exported_sha256": fingerprint(best.state),
+        "labelled_pictures": run.loader.count,
+        "top1": last.top1,
+        "top5": last.top5,
+        "best_top1": best_top1,
+        "epochs": config.epochs,
+        "seconds": round(seconds, 1),
+    }
+    write_json(path, result)
+    console.print(
+        f"{config.pretrained}, fine-tuned: top1 {100 * last.top1:.2f} %  best {100 * best_top1:.2f} %  "
+        f"({seconds:.1f} s, {path}; the best epoch is in {backbone} and {BEST})"
+    )
+
+
+def parse(argv: list[str]) -> FinetuneConfig:
+    """The config of a command line."""
+    return tyro.cli(
+        FinetuneConfig,
+        args=from_published(argv),
+        description=__doc__,
+        console_outputs=failure.speaks_for_machine(),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(parse(sys.argv[1:])))
