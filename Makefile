@@ -10,17 +10,23 @@ SYSTEM_PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev
 DATA_PACKAGES := dataset-fashion-mnist
 # One of the loader's peers, SPDL, decodes through FFmpeg's libraries; `make bench` installs them.
 BENCH_PACKAGES := ffmpeg
+# Detectron2 has no release on PyPI. This wheel's compiled part is for Python 3.10, and is not used here; the rest
+# runs on a CPU with any Python. For GPUs install Detectron2 from source first: a working one is left alone.
+DETECTRON2 = --no-deps --target $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') \
+	--python-version 3.10 --implementation cp --only-binary=:all: sal-detectron2==0.7.2
 
 # What the user gives: make pretrain DATA=data/in1k-train.beton ARGS="--epochs 100 --val data/in1k-val.beton"
 DATA ?=
 VAL ?=
 OUT ?=
 PRETRAINED ?= runs/pretrain/backbone.safetensors
+RUNS ?= 5
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system doctor demo convert shards index pretrain lincls samples bench bench-gpu system-bench \
-	step race evidence scale parity report lint test clean
+.PHONY: help setup system doctor demo convert shards index pretrain lincls knn finetune card detect-voc \
+	detect-coco samples bench bench-gpu system-bench \
+	step race evidence probes detector scale parity report lint test clean
 
 help:  ## |this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {split($$2, part, "|"); printf "  %-46s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
@@ -31,7 +37,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; name a newer one: make setup PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module; apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install --constraint constraints.txt --editable '.[ffcv,dali,samples,bench,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[ffcv,dali,samples,bench,detection,dev]'
+	@$(BIN)/python -c 'import detectron2' 2>/dev/null || $(BIN)/pip install $(DETECTRON2)
 	@touch $@
 
 # Installs what is missing where root or sudo allows it, and says the exact command where not. The data set is a
@@ -81,7 +88,32 @@ pretrain: $(READY)  ## DATA=x.beton [ARGS="…"]|pretrain an encoder; ARGS=--hel
 lincls: $(READY)  ## DATA=x.beton VAL=y.beton|linear probe and kNN of a frozen encoder
 	@$(call need,DATA,a labelled training set)
 	@$(call need,VAL,a labelled test set)
-	@$(BIN)/python train_lincls.py $(DATA) --val $(VAL) --pretrained $(PRETRAINED) $(ARGS)
+	@$(BIN)/python train_lincls.py $(DATA) --val $(VAL) --pretrained $(PRETRAINED) --out $(call beside,lincls) $(ARGS)
+
+knn: $(READY)  ## DATA=x.beton VAL=y.beton|nearest neighbours alone; ARGS=--leave-one-out also in the training set
+	@$(call need,DATA,a labelled training set)
+	@$(call need,VAL,a labelled test set)
+	@$(BIN)/python train_lincls.py $(DATA) --val $(VAL) --pretrained $(PRETRAINED) --out $(call beside,lincls) \
+		--knn-only $(ARGS)
+
+finetune: $(READY)  ## DATA=x.beton VAL=y.beton ARGS="--labels 0.1"|fine-tune an encoder on all or few labels
+	@$(call need,DATA,a labelled training set)
+	@$(call need,VAL,a labelled test set)
+	@$(BIN)/python train_finetune.py $(DATA) --val $(VAL) --pretrained $(PRETRAINED) --out $(call beside,finetune) \
+		$(ARGS)
+
+card: $(READY)  ## PRETRAINED=run/backbone.safetensors|write a model card beside a backbone
+	@$(BIN)/python -m engine.card $(PRETRAINED) $(ARGS)
+
+detect-voc: $(READY)  ## PRETRAINED=… [RUNS=5]|fine-tune on VOC 2007+2012 several times: mean and spread of AP
+	@$(BIN)/python -m detection.convert_to_detectron2 $(PRETRAINED) $(dir $(PRETRAINED))detectron2.pth
+	@$(BIN)/python -m detection.repeat --runs $(RUNS) --config-file detection/configs/pascal_voc_R_50_C4_24k.yaml \
+		$(ARGS) MODEL.WEIGHTS $(dir $(PRETRAINED))detectron2.pth OUTPUT_DIR $(call beside,voc)
+
+detect-coco: $(READY)  ## PRETRAINED=… [CONFIG=coco_R_50_C4_2x]|fine-tune a detector on COCO
+	@$(BIN)/python -m detection.convert_to_detectron2 $(PRETRAINED) $(dir $(PRETRAINED))detectron2.pth
+	@$(BIN)/python -m detection.train_net --config-file detection/configs/$(or $(CONFIG),coco_R_50_C4_2x).yaml \
+		$(ARGS) MODEL.WEIGHTS $(dir $(PRETRAINED))detectron2.pth OUTPUT_DIR $(call beside,coco)
 
 samples: $(READY)
 	@$(BIN)/python -m dataset_tools photographs data/photographs
@@ -101,6 +133,12 @@ race: $(READY)  ## [ARGS="--seconds 240"]|pretraining on Fashion-MNIST against l
 
 evidence: $(READY)  ## [ARGS=--help]|every method, three seeds, pretrained and probed; restartable, ninety minutes
 	@$(BIN)/python -m benchmarks.evidence --json benchmarks/results/evidence.json $(ARGS)
+
+probes: $(READY)  ## after evidence|how far the fast probe lies from the published one; an hour
+	@$(BIN)/python -m benchmarks.probes --json benchmarks/results/probes.json $(ARGS)
+
+detector: $(READY)  ## [ARGS=--help]|a detector from pretrained and from random weights, on drawn shapes; an hour
+	@$(BIN)/python -m benchmarks.detector --json benchmarks/results/detector.json $(ARGS)
 
 scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming cost at 1.28 and 10 million pictures
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)
@@ -128,6 +166,9 @@ clean:  ## |remove runs and made data, keep .venv
 
 # $(call need,NAME,what it is): refuse, with a sentence, to go on without a value.
 need = test -n "$($(1))" || { echo "$(1) is not given: $(2), such as make $@ $(1)=…; see make help"; exit 2; }
+
+# Where what is found out about an encoder goes: into its own folder, where `make card` looks for it.
+beside = $(or $(OUT),$(dir $(PRETRAINED))$(1))
 
 # What a set made of DATA is called.
 name = $(patsubst %.tar,%,$(notdir $(patsubst %/,%,$(DATA))))

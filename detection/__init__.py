@@ -1,1 +1,1 @@
-"""Checkpoint → Detectron2. Empty until the converter and its configs move in."""
+"""Pretrained encoders as Detectron2's weights, and detectors fine-tuned from them on COCO and VOC."""

@@ -1,0 +1,124 @@
+"""One run of a detector: checks, then training, evaluation, result.json."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, default_setup, launch
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils import comm
+from rich.console import Console
+
+from detection import datasets, weights
+from detection.config import check_config, configure, parse, resumes
+from engine.checkpoint import write_json
+
+__all__ = ["launch", "parse", "prepare", "run"]
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer, evaluated as the set's own kind wants it."""
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> Any:
+        """COCO's or VOC's evaluator."""
+        if MetadataCatalog.get(dataset_name).evaluator_type == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
+        # Named, so that a detector that finds nothing has figures too, though none are numbers.
+        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+        # The fast one needs Detectron2's compiled part, and promises the same figures.
+        return COCOEvaluator(dataset_name, tasks, output_dir=folder, use_fast_impl=False)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Check what a run is made of, once, before any of its processes is started.
+
+    Raises FileNotFoundError for files that are missing, ValueError for a config, sets or weights that cannot
+    be run, and CheckpointError for weights that cannot be read.
+    """
+    cfg = configure(args, telling=True)
+    check_config(cfg, args)
+    train, test = _sets(cfg, args)
+    datasets.register((*train, *test))
+    datasets.check(train, test, cfg.MODEL.ROI_HEADS.NUM_CLASSES, masks=cfg.MODEL.MASK_ON)
+    if not resumes(cfg, args):
+        weights.check(cfg)
+
+
+def _sets(cfg: CfgNode, args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the sets to train and to evaluate on."""
+    return () if args.eval_only else tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and evaluate, or evaluate alone, what `prepare` has checked.
+
+    Leaves the figures in result.json, or of an evaluation alone in evaluation.json.
+
+    Raises ValueError if the evaluation gives none.
+    """
+    cfg = configure(args)
+    train, test = _sets(cfg, args)
+    datasets.register((*train, *test))
+    default_setup(cfg, args)
+    figures = _evaluated(cfg, args.resume) if args.eval_only else _trained(cfg, args.resume)
+    if not comm.is_main_process():
+        return
+    if not figures:
+        raise ValueError(
+            f"the evaluation on {test[0]} gave no figures; {cfg.OUTPUT_DIR}/log.txt says why, mend that and "
+            "go on with --resume"
+        )
+    write_result(cfg, args, figures)
+
+
+def _evaluated(cfg: CfgNode, resume: bool) -> Any:
+    model = Trainer.build_model(cfg)
+    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return Trainer.test(cfg, model)
+
+
+def _trained(cfg: CfgNode, resume: bool) -> Any:
+    """Figures after the last iteration, on the main process."""
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    # It returns figures only where the config has TEST.EXPECTED_RESULTS. Its hook evaluates in any case, at
+    # the end of training, which is at once where the last iteration was done before.
+    trainer.train()
+    return trainer._last_eval_results
+
+
+def write_result(cfg: CfgNode, args: argparse.Namespace, figures: Mapping[str, Mapping[str, float]]) -> None:
+    """Write the figures beside what they are of, null where one is not a number, and tell them."""
+    plain = {
+        task: {name: value if math.isfinite(value) else None for name, value in row.items()}
+        for task, row in figures.items()
+    }
+    said = weights.said_of_encoder(cfg.MODEL.WEIGHTS)
+    result = {
+        "config": Path(args.config_file).stem,
+        "weights": cfg.MODEL.WEIGHTS,
+        **{name: value for name, value in said.items() if name == "encoder_sha256"},
+        "test": list(cfg.DATASETS.TEST),
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+        "seed": cfg.SEED,
+        "figures": plain,
+    }
+    path = Path(cfg.OUTPUT_DIR) / ("evaluation.json" if args.eval_only else "result.json")
+    write_json(path, result)
+    for task in ("bbox", "segm"):
+        if task in plain:
+            row = {name: plain[task][name] for name in ("AP", "AP50", "AP75")}
+            told = "  ".join(
+                f"{name} {'none' if value is None else f'{value:.2f}'}" for name, value in row.items()
+            )
+            console.print(f"{task}: {told}  ({path})")

@@ -1,0 +1,83 @@
+"""MODEL.WEIGHTS held against the detector that shall start from it."""
+
+from pathlib import Path
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from engine.checkpoint import read_safely
+
+TOLERATED_GREY = 0.5
+"""By how much the config's pixel mean and standard deviation may differ from the encoder's, of 0 … 255."""
+
+_BACKBONE = ("backbone.", "roi_heads.res5.")
+_NEVER_PRETRAINED = ("backbone.fpn_", "roi_heads.res5.norm.")
+_SAID = ("pixel_mean", "pixel_std", "encoder_sha256")
+
+
+class _Checkpointer(DetectionCheckpointer):
+    """Keeps which keys do not fit, in place of logging them."""
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        self.incompatible = incompatible
+
+
+def said_of_encoder(file: str) -> dict[str, Any]:
+    """What our converter wrote into a .pth beside the tensors: pixel_mean, pixel_std, encoder_sha256.
+
+    Nothing for another kind of file. Raises CheckpointError for one that is damaged or could run code.
+    """
+    if not file.endswith(".pth") or not Path(file).is_file():
+        return {}
+    content = read_safely(Path(file))
+    return {name: content[name] for name in _SAID if name in content}
+
+
+def check(cfg: CfgNode) -> None:
+    """Raise ValueError if MODEL.WEIGHTS does not fit the detector, or was trained on other pixels."""
+    file = cfg.MODEL.WEIGHTS
+    if file:
+        _check_pixels(cfg, said_of_encoder(file))
+        _check_keys(cfg, file)
+
+
+def _check_pixels(cfg: CfgNode, said: dict[str, Any]) -> None:
+    for name, given in (("pixel_mean", cfg.MODEL.PIXEL_MEAN), ("pixel_std", cfg.MODEL.PIXEL_STD)):
+        wanted = [round(value, 3) for value in said.get(name, given)]
+        if any(abs(a - b) > TOLERATED_GREY for a, b in zip(wanted, given, strict=True)):
+            option = f"MODEL.{name.upper()}"
+            raise ValueError(
+                f"{option} is {list(given)}, the encoder of {cfg.MODEL.WEIGHTS} was trained with {wanted}; "
+                f"give {option} '{wanted}'"
+            )
+
+
+def _check_keys(cfg: CfgNode, file: str) -> None:
+    on_cpu = cfg.clone()
+    on_cpu.defrost()
+    on_cpu.MODEL.DEVICE = "cpu"
+    checkpointer = _Checkpointer(build_model(on_cpu))
+    checkpointer.load(file, checkpointables=[])
+    missing = [
+        key
+        for key in checkpointer.incompatible.missing_keys
+        if key.startswith(_BACKBONE) and not key.startswith(_NEVER_PRETRAINED)
+    ]
+    # Published converters leave the classifier in, and a frozen norm does not count its batches.
+    unexpected = [
+        key
+        for key in checkpointer.incompatible.unexpected_keys
+        if not key.startswith("stem.fc.") and not key.endswith(".num_batches_tracked")
+    ]
+    for keys, trouble in (
+        (missing, f"of the backbone's tensors are not in {file}"),
+        (unexpected, f"tensors of {file} have no place in the detector"),
+    ):
+        if keys:
+            raise ValueError(
+                f"{len(keys)} {trouble}, the first are {keys[:3]}; MODEL.RESNETS.DEPTH is "
+                f"{cfg.MODEL.RESNETS.DEPTH}, give the one that detection.convert_to_detectron2 named, or "
+                "convert the encoder again"
+            )
