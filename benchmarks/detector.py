@@ -56,7 +56,7 @@ class Detector:
     """Steps of the detector's training, of four pictures."""
     eval_every: int = 100
     """Steps between evaluations."""
-    seeds: tuple[int, ...] = (1, 2)
+    seeds: tuple[int, ...] = (1,)
     """Of the detector's head, its order and its proposals."""
     out: Path = Path("runs/detector")
     """Folder of pictures and runs."""
@@ -222,22 +222,27 @@ def _mean(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 def block(result: Mapping[str, Any]) -> str:
     """The table in Markdown, with the line breaks that part it from the comments."""
     means = {start: result["detector"][start]["mean"] for start in STARTS}
+    num_seeds = len(result["config"]["seeds"])
     lines = [
         "| iterations | box AP, random | box AP, pretrained | mask AP, random | mask AP, pretrained |",
         "|---:|---:|---:|---:|---:|",
     ]
     for rows in zip(*means.values(), strict=True):
-        cells = (f"{row[n]:.1f} ± {row[f'{n}_std']:.1f}" for n in ("bbox_AP", "segm_AP") for row in rows)
+        cells = (_cell(row, name, num_seeds) for name in ("bbox_AP", "segm_AP") for row in rows)
         lines.append(f"| {rows[0]['iteration']:.0f} | " + " | ".join(cells) + " |")
     config, where = result["config"], result["environment"]
     said = (
         f"Mask R-CNN, ResNet-18 with a feature pyramid, {config['labelled']} labelled pictures of "
-        f"{config['side_px']} px with drawn shapes, four a step, evaluated on {config['test']} others; mean "
-        f"± standard deviation over {len(config['seeds'])} seeds. Pretrained: MixMask, {config['epochs']} "
+        f"{config['side_px']} px with drawn shapes, four a step, evaluated on {config['test']} others; "
+        f"{'one seed' if num_seeds == 1 else f'mean ± standard deviation over {num_seeds} seeds'}. Pretrained: MixMask, {config['epochs']} "
         f"epochs on {config['unlabelled']:,} pictures without labels. {where['processor']}, "
         f"{where['cores']} cores."
     )
     return "\n" + "\n".join([*lines, "", said]) + "\n"
+
+
+def _cell(row: Mapping[str, float], name: str, num_seeds: int) -> str:
+    return f"{row[name]:.1f}" + (f" ± {row[f'{name}_std']:.1f}" if num_seeds > 1 else "")
 
 
 if __name__ == "__main__":
