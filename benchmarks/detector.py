@@ -231,12 +231,12 @@ def block(result: Mapping[str, Any]) -> str:
         cells = (_cell(row, name, num_seeds) for name in ("bbox_AP", "segm_AP") for row in rows)
         lines.append(f"| {rows[0]['iteration']:.0f} | " + " | ".join(cells) + " |")
     config, where = result["config"], result["environment"]
+    runs = "one seed" if num_seeds == 1 else f"mean ± standard deviation over {num_seeds} seeds"
     said = (
         f"Mask R-CNN, ResNet-18 with a feature pyramid, {config['labelled']} labelled pictures of "
         f"{config['side_px']} px with drawn shapes, four a step, evaluated on {config['test']} others; "
-        f"{'one seed' if num_seeds == 1 else f'mean ± standard deviation over {num_seeds} seeds'}. Pretrained: MixMask, {config['epochs']} "
-        f"epochs on {config['unlabelled']:,} pictures without labels. {where['processor']}, "
-        f"{where['cores']} cores."
+        f"{runs}. Pretrained: MixMask, {config['epochs']} epochs on {config['unlabelled']:,} pictures "
+        f"without labels. {where['processor']}, {where['cores']} cores."
     )
     return "\n" + "\n".join([*lines, "", said]) + "\n"
 
