@@ -96,7 +96,7 @@ knn: $(READY)  ## DATA=x.beton VAL=y.beton|nearest neighbours alone; ARGS=--leav
 	@$(BIN)/python train_lincls.py $(DATA) --val $(VAL) --pretrained $(PRETRAINED) --out $(call beside,lincls) \
 		--knn-only $(ARGS)
 
-finetune: $(READY)  ## DATA=x.beton VAL=y.beton ARGS="--labels 0.1"|fine-tune an encoder on all or few labels
+finetune: $(READY)  ## DATA=x.beton VAL=y.beton|fine-tune an encoder; ARGS="--labels 0.1" with a tenth of the labels
 	@$(call need,DATA,a labelled training set)
 	@$(call need,VAL,a labelled test set)
 	@$(BIN)/python train_finetune.py $(DATA) --val $(VAL) --pretrained $(PRETRAINED) --out $(call beside,finetune) \
@@ -110,7 +110,7 @@ detect-voc: $(READY)  ## PRETRAINED=… [RUNS=5]|fine-tune on VOC 2007+2012 seve
 	@$(BIN)/python -m detection.repeat --runs $(RUNS) --config-file detection/configs/pascal_voc_R_50_C4_24k.yaml \
 		$(ARGS) MODEL.WEIGHTS $(dir $(PRETRAINED))detectron2.pth OUTPUT_DIR $(call beside,voc)
 
-detect-coco: $(READY)  ## PRETRAINED=… [CONFIG=coco_R_50_C4_2x]|fine-tune a detector on COCO
+detect-coco: $(READY)  ## PRETRAINED=… [CONFIG=…]|fine-tune on COCO by a file of detection/configs, coco_R_50_C4_2x if none is given
 	@$(BIN)/python -m detection.convert_to_detectron2 $(PRETRAINED) $(dir $(PRETRAINED))detectron2.pth
 	@$(BIN)/python -m detection.train_net --config-file detection/configs/$(or $(CONFIG),coco_R_50_C4_2x).yaml \
 		$(ARGS) MODEL.WEIGHTS $(dir $(PRETRAINED))detectron2.pth OUTPUT_DIR $(call beside,coco)
@@ -134,10 +134,10 @@ race: $(READY)  ## [ARGS="--seconds 240"]|pretraining on Fashion-MNIST against l
 evidence: $(READY)  ## [ARGS=--help]|every method, three seeds, pretrained and probed; restartable, ninety minutes
 	@$(BIN)/python -m benchmarks.evidence --json benchmarks/results/evidence.json $(ARGS)
 
-probes: $(READY)  ## after evidence|how far the fast probe lies from the published one; an hour
+probes: $(READY)  ## after evidence|how far the fast probe lies from the published one; forty minutes
 	@$(BIN)/python -m benchmarks.probes --json benchmarks/results/probes.json $(ARGS)
 
-detector: $(READY)  ## [ARGS=--help]|a detector from pretrained and from random weights, on drawn shapes; an hour
+detector: $(READY)  ## [ARGS=--help]|a detector from pretrained and from random weights, on drawn shapes; half an hour
 	@$(BIN)/python -m benchmarks.detector --json benchmarks/results/detector.json $(ARGS)
 
 scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming cost at 1.28 and 10 million pictures
