@@ -6,6 +6,7 @@ Shape letters: N batch, S side, C classes, F features.
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,13 @@ class Training:
     """Epoch the next step belongs to."""
     measured: Measured = Measured()
     """On the test set."""
+    start_s: float = dataclasses.field(default_factory=time.perf_counter)
+    """When it began by this process's clock, were it not for interruptions."""
+
+    @property
+    def seconds(self) -> float:
+        """Taken so far, without interruptions."""
+        return round(time.perf_counter() - self.start_s, 1)
 
     @property
     def out(self) -> Path:
@@ -187,6 +195,8 @@ def assemble(
     """
     if sync_bn and launch.device.type == "cpu":
         raise ValueError("--sync-bn needs GPUs; leave it out on a CPU, where each process has its own BN")
+    if config.out.resolve() == config.pretrained.parent.resolve():
+        raise ValueError(f"--out {config.out} is the folder of --pretrained, whose files stay; give another")
     found = to_resume(config.out, config.resume)
     if config.batch_size % launch.world_size:
         raise ValueError(
@@ -220,6 +230,7 @@ def assemble(
     if found:
         meta = restore(run, found, run.settings, [name for name in CHANGEABLE if name in run.settings])
         run.measured = _measured(meta)
+        run.start_s -= float(meta["seconds"])
         say(launch, f"continuing after step {run.step} of {run.total_steps}")
     check_agreement(launch, run.step)
     return run
@@ -319,7 +330,9 @@ def training_state(run: Training) -> TrainState:
     """Everything a training needs to go on; `_measured` is its inverse for the measurements."""
     measured = json.dumps(dataclasses.asdict(run.measured))
     meta = run.config.describe(run.pretrained.backbone.meta, run.sets)
-    return state_of(run, run.settings, meta.as_strings() | {"measured": measured})
+    return state_of(
+        run, run.settings, meta.as_strings() | {"measured": measured, "seconds": str(run.seconds)}
+    )
 
 
 def _measured(meta: Mapping[str, str]) -> Measured:

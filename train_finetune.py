@@ -1,6 +1,6 @@
 """Fine-tune a pretrained encoder on labels: all of them, or 1 % or 10 %.
 
-With a tenth of the labels, chosen by --seed the same number from each class, as the list in --out tells:
+With a tenth of the labels, chosen by --seed the same share of each class, as the list in --out tells:
     python train_finetune.py TRAIN --val VAL --pretrained CKPT --labels 0.1
 
 With the published lists of ImageNet pictures (one file name a line, such as n01440764_10043.JPEG):
@@ -18,8 +18,8 @@ of the best epoch, labels.txt, logs.
 
 import dataclasses
 import json
+import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 from engine import cli, failure
 from engine.checkpoint import write_atomically, write_json
 from engine.export import BackboneMeta, fingerprint, load_backbone, save_backbone
-from engine.launch import init_launch
+from engine.launch import Launch, init_launch
 from engine.published_flags import from_published
 from engine.run import console, say
 from pipelines import build_loader
 from pipelines.recipe import Recipe, evaluation
-from pipelines.subset import balanced_subset, listed_subset, names_of
+from pipelines.subset import balanced_subset, lines_of, listed_subset
 from pretrained import LabelledSets
 from supervised import BEST, SupervisedConfig, Training, assemble, fit
 
@@ -88,9 +88,8 @@ class FinetuneConfig(SupervisedConfig):
 
 def main(config: FinetuneConfig) -> None:
     """Fine-tune; see the top of this file."""
-    start = time.perf_counter()
     with init_launch(config.device) as launch:
-        subset, names = choose_pictures(config)
+        subset, names = choose_pictures(config, launch)
         run = assemble(
             config,
             launch,
@@ -100,17 +99,17 @@ def main(config: FinetuneConfig) -> None:
             sync_bn=config.sync_bn,
         )
         if names and launch.is_main:
-            lines = [f"{name}\n".encode() for name in names]
+            lines = [os.fsencode(name) + b"\n" for name in names]
             write_atomically(config.out / "labels.txt", lambda file: file.writelines(lines))
         say(
             launch,
             f"{run.loader.count:,} labelled pictures, {config.epochs} epochs of {len(run.loader)} steps",
         )
         if fit(run) and launch.is_main:
-            finish(run, time.perf_counter() - start)
+            finish(run)
 
 
-def choose_pictures(config: FinetuneConfig) -> tuple[NDArray[np.int64] | None, list[str]]:
+def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.int64] | None, list[str]]:
     """The pictures to train on and their names, or positions (#17) in a set without; nothing for all."""
     train, _ = config.sets()
     engine = build_loader(train, evaluation(Recipe()), batch_size=1, drop_last=False).engine
@@ -127,13 +126,14 @@ def choose_pictures(config: FinetuneConfig) -> tuple[NDArray[np.int64] | None, l
         if share == 1:
             return None, []
         subset = balanced_subset(engine.labels(np.arange(engine.count)), share, config.seed)
-    try:
-        return subset, list(names_of(engine.names(), subset, engine.count))
-    except ValueError:  # nothing says where the pictures came from
-        return subset, [f"#{position}" for position in subset]
+    lines = lines_of(engine.names, subset)
+    if lines is None:
+        say(launch, f"{train} has no name for each picture, so labels.txt has their positions")
+        lines = [f"#{position}" for position in subset]
+    return subset, lines
 
 
-def finish(run: Training, seconds: float) -> None:
+def finish(run: Training) -> None:
     """Write the best epoch's encoder and the figures; tell them."""
     config, last, best_top1 = run.config, run.measured.accuracy, run.measured.best_top1
     assert last is not None, "the last epoch is always measured"
@@ -150,12 +150,12 @@ def finish(run: Training, seconds: float) -> None:
         "top5": last.top5,
         "best_top1": best_top1,
         "epochs": config.epochs,
-        "seconds": round(seconds, 1),
+        "seconds": run.seconds,
     }
     write_json(path, result)
     console.print(
         f"{config.pretrained}, fine-tuned: top1 {100 * last.top1:.2f} %  best {100 * best_top1:.2f} %  "
-        f"({seconds:.1f} s, {path}; the best epoch is in {backbone} and {BEST})"
+        f"({run.seconds} s, {path}; the best epoch is in {backbone} and {BEST})"
     )
 
 

@@ -45,6 +45,7 @@ from engine.linear import LinearSetting, accuracies, train_linear
 from engine.precision import Precision
 from engine.published_flags import from_published
 from engine.run import console, say
+from engine.schedule import MILESTONES
 from models.classifier import new_classifier
 from pipelines import Backend, evaluation_batches
 from pretrained import LabelledSets, Pretrained, labelled_sets, load_pretrained
@@ -59,6 +60,7 @@ _OF_THE_PUBLISHED_PROTOCOL = (
     *("lr", "schedule", "cos", "weight_decay", "sgd_momentum"),
     *("resume", "val_every_epochs", "log_every_s"),
 )
+_PUBLISHED = ("lr", "cos", "weight_decay", "sgd_momentum", "epochs", "batch_size")
 _OF_THE_FAST_WAY = ("cached_lr", "cached_wd")
 _OF_TRAINING = ("epochs", "batch_size")
 
@@ -97,6 +99,11 @@ class ProbeConfig(SupervisedConfig):
             )
         if self.knn_only and not self.knn:
             raise ValueError("--knn-only and --no-knn leave nothing to measure; leave one of them out")
+        if min(self.cached_lr) <= 0 or min(self.cached_wd) < 0:
+            raise ValueError(
+                f"cached_lr {self.cached_lr}, cached_wd {self.cached_wd}: rates must be more than 0, weight "
+                "decays at least 0"
+            )
         if not self.knn_t > 0:
             raise ValueError(f"knn_t is {self.knn_t}; it must be more than 0")
         if self.cached and self.knn_only:
@@ -123,6 +130,11 @@ class ProbeConfig(SupervisedConfig):
         measured = ("knn", "leave_one_out", "cached")
         return {name: value for name, value in super().as_json().items() if not name.startswith(measured)}
 
+    def is_published(self) -> bool:
+        """Whether the classifier is trained as published."""
+        same = all(getattr(self, name) == getattr(ProbeConfig, name) for name in _PUBLISHED)
+        return same and self.milestones() == MILESTONES
+
     def linear_settings(self) -> list[LinearSetting]:
         """What --cached trains classifiers with."""
         return [LinearSetting(lr, wd) for lr in self.cached_lr for wd in self.cached_wd]
@@ -144,7 +156,10 @@ def main(config: ProbeConfig) -> None:
             run = assemble(config, launch, frozen=True, base_lrs=(0.0, config.lr))
             if not fit(run):
                 return
-            result |= of_the_published_protocol(run)
+            result |= of_random_crops(config, run)
+            start = run.start_s
+            if launch.is_main:  # what follows may not have room
+                write_json(config.out / name, result)
             pretrained, sets = run.pretrained, run.sets
         else:
             pretrained, sets = load_pretrained(config, launch.device), labelled_sets(config)
@@ -174,7 +189,7 @@ def figures(result: Mapping[str, Any]) -> str:
 # ======================================================================================================
 
 
-def of_the_published_protocol(run: Training) -> dict[str, Any]:
+def of_random_crops(config: ProbeConfig, run: Training) -> dict[str, Any]:
     """The figures of a finished run.
 
     Raises RuntimeError if a weight or a statistic of the frozen encoder is not the file's any more.
@@ -192,7 +207,8 @@ def of_the_published_protocol(run: Training) -> dict[str, Any]:
     assert accuracy is not None, "the last epoch is always measured"
     return {
         "encoder_sha256": fingerprint(state),
-        "protocol": "published",
+        "protocol": "published" if config.is_published() else "random crops",
+        "settings": config.as_json(),
         "linear_top1": accuracy.top1,
         "linear_top5": accuracy.top5,
         "linear_best_top1": run.measured.best_top1,
@@ -250,6 +266,7 @@ def sweep(
     console.print(table)
     return {
         "protocol": "cached centre view",
+        "settings": config.as_json(),
         **{f"linear_{name}": share for name, share in vars(found[best]).items()},
         **{f"linear_{name}": value for name, value in vars(settings[best]).items()},
         "linear_settings": rows,

@@ -35,6 +35,10 @@ def keep_settings(folder: Path, asked: Mapping[str, Any]) -> None:
     """
     path = folder / "settings.json"
     plain = json.loads(json.dumps(asked))
+    if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} does not say what it holds, in {path.name}; take another --out, or remove it"
+        )
     before = json.loads(path.read_text()) if path.is_file() else plain
     if before != plain:
         differing = [

@@ -72,14 +72,19 @@ def resumes(cfg: CfgNode, args: argparse.Namespace) -> bool:
 def check_config(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Raise ValueError for options that cannot go together, or not on this machine."""
     gpus, num_processes = torch.cuda.device_count(), args.num_gpus * args.num_machines
-    if args.num_gpus > max(gpus, 1):
-        raise ValueError(f"--num-gpus is {args.num_gpus}, this machine shows {gpus}; give {max(gpus, 1)}")
+    if not 1 <= args.num_gpus <= max(gpus, 1) or args.num_machines < 1:
+        raise ValueError(
+            f"--num-gpus is {args.num_gpus}, --num-machines {args.num_machines}, this machine shows {gpus} "
+            f"GPUs; give 1 … {max(gpus, 1)} GPUs (1 on a CPU, too) and at least 1 machine"
+        )
     if cfg.SOLVER.IMS_PER_BATCH % num_processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {num_processes} processes cannot "
             "share evenly; give a multiple"
         )
     depth, head = cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.ROI_HEADS.NAME
+    if not (cfg.DATASETS.TRAIN or args.eval_only):
+        raise ValueError("DATASETS.TRAIN is empty; name at least one set, see detection/datasets.py")
     if len(cfg.DATASETS.TEST) != 1:
         raise ValueError(
             f"DATASETS.TEST has {len(cfg.DATASETS.TEST)} sets, {list(cfg.DATASETS.TEST)}; give exactly one, "

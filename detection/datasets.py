@@ -48,6 +48,10 @@ def register(names: Iterable[str]) -> None:
             )
             with _readable(name):
                 classes = _voc_classes(folder)
+            if len((folder / "ImageSets" / "Main" / f"{second}.txt").read_text().split()) < 2:
+                raise ValueError(
+                    f"{name} has fewer than two pictures, which Detectron2 cannot read; add some"
+                )
             # 2012's way of counting: the area under the whole curve.
             register_pascal_voc(name, first, second, 2012, classes)
             MetadataCatalog.get(name).set(evaluator_type="pascal_voc")
@@ -82,6 +86,8 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int, *, masks:
 
 def _check_picture(name: str, picture: dict[str, Any], num_classes: int, masks: bool) -> None:
     where = f"{picture['file_name']} of {name}"
+    if not Path(picture["file_name"]).is_file():
+        raise FileNotFoundError(f"{where} is not there; check the folder of the pictures")
     width, height = picture["width"], picture["height"]
     for annotation in picture["annotations"]:
         with _readable(name):

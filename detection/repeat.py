@@ -10,10 +10,12 @@ added later, with the same words and weights: OUTPUT_DIR/settings.json says whic
 
 import hashlib
 import json
+import re
 import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -81,14 +83,20 @@ def _spread(task: str, name: str, figures: list[dict[str, dict[str, float | None
 
 def _keep_settings(out: Path, words: list[str]) -> None:
     """Write what makes the runs of a folder, or raise ValueError if those begun there were made otherwise."""
-    settings = {"words": words, "weights_sha256": _weights_sha256(words)}
+    settings: dict[str, Any] = {
+        "words": words,
+        "weights_sha256": _sha256(_value(words, "MODEL.WEIGHTS")),
+        "config_sha256": [_sha256(path) for path in _with_bases(_value(words, "--config-file"))],
+    }
     path = out / "settings.json"
-    before = json.loads(path.read_text()) if path.is_file() else {"words": [], "weights_sha256": None}
+    before = json.loads(path.read_text()) if path.is_file() else settings | {"words": []}
     differing = []
     if before["words"] != words:
         differing.append(f"the words were {shlex.join(before['words'])!r}, now {shlex.join(words)!r}")
     if before["weights_sha256"] != settings["weights_sha256"]:
         differing.append("the file of MODEL.WEIGHTS is another")
+    if before["config_sha256"] != settings["config_sha256"]:
+        differing.append("the config's file has changed")
     # A command line that was refused has begun nothing and may be mended.
     begun = any(out.glob("run-*/last_checkpoint")) or any(out.glob("run-*/result.json"))
     if begun and differing:
@@ -98,12 +106,24 @@ def _keep_settings(out: Path, words: list[str]) -> None:
     write_json(path, settings)
 
 
-def _weights_sha256(words: list[str]) -> str | None:
-    """Of the file of MODEL.WEIGHTS, None where it is no file of this machine."""
-    given = [value for word, value in pairwise(words) if word == "MODEL.WEIGHTS"]
-    if not given or not Path(given[-1]).is_file():
+def _value(words: list[str], name: str) -> Path | None:
+    """The file that a word names, None where it is no file of this machine."""
+    given = [value for word, value in pairwise(words) if word == name]
+    return Path(given[-1]) if given and Path(given[-1]).is_file() else None
+
+
+def _with_bases(config: Path | None) -> Iterator[Path]:
+    """A config's file, and those it is based on."""
+    while config and config.is_file():
+        yield config
+        base = re.search(r"""^_BASE_:\s*["']?([^"'\s]+)""", config.read_text(), re.MULTILINE)
+        config = config.parent / base[1] if base else None
+
+
+def _sha256(path: Path | None) -> str | None:
+    if path is None:
         return None
-    with Path(given[-1]).open("rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,6 +1,7 @@
 """One run of a detector: checks, then training, evaluation, result.json."""
 
 import argparse
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from engine.checkpoint import write_json
 
 __all__ = ["launch", "parse", "prepare", "run"]
 
+BEGUN_FROM = "begun_from.json"
+"""Beside a run's checkpoints: what it began from."""
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -49,8 +52,26 @@ def prepare(args: argparse.Namespace) -> None:
     train, test = _sets(cfg, args)
     datasets.register((*train, *test))
     datasets.check(train, test, cfg.MODEL.ROI_HEADS.NUM_CLASSES, masks=cfg.MODEL.MASK_ON)
-    if not resumes(cfg, args):
-        weights.check(cfg)
+    if resumes(cfg, args):
+        _check_begun_from(cfg)
+    else:
+        weights.check(cfg, whole=args.eval_only)
+
+
+def _begun_from(cfg: CfgNode) -> dict[str, Any]:
+    """What the run in OUTPUT_DIR began from: ``weights``, and ``encoder_sha256`` where the file said it."""
+    path = Path(cfg.OUTPUT_DIR) / BEGUN_FROM
+    begun: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return begun
+
+
+def _check_begun_from(cfg: CfgNode) -> None:
+    begun, now = _begun_from(cfg).get("encoder_sha256"), weights.said_of_encoder(cfg.MODEL.WEIGHTS)
+    if begun and now.get("encoder_sha256", begun) != begun:
+        raise ValueError(
+            f"{cfg.OUTPUT_DIR} holds a run from another encoder than that of {cfg.MODEL.WEIGHTS}; take "
+            "another OUTPUT_DIR"
+        )
 
 
 def _sets(cfg: CfgNode, args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -69,6 +90,10 @@ def run(args: argparse.Namespace) -> None:
     train, test = _sets(cfg, args)
     datasets.register((*train, *test))
     default_setup(cfg, args)
+    if comm.is_main_process() and not args.eval_only and not resumes(cfg, args):
+        said = weights.said_of_encoder(cfg.MODEL.WEIGHTS)
+        encoder = {name: value for name, value in said.items() if name == "encoder_sha256"}
+        write_json(Path(cfg.OUTPUT_DIR) / BEGUN_FROM, {"weights": cfg.MODEL.WEIGHTS, **encoder})
     figures = _evaluated(cfg, args.resume) if args.eval_only else _trained(cfg, args.resume)
     if not comm.is_main_process():
         return
@@ -102,11 +127,9 @@ def write_result(cfg: CfgNode, args: argparse.Namespace, figures: Mapping[str, M
         task: {name: value if math.isfinite(value) else None for name, value in row.items()}
         for task, row in figures.items()
     }
-    said = weights.said_of_encoder(cfg.MODEL.WEIGHTS)
     result = {
         "config": Path(args.config_file).stem,
-        "weights": cfg.MODEL.WEIGHTS,
-        **{name: value for name, value in said.items() if name == "encoder_sha256"},
+        **({"weights": cfg.MODEL.WEIGHTS} if args.eval_only else _begun_from(cfg)),
         "test": list(cfg.DATASETS.TEST),
         "iterations": cfg.SOLVER.MAX_ITER,
         "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,

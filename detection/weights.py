@@ -35,12 +35,19 @@ def said_of_encoder(file: str) -> dict[str, Any]:
     return {name: content[name] for name in _SAID if name in content}
 
 
-def check(cfg: CfgNode) -> None:
-    """Raise ValueError if MODEL.WEIGHTS does not fit the detector, or was trained on other pixels."""
+def check(cfg: CfgNode, *, whole: bool = False) -> None:
+    """Raise ValueError if MODEL.WEIGHTS does not fit the detector, or was trained on other pixels.
+
+    whole: whether it must be all of a detector, and not its encoder alone.
+    """
     file = cfg.MODEL.WEIGHTS
     if file:
         _check_pixels(cfg, said_of_encoder(file))
-        _check_keys(cfg, file)
+        _check_keys(cfg, file, whole)
+    elif whole:
+        raise ValueError(
+            "MODEL.WEIGHTS is empty, there is nothing to evaluate; give a trained detector's file"
+        )
 
 
 def _check_pixels(cfg: CfgNode, said: dict[str, Any]) -> None:
@@ -54,12 +61,17 @@ def _check_pixels(cfg: CfgNode, said: dict[str, Any]) -> None:
             )
 
 
-def _check_keys(cfg: CfgNode, file: str) -> None:
+def _check_keys(cfg: CfgNode, file: str, whole: bool) -> None:
     on_cpu = cfg.clone()
     on_cpu.defrost()
     on_cpu.MODEL.DEVICE = "cpu"
     checkpointer = _Checkpointer(build_model(on_cpu))
     checkpointer.load(file, checkpointables=[])
+    if whole and (absent := checkpointer.incompatible.missing_keys):
+        raise ValueError(
+            f"{file} lacks {len(absent)} tensors of the detector, the first are {absent[:3]}; to evaluate "
+            "give a trained detector's file, such as OUTPUT_DIR/model_final.pth"
+        )
     missing = [
         key
         for key in checkpointer.incompatible.missing_keys

@@ -76,7 +76,7 @@ def main(config: Card) -> Path:
         file=config.backbone.name,
         recipe=_recipe(meta),
         pretraining=_pretraining(folder / "metrics.jsonl"),
-        figures=[line for path in results for line in _figures(path)],
+        figures=[line for path in results for line in _figures(path, own)],
     )
     card = folder / "MODEL_CARD.md"
     write_atomically(card, lambda file: file.write(text.encode()))
@@ -87,9 +87,10 @@ def main(config: Card) -> Path:
 def _found(config: Card) -> list[Path]:
     if config.results:
         return list(config.results)
-    everywhere = config.backbone.parent.rglob("*.json")
-    # Single runs of several, whose mean and spread stand in the folder above.
-    return sorted(p for p in everywhere if p.name in RESULTS and not p.parent.name.startswith("run-"))
+    folder = config.backbone.parent
+    found = sorted(path for path in folder.rglob("*.json") if path.name in RESULTS)
+    # Single runs of several, whose mean and spread stand in the folder above, are left out.
+    return [path for path in found if path.parent == folder or not path.parent.name.startswith("run-")]
 
 
 def _of(path: Path, own: str, *, given: bool) -> bool:
@@ -137,9 +138,11 @@ def _pretraining(log: Path) -> dict[str, Any]:
     return found
 
 
-def _figures(path: Path) -> Iterable[tuple[str, str]]:
+def _figures(path: Path, own: str) -> Iterable[tuple[str, str]]:
     """What was measured, and its value, of one result.json."""
     result = _read(path)
+    if result.get("exported_sha256") == own:
+        result.pop("top1", None)  # the last epoch's, and what was exported is the best one
     known = False
     protocol = f" ({result['protocol']})" if "protocol" in result else ""
     for key, name in _NAMES.items():

@@ -43,11 +43,13 @@ def knn_top1(
     k = min(k, len(bank.label_N) - leave_one_out)
     if not k:
         raise ValueError("the bank has a single sample, which has no neighbour but itself")
-    bank_ND = F.normalize(bank.feature_ND.float(), dim=1)
-    test_MD = bank_ND if leave_one_out else F.normalize(test.feature_ND.float(), dim=1)
+    bank_ND, test_MD = bank.feature_ND.float(), test.feature_ND.float()
+    # Scaled are products, for a second bank may not fit beside the first.
+    inverse_norm_N = bank_ND.norm(dim=1).clamp_min(1e-12).reciprocal()
     correct = torch.zeros((), dtype=torch.int64, device=test_MD.device)
     for start in range(0, len(test_MD), chunk):
-        similarity_BN = test_MD[start : start + chunk] @ bank_ND.T
+        similarity_BN = F.normalize(test_MD[start : start + chunk], dim=1) @ bank_ND.T
+        similarity_BN *= inverse_norm_N
         if leave_one_out:
             similarity_BN.diagonal(offset=start).fill_(-torch.inf)
         nearest_Bk, index_Bk = similarity_BN.topk(k, dim=1)

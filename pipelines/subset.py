@@ -3,10 +3,10 @@
 Shape letters: N pictures of the set, M of the subset, C classes.
 """
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from itertools import compress
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -29,7 +29,10 @@ def balanced_subset(label_N: NDArray[np.int64], share: float, seed: int) -> NDAr
     if not 0 < share <= 1:
         raise ValueError(f"the share of labels is {share:g}; it must lie in (0, 1], 0.1 for 10 %")
     if (label_N < 0).any():
-        raise ValueError(f"{int((label_N < 0).sum())} of {len(label_N)} pictures have no label")
+        raise ValueError(
+            f"{int((label_N < 0).sum())} of {len(label_N)} pictures have no label; give a set that was made "
+            "from folders of classes"
+        )
     lots_N = bits(seed, 0, torch.arange(len(label_N)), Purpose.SUBSET, 1)[:, 0].numpy()
     order_N = np.lexsort((lots_N, label_N))
     count_C = np.bincount(label_N)
@@ -55,20 +58,16 @@ def listed_subset(names: Callable[[], Iterable[str]], count: int, path: Path) ->
         ValueError: if lines name no picture of the set, or the same name stands for several.
         OSError: if the file cannot be read.
     """
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    # As X.paths: what is not UTF-8 in a name stays as it is.
+    lines = [line.strip() for line in os.fsdecode(path.read_bytes()).split("\n") if line.strip()]
     positions = [int(line[1:]) for line in lines if _POSITION.fullmatch(line)]
     if lines and len(positions) == len(lines):
         if max(positions) >= count:
             raise ValueError(f"{path} has #{max(positions)}, the set's pictures are #0 … #{count - 1}")
         return np.unique(np.array(positions, np.int64))
-    found: dict[str, list[tuple[int, str]]] = {line: [] for line in lines}
-    by_file = defaultdict[str, list[str]](list)
-    for line in found:
-        by_file[_file(_key(line))].append(line)
-    for index, name in enumerate(names()):
-        for line in by_file.get(_file(_key(name)), ()):
-            if _ends_alike(_key(name), _key(line)):
-                found[line].append((index, name))
+    found = _matches(lines, names(), lambda name: name)
+    if rest := [line for line in found if not found[line]]:
+        found |= _matches(rest, names(), _without_suffix)
     missing = [line for line, pictures in found.items() if not pictures]
     if missing or not found:
         raise ValueError(
@@ -78,28 +77,55 @@ def listed_subset(names: Callable[[], Iterable[str]], count: int, path: Path) ->
     return np.unique(np.array([_the_one(path, *item) for item in found.items()], np.int64))
 
 
-def _the_one(path: Path, line: str, pictures: list[tuple[int, str]]) -> int:
+Pictures = list[tuple[int, str]]
+"""Positions and names."""
+
+
+def _matches(lines: list[str], names: Iterable[str], key: Callable[[str], str]) -> dict[str, Pictures]:
+    """Line → the pictures whose names by ``key`` end alike."""
+    found: dict[str, Pictures] = {line: [] for line in lines}
+    by_file = defaultdict[str, list[str]](list)
+    for line in found:
+        by_file[_file(key(line))].append(line)
+    for index, name in enumerate(names):
+        for line in by_file.get(_file(key(name)), ()):
+            if _ends_alike(key(name), key(line)):
+                found[line].append((index, name))
+    return found
+
+
+def _the_one(path: Path, line: str, pictures: Pictures) -> int:
     """The position of the picture that a line means."""
-    exact = [(index, name) for index, name in pictures if _ends_alike(name, line)] or pictures
-    if len(exact) > 1:
+    whole = [index for index, name in pictures if name == line]
+    if len(whole) == 1:
+        return whole[0]
+    if len(pictures) > 1:
         raise ValueError(
             f"{path} names {line}, and the set has several pictures of this name (the second is "
-            f"{exact[1][1]}); give their paths below the source in place of their names"
+            f"{pictures[1][1]}); give their paths below the source in place of their names"
         )
-    return exact[0][0]
+    return pictures[0][0]
 
 
-def names_of(names: Iterable[str], subset_M: NDArray[np.int64], count: int) -> Iterator[str]:
-    """The names of a subset's pictures, of ``count`` names of the whole set."""
-    chosen_N = np.zeros(count, np.bool_)
-    chosen_N[subset_M] = True
-    return compress(names, chosen_N)
+def lines_of(names: Callable[[], Iterable[str]], subset_M: NDArray[np.int64]) -> list[str] | None:
+    """What `listed_subset` takes these pictures by: their names, None where not all names are good for it.
+
+    names: gives those of all the set's pictures, in order; it may raise ValueError.
+    """
+    try:
+        everyone = list(names())
+    except ValueError:  # they are not on record
+        return None
+    if len(set(everyone)) < len(everyone):
+        return None
+    lines = [everyone[index] for index in subset_M]
+    unfit = any(line != line.strip() or "\n" in line or _POSITION.fullmatch(line) for line in lines)
+    return None if unfit else lines
 
 
-def _key(name: str) -> str:
-    """A name without its suffix and without what is around it."""
-    path = PurePosixPath(name.strip())
-    return str(path.with_suffix("")) if path.name else str(path)
+def _without_suffix(name: str) -> str:
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.name else name
 
 
 def _file(path: str) -> str:

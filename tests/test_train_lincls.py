@@ -66,7 +66,8 @@ def test_published_protocol_learns_and_moves_no_weight(run: Path, dark_cats: Pat
         *(dark_cats, "--val", dark_cats, "--pretrained", run / "backbone.safetensors", "--epochs", 20),
         *("--lr", 0.5, "--batch-size", 8, "--knn-k", 5, "--leave-one-out", "--out", tmp_path / "probe"),
     )
-    assert result["linear_top1"] > 0.9 and result["linear_top5"] == 1 and result["protocol"] == "published"
+    assert result["linear_top1"] > 0.9 and result["linear_top5"] == 1
+    assert result["protocol"] == "random crops" and result["settings"]["epochs"] == 20
     assert result["linear_best_top1"] >= result["linear_top1"] and result["knn_k"] == 5
     assert 0.5 < result["knn_leave_one_out_top1"] <= 1
     state = load_checkpoint(latest(tmp_path / "probe"))
@@ -78,6 +79,15 @@ def test_published_protocol_learns_and_moves_no_weight(run: Path, dark_cats: Pat
     assert measured[-1]["top1"] == result["linear_top1"]
     rates = {row["epoch"]: row["lr"] for row in rows if row["kind"] == "step"}
     assert rates[0] == 0.5 and rates[12] == pytest.approx(0.05) and rates[19] == pytest.approx(0.005)
+
+
+def test_what_is_called_published() -> None:
+    def published(*words: str) -> bool:
+        return parse(["TRAIN", "--pretrained", "CKPT", *words]).is_published()
+
+    assert published() and published("--schedule", "60", "80") and published("--no-knn")
+    for other in ("--epochs 10", "--lr 3", "--cos", "--wd 1e-4", "-b 512", "--schedule 30 60"):
+        assert not published(*other.split()), other
 
 
 def test_a_weight_that_moved_is_noticed(
@@ -138,6 +148,7 @@ def test_a_stopped_probe_resumes_to_the_same_weights(
     figures = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts")]
     assert {**figures[0], "seconds": 0} == {**figures[1], "seconds": 0}
     whole, parts = (load_checkpoint(latest(tmp_path / name)) for name in ("whole", "parts"))
+    assert 0 < float(parts.meta["seconds"]) <= figures[1]["seconds"]
     assert whole.step == parts.step == 10
     for name, tensor in whole.model.items():
         assert torch.equal(tensor, parts.model[name]), name
@@ -186,7 +197,7 @@ def test_mistakes_are_one_sentence(
 ) -> None:
     def refusal(*argv: object) -> str:
         with pytest.raises(SystemExit) as stop:
-            cli.run(lambda: _probe(*argv, "--out", tmp_path / "out"))
+            cli.run(lambda: _probe("--out", tmp_path / "out", *argv))
         assert stop.value.code == 2
         return " ".join(capsys.readouterr().err.split())
 
@@ -206,6 +217,9 @@ def test_mistakes_are_one_sentence(
         "--cached --knn-only": "leave one of them out",
         "--knn-only --no-knn": "leave nothing to measure",
         "--cos --schedule 5": "no effect on a cosine",
+        "--cached --cached-lr 0": "rates must be more than 0",
+        "--cached --cached-wd -1": "weight decays at least 0",
+        f"--out {run}": "is the folder of --pretrained, whose files stay",
         "--knn-t 0": "knn_t is 0.0; it must be more than 0",
     }.items():
         assert said in refusal(beton, "--val", beton, *good, *words.split())

@@ -54,5 +54,8 @@ def test_a_folder_of_other_runs_is_refused(tmp_path: Path, programs: list[list[s
     main(config)
     with pytest.raises(ValueError, match=r"random-0 holds a run of other settings \(epochs was 1, is 2\)"):
         main(dataclasses.replace(config, epochs=2))
+    (tmp_path / "random-0" / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"random-0 does not say what it holds, in settings\.json"):
+        main(config)
     with pytest.raises(ValueError, match="take methods of random, moco"):
         Evidence(methods=("mscn",))

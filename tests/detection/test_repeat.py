@@ -112,6 +112,20 @@ def test_runs_of_other_settings_are_refused(train_net: TrainNet, argv: list[str]
     main(argv)
 
 
+def test_a_config_that_has_changed_is_noticed(
+    train_net: TrainNet, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "base.yaml"
+    base.write_text("VERSION: 2\n")
+    (tmp_path / "c.yaml").write_text('_BASE_: "base.yaml"\n')
+    main(argv)
+    main(argv)
+    base.write_text("VERSION: 2\nSEED: 1\n")
+    with pytest.raises(ValueError, match="settings: the config's file has changed; take another OUTPUT_DIR"):
+        main(argv)
+
+
 def test_a_command_line_that_began_nothing_may_be_mended(train_net: TrainNet, argv: list[str]) -> None:
     train_net.codes[1] = 2
     with pytest.raises(ValueError, match="run 0 ended with code 2"):

@@ -119,12 +119,17 @@ def test_a_detector_trains_and_is_evaluated(
     written = final.stat().st_mtime_ns
     (tmp_path / "weights.pth").unlink()  # not asked for any more
     main(["--resume", *argv])
-    assert _strictly(path)["figures"] == result["figures"] and final.stat().st_mtime_ns == written
+    assert _strictly(path) == result and final.stat().st_mtime_ns == written
     if layout == "voc":
         path.unlink()
         main(["--eval-only", *argv, "MODEL.WEIGHTS", str(final)])
         assert _strictly(path.with_name("evaluation.json"))["figures"] == result["figures"]
         assert not path.exists()
+        write_weights("resnet50", tmp_path / "weights.pth", encoder_sha256="another")
+        with pytest.raises(ValueError, match="holds a run from another encoder than that of"):
+            main(["--resume", *argv])
+        with pytest.raises(ValueError, match=r"lacks \d+ tensors of the detector.* model_final\.pth"):
+            main(["--eval-only", *argv])
 
 
 def _strictly(path: Path) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -203,6 +208,8 @@ def test_configs_that_cannot_be_run_are_one_sentence(
     assert "DATASETS.TEST has 2 sets" in refusal(*c4, "DATASETS.TEST", two)
     assert "DATASETS.TEST has 0 sets, []; give exactly one" in refusal(*c4, "DATASETS.TEST", "()")
     assert "--num-gpus is 9, this machine shows" in refusal(*c4, "--num-gpus", "9")
+    assert "--num-gpus is 0" in refusal(*c4, "--num-gpus", "0")
+    assert "DATASETS.TRAIN is empty" in refusal(*c4, "DATASETS.TRAIN", "()")
     assert "cannot share evenly" in refusal(*c4, "--num-machines", "3")
     for depth in ("18", "34"):
         said = refusal(*c4, "MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", "64")

@@ -66,25 +66,30 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         {"kind": "eval", "step": 99, "knn_top1": 0.4321, "rankme": 12.34},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    own = {"encoder_sha256": fingerprint(load_backbone(backbone).state)}
     results = {
         "lincls": {"linear_top1": 0.6543, "protocol": "published", "knn_top1": 0.5},
         "tenth": {"top1": 0.7, "best_top1": 0.71, "labelled_pictures": 1000},
+        "again": {"top1": 0.22, "best_top1": 0.73, "exported_sha256": own["encoder_sha256"]},
         "voc": {
             "figures": {"bbox": {n: {"mean": 50.0, "std": 0.5} for n in ("AP", "AP50", "AP75")}},
             "runs": [1, 2],
         },
         "coco": {"figures": {"segm": {"AP": 30.0, "AP50": 40.0, "AP75": 35.5}}, "config": "coco_R_50_C4_2x"},
     }
-    own = {"encoder_sha256": fingerprint(load_backbone(backbone).state)}
     for name, result in results.items():
         (tmp_path / name / "run-0").mkdir(parents=True)
         (tmp_path / name / "result.json").write_text(json.dumps(result | own))
         (tmp_path / name / "run-0" / "result.json").write_text(json.dumps({"knn_top1": 0.11} | own))
     stranger = tmp_path / "stranger"
     stranger.mkdir()
+    (tmp_path / "lincls" / "cached.json").write_text("{")  # of no use to anybody, and passed over
     (stranger / "knn.json").write_text(json.dumps({"knn_top1": 0.99, "encoder_sha256": "of another"}))
     text = main(Card(backbone)).read_text()
     assert "99.00 %" not in text and "11.00 %" not in text
+    assert (
+        "22.00 %" not in text and "| fine-tuned top-1, best epoch | 73.00 % |" in text
+    )  # of what was exported
     with pytest.raises(ValueError, match=r"knn.json is of another backbone"):
         main(Card(backbone, (stranger / "knn.json",)))
     for expected in (
@@ -102,6 +107,14 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         assert expected in text, text
 
 
+def test_a_folder_may_be_called_like_a_single_run(tmp_path: Path) -> None:
+    (tmp_path / "run-1").mkdir()
+    backbone = _backbone(tmp_path / "run-1", "resnet18")
+    own = fingerprint(load_backbone(backbone).state)
+    (tmp_path / "run-1" / "result.json").write_text(json.dumps({"best_top1": 0.5, "exported_sha256": own}))
+    assert "50.00 %" in main(Card(backbone)).read_text()
+
+
 def test_what_says_too_little_is_refused(tmp_path: Path) -> None:
     backbone = _backbone(tmp_path, "resnet18")
     strange = tmp_path / "strange.json"
@@ -115,6 +128,8 @@ def test_what_says_too_little_is_refused(tmp_path: Path) -> None:
     import safetensors.torch
 
     safetensors.torch.save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="is no exported backbone"):
+        main(Card(tmp_path / "checkpoint.pt"))
     with pytest.raises(ValueError, match="does not say its architecture"):
         main(Card(tmp_path / "bare.safetensors"))
     assert not (tmp_path / "MODEL_CARD.md").exists()

@@ -1,5 +1,6 @@
 """Subsets are balanced, nested and written as they are read; lists are matched or refused."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines import build_loader, evaluation_batches
 from pipelines.recipe import Recipe, evaluation
-from pipelines.subset import balanced_subset, listed_subset, names_of
+from pipelines.subset import balanced_subset, lines_of, listed_subset
 
 VIEW = evaluation(Recipe(crop_px=16))
 
@@ -60,7 +61,9 @@ def test_lists_go_out_and_come_in_again(kind: str, request: pytest.FixtureReques
     assert len(set(names)) == engine.count == 40
     subset = balanced_subset(engine.labels(np.arange(40)), 0.3, 5)
     path = tmp_path / "labels.txt"
-    path.write_text("\n".join(names_of(engine.names(), subset, 40)) + "\n")
+    lines = lines_of(engine.names, subset)
+    assert lines == [names[index] for index in subset]
+    path.write_text("\n".join(lines) + "\n")
     assert np.array_equal(listed_subset(engine.names, engine.count, path), subset)
 
 
@@ -88,6 +91,12 @@ def test_names_of_files_as_published(tmp_path: Path) -> None:
     names = ["a/one.jpg", "a/one.png", "b/two.jpg"]
     path.write_text("a/one.png\ntwo.png")
     assert listed_subset(lambda: names, len(names), path).tolist() == [1, 2]
+    numbered = [f"pictures.gz#{number}" for number in range(30)]  # nothing but suffixes differ
+    path.write_text("pictures.gz#7\npictures.gz#12")
+    assert listed_subset(lambda: numbered, 30, path).tolist() == [7, 12]
+    nested = ["x/a/one.jpg", "a/one.jpg"]
+    path.write_text("a/one.jpg")
+    assert listed_subset(lambda: nested, 2, path).tolist() == [1]
     path.write_text("a/one.webp")
     with pytest.raises(ValueError, match="several pictures of this name"):
         listed_subset(lambda: names, len(names), path)
@@ -99,6 +108,24 @@ def test_names_of_files_as_published(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(ValueError, match="names 0 pictures"):
         listed_subset(lambda: names, len(names), path)
+
+
+def test_names_that_are_no_good_for_a_list() -> None:
+    subset = np.array([1])
+
+    def unrecorded() -> list[str]:
+        raise ValueError("no names")
+
+    for names in (["a/one.jpg"] * 2, ["x", "two\nlines"], ["x", "#4"], ["x", " blank"]):
+        assert lines_of(lambda names=names: names, subset) is None
+    assert lines_of(unrecorded, subset) is None
+    assert lines_of(lambda: ["x", "\udce9t\udce9.jpg"], subset) == ["\udce9t\udce9.jpg"]  # not UTF-8
+
+
+def test_a_name_that_is_not_utf8_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes(os.fsencode("\udce9t\udce9.jpg"))
+    assert listed_subset(lambda: ["x", "\udce9t\udce9.jpg"], 2, path).tolist() == [1]
 
 
 def test_names_that_are_not_recorded(beton: Path, tmp_path: Path) -> None:
