@@ -142,7 +142,7 @@ class Training:
     @property
     def seconds(self) -> float:
         """Taken so far, without interruptions."""
-        return round(time.perf_counter() - self.start_s, 1)
+        return time.perf_counter() - self.start_s
 
     @property
     def out(self) -> Path:

@@ -150,12 +150,12 @@ def finish(run: Training) -> None:
         "top5": last.top5,
         "best_top1": best_top1,
         "epochs": config.epochs,
-        "seconds": run.seconds,
+        "seconds": round(run.seconds, 1),
     }
     write_json(path, result)
     console.print(
         f"{config.pretrained}, fine-tuned: top1 {100 * last.top1:.2f} %  best {100 * best_top1:.2f} %  "
-        f"({run.seconds} s, {path}; the best epoch is in {backbone} and {BEST})"
+        f"({run.seconds:.1f} s, {path}; the best epoch is in {backbone} and {BEST})"
     )
 
 

@@ -148,7 +148,7 @@ def test_a_stopped_probe_resumes_to_the_same_weights(
     figures = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts")]
     assert {**figures[0], "seconds": 0} == {**figures[1], "seconds": 0}
     whole, parts = (load_checkpoint(latest(tmp_path / name)) for name in ("whole", "parts"))
-    assert 0 < float(parts.meta["seconds"]) <= figures[1]["seconds"]
+    assert 0 < float(parts.meta["seconds"]) < figures[1]["seconds"] + 0.05  # which is rounded
     assert whole.step == parts.step == 10
     for name, tensor in whole.model.items():
         assert torch.equal(tensor, parts.model[name]), name
