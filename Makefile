@@ -87,16 +87,16 @@ pretrain: $(READY)  ## DATA=x.beton [ARGS="…"]|pretrain an encoder; ARGS=--hel
 
 lincls: $(READY)  ## DATA=x.beton VAL=y.beton|linear probe and kNN of a frozen encoder
 	@$(call need,DATA,a labelled training set)
-	@$(BIN)/python train_lincls.py $(DATA) $(addprefix --val ,$(VAL)) $(addprefix --pretrained ,$(PRETRAINED)) --out $(call beside,lincls) $(ARGS)
+	@$(BIN)/python train_lincls.py $(judged) --out $(call beside,lincls) $(ARGS)
 
 knn: $(READY)  ## DATA=x.beton VAL=y.beton|nearest neighbours alone; ARGS=--leave-one-out also in the training set
 	@$(call need,DATA,a labelled training set)
-	@$(BIN)/python train_lincls.py $(DATA) $(addprefix --val ,$(VAL)) $(addprefix --pretrained ,$(PRETRAINED)) --out $(call beside,lincls) \
+	@$(BIN)/python train_lincls.py $(judged) --out $(call beside,lincls) \
 		--knn-only $(ARGS)
 
 finetune: $(READY)  ## DATA=x.beton VAL=y.beton|fine-tune an encoder; ARGS="--labels 0.1" with a tenth of the labels
 	@$(call need,DATA,a labelled training set)
-	@$(BIN)/python train_finetune.py $(DATA) $(addprefix --val ,$(VAL)) $(addprefix --pretrained ,$(PRETRAINED)) --out $(call beside,finetune) \
+	@$(BIN)/python train_finetune.py $(judged) --out $(call beside,finetune) \
 		$(ARGS)
 
 card: $(READY)  ## PRETRAINED=run/backbone.safetensors|write a model card beside a backbone
@@ -163,6 +163,9 @@ clean:  ## |remove runs and made data, keep .venv
 
 # $(call need,NAME,what it is): refuse, with a sentence, to go on without a value.
 need = test -n "$($(1))$(findstring --help,$(ARGS))" || { echo "$(1) is not given: $(2), such as make $@ $(1)=…; see make help"; exit 2; }
+
+# VAL is not needed where DATA is a folder with train/ and val/.
+judged = $(DATA) $(addprefix --val ,$(VAL)) --pretrained $(PRETRAINED)
 
 # Where what is found out about an encoder goes: into its own folder, where `make card` looks for it.
 beside = $(or $(OUT),$(dir $(PRETRAINED))$(1))

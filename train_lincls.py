@@ -266,7 +266,8 @@ def sweep(
     console.print(table)
     return {
         "protocol": "cached centre view",
-        "settings": config.as_json(),
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
         **{f"linear_{name}": share for name, share in vars(found[best]).items()},
         **{f"linear_{name}": value for name, value in vars(settings[best]).items()},
         "linear_settings": rows,
