@@ -44,9 +44,20 @@ def test_both_probes_are_made_once(tmp_path: Path, programs: list[list[str]]) ->
 
 
 def test_table() -> None:
+    settings = [
+        {"lr": 3.0, "weight_decay": 1e-5, "top1": 0.815},
+        {"lr": 30.0, "weight_decay": 1e-5, "top1": 0.7},
+        {"lr": 30.0, "weight_decay": 0.0, "top1": 0.79},
+    ]
     row = {
         "published": {"linear_top1": 0.8, "linear_best_top1": 0.81, "seconds": 1234.0},
-        "cached": {"linear_top1": 0.815, "linear_lr": 3.0, "linear_weight_decay": 1e-5, "seconds": 20.4},
+        "cached": {
+            "linear_top1": 0.815,
+            "linear_lr": 3.0,
+            "linear_weight_decay": 1e-5,
+            "seconds": 20.4,
+            "settings": settings,
+        },
     }
     told = block(
         {
@@ -55,7 +66,9 @@ def test_table() -> None:
             "environment": {"processor": "A CPU", "cores": 2},
         }
     )
-    assert "| moco-0 | 80.00 % | 81.50 % (lr 3, weight decay 1e-05) | +1.50 | 1,234 s | 20 s |" in told
+    assert (
+        "| moco-0 | 80.00 % | 79.00 % | 81.50 % (lr 3, weight decay 1e-05) | +1.50 | 1,234 s | 20 s |" in told
+    )
     assert "+1.50 … +1.50 points" in told and "A CPU, 2 cores" in told
 
 
