@@ -72,11 +72,11 @@ def resumes(cfg: CfgNode, args: argparse.Namespace) -> bool:
 def check_config(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Raise ValueError for options that cannot go together, or not on this machine."""
     gpus, num_processes = torch.cuda.device_count(), args.num_gpus * args.num_machines
-    if not 1 <= args.num_gpus <= max(gpus, 1) or args.num_machines < 1:
-        raise ValueError(
-            f"--num-gpus is {args.num_gpus}, --num-machines {args.num_machines}, this machine shows {gpus} "
-            f"GPUs; give 1 … {max(gpus, 1)} GPUs (1 on a CPU, too) and at least 1 machine"
-        )
+    if not 1 <= args.num_gpus <= max(gpus, 1):
+        told = f"give 1 … {gpus}" if gpus else "leave it out on a CPU"
+        raise ValueError(f"--num-gpus is {args.num_gpus}, this machine shows {gpus}; {told}")
+    if args.num_machines < 1:
+        raise ValueError(f"--num-machines is {args.num_machines}; give at least 1")
     if cfg.SOLVER.IMS_PER_BATCH % num_processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {num_processes} processes cannot "

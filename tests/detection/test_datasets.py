@@ -127,7 +127,7 @@ def test_pictures_and_boxes(sets: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"000000\.png of coco:\S+ is not there; check the folder"):
         _check([absent], [sets["coco"]])
     voc = write_voc(tmp_path / "single", {"test": 1}, 96, seed=100)
-    with pytest.raises(ValueError, match="less than two pictures"):
+    with pytest.raises(ValueError, match="fewer than two pictures"):
         _check([], [f"voc:{voc}:test"])
     with pytest.raises(ValueError, match=r"has class 3, MODEL.ROI_HEADS.NUM_CLASSES 3 allows 0 … 2"):
         datasets.check([], [sets["coco"]], 3)

@@ -128,7 +128,7 @@ def test_a_detector_trains_and_is_evaluated(
         write_weights("resnet50", tmp_path / "weights.pth", encoder_sha256="another")
         with pytest.raises(ValueError, match="holds a run from another encoder than that of"):
             main(["--resume", *argv])
-        with pytest.raises(ValueError, match=r"lacks \d+ tensors of the detector.* model_final\.pth"):
+        with pytest.raises(ValueError, match=r"lacks \d+ tensors of the detector.*/model_final\.pth"):
             main(["--eval-only", *argv])
 
 
@@ -209,6 +209,7 @@ def test_configs_that_cannot_be_run_are_one_sentence(
     assert "DATASETS.TEST has 0 sets, []; give exactly one" in refusal(*c4, "DATASETS.TEST", "()")
     assert "--num-gpus is 9, this machine shows" in refusal(*c4, "--num-gpus", "9")
     assert "--num-gpus is 0" in refusal(*c4, "--num-gpus", "0")
+    assert "--num-machines is 0" in refusal(*c4, "--num-machines", "0")
     assert "DATASETS.TRAIN is empty" in refusal(*c4, "DATASETS.TRAIN", "()")
     assert "cannot share evenly" in refusal(*c4, "--num-machines", "3")
     for depth in ("18", "34"):
