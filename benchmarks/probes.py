@@ -18,7 +18,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from benchmarks.environment import environment, write_figures
+from benchmarks.environment import environment, tell_on_page
 from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, run_python
 from benchmarks.run_options import RunOptions
@@ -77,11 +77,7 @@ def main(config: Probes) -> dict[str, Any]:
         "config": {"epochs": config.epochs, "pictures": config.fashion},
         "environment": environment(),
     }
-    console.print(block(result))
-    if config.json:
-        write_figures(config.json, result, console)
-        if not config.quick:
-            BLOCK.rewrite(PAGE, block(result))
+    tell_on_page(result, block(result), BLOCK, PAGE, config.json, console)
     return result
 
 
