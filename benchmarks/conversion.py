@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.ratios import CONVERT_FFCV, CONVERT_OURS
+from benchmarks.sample_sets import read_with_pil
 
 _PACE = re.compile(r"\(([\d,]+)/s\)")
 # FFCV's writer waits for ever once one of its workers has raised.
@@ -97,7 +98,7 @@ def _ffcv(folder: Path, out: Path, workers: int, sender: Connection) -> None:
     # A spawned process would have the writer spawn its workers too, each importing everything anew; a user's
     # program on Linux forks them.
     multiprocessing.set_start_method("fork", force=True)
-    pictures = ImageFolder(str(folder))
+    pictures = ImageFolder(str(folder), loader=read_with_pil)
     image = RGBImageField(write_mode="jpg")
     # The writer draws a progress bar of its own.
     with contextlib.redirect_stderr(io.StringIO()):

@@ -38,7 +38,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.peers.with_torchvision import TwoViews, pil_recipe
 from benchmarks.published import PlainMoCo, plain_mixmask
 from benchmarks.run_options import Bars
-from benchmarks.sample_sets import SampleSet, SampleSets
+from benchmarks.sample_sets import SampleSet, SampleSets, read_with_pil
 from benchmarks.timing import summary
 from models.encoders import build_encoder
 from models.moco import MoCo
@@ -233,7 +233,7 @@ def _plain_batches(setting: EpochSetting, pictures: SampleSet) -> Callable[[int]
     recipe = setting.recipe
     views = TwoViews(transforms.Compose(pil_recipe(recipe)))
     loader = DataLoader(
-        ImageFolder(str(pictures.folder), views),
+        ImageFolder(str(pictures.folder), views, loader=read_with_pil),
         setting.batch_size,
         shuffle=True,
         num_workers=usable_cores(0),

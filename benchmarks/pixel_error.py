@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.peers.contract import FixedCrops, Job, Peer
+from benchmarks.sample_sets import read_with_pil
 from pipelines.crops import draw_boxes
 from pipelines.listing import FolderListing
+from pipelines.pictures import FORMATS
 
 
 def choose_crops(job: Job, num: int) -> FixedCrops:
@@ -19,7 +21,7 @@ def choose_crops(job: Job, num: int) -> FixedCrops:
     files = tuple(job.folder / listing.path(int(index)) for index in index_N)
     sizes = []
     for file in files:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             sizes.append((image.height, image.width))
     # A box's last number says whether it is flipped; that has nothing to do with how exact pixels are.
     boxes_NV4 = draw_boxes(job.recipe, 0, 0, index_N, np.array(sizes))[:, :, :4]
@@ -31,8 +33,7 @@ def reference_crops(asked: FixedCrops) -> NDArray[np.uint8]:
     crops_NVSS3 = asked.empty()
     side = (asked.crop_px, asked.crop_px)
     for file, boxes_V4, crops_VSS3 in zip(asked.files, asked.boxes_NV4, crops_NVSS3, strict=True):
-        with Image.open(file) as image:
-            picture = image.convert("RGB")
+        picture = read_with_pil(file)
         for (top, left, height, width), crop_SS3 in zip(boxes_V4.tolist(), crops_VSS3, strict=True):
             cut = picture.crop((left, top, left + width, top + height))
             crop_SS3[:] = np.asarray(cut.resize(side, Image.Resampling.BILINEAR))

@@ -1,7 +1,6 @@
 """Shards that are there already → a set: nothing is copied, only indices are written beside the tars."""
 
 import hashlib
-import io
 import json
 import mmap
 import re
@@ -218,7 +217,7 @@ def _record(
                 f"{' or '.join(wanted)}; name all kinds with --ext {' '.join(wanted)} {others[0].suffix}"
             )
         return "no picture"
-    size = read_size(io.BytesIO(content[picture.offset : picture.offset + picture.num_bytes]))
+    size = read_size(content[picture.offset : picture.offset + picture.num_bytes])
     if size is None:
         return "no readable size"
     if max(size) > MAX_SIDE_PX or picture.num_bytes > MAX_PICTURE_BYTES:

@@ -8,8 +8,9 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.beton import MAX_SIDE_PX
+from pipelines.jpeg_markers import EXIF_ORIENTATION
 from pipelines.manifest import TIERS, Tier
-from pipelines.pictures import EXIF_ORIENTATION, JPEG_START, upright_rgb
+from pipelines.pictures import JPEG_START, open_picture, upright_rgb
 from pipelines.turbojpeg import check_jpeg, decode_planes, encode_planes, read_header
 
 _JPEG_FORMATS = ("JPEG", "MPO")
@@ -96,7 +97,7 @@ def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> Norma
     try:
         if (normal := _as_it_is(payload, how)) is not None:
             return normal
-        with Image.open(io.BytesIO(payload)) as image:
+        with open_picture(payload) as image:
             return _normalise_opened(payload, image, how)
     except (BadPicture, MemoryError, ImportError):
         raise

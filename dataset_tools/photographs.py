@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dataset_tools.parallel import ordered_map
+from pipelines.pictures import FORMATS
 
 RECIPE_VERSION = 1
 """Raised whenever the same seed would give other pictures."""
@@ -162,7 +163,7 @@ def _write_tree(
 
 def _open_source(file: Path) -> Image.Image:
     """Read a source photograph, "RGB" or "L"."""
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         return image.convert("L" if image.mode == "L" else "RGB")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import os
 from collections.abc import Callable
 from itertools import zip_longest
@@ -164,13 +163,13 @@ def _fault(data: NDArray[np.uint8], record: np.void, places: dict[int, Member]) 
             return f"damaged: {verdict.message}"
         size: tuple[int, int] | None = (verdict.height, verdict.width)
     else:
-        image = read_rgb(io.BytesIO(payload.tobytes()))
+        image = read_rgb(payload.tobytes())
         if image is None:
             return "damaged: it cannot be decoded"
         size = (image.height, image.width)
     told = (int(record["height"]), int(record["width"]))
     if size != told:
-        size = read_size(io.BytesIO(payload.tobytes()))  # upright by EXIF, which the decoder does not look at
+        size = read_size(payload.tobytes())  # upright by EXIF, which the decoder does not look at
     if size != told:
         held = "unknown size" if size is None else f"{size[1]} × {size[0]} px"
         return f"holds {held}, the index says {told[1]} × {told[0]}"

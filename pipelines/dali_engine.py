@@ -32,6 +32,7 @@ from pipelines.dali_operators import (
     decoding_graph,
     import_dali,
 )
+from pipelines.jpeg_markers import missing_table
 from pipelines.payloads import Payloads
 from pipelines.resample import crop_picture
 from pipelines.stores import Store, StoreEngine
@@ -86,7 +87,9 @@ class DALIEngine(StoreEngine):
         and verifying find it. What is cut short, or no picture, is found here.
         """
         ok_N = np.zeros(len(fetched.index_N), np.bool_)
-        self._crop_some(np.arange(len(ok_N)), list(fetched), fetched, boxes_NV5, out_NVSS3, ok_N)
+        encoded = list(fetched)
+        if len(some_M := _with_own_tables(encoded)):
+            self._crop_some(some_M, encoded, fetched, boxes_NV5, out_NVSS3, ok_N)
         return ok_N
 
     def _crop_some(
@@ -123,9 +126,11 @@ class DALIEngine(StoreEngine):
         Returns when the crops are written, whatever stream is used next. Where DALI refuses, the decoder on
         the host tells which pictures are to blame, and the others are done again without them.
         """
-        every_N = np.arange(len(fetched.index_N))
+        num_pictures = len(fetched.index_N)
         try:
-            return self._run(every_N, fetched, boxes_NV5, out_NVSS3)
+            if len(every_N := _with_own_tables(list(fetched))) == num_pictures:
+                return self._run(every_N, fetched, boxes_NV5, out_NVSS3)
+            ok_N = np.isin(np.arange(num_pictures), every_N)
         except RuntimeError as error:
             ok_N = self.crop(fetched, boxes_NV5, np.empty(out_NVSS3.shape, np.uint8))
             if ok_N.all():
@@ -180,6 +185,11 @@ class DALIEngine(StoreEngine):
                 )
             ),
         )
+
+
+def _with_own_tables(encoded: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
+    """Which pictures are not JPEGs that lack a table; DALI would decode such a one with standard tables."""
+    return np.flatnonzero([missing_table(picture_C) == 0 for picture_C in encoded])
 
 
 def _windows(boxes_MV5: NDArray[np.int32]) -> NDArray[np.int32]:

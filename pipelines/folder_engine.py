@@ -7,7 +7,6 @@ is taken for whole: a JPEG damaged inside its coded data gives pixels without a 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ class FolderEngine:
 
     def picture(self, index: int) -> NDArray[np.uint8] | None:
         """(H, W, 3) the whole picture, upright; None where it cannot be decoded."""
-        image = read_rgb(BytesIO(self._contents(index)))
+        image = read_rgb(self._contents(index))
         return None if image is None else np.asarray(image)
 
     def _contents(self, index: int) -> bytes:
@@ -70,7 +69,7 @@ class FolderEngine:
     def fetch(self, index_N: NDArray[np.int64]) -> _Files:
         """Read the files."""
         contents = [self._contents(index) for index in index_N.tolist()]
-        sizes = [read_size(BytesIO(content)) or (1, 1) for content in contents]
+        sizes = [read_size(content) or (1, 1) for content in contents]
         return _Files(index_N, np.array(sizes, np.int64).reshape(-1, 2), contents)
 
     def crop(
@@ -81,7 +80,7 @@ class FolderEngine:
         return np.fromiter(sound, np.bool_, len(fetched.contents))
 
     def _crop(self, content: bytes, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
-        image = read_rgb(BytesIO(content))
+        image = read_rgb(content)
         if image is None:
             return False
         size = list(out_VSS3.shape[1:3])

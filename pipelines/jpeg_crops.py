@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pipelines.beton import MODE_JPEG, MODE_YUV420
 from pipelines.compiled import kernel
+from pipelines.jpeg_markers import is_turned, missing_table
 from pipelines.native import address_of, call_int, call_word
-from pipelines.pictures import EXIF_ORIENTATION
 from pipelines.resample import SLACK, crop_planes, crop_rgb, make_scratch
 from pipelines.turbojpeg import (
     TJCS_YCBCR,
@@ -35,6 +35,8 @@ TURNED = -4
 """Status of a JPEG that its EXIF tag wants turned, which libturbojpeg leaves to others."""
 NO_DECODER = -3
 """Status where libturbojpeg had no memory for a decoder."""
+NO_TABLE = -5
+"""Status of a JPEG that lacks a table it needs; see :func:`pipelines.jpeg_markers.missing_table`."""
 # libjpeg enlarges the chroma of narrower pictures by repeating it.
 _LEAST_SIDE = 8
 
@@ -85,15 +87,17 @@ def crop_pictures(
         size_N2: heights and widths by the index.
         boxes_NV5: see :mod:`pipelines.crops`; of no views, for decoding alone.
         out_NVSS3: (N, V, S, S, 3) uint8 views.
-        status_N: becomes 0 for a sound picture, else libturbojpeg's return code, WRONG_SIZE, TURNED or
-            NO_DECODER.
+        status_N: becomes 0 for a sound picture, else libturbojpeg's return code, WRONG_SIZE, TURNED,
+            NO_TABLE or NO_DECODER.
+
+    Every JPEG gets a decoder of its own. One that has seen an error, or another picture's tables, would let
+    the views depend on the pictures before; making one takes a thousandth of a decode.
     """
     side = out_NVSS3.shape[2]
     largest = boxes_NV5[:, :, 2:4].max() if boxes_NV5.size else 1
     scratch = make_scratch(side, largest)
     decoded_C = np.empty(SLACK, np.uint8)
     header, starts_3 = np.empty(4, np.int32), np.empty(3, np.int64)
-    decoder = call_word(functions.init, ())
     for n in range(len(address_N)):
         height, width = size_N2[n]
         start, stop = int(address_N[n]), int(address_N[n] + num_bytes_N[n])
@@ -102,7 +106,10 @@ def crop_pictures(
         status_N[n] = 0
         if mode_N[n] == MODE_JPEG:
             jpeg_C = data_C[start:stop]
+            decoder = call_word(functions.init, ())
             status_N[n] = _read_header(functions, decoder, jpeg_C, height, width, header)
+            if status_N[n] == 0 and missing_table(jpeg_C):
+                status_N[n] = NO_TABLE
             if status_N[n] == 0 and is_turned(jpeg_C):
                 status_N[n] = TURNED
             if status_N[n] == 0:
@@ -114,6 +121,8 @@ def crop_pictures(
                 at = np.int64(decoded_C.ctypes.data)
                 starts_3[0], starts_3[1], starts_3[2] = at, at + layout[0], at + layout[1]
                 status_N[n] = _decode(functions, decoder, jpeg_C, height, width, planes, starts_3)
+            if decoder != 0:
+                call_int(functions.destroy, (decoder,))
             pixels_C, start = decoded_C, 0
         if status_N[n] == 0:
             for v in range(boxes_NV5.shape[1]):
@@ -126,50 +135,6 @@ def crop_pictures(
                     crop_planes(pixels_C, starts, pitches, (height, width), halved, box, out_C, scratch)
                 else:
                     crop_rgb(pixels_C[start:], width, box, out_C, scratch)
-    call_int(functions.destroy, (decoder,))
-
-
-@kernel
-def is_turned(jpeg_C: NDArray[np.uint8]) -> bool:
-    """Whether the EXIF tag of a JPEG asks for a rotation or a mirror.
-
-    Pictures that were converted have none left; shards that were only indexed may.
-    """
-    at = 2
-    while at + 10 < len(jpeg_C) and jpeg_C[at] == 0xFF and jpeg_C[at + 1] != 0xDA:
-        size = int(jpeg_C[at + 2]) << 8 | int(jpeg_C[at + 3])
-        exif = jpeg_C[at + 1] == 0xE1 and jpeg_C[at + 4] == 0x45 and jpeg_C[at + 5] == 0x78  # "Ex"
-        if exif and at + 2 + size <= len(jpeg_C):
-            return _asks_for_a_turn(jpeg_C[at + 10 : at + 2 + size])
-        at += 2 + size
-    return False
-
-
-@kernel
-def _asks_for_a_turn(tiff_C: NDArray[np.uint8]) -> bool:
-    """Whether the orientation in the first directory of a TIFF header is one of 2 … 8."""
-    if len(tiff_C) < 8:
-        return False
-    little = tiff_C[0] == 0x49
-    start = _number(tiff_C, 4, 4, little)
-    if start + 2 > len(tiff_C):
-        return False
-    for k in range(_number(tiff_C, start, 2, little)):
-        entry = start + 2 + 12 * k
-        if entry + 12 > len(tiff_C):
-            return False
-        if _number(tiff_C, entry, 2, little) == EXIF_ORIENTATION:
-            return 2 <= _number(tiff_C, entry + 8, 2, little) <= 8
-    return False
-
-
-@kernel
-def _number(bytes_C: NDArray[np.uint8], start: int, num: int, little: bool) -> int:
-    """An unsigned number of some bytes, of either order."""
-    value = 0
-    for i in range(num):
-        value = value << 8 | int(bytes_C[start + num - 1 - i if little else start + i])
-    return value
 
 
 @kernel

@@ -1,13 +1,16 @@
 """Any picture file → upright 8-bit RGB, the same way for the converter and for every backend."""
 
-from pathlib import Path
-from typing import IO
+import io
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-EXIF_ORIENTATION = 0x0112
+from pipelines.jpeg_markers import EXIF_ORIENTATION, TABLE_MISSING, missing_table
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
+"""Pillow's names of the formats that pictures may have. It knows others, some of which run programs: a file
+of PostScript starts Ghostscript, whatever its name."""
 JPEG_START = b"\xff\xd8"
 """What every JPEG file begins with."""
 
@@ -55,11 +58,22 @@ def _doubled(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return pairs.reshape(-1, rows.shape[1]).astype(np.float32, copy=False)
 
 
-def read_rgb(file: Path | IO[bytes]) -> Image.Image | None:
-    """The picture in ``file`` by :func:`upright_rgb`, None where it cannot be decoded."""
+def open_picture(payload: bytes) -> Image.Image:
+    """Open an encoded picture of one of FORMATS by Pillow, which decodes it at the first use of its pixels.
+
+    Raises ValueError for a JPEG that lacks a table it needs, and what Pillow raises for a file of another
+    format (UnidentifiedImageError) or a damaged header.
+    """
+    if missing := missing_table(np.frombuffer(payload, np.uint8)):
+        raise ValueError(TABLE_MISSING[missing])
+    return Image.open(io.BytesIO(payload), formats=FORMATS)
+
+
+def read_rgb(payload: bytes) -> Image.Image | None:
+    """The picture in ``payload`` by :func:`upright_rgb`, None where it cannot be decoded."""
     # Pillow's readers meet arbitrary bytes here and raise nearly anything; all of it means a bad picture.
     try:
-        with Image.open(file) as image:
+        with open_picture(payload) as image:
             return upright_rgb(image)
     except MemoryError:
         raise
@@ -67,10 +81,10 @@ def read_rgb(file: Path | IO[bytes]) -> Image.Image | None:
         return None
 
 
-def read_size(file: Path | IO[bytes]) -> tuple[int, int] | None:
-    """(height, width) in pixels of the upright picture, from the file's header; None where it has none."""
+def read_size(payload: bytes) -> tuple[int, int] | None:
+    """(height, width) in pixels of the upright picture, by its header; None where that cannot be read."""
     try:
-        with Image.open(file) as image:
+        with open_picture(payload) as image:
             turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
     except MemoryError:

@@ -9,7 +9,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 
@@ -280,7 +279,7 @@ def _size_N2(records: NDArray[np.void]) -> NDArray[np.int64]:
 def _pixels(data_C: NDArray[np.uint8], mode: int, size: tuple[int, int]) -> NDArray[np.uint8] | None:
     """(H, W, 3) a stored picture, an encoded one upright by PIL; None where it cannot be decoded."""
     if mode == MODE_JPEG:
-        image = read_rgb(BytesIO(data_C.tobytes()))
+        image = read_rgb(data_C.tobytes())
         return None if image is None else np.asarray(image)
     if mode == MODE_RAW:
         return np.array(data_C).reshape(*size, 3)

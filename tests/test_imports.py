@@ -67,3 +67,15 @@ def test_package_init_needs_no_optional_package(room: str) -> None:
     for file in _files(room):
         if file.name == "__init__.py":
             assert not _imported(ast.parse(file.read_text())) & OPTIONAL, file
+
+
+def test_pillow_opens_no_formats_but_the_documented_ones() -> None:
+    """Without a list it tries all it knows, and starts Ghostscript for PostScript under any name."""
+    programs = [ROOT / name for name in ("presets.py", "pretrained.py", "supervised.py")]
+    for file in [*programs, *ROOT.glob("train_*.py"), *(f for room in ROOMS for f in _files(room))]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+                assert any(keyword.arg == "formats" for keyword in node.keywords), f"{file}:{node.lineno}"
+            assert not (isinstance(node, ast.Name) and node.id in ("pil_loader", "default_loader")), file
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ImageFolder"):
+                assert any(keyword.arg == "loader" for keyword in node.keywords), f"{file}:{node.lineno}"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import sample_sets
 from pipelines.listing import FolderListing
+from pipelines.pictures import FORMATS
 
 PHOTOGRAPHS = 19
 """One from each photograph of the sample set."""
@@ -58,7 +59,7 @@ class Samples:
 
     def planes(self, index: int) -> Image.Image:
         """The same with its colours not yet converted: Y, U and V in full size."""
-        with Image.open(self.folder / self.names[index]) as image:
+        with Image.open(self.folder / self.names[index], formats=FORMATS) as image:
             image.draft("YCbCr", image.size)
             return image.convert("YCbCr")
 
@@ -66,8 +67,7 @@ class Samples:
 @cache
 def _decoded(file: Path) -> Image.Image:
     """Kept, because each picture is asked for many times and there are few."""
-    with Image.open(file) as image:
-        return image.convert("RGB")
+    return sample_sets.read_with_pil(file)
 
 
 def make_samples(folder: Path) -> Samples:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import io, transforms
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from benchmarks.peers.contract import TORCHVISION_PIL, TORCHVISION_V2, FixedCrops, Job, Peer, Work
+from benchmarks.sample_sets import read_with_pil
 from pipelines.parameters import blur_radius_px
 from pipelines.recipe import Recipe
 
@@ -115,7 +115,7 @@ def _batches(job: Job, dataset: ImageFolder) -> Iterator[object]:
 
 def _open_pil(steps: Callable[[Recipe], list[object]], job: Job) -> Iterator[object]:
     transform = transforms.Compose(steps(job.recipe))
-    return _batches(job, ImageFolder(str(job.folder), TwoViews(transform)))
+    return _batches(job, ImageFolder(str(job.folder), TwoViews(transform), loader=read_with_pil))
 
 
 def _open_v2(transform: Callable[[Recipe], v2.Transform], job: Job) -> Iterator[object]:
@@ -147,7 +147,7 @@ def pil_fixed_crops(asked: FixedCrops) -> NDArray[np.uint8]:
     """Crops by the PIL peer's operations; see :class:`FixedCrops`."""
     crops_NVSS3 = asked.empty()
     for file, boxes_V4, crops_VSS3 in zip(asked.files, asked.boxes_NV4, crops_NVSS3, strict=True):
-        image = pil_loader(str(file))
+        image = read_with_pil(str(file))
         for box, crop_SS3 in zip(boxes_V4.tolist(), crops_VSS3, strict=True):
             crop_SS3[:] = transforms.functional.resized_crop(image, *box, [asked.crop_px, asked.crop_px])
     return crops_NVSS3
