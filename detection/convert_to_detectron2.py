@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 
 from detection.keys import to_detectron2
 from engine import cli
-from engine.checkpoint import write_atomically
+from engine.checkpoint import save_tensors, write_atomically
 from engine.export import BackboneMeta, fingerprint, load_backbone
 
 console = Console(highlight=False, soft_wrap=True)
@@ -56,7 +55,7 @@ def main(config: Conversion) -> None:
         arrays = {name: tensor.numpy() for name, tensor in state.items()}
         write_atomically(config.output, lambda file: pickle.dump({"model": arrays, **about}, file))
     else:
-        write_atomically(config.output, lambda file: torch.save({"model": state, **about}, file))
+        save_tensors(config.output, {"model": state, **about})
     narrow = ", MODEL.RESNETS.RES2_OUT_CHANNELS 64 and the FPN config" if depth < 50 else ""
     console.print(
         f"{config.input}: {len(state)} tensors of a ResNet-{depth} → {config.output}  "

@@ -1,14 +1,18 @@
 """The whole state of a run in one file that is either complete or not there.
 
 A file holds tensors and plain data only and is read with ``weights_only=True``: opening one from elsewhere
-runs none of its code.
+runs none of its code. It also holds a hash of all that, because torch reads damaged bytes as they are.
 """
 
 import dataclasses
+import hashlib
 import json
+import logging
 import os
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +21,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from engine import failure
+
+log = logging.getLogger(__name__)
+
+HASH = "sha256"
+"""The key of a file's hash of all else in it, see `content_hash`."""
 _NAME = re.compile(r"checkpoint_(\d{9})\.pt")
 
 
@@ -155,7 +165,55 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
         json.dumps(state.config, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"the config cannot be written as JSON ({error}); use plain finite values") from error
-    write_atomically(path, lambda file: torch.save(content, file))
+    save_tensors(path, content)
+
+
+def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain data and tensors by ``torch.save``, atomically, with their hash among them."""
+    write_atomically(path, lambda file: torch.save({**content, HASH: content_hash(content)}, file))
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 of plain data and tensors: of keys, types, shapes and values, whatever the order of keys."""
+    digest = hashlib.sha256()
+    _hash_into(digest, content, "")
+    return digest.hexdigest()
+
+
+def _hash_into(digest: "hashlib._Hash", value: object, where: str) -> None:
+    if isinstance(value, Mapping):
+        digest.update(f"{where} holds {len(value)}\n".encode())
+        for key in sorted(value, key=repr):
+            _hash_into(digest, value[key], f"{where}/{key!r}")
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{where} has {len(value)}\n".encode())
+        for number, item in enumerate(value):
+            _hash_into(digest, item, f"{where}/{number}")
+    elif isinstance(value, Tensor):
+        digest.update(f"{where} {value.dtype} {tuple(value.shape)}\n".encode())
+        hash_tensor(digest, value)
+    else:
+        digest.update(f"{where} {type(value).__name__} {value!r}\n".encode())
+
+
+def hash_tensor(digest: "hashlib._Hash", tensor: Tensor) -> None:
+    """Add a tensor's values, row by row whatever its memory format."""
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def check_hash(path: Path, content: Mapping[str, Any], written: object, otherwise: str) -> None:
+    """Raise CheckpointError unless the content of a file has the hash written in it.
+
+    written: the hash; None if the file has none, which is said, with what was checked ``otherwise``.
+    """
+    if written is None:
+        if failure.speaks_for_machine():
+            log.warning("%s carries no hash of its content: %s", path, otherwise)
+    elif written != content_hash(content):
+        raise CheckpointError(
+            f"{path} does not hold what its hash was made of: it is damaged, or was changed since; delete it "
+            "and take another copy, or an older one"
+        )
 
 
 def _not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
@@ -173,12 +231,13 @@ def _not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
 def read_safely(path: Path) -> Any:
     """What ``torch.save`` wrote to ``path``, on the CPU, with ``weights_only=True``.
 
-    Raises CheckpointError if the file is missing, cut short, or holds objects that could run code.
+    Raises CheckpointError if the file is missing, damaged, cut short, or holds objects that could run code.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}; check the path")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checked = _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
@@ -187,8 +246,25 @@ def read_safely(path: Path) -> Any:
             f"{path} holds {refused.group(1)}, which could run code when opened, and was not loaded; "
             "take a file of tensors and plain data, or convert it where you trust it"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path, str(error).split(". ")[0] or "it ends too early") from error
+    if isinstance(content, dict):
+        written = content.pop(HASH, None)
+        check_hash(path, content, written, checked)
+    return content
+
+
+def _check_archive(path: Path) -> str:
+    """Hold the members of an archive of torch's against their checksums, which torch itself does not read.
+
+    Returns what is checked by that, in words. Raises ValueError for a member that is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return "it is not checked for damage, as its format has no checksums either"
+    with zipfile.ZipFile(path) as archive:
+        if (member := archive.testzip()) is not None:
+            raise ValueError(f"{member} does not have its checksum")
+    return "only the archive's checksums are checked"
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:

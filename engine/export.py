@@ -16,7 +16,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import CheckpointError, read_safely, write_atomically
+from engine.checkpoint import (
+    HASH,
+    CheckpointError,
+    check_hash,
+    content_hash,
+    hash_tensor,
+    read_safely,
+    write_atomically,
+)
 
 _PUBLISHED_KEYS = {"epoch", "arch", "state_dict", "optimizer"}
 _OUR_KEYS = {"step", "model", "meta", "config"}
@@ -129,12 +137,12 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        hash_tensor(digest, tensor)
     return digest.hexdigest()
 
 
 def save_backbone(path: Path, encoder: nn.Module, meta: BackboneMeta) -> None:
-    """Write an encoder without its ``fc`` to a safetensors file, atomically.
+    """Write an encoder without its ``fc`` to a safetensors file, atomically; equal encoders, equal files.
 
     Keys are torchvision's. Raises ValueError if ``meta`` says no arch or feature_dim.
     """
@@ -147,8 +155,20 @@ def save_backbone(path: Path, encoder: nn.Module, meta: BackboneMeta) -> None:
         for name, tensor in encoder.state_dict().items()
         if not name.startswith("fc.")
     }
-    content = safetensors.torch.save(tensors, metadata=meta.as_strings())
+    said = meta.as_strings()
+    said[HASH] = content_hash({"tensors": tensors, "metadata": said})
+    content = _in_fixed_order(safetensors.torch.save(tensors, metadata=said))
     write_atomically(path, lambda file: file.write(content))
+
+
+def _in_fixed_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted, whose order in the library is another in each process."""
+    stop = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:stop])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[stop:]
 
 
 def save_published(
@@ -210,8 +230,12 @@ def _load_safetensors(path: Path) -> Backbone:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Backbone(state, _meta(path, file.metadata() or {}))
+            said = dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise CheckpointError(
             f"{path} is cut short or no safetensors file ({error}); export it again"
         ) from error
+    written = said.pop(HASH, None)
+    content = {"tensors": state, "metadata": said}
+    check_hash(path, content, written, "it is not checked for damage, as its format has no checksums either")
+    return Backbone(state, _meta(path, said))

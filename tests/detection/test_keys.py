@@ -86,4 +86,4 @@ def test_what_the_file_does_not_say_is_left_out(tmp_path: Path) -> None:
     save_backbone(tmp_path / "a.safetensors", encoder, BackboneMeta(arch="resnet18", feature_dim=feature_dim))
     main(Conversion(tmp_path / "a.safetensors", tmp_path / "a.pth"))
     content = torch.load(tmp_path / "a.pth", weights_only=True)
-    assert content.keys() == {"model", "__author__", "matching_heuristics", "encoder_sha256"}
+    assert content.keys() == {"model", "__author__", "matching_heuristics", "encoder_sha256", "sha256"}
