@@ -9,6 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 from rich.console import Console
 
+from detection.foreign_files import config_files
 from detection.heads import Res5ROIHeadsExtraNorm
 
 console = Console(highlight=False, soft_wrap=True)
@@ -26,15 +27,15 @@ def configure(args: argparse.Namespace, *, telling: bool = False) -> CfgNode:
     """The config of a command line, made to fit this machine.
 
     telling: say what was made to fit.
-    Raises FileNotFoundError for files that are missing, and ValueError for what is no config.
+    Raises FileNotFoundError for files that are missing, and ValueError for what is no config, or would run
+    code of others or fetch files.
     """
     if not args.config_file:
         raise ValueError("give --config-file, such as detection/configs/pascal_voc_R_50_C4_24k.yaml")
-    if not Path(args.config_file).is_file():
-        raise FileNotFoundError(f"there is no {args.config_file}; check the path")
+    config_files(Path(args.config_file))
     cfg = get_cfg()
     try:
-        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_file(args.config_file, allow_unsafe=False)
         cfg.merge_from_list(args.opts)
     except (KeyError, AssertionError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(
@@ -42,7 +43,9 @@ def configure(args: argparse.Namespace, *, telling: bool = False) -> CfgNode:
             "further options pairs, such as SOLVER.MAX_ITER 1000"
         ) from error
     file = "" if resumes(cfg, args) else cfg.MODEL.WEIGHTS
-    if file and "://" not in file and not Path(file).is_file():
+    if "://" in file:
+        raise ValueError(f"MODEL.WEIGHTS is {file}; fetch the file, and give its path")
+    if file and not Path(file).is_file():
         raise FileNotFoundError(f"there is no {file}; check the path, MODEL.WEIGHTS")
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -65,8 +68,28 @@ def use_plain_bn(cfg: CfgNode, *, telling: bool) -> None:
 
 
 def resumes(cfg: CfgNode, args: argparse.Namespace) -> bool:
-    """Whether a run goes on from a checkpoint of its own, in place of MODEL.WEIGHTS."""
-    return bool(args.resume) and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+    """Whether a run goes on from a checkpoint of its own, in place of MODEL.WEIGHTS.
+
+    Raises as `last_checkpoint` does.
+    """
+    return bool(args.resume) and last_checkpoint(cfg.OUTPUT_DIR) is not None
+
+
+def last_checkpoint(folder: str) -> Path | None:
+    """The checkpoint that a run's folder names as its last, None if it names none.
+
+    Raises ValueError if that is not one of Detectron2's own in the same folder.
+    """
+    note = Path(folder) / "last_checkpoint"
+    if not note.is_file():
+        return None
+    name = note.read_text(errors="replace").strip()
+    if Path(name).name != name or not name.endswith(".pth"):
+        raise ValueError(
+            f"{note} names {name!r}, a run's own checkpoint is a .pth in the same folder; write the name of "
+            "the newest there, or leave --resume out"
+        )
+    return note.with_name(name)
 
 
 def check_config(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -81,6 +104,11 @@ def check_config(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {num_processes} processes cannot "
             "share evenly; give a multiple"
+        )
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS is on, and Detectron2 reads proposals from pickles, which can run code; "
+            "set it to False, and the detector makes its own"
         )
     depth, head = cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.ROI_HEADS.NAME
     if not (cfg.DATASETS.TRAIN or args.eval_only):

@@ -10,18 +10,17 @@ added later, with the same words and weights: OUTPUT_DIR/settings.json says whic
 
 import hashlib
 import json
-import re
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from detection.foreign_files import config_files
 from engine import cli
 from engine.checkpoint import write_json
 
@@ -83,10 +82,11 @@ def _spread(task: str, name: str, figures: list[dict[str, dict[str, float | None
 
 def _keep_settings(out: Path, words: list[str]) -> None:
     """Write what makes the runs of a folder, or raise ValueError if those begun there were made otherwise."""
+    config = _value(words, "--config-file")
     settings: dict[str, Any] = {
         "words": words,
         "weights_sha256": _sha256(_value(words, "MODEL.WEIGHTS")),
-        "config_sha256": [_sha256(path) for path in _with_bases(_value(words, "--config-file"))],
+        "config_sha256": [_sha256(path) for path in config_files(config)] if config else [],
     }
     path = out / "settings.json"
     before = json.loads(path.read_text()) if path.is_file() else settings | {"words": []}
@@ -110,14 +110,6 @@ def _value(words: list[str], name: str) -> Path | None:
     """The file that a word names, None where it is no file of this machine."""
     given = [value for word, value in pairwise(words) if word == name]
     return Path(given[-1]) if given and Path(given[-1]).is_file() else None
-
-
-def _with_bases(config: Path | None) -> Iterator[Path]:
-    """A config's file, and those it is based on."""
-    while config and config.is_file():
-        yield config
-        base = re.search(r"""^_BASE_:\s*["']?([^"'\s]+)""", config.read_text(), re.MULTILINE)
-        config = config.parent / base[1] if base else None
 
 
 def _sha256(path: Path | None) -> str | None:

@@ -3,16 +3,22 @@
 import argparse
 import json
 import math
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils import comm
+from PIL import Image
 from rich.console import Console
 
 from detection import datasets, weights
@@ -21,13 +27,40 @@ from engine.checkpoint import write_json
 
 __all__ = ["launch", "parse", "prepare", "run"]
 
+FORMATS = ("JPEG", "PNG")
+"""Formats that pictures of a set may have."""
 BEGUN_FROM = "begun_from.json"
 """Beside a run's checkpoints: what it began from."""
 console = Console(highlight=False, soft_wrap=True)
 
 
+class Mapper(DatasetMapper):
+    """Detectron2's, for pictures of our FORMATS only: by itself it starts Ghostscript for PostScript."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any:
+        """One picture with its boxes. Raises UnidentifiedImageError for another format."""
+        with Image.open(dataset_dict["file_name"], formats=FORMATS):
+            return super().__call__(dataset_dict)
+
+
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer, evaluated as the set's own kind wants it."""
+    """Detectron2's trainer, evaluated as the set's own kind wants it, reading nothing that could run code."""
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Begin from MODEL.WEIGHTS, or go on from the last checkpoint."""
+        model = self.checkpointer.model  # type: ignore[has-type, unused-ignore]
+        self.checkpointer = weights.Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        super().resume_or_load(resume)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's, with our mapper."""
+        return build_detection_train_loader(cfg, mapper=Mapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's, with our mapper."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=Mapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> Any:
@@ -107,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _evaluated(cfg: CfgNode, resume: bool) -> Any:
     model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    weights.Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return Trainer.test(cfg, model)
 
 

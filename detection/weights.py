@@ -7,6 +7,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from detection.config import last_checkpoint
+from detection.foreign_files import read_pickled_weights
 from engine.checkpoint import read_safely
 
 TOLERATED_GREY = 0.5
@@ -17,7 +19,22 @@ _NEVER_PRETRAINED = ("backbone.fpn_", "roi_heads.res5.norm.")
 _SAID = ("pixel_mean", "pixel_std", "encoder_sha256")
 
 
-class _Checkpointer(DetectionCheckpointer):
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's, which reads files without running code in them, from local folders alone."""
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        path = Path(filename)
+        if path.suffix == ".pkl":
+            return read_pickled_weights(path)
+        content = read_safely(path)
+        return content if isinstance(content, dict) and "model" in content else {"model": content}
+
+    def get_checkpoint_file(self) -> str:
+        """The newest checkpoint in the run's folder. Raises ValueError if it names one from elsewhere."""
+        return str(last_checkpoint(self.save_dir) or "")
+
+
+class _Checkpointer(Checkpointer):
     """Keeps which keys do not fit, in place of logging them."""
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
