@@ -16,6 +16,7 @@ from dataset_tools.report import NUM_NAMED, Stats
 from dataset_tools.saying import line, pace, report_left_out
 from dataset_tools.shard_set import SKIPPED_NAME
 from dataset_tools.verify import count_pictures, stats, verify
+from dataset_tools.work import MAX_BAD
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Index:
     """Take labels from cls and json files; --no-labels takes all pictures as unlabelled."""
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Class names, one a line in the order of the labels; by default labels are called 0, 1, …."""
+    max_bad: Annotated[float, tyro.conf.arg(metavar="SHARE")] = MAX_BAD
+    """Leave out samples without a picture that can be read, up to this share of all."""
+    accept_truncated: bool = False
+    """Take the samples of a damaged tar that come before the place where it cannot be read on."""
     dali_only: bool = False
     """Write DALI's .idx files where they are missing or wrong, and nothing else."""
     workers: int | None = None
@@ -43,7 +48,12 @@ class Index:
         started = time.monotonic()
         with count_up("indexing tars", err) as advance:
             if self.dali_only:
-                written = write_dali_indices(self.path, workers=self.workers, progress=advance)
+                written = write_dali_indices(
+                    self.path,
+                    accept_truncated=self.accept_truncated,
+                    workers=self.workers,
+                    progress=advance,
+                )
                 line(out, f"{self.path}: {written} DALI indices written. "
                           f"Next: python -m dataset_tools verify {self.path}")  # fmt: skip
                 return 0
@@ -53,6 +63,8 @@ class Index:
                 labelled=self.labels,
                 classes=names,
                 extensions=self.ext,
+                max_bad=self.max_bad,
+                accept_truncated=self.accept_truncated,
                 workers=self.workers,
                 progress=advance,
             )

@@ -6,7 +6,7 @@ A new command is one more such class, and one more line in the table of ``__main
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Protocol
 
 import tyro
 from rich.console import Console
@@ -21,7 +21,7 @@ from dataset_tools.saying import line, pace, report_left_out
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE
 from dataset_tools.shard_set import SUFFIX
 from dataset_tools.sources import Source
-from dataset_tools.work import Work
+from dataset_tools.work import MAX_BAD, Work
 from pipelines.beton import ffcv_types
 from pipelines.manifest import Tier
 
@@ -68,8 +68,10 @@ class Convert:
     """Take folders as classes; --no-labels takes all pictures of SOURCE as unlabelled."""
     labels_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Class names, one a line in the order of the sorted pictures, for a tar without class folders."""
-    on_error: Literal["skip", "stop"] = "skip"
-    """Leave out pictures that cannot be decoded, or stop at the first."""
+    max_bad: Annotated[float, tyro.conf.arg(metavar="SHARE")] = MAX_BAD
+    """Leave out pictures that cannot be decoded, up to this share of all; 0 stops at the first."""
+    accept_truncated: bool = False
+    """Take the pictures of a damaged tar that come before the place where it cannot be read on."""
     shard_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Pictures a shard; 2000 by default."""
     seed: int | None = None
@@ -86,7 +88,11 @@ class Convert:
             raise FileExistsError(f"{self.output} exists already; choose another name or add --overwrite")
         with count_up("reading names", err) as advance:
             source = open_source(
-                self.source, labelled=self.labels, labels_file=self.labels_file, progress=advance
+                self.source,
+                labelled=self.labels,
+                labels_file=self.labels_file,
+                accept_truncated=self.accept_truncated,
+                progress=advance,
             )
         if sharding is None:
             ffcv_types()  # takes seconds to import, which is not part of the pace
@@ -136,7 +142,7 @@ class Convert:
         how = Normalising(
             self.tier, self.quality, self.max_side, self.short_side, self.recompress, self.verify
         )
-        return Work(source, how, self.on_error, workers=self.workers, progress=advance)
+        return Work(source, how, self.max_bad, workers=self.workers, progress=advance)
 
     def _make_some(self, work: Work, sharding: Sharding, out: Console) -> int:
         done = make_shards(work, self.output, sharding)
@@ -239,6 +245,7 @@ def _report_replaced(path: Path, converted: Converted, out: Console) -> None:
 
 def _say_done(path: Path, converted: Converted, seconds: float, out: Console) -> None:
     manifest = converted.manifest
-    size = f"{manifest.count:,} pictures, tier {manifest.tier}, {manifest.num_bytes / 1e6:,.1f} MB"
+    listed = f" of {manifest.count + converted.num_skipped:,} listed" if converted.num_skipped else ""
+    size = f"{manifest.count:,} pictures{listed}, tier {manifest.tier}, {manifest.num_bytes / 1e6:,.1f} MB"
     shards = f" in {len(manifest.shards)} shards" if manifest.shards else ""
     line(out, f"{path}: {size}{shards}, {pace(manifest.count, seconds)}. Next: make pretrain DATA={path}")

@@ -14,7 +14,7 @@ from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan, plan_for
 from dataset_tools.shard_set import SKIPPED_NAME, SUFFIX, claim, finish, missing
 from dataset_tools.shard_writer import ShardsWriter
 from dataset_tools.sources import Source
-from dataset_tools.work import OnError, Progress, Work
+from dataset_tools.work import MAX_BAD, Progress, Work
 from pipelines.manifest import Manifest, Tier, source_path_line
 from pipelines.randomness import EpochOrder
 
@@ -71,7 +71,7 @@ def convert(
     short_side: int | None = None,
     recompress: bool = False,
     verify: bool = True,
-    on_error: OnError = "skip",
+    max_bad: float = MAX_BAD,
     limit: int | None = None,
     page_bytes: int = DEFAULT_PAGE_BYTES,
     sharding: Sharding | None = None,
@@ -86,11 +86,12 @@ def convert(
     ``limit`` takes only the first pictures of the source; ``page_bytes`` is for files, ``sharding`` for
     shards; ``progress`` is called once a picture.
     Pictures that cannot be decoded are left out, counted in the manifest and named in the list that
-    ``skipped_path`` tells; with ``on_error="stop"`` the first of them is a ValueError naming it. After any
-    error nothing new is left of a file; of shards those that are whole stay, and the next call goes on.
-    Raises ValueError for an unusable option and where no picture is usable, FileExistsError where ``out``
-    exists and ``overwrite`` is off (shards made of the same source with the same options are taken as they
-    are), ImportError without FFCV.
+    ``skipped_path`` tells; once they are more than the share ``max_bad`` of the source, that is an error. So
+    the pictures listed are those in the set and those named. After any error nothing new is left of a file;
+    of shards those that are whole stay, and the next call goes on.
+    Raises ValueError for an unusable option and where no picture, or too few, can be used, FileExistsError
+    where ``out`` exists and ``overwrite`` is off (shards made of the same source with the same options are
+    taken as they are), ImportError without FFCV.
     """
     how = Normalising(
         tier=tier,
@@ -100,7 +101,7 @@ def convert(
         recompress=recompress,
         verify=verify,
     )
-    work = Work(source, how, on_error, limit, workers, progress)
+    work = Work(source, how, max_bad, limit, workers, progress)
     return compile_set(work, out, page_bytes=page_bytes, sharding=sharding, overwrite=overwrite)
 
 
@@ -155,7 +156,7 @@ def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: 
         num_skipped = sum(n for reason, n in manifest.replaced.items() if reason.startswith("skipped: "))
         return Converted(manifest, (), num_skipped, already_there=True)
     _make_missing(work, folder, plan, range(plan.num_shards))
-    done = finish(folder, plan, work.source)
+    done = finish(folder, plan, work)
     return Converted(done.manifest, done.skipped[:NUM_NAMED], len(done.skipped))
 
 
@@ -215,10 +216,11 @@ def _convert_to_file(work: Work, out: Path, page_bytes: int, overwrite: bool) ->
         manifest = beton.commit(
             source=work.source.name,
             classes=work.source.classes,
-            replaced=dict(sorted(writer.replaced.items())),
-            settings={**asdict(work.how), "on_error": work.on_error},
+            replaced=dict(sorted((writer.replaced + work.source.passed_over).items())),
+            settings={**asdict(work.how), "max_bad": work.max_bad},
         )
         skipped.commit()
+    assert manifest.count + skipped.count == work.count, "pictures were lost"
     return Converted(manifest, tuple(skipped.first), skipped.count)
 
 

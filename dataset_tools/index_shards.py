@@ -18,15 +18,17 @@ from dataset_tools.parallel import num_workers, ordered_map
 from dataset_tools.shard_set import PLAN_KEY, finished_before, save_set, unfinished
 from dataset_tools.shard_writer import MAX_PICTURE_BYTES
 from dataset_tools.tar_members import scan_tar
+from dataset_tools.work import MAX_BAD, check_bad
 from engine.checkpoint import write_atomically
 from pipelines.beton import MAX_SIDE_PX
-from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES
+from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES, PassedOver
 from pipelines.manifest import Manifest, Shard
 from pipelines.pictures import read_size
 from pipelines.shards import INDEX_DTYPE, dali_index_path, open_shards, pictures_on_disk
 
 LABEL_SUFFIX, JSON_SUFFIX, JSON_KEY = "cls", "json", "label"
 """A sample's label: the number in its ``cls`` file, or the key of that name in its ``json`` file."""
+_NO_PICTURE = "no picture"
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,10}\s*")
 MAX_NUMBERED_CLASSES = 1_000_000
 """Past so many, labels that no file names are taken for a mistake."""
@@ -51,6 +53,8 @@ def index_shards(
     labelled: bool = True,
     classes: Sequence[str] | None = None,
     extensions: Sequence[str] | None = None,
+    max_bad: float = MAX_BAD,
+    accept_truncated: bool = False,
     workers: int | None = None,
     progress: Callable[[], None] | None = None,
 ) -> Indexed:
@@ -61,20 +65,29 @@ def index_shards(
     picture that the first sample has. Its label is the number in ``cls``, or ``label`` in ``json``, or none
     (always with ``labelled`` off).
     ``classes`` names the labels; by default an earlier manifest does, else they are called 0, 1, ….
-    Samples without a picture, or with one whose size cannot be read, are left out and named. ``progress`` is
-    called once a tar.
+    Samples without a picture, or with one whose size cannot be read, are left out and named; of the latter no
+    more than the share ``max_bad`` of all may be. ``accept_truncated`` takes of a damaged tar the samples
+    that come before the place where it cannot be read on, and counts that place in the manifest.
+    ``progress`` is called once a tar.
     Raises ValueError, naming tar and sample, for a folder without tars, with compressed ones or with a
-    conversion that has not ended, for a tar that is damaged, for a label that is none or has no name, and for
-    samples that have another kind of picture; OSError where the folder cannot be written.
+    conversion that has not ended, for a tar that is damaged, for too many samples left out, for a label that
+    is none or has no name, and for samples that have another kind of picture; OSError where the folder cannot
+    be written.
     """
     folder = Path(folder)
     tars = _find_tars(folder)
     workers = num_workers(workers)
     _check_writable(folder)
     before = finished_before(folder, replaced=True)
-    wanted = tuple(e.lower().lstrip(".") for e in extensions) if extensions else _first_kind(tars)
+    wanted = (
+        tuple(e.lower().lstrip(".") for e in extensions)
+        if extensions
+        else _first_kind(tars, accept_truncated)
+    )
     found: list[_Tar] = []
-    for tar in ordered_map(lambda i: _read_tar(tars[i], wanted, labelled), len(tars), workers=workers):
+    for tar in ordered_map(
+        lambda i: _read_tar(tars[i], wanted, labelled, accept_truncated), len(tars), workers=workers
+    ):
         found.append(tar)
         if progress is not None:
             progress()
@@ -83,6 +96,9 @@ def index_shards(
     if not kept:
         raise ValueError(f"{folder} holds no picture that can be used: {'; '.join(skipped[:3])}")
     index = _join(kept)
+    replaced = sum((tar.replaced for tar in found), Counter[str]())
+    if num_bad := len(skipped) - replaced[f"skipped: {_NO_PICTURE}"]:
+        check_bad(num_bad, len(index) + num_bad, max_bad, str(folder), skipped[-1])
     names = _class_names(folder, index["label"], classes, before)
     manifest = save_set(
         folder,
@@ -91,7 +107,7 @@ def index_shards(
         skipped=skipped,
         source=folder.resolve().name,
         classes=names,
-        replaced=sum((tar.replaced for tar in found), Counter()),
+        replaced=replaced,
         settings={"indexed": True, "extensions": list(wanted)},
     )
     was_converted = before is not None and PLAN_KEY in before.settings
@@ -127,9 +143,9 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _first_kind(tars: Sequence[Path]) -> tuple[str, ...]:
+def _first_kind(tars: Sequence[Path], accept_truncated: bool) -> tuple[str, ...]:
     for tar in tars:
-        for sample in _samples(tar):
+        for sample in _samples(tar, PassedOver() if accept_truncated else None):
             if found := _pictures(sample):
                 return (found[0].suffix.lower(),)
     raise ValueError(
@@ -138,8 +154,10 @@ def _first_kind(tars: Sequence[Path]) -> tuple[str, ...]:
     )
 
 
-def _samples(tar: Path) -> list[TarSample]:
-    return list(tar_samples(member for member in scan_tar(tar) if not member.link))
+def _samples(tar: Path, passed_over: PassedOver | None) -> list[TarSample]:
+    """The samples of a tar; damage is counted in ``passed_over``, or without it an error."""
+    members = scan_tar(tar, None if passed_over is None else passed_over.count_damage)
+    return list(tar_samples(member for member in members if not member.link))
 
 
 def _pictures(sample: TarSample) -> list[Component]:
@@ -147,12 +165,16 @@ def _pictures(sample: TarSample) -> list[Component]:
 
 
 def write_dali_indices(
-    folder: str | Path, *, workers: int | None = None, progress: Callable[[], None] | None = None
+    folder: str | Path,
+    *,
+    accept_truncated: bool = False,
+    workers: int | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> int:
     """Write the DALI index of every tar of a set where it is missing or wrong, and nothing else.
 
-    Returns how many were written. Raises as ``open_shards`` does, ValueError for a damaged tar, and OSError
-    where the folder cannot be written.
+    ``accept_truncated`` as in ``index_shards``. Returns how many were written. Raises as ``open_shards``
+    does, ValueError for a damaged tar, and OSError where the folder cannot be written.
     """
     shards = open_shards(folder)
     workers = num_workers(workers)
@@ -163,7 +185,8 @@ def write_dali_indices(
     def write(number: int) -> bool:
         tar = shards.tar_path(number)
         offsets = shards.index["offset"][rows_by_shard[number]]
-        return _write_idx(tar, dali_index(with_pictures_at(offsets, _samples(tar))))
+        samples = _samples(tar, PassedOver() if accept_truncated else None)
+        return _write_idx(tar, dali_index(with_pictures_at(offsets, samples)))
 
     written = 0
     for anew in ordered_map(write, len(shards.shards), workers=workers):
@@ -182,14 +205,14 @@ class _Tar:
     records: npt.NDArray[np.void] = field(init=False)
     """(n,) of INDEX_DTYPE, the column ``shard`` still empty."""
     idx_written: bool = False
-    replaced: Counter[str] = field(default_factory=Counter)
+    replaced: PassedOver = field(default_factory=PassedOver)
     skipped: list[str] = field(default_factory=list)
 
 
-def _read_tar(path: Path, wanted: tuple[str, ...], labelled: bool) -> _Tar:
-    samples = _samples(path)
+def _read_tar(path: Path, wanted: tuple[str, ...], labelled: bool, accept_truncated: bool) -> _Tar:
+    tar = _Tar(path)
+    samples = _samples(path, tar.replaced if accept_truncated else None)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        tar = _Tar(path)
         records = []
         for sample in samples:
             record = _record(path, sample, wanted, labelled, content)
@@ -216,7 +239,7 @@ def _record(
                 f"{path}: the sample {sample.key} has the picture {others[0].name}, others have "
                 f"{' or '.join(wanted)}; name all kinds with --ext {' '.join(wanted)} {others[0].suffix}"
             )
-        return "no picture"
+        return _NO_PICTURE
     size = read_size(content[picture.offset : picture.offset + picture.num_bytes])
     if size is None:
         return "no readable size"

@@ -17,12 +17,14 @@ def open_source(
     *,
     labelled: bool = True,
     labels_file: str | Path | None = None,
+    accept_truncated: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> Source:
     """Open a folder of pictures, a tar of pictures or of tars, or a set of shards.
 
     ``labelled`` off takes the pictures of a folder or a tar as one unlabelled set; ``labels_file`` is for
-    tars, see TarSource. ``progress`` is called once a picture of a tar and once a shard.
+    tars, see TarSource; ``accept_truncated`` takes of a damaged tar, or set of shards, what can be read.
+    ``progress`` is called once a picture of a tar and once a shard.
     Raises ValueError, with the mend, for anything else, and what the source's class raises.
     """
     path = Path(path)
@@ -34,11 +36,19 @@ def open_source(
                 f"the source {path} is a file, but no .tar; give a folder of pictures, a tar of them or a "
                 "set of shards"
             )
-        return TarSource(path, labelled=labelled, labels_file=labels_file, progress=progress)
+        return TarSource(
+            path,
+            labelled=labelled,
+            labels_file=labels_file,
+            accept_truncated=accept_truncated,
+            progress=progress,
+        )
     if is_shard_set(path):
         if not labelled:
             raise ValueError(f"{path} is a set of shards, whose labels cannot be left out")
-        return ShardSource(path, progress=progress)
+        return ShardSource(path, accept_truncated=accept_truncated, progress=progress)
+    if accept_truncated:
+        raise ValueError(f"--accept-truncated is for damaged tars, {path} is no tar and no set of shards")
     if path.is_dir():
         if sentence := unfinished(path):
             raise ValueError(sentence)

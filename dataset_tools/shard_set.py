@@ -16,7 +16,7 @@ from dataset_tools.shard_plan import (
     numbered_files,
     whole_part,
 )
-from dataset_tools.sources import Source
+from dataset_tools.work import Work
 from engine.checkpoint import write_atomically
 from pipelines.manifest import Manifest, Shard, manifest_path, source_path_line
 from pipelines.shards import INDEX_DTYPE, INDEX_NAME, PLAN_NAME, index_hint, open_shards, set_digest
@@ -117,11 +117,13 @@ def missing(folder: Path, plan: Plan, shards: range) -> list[int]:
     return [shard for shard in shards if whole_part(folder, shard, digest) is None]
 
 
-def finish(folder: Path, plan: Plan, source: Source) -> Finished:
+def finish(folder: Path, plan: Plan, work: Work) -> Finished:
     """Make the index and the manifest of a set all of whose shards are whole, and remove the side files.
 
-    Raises ValueError where none of the pictures could be used, FileNotFoundError where a shard has gone.
+    Raises ValueError where none of the pictures could be used, TooManyBadError where too few could,
+    FileNotFoundError where a shard has gone.
     """
+    source = work.source
     kept, told, skipped = np.zeros(plan.count, np.bool_), [], list[tuple[int, str]]()
     replaced: Counter[str] = Counter()
     for shard in range(plan.num_shards):
@@ -137,6 +139,9 @@ def finish(folder: Path, plan: Plan, source: Source) -> Finished:
             f"none of the {plan.count} pictures of {source.name} can be used: {'; '.join(lines[:3])}; look "
             "at them with another program"
         )
+    if lines:
+        work.check_bad(len(lines), lines[-1])
+    assert int(kept.sum()) + len(lines) == plan.count, "pictures were lost"
     settings = {**plan.settings, "seed": plan.seed, "shard_size": plan.shard_size, PLAN_KEY: plan.digest}
     manifest = save_set(
         folder,
@@ -145,7 +150,7 @@ def finish(folder: Path, plan: Plan, source: Source) -> Finished:
         skipped=lines,
         source=source.name,
         classes=source.classes,
-        replaced=replaced,
+        replaced=replaced + source.passed_over,
         settings=settings,
     )
     _remove_sides(folder)

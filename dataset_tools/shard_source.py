@@ -11,6 +11,7 @@ from dataset_tools.keys import decode_key
 from dataset_tools.shard_set import PLAN_KEY
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tar_members import scan_tar
+from pipelines.listing import PassedOver
 from pipelines.manifest import verify_hint
 from pipelines.shards import open_shards, pictures_on_disk
 
@@ -22,16 +23,26 @@ class ShardSource(ListedSource):
     member's name after that of its shard.
     """
 
-    def __init__(self, path: str | Path, *, progress: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        accept_truncated: bool = False,
+        progress: Callable[[], None] | None = None,
+    ) -> None:
         """Open the set and read the names in its tars. ``progress`` is called once a shard.
+
+        ``accept_truncated`` passes over damage behind the pictures of a tar, and counts it.
 
         Raises as ``open_shards`` does, and ValueError where the tars are not what the index says.
         """
         self._set = open_shards(path)
         rows_by_shard = pictures_on_disk(self._set.shards, self._set.index)
         labels = self._set.index["label"].astype(np.int64)
-        names = self._names(rows_by_shard, progress)
-        super().__init__(Path(path), self._set.manifest.classes, labels, names)
+        passed_over = PassedOver()
+        on_damage = passed_over.count_damage if accept_truncated else None
+        names = self._names(rows_by_shard, on_damage, progress)
+        super().__init__(Path(path), self._set.manifest.classes, labels, names, passed_over)
         # Names are kept as they lie on the disk; picture i is the place_N[i]-th there.
         self._place_N = np.empty(len(labels), np.int64)
         self._place_N[np.concatenate(rows_by_shard)] = np.arange(len(labels))
@@ -49,13 +60,16 @@ class ShardSource(ListedSource):
         return Sample(self._set.payload(index).tobytes(), self.label(index), self.path(index))
 
     def _names(
-        self, rows_by_shard: list[NDArray[np.int64]], progress: Callable[[], None] | None
+        self,
+        rows_by_shard: list[NDArray[np.int64]],
+        on_damage: Callable[[str], None] | None,
+        progress: Callable[[], None] | None,
     ) -> Iterator[tuple[str, list[str]]]:
         """Yield what goes before the names of each shard's pictures, and the names."""
         converted = PLAN_KEY in self._set.manifest.settings
         for number, rows in enumerate(rows_by_shard):
             tar = self._set.tar_path(number)
-            by_offset = {member.offset: member.name for member in scan_tar(tar)}
+            by_offset = {member.offset: member.name for member in scan_tar(tar, on_damage)}
             offsets = self._set.index["offset"][rows].tolist()
             if not by_offset.keys() >= set(offsets):
                 raise ValueError(

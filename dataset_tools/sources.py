@@ -1,6 +1,6 @@
 """Where pictures come from. A source knows how many there are and reads one by number, from any thread.
 
-A new source needs the six members of ``Source``; sets of a hundred million pictures must fit, so no Python
+A new source needs the members of ``Source``; sets of a hundred million pictures must fit, so no Python
 object per picture is kept. Sources in tars stand in ``tar_source`` and ``shard_source``; ``open_source``
 chooses one by its path.
 """
@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.listing import FolderListing, PictureList
+from pipelines.listing import FolderListing, PassedOver, PictureList
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -45,6 +45,10 @@ class Source(Protocol):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in label order; empty for unlabelled pictures."""
+
+    @property
+    def passed_over(self) -> PassedOver:
+        """What the source holds besides its pictures, or holds and cannot be read, counted."""
 
     def __len__(self) -> int: ...
 
@@ -81,9 +85,10 @@ class ListedSource(PictureList):
         classes: Sequence[str],
         labels: npt.NDArray[np.int64],
         paths: Iterable[tuple[str, Sequence[str]]],
+        passed_over: PassedOver | None = None,
     ) -> None:
         """Keep (prefix, names) in the order given; ``labels`` has one number for every name."""
-        super().__init__(root, classes)
+        super().__init__(root, classes, passed_over)
         for prefix, names in paths:
             self._add(prefix, names)
         self._close(labels)
@@ -103,7 +108,7 @@ class IdxSource:
         """Read both files. Raises ValueError, naming the file, where one is not idx or they do not match."""
         self._images = read_idx(images, num_dims=3)
         self._labels = read_idx(labels, num_dims=1)
-        self._file, self._classes = Path(images), tuple(classes)
+        self._file, self._classes, self.passed_over = Path(images), tuple(classes), PassedOver()
         if len(self._images) != len(self._labels):
             raise ValueError(
                 f"{images} holds {len(self._images)} pictures, {labels} {len(self._labels)} labels; "

@@ -7,7 +7,7 @@ the middle – is an error here.
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
@@ -16,6 +16,9 @@ from pipelines.shards import TAR_BLOCK
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+_MOST_PADDING_BYTES = 1 << 16
+"""Zeros that a whole tar may end with; programs pad to 10 kB, a few to more. A longer tail is what a download
+leaves that reserved its place and was not completed."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -31,13 +34,28 @@ class Member(NamedTuple):
     """A hard or symbolic link, or a sparse file: its bytes do not lie here as they are."""
 
 
-def tar_members(file: IO[bytes], name: str) -> Iterator[Member]:
+def tar_members(
+    file: IO[bytes], name: str, on_damage: Callable[[str], None] | None = None
+) -> Iterator[Member]:
     """Yield the files in the tar that ``file`` starts with; folders and devices are passed over.
 
     ``file`` must be able to seek and belongs to this generator until that ends. ``name`` is for errors.
-    Raises ValueError for a compressed tar, for what is no tar and for one that is cut short or damaged.
+    ``on_damage`` is told of the place where a damaged tar cannot be read on, and makes the files before it
+    count; by default that is an error.
+    Raises ValueError for a compressed tar, for what is no tar and for one that is cut short or damaged, or
+    has anything but a few zeros behind its end mark.
     """
     _refuse_compressed(file, name)
+    try:
+        yield from _members(file, name)
+    except ValueError as error:
+        if on_damage is None:
+            raise ValueError(f"{error}, or take what lies before with --accept-truncated") from error
+        on_damage(str(error))
+
+
+def _members(file: IO[bytes], name: str) -> Iterator[Member]:
+    """The files in a tar; raises ValueError where it cannot be read on."""
     try:
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         while (info := tar.next()) is not None:
@@ -49,10 +67,10 @@ def tar_members(file: IO[bytes], name: str) -> Iterator[Member]:
     _check_end(file, int(tar.offset), name)
 
 
-def scan_tar(path: str | Path) -> Iterator[Member]:
-    """Yield the files in the tar at ``path``; errors as in :func:`tar_members`."""
+def scan_tar(path: str | Path, on_damage: Callable[[str], None] | None = None) -> Iterator[Member]:
+    """Yield the files in the tar at ``path``; damage and errors as in :func:`tar_members`."""
     with Path(path).open("rb") as file:
-        yield from tar_members(file, str(path))
+        yield from tar_members(file, str(path), on_damage)
 
 
 class Window(io.RawIOBase):
@@ -96,7 +114,12 @@ def _refuse_compressed(file: IO[bytes], name: str) -> None:
 
 
 def _check_end(file: IO[bytes], end: int, name: str) -> None:
-    """A whole tar ends with a block of zeros; the library also stops, silently, where it cannot read on."""
+    """A whole tar ends with a block of zeros; the library also stops, silently, where it cannot read on.
+
+    It takes any block of zeros for the end, such as a download leaves that was not completed: so no more than
+    zeros may follow, and not many.
+    """
+    size = file.seek(0, os.SEEK_END)
     file.seek(end)
     block = file.read(TAR_BLOCK)
     if len(block) < TAR_BLOCK:
@@ -104,3 +127,15 @@ def _check_end(file: IO[bytes], end: int, name: str) -> None:
                          "fetch or make it again")  # fmt: skip
     if any(block):
         raise ValueError(f"{name} has no header at byte {end}: it is damaged; fetch or make it again")
+    padding = file.read(_MOST_PADDING_BYTES)
+    if any(padding) or size > file.tell():
+        first = len(padding) - len(padding.lstrip(b"\0"))
+        what = (
+            f"byte {end + TAR_BLOCK + first} is not zero"
+            if first < len(padding)
+            else f"there are over {_MOST_PADDING_BYTES:,} zeros"
+        )
+        raise ValueError(
+            f"{name} has its end mark at byte {end} of {size}, but behind it {what}: a part is missing, or "
+            "several tars were joined; fetch or make it again"
+        )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tar_members import Member, Window, tar_members
-from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES
+from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
 
 Folder = tuple[str, ...]
 """The parts of a folder's path."""
@@ -31,16 +31,19 @@ class TarSource(ListedSource):
         *,
         labelled: bool = True,
         labels_file: str | Path | None = None,
+        accept_truncated: bool = False,
         progress: Callable[[], None] | None = None,
     ) -> None:
         """Read all headers; nothing is kept per picture but its name, place and label.
 
         ``labels_file`` has one class name a line, in the order of the sorted pictures, for tars without
-        class folders. ``progress`` is called once a picture.
+        class folders. ``accept_truncated`` takes the pictures before the place where a damaged tar cannot be
+        read on, and counts that place among what is passed over. ``progress`` is called once a picture.
         Raises ValueError, naming the tar and the mend, where it is compressed, cut short or damaged, holds no
         pictures, both loose and filed ones, or links; or where the labels do not fit.
         """
-        found = _scan(Path(path), progress)
+        scan = _Scan(Path(path), accept_truncated)
+        found = scan.folders(progress)
         classes, labels = _label(Path(path), found, labelled)
         if labels_file is not None:
             if classes:
@@ -48,7 +51,8 @@ class TarSource(ListedSource):
                     f"{path} has class folders, {labels_file} would label it again; leave the file out"
                 )
             classes, labels = read_labels(labels_file, len(labels))
-        super().__init__(Path(path), classes, labels, ((f.prefix, f.names()) for f in found))
+        names = ((f.prefix, f.names()) for f in found)
+        super().__init__(Path(path), classes, labels, names, scan.passed_over)
         self._offsets = np.concatenate([f.numbers(f.offsets) for f in found])
         self._sizes = np.concatenate([f.numbers(f.sizes) for f in found])
         self._file = os.open(path, os.O_RDONLY)
@@ -85,14 +89,15 @@ class _Folder:
     def __len__(self) -> int:
         return len(self._order)
 
-    def sort(self) -> None:
-        """Sort by name; of the same name keep the last.
+    def sort(self) -> int:
+        """Sort by name; of the same name keep the last, and return how many were left out.
 
         Names are Python objects only here, those of one folder at a time.
         """
         names = self._decoded()
         last = {name: i for i, name in enumerate(names)}
         self._order = np.array([last[name] for name in sorted(last)], np.int64)
+        return len(names) - len(last)
 
     def names(self) -> list[str]:
         """The names, sorted."""
@@ -108,71 +113,80 @@ class _Folder:
         return [os.fsdecode(name) for name in bytes(self._names).split(b"\0")[1:]]
 
 
-def _scan(path: Path, progress: Callable[[], None] | None) -> list[_Folder]:
-    """Find all pictures; return their folders as they are listed, a folder's pictures before its folders."""
-    folders: dict[Folder, _Folder] = {}
-    for parts, member in _pictures(path):
-        folder = folders.setdefault(parts[:-1], _Folder(parts[:-1]))
-        folder.add(parts[-1], member.offset, member.num_bytes)
-        if progress is not None:
-            progress()
-    if not folders:
-        raise ValueError(
-            f"no pictures in {path}: looked for {' '.join(PICTURE_SUFFIXES)}, and for tars with them; "
-            "give a tar of pictures, or of one tar per class"
-        )
-    ordered = [folders[parts] for parts in sorted(folders)]
-    for folder in ordered:
-        folder.sort()
-    return ordered
+class _Scan:
+    """One walk through the headers of a tar, and of the tars in it."""
 
+    def __init__(self, path: Path, accept_truncated: bool) -> None:
+        self.passed_over = PassedOver()
+        self._path = path
+        self._on_damage = self.passed_over.count_damage if accept_truncated else None
 
-def _pictures(path: Path) -> Iterator[tuple[Folder, Member]]:
-    """Yield every picture of the tar, or of the tars in it, with the parts of its path."""
-    first_tar = first_picture = ""
-    with path.open("rb") as file:
-        for member in tar_members(file, str(path)):
-            parts = _parts(path, member, (*PICTURE_SUFFIXES, ".tar"))
-            if not parts:
-                continue
-            if parts[-1].lower().endswith(".tar"):
-                first_tar = first_tar or member.name
-                yield from _pictures_of_class(path, Path(parts[-1]).stem, member, file.fileno())
-            else:
-                first_picture = first_picture or member.name
-                yield parts, member
-            if first_tar and first_picture:
-                raise ValueError(
-                    f"{path} holds tars (such as {first_tar}) and pictures (such as {first_picture}); pack "
-                    "one of the two kinds alone"
-                )
+    def folders(self, progress: Callable[[], None] | None) -> list[_Folder]:
+        """Find all pictures; return their folders in the order of a listing, a folder's pictures before its
+        folders."""
+        folders: dict[Folder, _Folder] = {}
+        for parts, member in self._pictures():
+            folder = folders.setdefault(parts[:-1], _Folder(parts[:-1]))
+            folder.add(parts[-1], member.offset, member.num_bytes)
+            if progress is not None:
+                progress()
+        if not folders:
+            raise ValueError(
+                f"no pictures in {self._path}: looked for {' '.join(PICTURE_SUFFIXES)}, and for tars with "
+                "them; give a tar of pictures, or of one tar per class"
+            )
+        ordered = [folders[parts] for parts in sorted(folders)]
+        for folder in ordered:
+            if earlier := folder.sort():
+                self.passed_over["ignored: earlier files of the same name"] += earlier
+        return ordered
 
+    def _pictures(self) -> Iterator[tuple[Folder, Member]]:
+        """Yield every picture of the tar, or of the tars in it, with the parts of its path."""
+        first_tar = first_picture = ""
+        with self._path.open("rb") as file:
+            for member in tar_members(file, str(self._path), self._on_damage):
+                parts = self._parts(member, (*PICTURE_SUFFIXES, ".tar"))
+                if not parts:
+                    continue
+                if parts[-1].lower().endswith(".tar"):
+                    first_tar = first_tar or member.name
+                    yield from self._pictures_of_class(Path(parts[-1]).stem, member, file.fileno())
+                else:
+                    first_picture = first_picture or member.name
+                    yield parts, member
+                if first_tar and first_picture:
+                    raise ValueError(
+                        f"{self._path} holds tars (such as {first_tar}) and pictures (such as "
+                        f"{first_picture}); pack one of the two kinds alone"
+                    )
 
-def _pictures_of_class(
-    path: Path, name: str, inner: Member, descriptor: int
-) -> Iterator[tuple[Folder, Member]]:
-    """Yield the pictures of one class, which lie in a tar within the tar; offsets are those of the outer."""
-    window = io.BufferedReader(Window(descriptor, inner.offset, inner.num_bytes))
-    for member in tar_members(window, f"{path}: {inner.name}"):
-        if parts := _parts(path, member, PICTURE_SUFFIXES):
-            yield (name, *parts), member._replace(offset=inner.offset + member.offset)
+    def _pictures_of_class(
+        self, name: str, inner: Member, descriptor: int
+    ) -> Iterator[tuple[Folder, Member]]:
+        """Yield the pictures of one class, which lie in a tar within the tar; offsets are the outer's."""
+        window = io.BufferedReader(Window(descriptor, inner.offset, inner.num_bytes))
+        for member in tar_members(window, f"{self._path}: {inner.name}", self._on_damage):
+            if parts := self._parts(member, PICTURE_SUFFIXES):
+                yield (name, *parts), member._replace(offset=inner.offset + member.offset)
 
-
-def _parts(path: Path, member: Member, suffixes: tuple[str, ...]) -> Folder:
-    """The parts of a member's path; none for one that is passed over, being hidden or of another suffix."""
-    parts = tuple(part for part in member.name.split("/") if part not in ("", "."))
-    if not parts or not parts[-1].lower().endswith(suffixes):
-        return ()
-    if ".." in parts:
-        raise ValueError(f"{path}: {member.name} lies outside the folder that is packed; pack it again")
-    if any(part.startswith(".") for part in parts):
-        return ()
-    if member.link:
-        raise ValueError(
-            f"{path}: {member.name} is a link or a sparse file, so its bytes do not lie at its place; pack "
-            "it again with `tar --dereference --hard-dereference`"
-        )
-    return parts
+    def _parts(self, member: Member, suffixes: tuple[str, ...]) -> Folder:
+        """The parts of a member's path; none for a hidden file or one of another suffix, which is counted."""
+        parts = tuple(part for part in member.name.split("/") if part not in ("", "."))
+        hidden = next((part for part in parts if part.startswith(".") and part != ".."), "")
+        if not parts or hidden or not parts[-1].lower().endswith(suffixes):
+            self.passed_over.count_file(hidden or (parts[-1] if parts else ""))
+            return ()
+        if ".." in parts:
+            raise ValueError(
+                f"{self._path}: {member.name} lies outside the folder that is packed; pack it again"
+            )
+        if member.link:
+            raise ValueError(
+                f"{self._path}: {member.name} is a link or a sparse file, so its bytes do not lie at its "
+                "place; pack it again with `tar --dereference --hard-dereference`"
+            )
+        return parts
 
 
 def _label(path: Path, found: list[_Folder], labelled: bool) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:

@@ -3,15 +3,29 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
 from dataset_tools.parallel import num_workers, ordered_map
 from dataset_tools.sources import Source
 from pipelines.listing import NO_LABEL
 
-OnError = Literal["skip", "stop"]
 Progress = Callable[[], None]
+MAX_BAD = 0.01
+"""Share of a source's pictures that may be left out as unusable."""
+
+
+class TooManyBadError(ValueError):
+    """More pictures of a source cannot be used than may be left out."""
+
+
+def check_bad(num_bad: int, count: int, max_bad: float, source: str, last: str) -> None:
+    """Raise TooManyBadError where more than the share ``max_bad`` of ``count`` pictures are bad."""
+    if num_bad > max_bad * count:
+        raise TooManyBadError(
+            f"{num_bad:,} of {count:,} pictures of {source} cannot be used, --max-bad {max_bad:g} allows "
+            f"{int(max_bad * count):,}; the last is {last}; mend or remove them, or allow more with --max-bad"
+        )
 
 
 class Writer(Protocol):
@@ -30,14 +44,15 @@ class Work:
 
     source: Source
     how: Normalising
-    on_error: OnError = "skip"
+    max_bad: float = MAX_BAD
+    """Share of the pictures that may be left out as unusable; one more is a TooManyBadError."""
     limit: int | None = None
     workers: int | None = None
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        if self.on_error not in get_args(OnError):
-            raise ValueError(f"on_error is {self.on_error!r}; known are {', '.join(get_args(OnError))}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad is {self.max_bad}; it is a share of the pictures, from 0 to 1")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
         num_workers(self.workers)  # says what is wrong with them now, and not at the first picture
@@ -58,10 +73,20 @@ class Work:
         made = ordered_map(
             lambda place: self._make(index_of(place)), num_places, workers=self.workers, chunk=4
         )
+        num_bad = 0
         with contextlib.closing(made):
             for picture in made:
-                self._hand_over(picture, writer)
+                if isinstance(picture.outcome, BadPicture):
+                    num_bad += 1
+                    self.check_bad(num_bad, f"{picture.path}: {picture.outcome}")
+                    writer.skip(picture.index, picture.path, picture.outcome)
+                else:
+                    writer.add(picture.index, picture.outcome, picture.label, picture.path)
                 self.advance()
+
+    def check_bad(self, num_bad: int, last: str) -> None:
+        """Raise TooManyBadError where so many bad pictures, one of them ``last``, are too many."""
+        check_bad(num_bad, self.count, self.max_bad, self.source.name, last)
 
     def _make(self, index: int) -> "_Made":
         """Read and normalise one picture; what is wrong with it becomes its outcome."""
@@ -74,17 +99,6 @@ class Work:
             return _Made(index, normalise(sample.payload, self.how), sample.label, sample.path)
         except BadPicture as error:
             return _Made(index, error, sample.label, sample.path)
-
-    def _hand_over(self, picture: "_Made", writer: Writer) -> None:
-        outcome = picture.outcome
-        if not isinstance(outcome, BadPicture):
-            writer.add(picture.index, outcome, picture.label, picture.path)
-            return
-        if self.on_error == "stop":
-            raise ValueError(
-                f"{picture.path} cannot be used: {outcome}; mend or remove it, or choose --on-error skip"
-            ) from outcome
-        writer.skip(picture.index, picture.path, outcome)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Names are kept in one string and offsets in one array, so a hundred million pict
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,15 +15,34 @@ import numpy.typing as npt
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Compared in lower case."""
 NO_LABEL = -1
+_MOST_SUFFIXES = 20
+"""Kinds of files passed over that are counted apart."""
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
+
+
+class PassedOver(Counter[str]):
+    """Reason → how many files of a source are not listed as pictures, or what of it could not be read."""
+
+    def count_file(self, name: str) -> None:
+        """Count a file by the suffix of its name."""
+        suffix = "hidden file" if name.startswith(".") else Path(name).suffix.lower() or "no suffix"
+        known = f"ignored: {suffix}" in self or len(self) < _MOST_SUFFIXES
+        self[f"ignored: {suffix}" if known else "ignored: other suffixes"] += 1
+
+    def count_damage(self, sentence: str) -> None:
+        """Keep the place where a source could not be read on."""
+        self[f"damaged: {sentence}"] += 1
 
 
 class PictureList:
     """Names and labels of pictures, in order: no Python object is kept per picture."""
 
-    def __init__(self, root: Path, classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, root: Path, classes: Sequence[str] = (), passed_over: PassedOver | None = None
+    ) -> None:
         """Begin with none; ``classes`` are the names of the labels."""
         self.root = root
+        self.passed_over = PassedOver() if passed_over is None else passed_over
         self._classes = tuple(classes)
         self._labels = np.zeros(0, np.int64)
         # The relative paths of all pictures in one string, and where each of them stops in it.
@@ -106,7 +126,7 @@ class FolderListing(PictureList):
 
     def _list_classes(self) -> list[tuple[int, int]]:
         """Fill the list of files; return (label, count) of each class in order."""
-        loose, folders = _entries(self.root)
+        loose, folders = self._entries(self.root)
         loose_count = self._add("", loose)
         found = [(name, count) for name in folders if (count := self._walk(self.root / name, name + "/", ()))]
         if loose_count and found:
@@ -132,20 +152,21 @@ class FolderListing(PictureList):
         identity = (status.st_dev, status.st_ino)
         if identity in above:
             return 0
-        files, folders = _entries(folder)
+        files, folders = self._entries(folder)
         count = self._add(prefix, files)
         return count + sum(self._walk(folder / f, f"{prefix}{f}/", (*above, identity)) for f in folders)
 
-
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the pictures and of the sub-folders of ``folder``, hidden ones left out."""
-    files, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(PICTURE_SUFFIXES):
-                files.append(entry.name)
-    return sorted(files), sorted(folders)
+    def _entries(self, folder: Path) -> tuple[list[str], list[str]]:
+        """Return the sorted names of the pictures and of the sub-folders of ``folder``; count other files."""
+        files, folders = [], []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                hidden = entry.name.startswith(".")
+                if entry.is_dir():
+                    if not hidden:
+                        folders.append(entry.name)
+                elif not hidden and entry.name.lower().endswith(PICTURE_SUFFIXES):
+                    files.append(entry.name)
+                else:
+                    self.passed_over.count_file(entry.name)
+        return sorted(files), sorted(folders)

@@ -8,8 +8,16 @@ import pytest
 from PIL import Image
 
 from benchmarks.parity.samples import colourful
+from benchmarks.peers.contract import hush_numba
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_reports_of_numba() -> None:
+    """Where such a report comes in the middle of Python's parsing of other code, 3.11 raises SystemError."""
+    hush_numba()
+
 
 # Held from the start, because numba keeps its types by weak reference.
 _NUMBA_TYPES = (numba.uint8[::1], numba.uint8[:, ::1], numba.uint64[::1], numba.uint32[::1])

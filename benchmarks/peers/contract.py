@@ -6,9 +6,11 @@ The two works are *crops*, two uint8 crops of a picture at the recipe's scale an
 Shape letters: N pictures, V views, S side in pixels.
 """
 
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -119,3 +121,21 @@ class Peer:
 def works(name: WorkName, peers: Sequence[Peer]) -> dict[str, Work | str]:
     """What each peer, by its name, offers of one of the two works, or why not."""
     return {peer.name: peer.crops if name == "crops" else peer.recipe for peer in peers}
+
+
+@cache
+def hush_numba() -> None:
+    """Keep a harmless message off the terminal.
+
+    FFCV changes a type that numba shares (see :mod:`benchmarks.peers.with_ffcv`), and its own functions were
+    compiled for the other state of it: where one is finalised, numba looks up an overload that it cannot
+    find; Python reports that as an exception ignored.
+    """
+    report = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        of_finalizer = isinstance(unraisable.object, weakref.finalize)
+        if not (of_finalizer and isinstance(unraisable.exc_value, KeyError)):
+            report(unraisable)
+
+    sys.unraisablehook = hook

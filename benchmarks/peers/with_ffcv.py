@@ -3,16 +3,13 @@
 Shape letters: N batch, V views, S side in pixels, H, W of the decoded picture.
 """
 
-import functools
-import sys
-import weakref
 from collections.abc import Iterator
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.peers.contract import FFCV, FixedCrops, Job, Peer, Work
+from benchmarks.peers.contract import FFCV, FixedCrops, Job, Peer, Work, hush_numba
 from pipelines.beton import import_ffcv, open_beton
 
 import_ffcv()
@@ -42,26 +39,9 @@ def _mend_numba() -> None:
     _BYTES.mutable = True
 
 
-@functools.cache
-def _hush_numba() -> None:
-    """Keep a harmless message off the terminal.
-
-    FFCV's own functions were compiled for the other state of that type: where one is finalised, numba looks
-    up an overload that it cannot find; Python reports that as an exception ignored.
-    """
-    report = sys.unraisablehook
-
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        of_finalizer = isinstance(unraisable.object, weakref.finalize)
-        if not (of_finalizer and isinstance(unraisable.exc_value, KeyError)):
-            report(unraisable)
-
-    sys.unraisablehook = hook
-
-
 def open_crops(job: Job) -> Iterator[object]:
     """Two (N, S, S, 3) uint8 views by ``ffcv.Loader``; compiling takes some seconds."""
-    _hush_numba()
+    hush_numba()
     num = len(open_beton(job.beton))
 
     def decoder() -> RandomResizedCropRGBImageDecoder:

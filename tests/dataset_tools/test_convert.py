@@ -73,7 +73,7 @@ def test_settings_tell_how_it_was_made(tree: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"short_side": 30, "recompress": True, "quality": 70}
     made = convert(FolderSource(tree), tmp_path / "set.beton", **options).manifest
     assert made.settings == {
-        "tier": "jpeg", "verify": True, "max_side": None, "on_error": "skip", **options
+        "tier": "jpeg", "verify": True, "max_side": None, "max_bad": 0.01, **options
     }  # fmt: skip
     assert made.replaced == {"transcoded: reduced to a short side of 30 px": 5}
     assert Manifest.read(tmp_path / "set.beton") == made
@@ -102,7 +102,7 @@ def spoil(tree: Path, encode: Callable[..., bytes]) -> None:
 
 def test_trouble_is_counted_and_named(tree: Path, tmp_path: Path, encode: Callable[..., bytes]) -> None:
     spoil(tree, encode)
-    converted = convert(FolderSource(tree), tmp_path / "set.beton")
+    converted = convert(FolderSource(tree), tmp_path / "set.beton", max_bad=0.5)
     assert converted.manifest.replaced == {
         "skipped: cannot be read": 1,
         "skipped: not a picture": 1,
@@ -127,14 +127,14 @@ def test_trouble_is_counted_and_named(tree: Path, tmp_path: Path, encode: Callab
 def test_more_than_twenty_skipped_are_all_in_the_file(tree: Path, tmp_path: Path) -> None:
     for i in range(25):
         (tree / "cats" / f"bad{i:02d}.jpg").write_bytes(b"bad")
-    converted = convert(FolderSource(tree), tmp_path / "set.beton")
+    converted = convert(FolderSource(tree), tmp_path / "set.beton", max_bad=1)
     assert (len(converted.skipped), converted.num_skipped) == (20, 25)
     assert len(skipped_path(tmp_path / "set.beton").read_text().splitlines()) == 25
 
 
 def test_no_list_of_skipped_outlives_its_set(tree: Path, tmp_path: Path) -> None:
     (tree / "cats" / "bad.jpg").write_bytes(b"bad")
-    convert(FolderSource(tree), tmp_path / "set.beton")
+    convert(FolderSource(tree), tmp_path / "set.beton", max_bad=1)
     (tree / "cats" / "bad.jpg").unlink()
     convert(FolderSource(tree), tmp_path / "set.beton", overwrite=True)
     assert outputs(tmp_path) == ["set.beton", "set.json", "set.paths"]
@@ -143,15 +143,15 @@ def test_no_list_of_skipped_outlives_its_set(tree: Path, tmp_path: Path) -> None
 def test_workers_do_not_change_a_byte(tree: Path, tmp_path: Path, encode: Callable[..., bytes]) -> None:
     spoil(tree, encode)
     for workers in (1, 2, 5):
-        convert(FolderSource(tree), tmp_path / f"set.{workers}.beton", workers=workers)
+        convert(FolderSource(tree), tmp_path / f"set.{workers}.beton", workers=workers, max_bad=1)
     first, *others = [(tmp_path / f"set.{workers}.beton").read_bytes() for workers in (1, 2, 5)]
     assert all(other == first for other in others)
 
 
-def test_on_error_stop_names_the_file(tree: Path, tmp_path: Path) -> None:
+def test_the_first_bad_picture_may_be_an_error(tree: Path, tmp_path: Path) -> None:
     (tree / "cats" / "b1.jpg").write_bytes(b"bad")
-    with pytest.raises(ValueError, match=r"cats/b1\.jpg cannot be used: not a picture"):
-        convert(FolderSource(tree), tmp_path / "set.beton", on_error="stop")
+    with pytest.raises(ValueError, match=r"the last is cats/b1\.jpg: not a picture"):
+        convert(FolderSource(tree), tmp_path / "set.beton", max_bad=0)
     assert outputs(tmp_path) == []
 
 
@@ -160,7 +160,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / "in" / f"{i}.jpg").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"none of the 3 pictures of in can be used: 0\.jpg: not a picture"):
-        convert(FolderSource(tmp_path / "in"), tmp_path / "set.beton")
+        convert(FolderSource(tmp_path / "in"), tmp_path / "set.beton", max_bad=1)
     assert outputs(tmp_path) == []
 
 
@@ -171,15 +171,15 @@ def test_existing_set_is_kept(tree: Path, tmp_path: Path) -> None:
         convert(FolderSource(tree), tmp_path / "set.beton")
     (tree / "cats" / "a.jpg").write_bytes(b"bad")
     with pytest.raises(ValueError, match="cannot be used"):
-        convert(FolderSource(tree), tmp_path / "set.beton", overwrite=True, on_error="stop")
+        convert(FolderSource(tree), tmp_path / "set.beton", overwrite=True, max_bad=0)
     assert (tmp_path / "set.beton").read_bytes() == before
     assert verify(tmp_path / "set.beton").ok
-    convert(FolderSource(tree), tmp_path / "set.beton", overwrite=True)
+    convert(FolderSource(tree), tmp_path / "set.beton", overwrite=True, max_bad=0.2)
     assert len(open_beton(tmp_path / "set.beton")) == 4
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"workers": 0}, "workers is 0"), ({"on_error": "x"}, "on_error")]
+    ("options", "words"), [({"workers": 0}, "workers is 0"), ({"max_bad": 1.5}, "max_bad is 1.5")]
 )
 def test_options_are_checked(tree: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

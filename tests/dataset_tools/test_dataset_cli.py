@@ -28,7 +28,7 @@ def test_convert_says_where_how_many_and_what_next(tree: Path, tmp_path: Path, c
 def test_convert_names_what_it_left_out(tree: Path, tmp_path: Path, capsys: Capture) -> None:
     for i in range(21):
         (tree / "cats" / f"x[red]{i:02d}.jpg").write_bytes(b"bad")
-    assert main(["convert", str(tree), str(tmp_path / "set.beton")]) == 0
+    assert main(["convert", str(tree), str(tmp_path / "set.beton"), "--max-bad", "1"]) == 0
     out = capsys.readouterr().out
     assert "21 skipped: not a picture" in out
     assert "  cats/x[red]00.jpg: not a picture" in out
@@ -71,8 +71,9 @@ def test_recompress_on_the_command_line(tree: Path, tmp_path: Path, capsys: Capt
         ("pictures", ["--workers", "0"], "workers is 0"),
         ("pictures", ["--max-side", "9", "--short-side", "8"], "give one of the two"),
         ("pictures", ["--tier", "raw", "--recompress"], "choose tier jpeg"),
-        ("bad", [], "none of the 1 pictures"),
-        ("bad", ["--on-error", "stop"], "a.jpg cannot be used"),
+        ("bad", ["--max-bad", "1"], "none of the 1 pictures"),
+        ("bad", [], "1 of 1 pictures of bad cannot be used, --max-bad 0.01 allows 0; the last is a.jpg"),
+        ("pictures", ["--accept-truncated"], "is for damaged tars"),
     ],
 )
 def test_user_errors_are_one_sentence(

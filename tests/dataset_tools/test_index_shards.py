@@ -190,7 +190,10 @@ def test_pictures_without_a_size_are_left_out_and_named(
 ) -> None:
     pack(tmp_path / "x.tar", [("a.jpg", b"bad"), ("b.jpg", encode())])
     pack(tmp_path / "y.tar", [("c.jpg", b"bad")])
-    assert main(["index", str(tmp_path)]) == 0
+    assert main(["index", str(tmp_path)]) == 2
+    assert "2 of 3 pictures of " in capsys.readouterr().err
+    assert not (tmp_path / "set.json").exists()
+    assert main(["index", str(tmp_path), "--max-bad", "0.7"]) == 0
     out = capsys.readouterr().out
     assert "2 skipped: no readable size" in out
     assert "  x.tar: a: no readable size" in out

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import os
 import signal
@@ -15,9 +16,10 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dataset_tools import convert as conversion
 from dataset_tools import shard_writer
 from dataset_tools.__main__ import main
-from dataset_tools.convert import Sharding, convert, make_shards
+from dataset_tools.convert import Sharding, make_shards
 from dataset_tools.keys import decode_key
 from dataset_tools.normalise import Normalising
 from dataset_tools.shard_plan import Plan
@@ -28,6 +30,9 @@ from dataset_tools.work import Work
 from pipelines.randomness import EpochOrder
 from pipelines.shards import is_shard_set, open_shards, set_digest
 from tests.dataset_tools.test_tar_source import files_of, pack
+
+convert = functools.partial(conversion.convert, max_bad=0.5)
+"""One of the pictures of `photos` is none."""
 
 ROOT = Path(__file__).resolve().parents[2]
 Encode = Callable[..., bytes]
@@ -215,7 +220,7 @@ def test_ranges_in_any_order_give_the_same_set(
     made: set[int] = set()
     for first, stop in ranges:
         asked = set(range(first, stop))
-        done = make_shards(Work(source, Normalising()), out, Sharding(3, 5, (first, stop)))
+        done = make_shards(Work(source, Normalising(), 0.5), out, Sharding(3, 5, (first, stop)))
         assert (done.made, done.asked, done.num_shards) == (len(asked - made), len(asked), 4)
         made |= asked
         assert not is_shard_set(out)
@@ -227,7 +232,9 @@ def test_ranges_in_any_order_give_the_same_set(
 def test_parts_of_two_machines_are_merged(photos: Path, whole: Path, tmp_path: Path) -> None:
     for machine, shards in (("a", (0, 2)), ("b", (2, 4))):
         make_shards(
-            Work(FolderSource(photos), Normalising()), tmp_path / f"{machine}.shards", Sharding(3, 5, shards)
+            Work(FolderSource(photos), Normalising(), 0.5),
+            tmp_path / f"{machine}.shards",
+            Sharding(3, 5, shards),
         )
     for path in (tmp_path / "b.shards").iterdir():
         path.replace(tmp_path / "a.shards" / path.name)
@@ -296,7 +303,7 @@ class Slow(FolderSource):
         time.sleep(0.1)
         return super().read(index)
 
-convert(Slow(sys.argv[1]), sys.argv[2], sharding=Sharding(3, 5), workers=1)
+convert(Slow(sys.argv[1]), sys.argv[2], sharding=Sharding(3, 5), workers=1, max_bad=0.5)
 """
 
 
@@ -323,7 +330,7 @@ def test_a_shard_that_is_not_whole_is_made_again(
     photos: Path, whole: Path, tmp_path: Path, harm: str
 ) -> None:
     out = tmp_path / "photos.shards"
-    make_shards(Work(FolderSource(photos), Normalising()), out, Sharding(3, 5, (0, 2)))
+    make_shards(Work(FolderSource(photos), Normalising(), 0.5), out, Sharding(3, 5, (0, 2)))
     what, kind = harm.split(" ") if " " in harm else ("changed", harm)
     path = out / f"000001.{kind.replace('part', 'part.npz')}"
     if what == "no":
@@ -351,9 +358,11 @@ def test_machines_that_begin_at_once_do_not_hinder_each_other(
     monkeypatch.setattr(Plan, "write", renamed_by_the_other)
     convert(FolderSource(photos), tmp_path / "photos.shards", sharding=SMALL)
     assert contents(tmp_path / "photos.shards") == contents(whole)
-    make_shards(Work(FolderSource(photos), Normalising()), tmp_path / "x.shards", Sharding(3, 5, (0, 1)))
+    make_shards(Work(FolderSource(photos), Normalising(), 0.5), tmp_path / "x.shards", Sharding(3, 5, (0, 1)))
     with pytest.raises(FileExistsError, match=r"has begun .* seed 5, now 6"):
-        make_shards(Work(FolderSource(photos), Normalising()), tmp_path / "x.shards", Sharding(3, 6, (1, 2)))
+        make_shards(
+            Work(FolderSource(photos), Normalising(), 0.5), tmp_path / "x.shards", Sharding(3, 6, (1, 2))
+        )
 
 
 def test_a_set_that_is_complete_is_left_alone(photos: Path, tmp_path: Path) -> None:
@@ -373,7 +382,7 @@ def test_a_set_that_is_complete_is_left_alone(photos: Path, tmp_path: Path) -> N
 def test_another_plan_is_refused_and_replaces_if_told(photos: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "photos.shards"
     source = FolderSource(photos)
-    make_shards(Work(source, Normalising(quality=50)), out, Sharding(2, 5, (0, 6)))
+    make_shards(Work(source, Normalising(quality=50), 0.5), out, Sharding(2, 5, (0, 6)))
     with pytest.raises(FileExistsError, match=r"has begun .* shard_size 2, now 3, quality 50, now 95"):
         convert(source, out, sharding=SMALL)
     convert(source, out, sharding=SMALL, overwrite=True)
@@ -407,7 +416,7 @@ def test_a_shard_of_bad_pictures_has_no_tar(tmp_path: Path, encode: Encode) -> N
     for place, index in enumerate(order.tolist()):
         (root / f"{index}.jpg").write_bytes(b"bad" if place in (2, 3) else encode(20 + index))
     out = tmp_path / "x.shards"
-    done = convert(FolderSource(root), out, sharding=Sharding(2))
+    done = convert(FolderSource(root), out, sharding=Sharding(2), max_bad=0.5)
     shards = open_shards(out)
     assert [(shard.name, shard.count) for shard in shards.shards] == [("000000.tar", 2), ("000002.tar", 2)]
     assert (done.num_skipped, len(shards)) == (2, 4)
@@ -416,13 +425,13 @@ def test_a_shard_of_bad_pictures_has_no_tar(tmp_path: Path, encode: Encode) -> N
     for i in range(6):
         (root / f"{i}.jpg").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"none of the 6 pictures of in can be used: 0\.jpg: not a picture"):
-        convert(FolderSource(root), tmp_path / "y.shards")
+        convert(FolderSource(root), tmp_path / "y.shards", max_bad=1)
 
 
 def test_stop_keeps_whole_shards_and_names_the_picture(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "photos.shards"
-    with pytest.raises(ValueError, match=r"bee/bad\.jpg cannot be used"):
-        convert(FolderSource(photos), out, sharding=Sharding(1, 5), on_error="stop", workers=1)
+    with pytest.raises(ValueError, match=r"the last is bee/bad\.jpg: not a picture"):
+        convert(FolderSource(photos), out, sharding=Sharding(1, 5), max_bad=0, workers=1)
     assert not list(out.glob("*.partial"))
     source = FolderSource(photos)
     bad = next(i for i in range(12) if source.path(i) == "bee/bad.jpg")
@@ -444,7 +453,7 @@ def test_two_conversions_of_one_shard_are_refused(photos: Path, tmp_path: Path) 
 
 def test_the_commands_tell_what_they_made(photos: Path, whole: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "sets" / "photos.shards"
-    command = ["convert", str(photos), str(out), "--shard-size", "3", "--seed", "5"]
+    command = ["convert", str(photos), str(out), "--shard-size", "3", "--seed", "5", "--max-bad", "0.5"]
     assert main([*command, "--shards", "1:3"]) == 0
     assert "2 shards made, 0 were whole, the set has 4. Next: when all are here" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 1
@@ -454,7 +463,7 @@ def test_the_commands_tell_what_they_made(photos: Path, whole: Path, tmp_path: P
     assert main([*command, "--shards", "0:4"]) == 0
     told = capsys.readouterr().out
     assert "1 skipped: not a picture" in told
-    assert f"{out}: 11 pictures, tier jpeg, 0.0 MB in 4 shards, " in told
+    assert f"{out}: 11 pictures of 12 listed, tier jpeg, 0.0 MB in 4 shards, " in told
     assert f"Next: make pretrain DATA={out}" in told
     assert contents(out) == contents(whole)
     assert main(command) == 0
@@ -500,7 +509,10 @@ def test_ctrl_c_says_that_whole_shards_are_kept(
 
     monkeypatch.setattr(FolderSource, "read", interrupted)
     out = tmp_path / "x.shards"
-    assert main(["convert", str(photos), str(out), "--shard-size", "1", "--workers", "1"]) == 130
+    assert (
+        main(["convert", str(photos), str(out), "--shard-size", "1", "--workers", "1", "--max-bad", "1"])
+        == 130
+    )
     assert "interrupted; whole shards are kept" in capsys.readouterr().err
     assert not list(out.glob("*.partial"))
     assert 1 <= len(list(out.glob("*.tar"))) <= 9

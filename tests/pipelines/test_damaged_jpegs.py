@@ -232,12 +232,12 @@ def test_converting_keeps_every_sound_picture(
     sets = []
     for workers in (1, 2, 4):
         out = root / f"{workers}.beton"
-        made = convert(source, out, workers=workers)
+        made = convert(source, out, workers=workers, max_bad=0.5)
         assert made.num_skipped == len(damage)
         assert [line.split(":")[0] for line in made.skipped] == [f"{n:03}.jpg" for n in sorted(damage)]
         sets.append((out.read_bytes(), skipped_path(out).read_bytes() if damage else b""))
     assert sets[0] == sets[1] == sets[2]
-    shards = convert(source, root / "x.shards", workers=2, sharding=Sharding(shard_size=7))
+    shards = convert(source, root / "x.shards", workers=2, max_bad=0.5, sharding=Sharding(shard_size=7))
     assert (shards.manifest.count, shards.num_skipped) == (30 - len(damage), len(damage))
 
 
