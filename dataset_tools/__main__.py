@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from dataset_tools import check_commands, commands
+from dataset_tools.saying import line
 
 COMMANDS: dict[str, Callable[..., commands.Command]] = {
     "convert": commands.Convert,
@@ -39,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         mend = "; the output does not fit, make room where it goes or choose another place" if full else ""
-        err.print(f"error: {error}{mend}", style="red", markup=False, highlight=False, soft_wrap=True)
+        line(err, f"error: {error}{mend}", style="red")
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
         err.print(f"interrupted; {str(interrupt) or 'nothing was left behind'}", style="red")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.disk import BackgroundSync, open_alone
+from dataset_tools.disk import BackgroundSync, Lock, open_alone
 from engine.checkpoint import sync_folder
 from pipelines.beton import (
     MAX_PAGE_BYTES,
@@ -25,9 +25,19 @@ from pipelines.beton import (
     TYPE_PLANES,
     ffcv_types,
     metadata_dtype,
+    open_beton,
     pixel_bytes,
 )
-from pipelines.manifest import Manifest, Tier, paths_path, source_path_line
+from pipelines.manifest import (
+    HASH_BYTES,
+    Manifest,
+    Tier,
+    in_force,
+    manifest_path,
+    paths_path,
+    pending_path,
+    source_path_line,
+)
 
 DEFAULT_PAGE_BYTES = 8 << 20
 
@@ -40,6 +50,60 @@ def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -
     for column in (metadata["f0"]["mode"], metadata["f0"]["width"], metadata["f0"]["height"], metadata["f1"]):
         hasher.update(np.ascontiguousarray(column).data)
     return hasher.hexdigest()
+
+
+def left_out_path(path: str | Path) -> Path:
+    """The path of the list of pictures left out of the set at ``path``; there is one only where there are."""
+    return Path(path).with_suffix(".skipped.txt")
+
+
+def settle(path: Path) -> None:
+    """Give pending side files their names where the set at ``path`` is theirs, and remove them where not."""
+    manifest = manifest_path(path)
+    theirs = in_force(path, manifest) != manifest
+    for side in (paths_path(path), left_out_path(path), manifest):  # by the last it is known whose they are
+        pending = pending_path(side)
+        if not pending.exists():
+            continue
+        if theirs and pending.stat().st_size:
+            pending.replace(side)
+            continue
+        if theirs:
+            side.unlink(missing_ok=True)
+        pending.unlink()
+
+
+class _SideFile:
+    """Lines of text beside a set, under a temporary name until the set is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._file: BinaryIO | None = None
+
+    def write(self, line: str) -> None:
+        """Add a line."""
+        self._opened().write(source_path_line(line))
+
+    def finish(self) -> None:
+        """Bring the lines to the disk under the pending name; no lines are an empty file."""
+        with self._opened() as file:
+            file.flush()
+            os.fsync(file.fileno())
+        self._partial.replace(pending_path(self._path))
+        self._file = None
+
+    def discard(self) -> None:
+        """Close and remove what is not finished."""
+        if self._file is not None:
+            self._partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk, reported already
+                self._file.close()
+
+    def _opened(self) -> BinaryIO:
+        if self._file is None:
+            self._file = self._partial.open("wb")
+        return self._file
 
 
 class BetonWriter:
@@ -87,12 +151,17 @@ class BetonWriter:
         self._metadata_at = self._types.HeaderType.itemsize + self._descriptors.nbytes
         self._end: int = self._metadata_at + self._metadata.nbytes
         self._partial = self.path.with_name(self.path.name + ".partial")
-        self._partial_paths = self.path.with_name(self.path.name + ".paths.partial")
+        self._paths, self._left_out = _SideFile(paths_path(self.path)), _SideFile(left_out_path(self.path))
         self._committed = False
-        self._file = open_alone(self._partial)
+        self._lock = Lock(self.path)
+        try:
+            settle(self.path)
+            self._file = open_alone(self._partial)
+        except BaseException:
+            self._lock.release()
+            raise
         self._file.seek(self._end)
         self._sync = BackgroundSync(self._file, self._end)
-        self._paths: BinaryIO = self._partial_paths.open("wb")
 
     def __enter__(self) -> "BetonWriter":
         return self
@@ -139,10 +208,14 @@ class BetonWriter:
         image["mode"][index], image["width"][index] = self._mode, width
         image["height"][index], image["data_ptr"][index] = height, pointer
         self._metadata["f1"][index], self._sizes[index] = label, size
-        self._paths.write(source_path_line(source_path))
+        self._paths.write(source_path)
         self.count += 1
         self._sync.written(self._end)
         return index
+
+    def leave_out(self, line: str) -> None:
+        """Name a picture that is not in the set, with the reason, in the list at ``left_out_path``."""
+        self._left_out.write(line)
 
     def commit(
         self,
@@ -152,45 +225,53 @@ class BetonWriter:
         replaced: Mapping[str, int] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Write tables and header, fsync, give the set and its side files their names, the set last.
+        """Write tables and header, fsync, check, and give the set and its side files their names.
 
+        An old set stands until the new one is whole on the disk, and then is replaced in one step: a process
+        that is killed at any moment leaves one of the two, see ``in_force``.
         Raises ValueError where no picture was added.
         """
         if self.count == 0:
             raise ValueError(f"no picture is left to put into {self.path}")
-        self._write_tables()
+        digest = contents_hash_end(self._hasher, self._metadata[: self.count])
+        self._write_tables(digest)
         manifest = Manifest(
             tier=self.tier,
             count=self.count,
             num_bytes=self._file.tell(),
-            sha256=contents_hash_end(self._hasher, self._metadata[: self.count]),
+            sha256=digest,
             source=source,
             classes=tuple(classes),
             replaced=dict(replaced or {}),
             settings=dict(settings or {}),
         )
         self._sync.finish()
-        self._paths.flush()
-        os.fsync(self._paths.fileno())
-        # An old set goes before its side files change: no moment shows a set beside another one's manifest.
-        self.path.unlink(missing_ok=True)
-        self._partial_paths.replace(paths_path(self.path))
-        manifest.write(self.path)
+        for side in (self._paths, self._left_out):
+            side.finish()
+        manifest.write(self.path, pending=True)
+        written = open_beton(self._partial)
+        assert (len(written), written.sha256) == (manifest.count, manifest.sha256), "written otherwise"
+        sync_folder(self.path.parent)
         self._partial.replace(self.path)
         self._committed = True
         sync_folder(self.path.parent)
+        settle(self.path)
+        sync_folder(self.path.parent)
+        self._lock.release()
         return manifest
 
     def discard(self) -> None:
         """Close and remove the temporary files; after ``commit`` only closes."""
+        for side in (self._paths, self._left_out):
+            side.discard()
         if not self._committed:
             self._partial.unlink(missing_ok=True)
-            self._partial_paths.unlink(missing_ok=True)
+            settle(self.path)
         self._sync.close()
-        for file in (self._file, self._paths):
+        with contextlib.suppress(OSError):
             # Closing writes what waits in the buffer, which fails again where the disk is full.
-            with contextlib.suppress(OSError):
-                file.close()
+            self._file.close()
+        self._lock.release()
 
     def _place(self, size: int) -> int:
         """Return the next address where ``size`` bytes stay within one page.
@@ -203,7 +284,7 @@ class BetonWriter:
         room: int = self.page_bytes - self._end % self.page_bytes
         return self._end if size <= room else self._end + room
 
-    def _write_tables(self) -> None:
+    def _write_tables(self, digest: str) -> None:
         table = np.zeros(self.count, self._types.ALLOC_TABLE_TYPE)
         table["sample_id"] = np.arange(self.count)
         table["ptr"] = self._metadata["f0"]["data_ptr"][: self.count]
@@ -212,6 +293,8 @@ class BetonWriter:
         header["version"], header["num_fields"] = self._types.CURRENT_VERSION, len(self._descriptors)
         header["page_size"], header["num_samples"] = self.page_bytes, self.count
         header["alloc_table_ptr"] = self._end
+        recorded = self._descriptors[1]["arguments"]
+        recorded[:HASH_BYTES] = np.frombuffer(digest.encode("ascii"), np.uint8)
         self._file.seek(0)
         self._file.write(header.tobytes() + self._descriptors.tobytes())
         self._file.write(self._metadata[: self.count].data.cast("B"))

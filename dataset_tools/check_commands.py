@@ -13,7 +13,7 @@ from dataset_tools.index_shards import index_shards, write_dali_indices
 from dataset_tools.preview import preview
 from dataset_tools.progress import count_up, track
 from dataset_tools.report import NUM_NAMED, Stats
-from dataset_tools.saying import line, pace, report_left_out
+from dataset_tools.saying import line, pace, printable, report_left_out
 from dataset_tools.shard_set import SKIPPED_NAME
 from dataset_tools.verify import count_pictures, stats, verify
 from dataset_tools.work import MAX_BAD
@@ -169,7 +169,7 @@ class Preview:
 
 
 def _overview(found: Stats) -> Table:
-    table = Table("", "", title=str(found.path), show_header=False)
+    table = Table("", "", title=printable(str(found.path)), show_header=False)
     table.add_row("pictures", f"{found.count:,}")
     table.add_row("tier", found.tier)
     table.add_row("stored in", f"{found.num_bytes / 1e6:,.1f} MB, {found.layout}")
@@ -187,5 +187,5 @@ def _class_table(found: Stats, limit: int) -> Table:
     title = f"{len(ranked):,} classes" + (f", the largest {limit}" if len(ranked) > limit else "")
     table = Table("class", "pictures", "", title=title)
     for name, count in ranked[:limit]:
-        table.add_row(name, f"{count:,}", "█" * round(30 * count / max(ranked[0][1], 1)))
+        table.add_row(printable(name), f"{count:,}", "█" * round(30 * count / max(ranked[0][1], 1)))
     return table

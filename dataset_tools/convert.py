@@ -1,21 +1,28 @@
 """A source of pictures → a compiled set: one ``.beton`` file, or a folder of shards."""
 
-import contextlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter
+from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter, left_out_path
 from dataset_tools.keys import Keys
 from dataset_tools.normalise import BadPicture, Normal, Normalising
 from dataset_tools.report import NUM_NAMED
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan, plan_for
-from dataset_tools.shard_set import SKIPPED_NAME, SUFFIX, claim, finish, missing
+from dataset_tools.shard_set import (
+    SKIPPED_NAME,
+    SUFFIX,
+    claimed,
+    finish,
+    missing,
+    put_back,
+    remove_sides,
+    replacing,
+)
 from dataset_tools.shard_writer import ShardsWriter
 from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, Progress, Work
-from pipelines.manifest import Manifest, Tier, source_path_line
+from pipelines.manifest import Manifest, Tier
 from pipelines.randomness import EpochOrder
 
 
@@ -57,7 +64,7 @@ class ShardsMade:
 def skipped_path(out: str | Path) -> Path:
     """Return the path of the list of pictures left out of a set: beside a file, within a folder of shards."""
     out = Path(out)
-    return out / SKIPPED_NAME if out.suffix == SUFFIX or out.is_dir() else out.with_suffix(".skipped.txt")
+    return out / SKIPPED_NAME if out.suffix == SUFFIX or out.is_dir() else left_out_path(out)
 
 
 def convert(
@@ -142,19 +149,30 @@ def make_shards(work: Work, folder: str | Path, sharding: Sharding) -> ShardsMad
             f"the shards {first}:{stop} are asked for; the set has 0:{plan.num_shards}, of "
             f"{plan.shard_size} pictures each"
         )
-    whole = claim(folder, plan, overwrite=False) is not None
-    made = 0 if whole else _make_missing(work, folder, plan, range(first, stop))
+    with claimed(folder, plan) as finished:
+        made = 0 if finished else _make_missing(work, folder, plan, range(first, stop))
     return ShardsMade(made, stop - first, plan.num_shards)
 
 
 def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: bool) -> Converted:
     folder = _shards_folder(folder)
     plan = _plan(work, sharding)
-    manifest = claim(folder, plan, overwrite=overwrite)
-    if manifest is not None:
-        work.advance(plan.count)
-        num_skipped = sum(n for reason, n in manifest.replaced.items() if reason.startswith("skipped: "))
-        return Converted(manifest, (), num_skipped, already_there=True)
+    put_back(folder)
+    if overwrite and folder.exists():
+        with replacing(folder, plan) as new:
+            return _make_all(work, new, plan)
+    with claimed(folder, plan) as manifest:
+        if manifest is None:
+            made = _make_all(work, folder, plan)
+            remove_sides(folder)
+            return made
+    work.advance(plan.count)
+    num_skipped = sum(n for reason, n in manifest.replaced.items() if reason.startswith("skipped: "))
+    return Converted(manifest, (), num_skipped, already_there=True)
+
+
+def _make_all(work: Work, folder: Path, plan: Plan) -> Converted:
+    """Make what is missing of a set, and its end."""
     _make_missing(work, folder, plan, range(plan.num_shards))
     done = finish(folder, plan, work)
     return Converted(done.manifest, done.skipped[:NUM_NAMED], len(done.skipped))
@@ -200,36 +218,34 @@ def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
 
 
 def _convert_to_file(work: Work, out: Path, page_bytes: int, overwrite: bool) -> Converted:
-    with (
-        BetonWriter(
-            out, capacity=work.count, tier=work.how.tier, page_bytes=page_bytes, overwrite=overwrite
-        ) as beton,
-        _SkippedList(skipped_path(out)) as skipped,
-    ):
-        writer = _FileWriter(beton, skipped)
+    with BetonWriter(
+        out, capacity=work.count, tier=work.how.tier, page_bytes=page_bytes, overwrite=overwrite
+    ) as beton:
+        writer = _FileWriter(beton)
         work.fill(writer, lambda place: place, work.count)
         if beton.count == 0:
             raise ValueError(
                 f"none of the {work.count} pictures of {work.source.name} can be used: "
-                f"{'; '.join(skipped.first[:3])}; look at them with another program"
+                f"{'; '.join(writer.first_skipped[:3])}; look at them with another program"
             )
+        assert beton.count + writer.num_skipped == work.count, "pictures were lost"
         manifest = beton.commit(
             source=work.source.name,
             classes=work.source.classes,
             replaced=dict(sorted((writer.replaced + work.source.passed_over).items())),
             settings={**asdict(work.how), "max_bad": work.max_bad},
         )
-        skipped.commit()
-    assert manifest.count + skipped.count == work.count, "pictures were lost"
-    return Converted(manifest, tuple(skipped.first), skipped.count)
+    return Converted(manifest, tuple(writer.first_skipped), writer.num_skipped)
 
 
 class _FileWriter:
     """Pictures into one file, their faults into the list beside it."""
 
-    def __init__(self, beton: BetonWriter, skipped: "_SkippedList") -> None:
+    def __init__(self, beton: BetonWriter) -> None:
         self.replaced: Counter[str] = Counter()
-        self._beton, self._skipped = beton, skipped
+        self.first_skipped: list[str] = []
+        self.num_skipped = 0
+        self._beton = beton
 
     def add(self, index: int, picture: Normal, label: int, path: str) -> None:  # noqa: ARG002 – the order is the source's
         """Write one picture."""
@@ -241,42 +257,9 @@ class _FileWriter:
 
     def skip(self, index: int, path: str, fault: BadPicture) -> None:  # noqa: ARG002
         """Count and name one picture as left out."""
+        line = f"{path}: {fault}"
         self.replaced[f"skipped: {fault.reason}"] += 1
-        self._skipped.add(f"{path}: {fault}")
-
-
-class _SkippedList:
-    """The text file that names every picture left out; it exists only where there is one."""
-
-    def __init__(self, path: Path) -> None:
-        self.first: list[str] = []
-        self.count = 0
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
-        self._file: BinaryIO | None = None
-
-    def __enter__(self) -> "_SkippedList":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._partial.unlink(missing_ok=True)
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk, reported already
-                self._file.close()
-
-    def add(self, line: str) -> None:
-        """Name one picture."""
-        if self._file is None:
-            self._file = self._partial.open("wb")
-        self._file.write(source_path_line(line))
-        self.count += 1
-        if len(self.first) < NUM_NAMED:
-            self.first.append(line)
-
-    def commit(self) -> None:
-        """Give the list its name, or remove that of an earlier conversion."""
-        if self._file is None:
-            self._path.unlink(missing_ok=True)
-            return
-        self._file.close()
-        self._partial.replace(self._path)
+        self._beton.leave_out(line)
+        self.num_skipped += 1
+        if len(self.first_skipped) < NUM_NAMED:
+            self.first_skipped.append(line)

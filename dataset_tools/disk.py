@@ -1,5 +1,8 @@
-"""Writing large files: one writer at a time, and the disk kept busy while pictures are still being added."""
+"""Writing large files: one writer at a time, the disk kept busy, and new in place of old in one step."""
 
+import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,18 +14,80 @@ _SYNC_EVERY_BYTES = 32 << 20
 """How much is left to the disk at a time, while pictures go on being added."""
 
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def lock(path: Path, *, shared: bool = False, target: Path | None = None) -> int:
+    """Lock the file that ``path`` names, and return its descriptor; closing that unlocks it.
+
+    ``shared``: with others who share it; the file must be there. By default it is made where it is missing.
+    ``target``: what is written under this lock, for the error.
+    Raises FileExistsError where another process holds it, FileNotFoundError where it is missing.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | (0 if shared else os.O_CREAT), 0o666)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            # Whoever held it before may have renamed or removed it: then this is no longer what path names.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise FileExistsError(
+                f"another process is writing {target or path}; wait for it or choose another name"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise OSError(error.errno, f"{path} cannot be locked: {error.strerror}") from error
+        os.close(descriptor)
+
+
+class Lock:
+    """The right to write ``target``, held by a file of its own beside it; a dead process holds none."""
+
+    def __init__(self, target: Path) -> None:
+        """Raises as ``lock`` does."""
+        self._path = target.with_name(f".{target.name}.lock")
+        self._descriptor = lock(self._path, target=target)
+
+    def release(self) -> None:
+        """Let others write; the first call counts."""
+        if self._descriptor >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
 def open_alone(path: Path) -> BinaryIO:
     """Open ``path`` empty for writing, or raise FileExistsError where another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise FileExistsError(
-            f"another process is writing {path}; wait for it or choose another name"
-        ) from error
+    descriptor = lock(path)
     os.ftruncate(descriptor, 0)
     return os.fdopen(descriptor, "w+b", buffering=_BUFFER_BYTES)
+
+
+def exchange(new: Path, old: Path) -> None:
+    """Give two folders each other's name, in one step.
+
+    Where the file system cannot do that, in three: a process that is killed between them leaves ``old`` under
+    the name of :func:`aside`.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        names = os.fsencode(new), os.fsencode(old)
+        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            raise OSError(code, os.strerror(code), str(old))
+    old.rename(aside(old))
+    new.rename(old)
+    aside(old).rename(new)
+
+
+def aside(folder: Path) -> Path:
+    """Where a folder is for a moment while another takes its name; no name that a user would give."""
+    return folder.with_name(f".{folder.name}.maskmix-old")
 
 
 class BackgroundSync:

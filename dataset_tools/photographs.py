@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dataset_tools.disk import exchange
 from dataset_tools.parallel import ordered_map
 from pipelines.pictures import FORMATS
 
@@ -115,8 +116,9 @@ def make_photographs(
         num_bytes = _write_tree(partial, sources, (count, val), seed, workers, progress)
         (partial / _MARKER).write_text(json.dumps({**options, "num_bytes": num_bytes}) + "\n")
         if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+            exchange(partial, out)
+        else:
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Made(out, (count, val), num_bytes, already_there=False)

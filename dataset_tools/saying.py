@@ -13,9 +13,14 @@ def pace(count: int, seconds: float) -> str:
     return f"{count:,} in {seconds:.1f} s ({count / max(seconds, 1e-9):,.0f}/s)"
 
 
+def printable(text: str) -> str:
+    """The same, with ``\\udc…`` for the bytes of file names that are no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def line(out: Console, text: str, style: str | None = None) -> None:
     """Write one line as it is: no wrapping, no markup from file names."""
-    out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    out.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def report_left_out(

@@ -139,7 +139,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write plain data as JSON, atomically. Raises ValueError for NaN and infinities, which it has not."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    # Names that are no UTF-8 have surrogates in them; so written they are JSON's own escapes.
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.blocks import blocks
-from pipelines.manifest import Manifest, Tier
+from pipelines.manifest import HASH_AT, HASH_BYTES, Manifest, Tier
 
 INSTALL_FFCV = (
     "FFCV is not installed. `make setup` installs it; by hand: "
@@ -89,6 +89,8 @@ class BetonFile:
     """(N,) addresses of the payloads in ``data``; a strided, unaligned view of ``metadata``."""
     sizes: npt.NDArray[np.uint64]
     """(N,) payload sizes in bytes; a strided view of the file where its table is in sample order."""
+    sha256: str
+    """The hash of the contents, see Manifest, as the file itself has it; "" where it has none."""
 
     def __len__(self) -> int:
         return len(self.metadata)
@@ -142,7 +144,8 @@ def open_beton(path: str | Path) -> BetonFile:
     for rows in blocks(len(metadata)):
         _check_sizes(path, rows.start, metadata["f0"][rows], sizes[rows], modes)
         _check_places(path, rows.start, pointers[rows], sizes[rows], page, table_at)
-    return BetonFile(path, data, page, metadata, pointers, sizes)
+    recorded = bytes(data[HASH_AT : HASH_AT + HASH_BYTES]).strip(b"\0").decode("ascii", "replace")
+    return BetonFile(path, data, page, metadata, pointers, sizes, recorded)
 
 
 def _check_header(path: Path, header: Any, size: int, types: ModuleType) -> None:
@@ -250,12 +253,19 @@ def _check_places(path: Path, first: int, pointers: Any, size: Any, page: int, t
 def matching_manifest(beton: BetonFile) -> Manifest | None:
     """Return the manifest beside an opened set, None for a file made elsewhere.
 
-    Raises ValueError where it promises another number of pictures or bytes than the file has.
+    Raises ValueError where it promises another number of pictures or bytes than the file has, or others.
     """
     manifest = Manifest.read(beton.path)
-    if manifest is not None and (manifest.count, manifest.num_bytes) != (len(beton), len(beton.data)):
+    if manifest is None:
+        return None
+    if (manifest.count, manifest.num_bytes) != (len(beton), len(beton.data)):
         raise ValueError(
             f"{beton.path} has {len(beton)} pictures in {len(beton.data)} bytes, its manifest promises "
             f"{manifest.count} in {manifest.num_bytes}: one of the two is of another conversion; {_AGAIN}"
+        )
+    if beton.sha256 not in ("", manifest.sha256):
+        raise ValueError(
+            f"{beton.path} has contents of the hash {beton.sha256[:16]}…, its manifest promises "
+            f"{manifest.sha256[:16]}…: one of the two is of another conversion; {_AGAIN}"
         )
     return manifest

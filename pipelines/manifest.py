@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 VERSION = 1
+PENDING = ".next"
+"""Added to the names of a new set's side files until the set itself has taken the place of the old one."""
+HASH_BYTES, HASH_AT = 64, 24 + 1041 + 17
+"""Where a .beton file of ours has the hash of its contents, as in its manifest: at the beginning of the
+arguments of its second field, label, of which FFCV makes no use."""
 Tier = Literal["jpeg", "yuv420", "raw"]
 """In what form pictures are stored: JPEG files, planes Y, U, V at 4:2:0, or (H, W, 3) uint8 pixels."""
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -59,13 +64,17 @@ class Manifest:
     version: int = VERSION
     """Version of this JSON."""
 
-    def write(self, path: str | Path) -> Path:
-        """Write the JSON of the set at ``path`` (temporary name, fsync, rename); return its path."""
-        target = manifest_path(path)
+    def write(self, path: str | Path, *, pending: bool = False) -> Path:
+        """Write the JSON of the set at ``path`` (temporary name, fsync, rename); return its path.
+
+        ``pending``: under the name that it has until the set itself has taken the place of an old one.
+        """
+        target = pending_path(manifest_path(path)) if pending else manifest_path(path)
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
         partial = target.with_name(target.name + ".partial")
         try:
-            with partial.open("w", encoding="utf-8") as file:
+            # A class whose name is no UTF-8 has surrogates in it; so written they are JSON's own escapes.
+            with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -80,7 +89,7 @@ class Manifest:
 
         Raises ValueError, naming the file, where it is not JSON or its keys or types are not ours.
         """
-        target = manifest_path(path)
+        target = in_force(path, manifest_path(path))
         try:
             text = target.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -103,6 +112,33 @@ def manifest_path(path: str | Path) -> Path:
 def paths_path(beton_path: str | Path) -> Path:
     """Return the path of the list of source paths that belongs to ``beton_path``."""
     return Path(beton_path).with_suffix(".paths")
+
+
+def pending_path(side_file: Path) -> Path:
+    """The name of a side file of a set that is about to take the place of another."""
+    return side_file.with_name(side_file.name + PENDING)
+
+
+def in_force(path: str | Path, side_file: Path) -> Path:
+    """The side file that belongs to the set at ``path``: ``side_file``, or the pending one of that name.
+
+    The pending one where the process that replaced an old set was killed after the set itself had taken its
+    name and before its side files had; the manifest is the last of them.
+    """
+    path = Path(path)
+    pending_manifest = pending_path(manifest_path(path))
+    if not pending_manifest.exists():
+        return side_file
+    try:
+        content = json.loads(pending_manifest.read_bytes())
+        promised = content["sha256"], content["num_bytes"]
+        with path.open("rb") as file:
+            file.seek(HASH_AT)
+            recorded = file.read(HASH_BYTES).decode("ascii", "replace"), file.seek(0, os.SEEK_END)
+    except (OSError, ValueError, KeyError, TypeError):
+        return side_file
+    pending = pending_path(side_file)
+    return pending if promised == recorded and pending.exists() else side_file
 
 
 def verify_hint(path: str | Path = "SET") -> str:
@@ -182,7 +218,7 @@ def read_source_path(beton_path: str | Path, index: int) -> str | None:
     if index < 0:
         return None
     try:
-        with paths_path(beton_path).open("rb") as file:
+        with in_force(beton_path, paths_path(beton_path)).open("rb") as file:
             line = next(itertools.islice(file, index, None), None)
     except FileNotFoundError:
         return None
@@ -194,7 +230,7 @@ def read_source_paths(beton_path: str | Path, count: int) -> Iterator[str]:
 
     Raises ValueError, naming ``X.paths``, where it is missing or has another number of lines.
     """
-    paths, lines = paths_path(beton_path), 0
+    paths, lines = in_force(beton_path, paths_path(beton_path)), 0
     with contextlib.suppress(FileNotFoundError), paths.open("rb") as file:
         for line in file:
             lines += 1

@@ -12,6 +12,7 @@ source has the same indices, and with them the same views, in a ``.beton`` file.
 before, and are only indexed, picture i is the i-th on the disk.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from pipelines.blocks import blocks
 from pipelines.manifest import Manifest, Shard, manifest_path, verify_hint
 
 INDEX_NAME = "index.npy"
+PENDING_INDEX_NAME = "index.npy.next"
+"""The index of a set that is about to take the place of another in the same folder."""
 PLAN_NAME = "convert.json"
 """What a conversion has set out to make; gone once the set is complete."""
 INDEX_DTYPE = np.dtype(
@@ -204,7 +207,7 @@ def map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
 
     Raises FileNotFoundError where it is missing, ValueError where it is damaged or of another set.
     """
-    index = _load_index(path, manifest)
+    index = _read_index(path, index_in_force(path, manifest), manifest)
     counts = np.zeros(len(manifest.shards), np.int64)
     for rows in blocks(len(index)):
         _check_places(path, manifest, rows.start, index[rows])
@@ -219,8 +222,20 @@ def map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
     return index
 
 
-def _load_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
-    file = path / INDEX_NAME
+def index_in_force(path: Path, manifest: Manifest) -> Path:
+    """The index that belongs to the manifest of a set: the pending one where it has the manifest's hash.
+
+    There is a pending one where the process that wrote it was killed, perhaps before it wrote the manifest.
+    """
+    pending = path / PENDING_INDEX_NAME
+    if pending.exists():
+        with contextlib.suppress(ValueError):
+            if set_digest(manifest.shards, _read_index(path, pending, manifest)) == manifest.sha256:
+                return pending
+    return path / INDEX_NAME
+
+
+def _read_index(path: Path, file: Path, manifest: Manifest) -> NDArray[np.void]:
     try:
         index: NDArray[np.void] = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
