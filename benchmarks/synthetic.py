@@ -30,10 +30,11 @@ def write_synthetic(source: BetonFile, path: Path, *, count: int, payloads: int)
         raise ValueError(f"{source.path} has no manifest; make the photographs again: make samples")
     types = ffcv_types()
     first = types.HeaderType.itemsize
-    # The fields are the source's, and so are their descriptors.
+    # The fields are the source's, and so are their descriptors, but for the hash of its contents.
     header = source.data[:first].copy().view(types.HeaderType)
     metadata_at = first + int(header["num_fields"][0]) * types.FieldDescType.itemsize
-    descriptors = source.data[first:metadata_at]
+    descriptors = source.data[first:metadata_at].copy()
+    descriptors.view(types.FieldDescType)["arguments"] = 0
     records = np.array(source.metadata[:payloads])
     sizes = source.sizes[:payloads].astype(np.int64)
     payloads_at = metadata_at + count * records.itemsize

@@ -43,6 +43,8 @@ def _verify_file(path: Path, workers: int | None, progress: Callable[[], None] |
     reasons, digest = _check_pictures(beton, workers, progress)
     if manifest is not None:
         problems += _compare(beton, manifest, digest)
+    elif beton.sha256 not in ("", digest):
+        problems.append(f"the contents hash to {digest}, the file itself says {beton.sha256}")
     bad = tuple(
         BadIndex(index, read_source_path(path, index) if named < NUM_NAMED else None, reason)
         for named, (index, reason) in enumerate(reasons)

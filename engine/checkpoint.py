@@ -5,6 +5,7 @@ runs none of its code. It also holds a hash of all that, because torch reads dam
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -208,13 +209,19 @@ def check_hash(path: Path, content: Mapping[str, Any], written: object, otherwis
     written: the hash; None if the file has none, which is said, with what was checked ``otherwise``.
     """
     if written is None:
-        if failure.speaks_for_machine():
-            log.warning("%s carries no hash of its content: %s", path, otherwise)
+        _say_unchecked(path, otherwise)
     elif written != content_hash(content):
         raise CheckpointError(
             f"{path} does not hold what its hash was made of: it is damaged, or was changed since; delete it "
             "and take another copy, or an older one"
         )
+
+
+@functools.cache
+def _say_unchecked(path: Path, otherwise: str) -> None:
+    """Once for each file, which may be read several times."""
+    if failure.speaks_for_machine():
+        log.warning("%s carries no hash of its content: %s", path, otherwise)
 
 
 def _not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:

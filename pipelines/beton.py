@@ -3,7 +3,8 @@
 A file is: header, one descriptor per field, the metadata of all samples, payloads, and at the very end
 the allocation table (sample, address, size). Addresses are absolute. FFCV's process cache reads whole pages,
 page p being the bytes [p · page_size, (p + 1) · page_size) of the file, so no payload straddles two pages.
-Two samples may share one payload.
+Two samples may share one payload. Files of our writer have the hash of their contents in the arguments of the
+field ``label``, of which FFCV makes no use (see :mod:`pipelines.manifest`).
 """
 
 from dataclasses import dataclass
