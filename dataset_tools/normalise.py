@@ -11,7 +11,7 @@ from pipelines.beton import MAX_SIDE_PX
 from pipelines.jpeg_markers import EXIF_ORIENTATION
 from pipelines.manifest import TIERS, Tier
 from pipelines.pictures import JPEG_START, open_picture, upright_rgb
-from pipelines.turbojpeg import check_jpeg, decode_planes, encode_planes, read_header
+from pipelines.turbojpeg import Jpeg, check_jpeg, encode_planes, read_header
 
 _JPEG_FORMATS = ("JPEG", "MPO")
 _MARKER, _APP1, _SOS = 0xFF, 0xE1, 0xDA
@@ -117,7 +117,8 @@ def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
     """
     if how.tier == "raw" or how.recompress or not _is_plain_jpeg(payload):
         return None
-    header = read_header(payload)
+    jpeg = Jpeg(payload)
+    header = jpeg.header
     if header is None or not (header.is_colour and header.is_usual):
         return None
     if how.reduced(header.width, header.height) is not None:
@@ -125,8 +126,8 @@ def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
     if header.width * header.height > (Image.MAX_IMAGE_PIXELS or 0):
         return None  # perhaps a small file that would take all memory
     if how.tier == "yuv420":
-        return _own_planes(payload, header.width, header.height) if header.is_yuv420 else None
-    if how.verify and check_jpeg(payload).state != "whole":
+        return _own_planes(jpeg, header.width, header.height) if header.is_yuv420 else None
+    if how.verify and jpeg.check().state != "whole":
         return None
     return Normal(payload, header.width, header.height)
 
@@ -143,10 +144,10 @@ def _is_plain_jpeg(payload: bytes) -> bool:
     return False
 
 
-def _own_planes(payload: bytes, width: int, height: int) -> Normal:
+def _own_planes(jpeg: Jpeg, width: int, height: int) -> Normal:
     """Decode a 4:2:0 JPEG to what the yuv420 tier stores of it."""
     try:
-        return Normal(decode_planes(payload).packed(), width, height)
+        return Normal(jpeg.planes().packed(), width, height)
     except ValueError as error:
         raise _damaged(str(error)) from error
 
@@ -176,7 +177,7 @@ def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> N
     kind = image.format or "unknown"
     changed = _why_not_as_is(payload, image, kind, how)
     if how.tier == "yuv420" and not changed:
-        return _own_planes(payload, image.width, image.height)
+        return _own_planes(Jpeg(payload), image.width, image.height)
     if kind in _JPEG_FORMATS and (how.verify or changed):
         verdict = check_jpeg(payload)
         if verdict.state == "damaged":

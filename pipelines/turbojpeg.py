@@ -100,62 +100,70 @@ class _PlaneBuffer:
         return Planes(y[:height, :width], u, v)
 
 
-class _Decoder:
-    """One TurboJPEG handle, for one picture.
+class Jpeg:
+    """One JPEG, and the TurboJPEG handle that decodes it; for one thread.
 
-    A handle that has seen an error fails for the next picture too, and one that has seen a picture lends its
-    tables to the next. Making one takes less than a microsecond.
+    No other picture gets the handle: one that has seen an error fails for the next picture too, and one that
+    has seen a picture lends its tables to the next. Making one takes less than a microsecond.
     """
 
-    def __init__(self) -> None:
+    header: Header | None
+    """What the header says; None where the decoder cannot use it."""
+
+    def __init__(self, payload: bytes | npt.NDArray[np.uint8]) -> None:
+        """Read the header; nothing is decoded."""
         self._lib = library()
         self._handle = ctypes.c_void_p(self._lib.tjInitDecompress())
         if not self._handle.value:
             raise MemoryError("TurboJPEG gave no decoder")
+        self._data = np.frombuffer(payload, np.uint8)
+        self._source = self._data.ctypes.data, self._data.size
+        self._said, self._fault = self._read_header()
+        self.header = None if self._fault else self._said
 
     def __del__(self) -> None:
         if (handle := getattr(self, "_handle", None)) and handle.value:
             self._lib.tjDestroy(handle)
 
-    def header(self, payload: npt.NDArray[np.uint8]) -> tuple[Header, str]:
+    def _read_header(self) -> tuple[Header, str]:
         """The header, and why it cannot be used, "" where it can."""
         numbers = [ctypes.c_int(0) for _ in range(4)]
-        references = [ctypes.byref(n) for n in numbers]
-        code = self._lib.tjDecompressHeader3(self._handle, payload.ctypes.data, payload.size, *references)
+        code = self._lib.tjDecompressHeader3(self._handle, *self._source, *map(ctypes.byref, numbers))
         header = Header(*(n.value for n in numbers))
         if header.width < 1 or header.height < 1:
             return header, self._message() if code != 0 else "there is no picture in it"
         # An unknown subsampling counts as fatal here and hinders no decoder.
         if code != 0 and header.is_usual and self._is_fatal():
             return header, self._message()
-        return header, TABLE_MISSING.get(missing_table(payload), "")
+        return header, TABLE_MISSING.get(missing_table(self._data), "")
 
-    def check(self, payload: npt.NDArray[np.uint8]) -> Verdict:
-        (width, height, _, colours), fault = self.header(payload)
-        if fault:
-            return Verdict("damaged", width, height, fault)
+    def check(self) -> Verdict:
+        """Decode it completely and say whether it is whole. Runs without the interpreter's lock."""
+        width, height, _, colours = self._said
+        if self._fault:
+            return Verdict("damaged", width, height, self._fault)
         # In grey at one eighth the entropy decoding, where damage shows, is complete, the rest nearly free.
         pixels = TJPF_CMYK if colours in (TJCS_CMYK, TJCS_YCCK) else TJPF_GRAY
         small_width, small_height = (width + 7) // 8, (height + 7) // 8
         scratch = np.empty(small_width * small_height * (4 if pixels == TJPF_CMYK else 1), np.uint8)
-        source, target = payload.ctypes.data, scratch.ctypes.data
-        code = self._lib.tjDecompress2(
-            self._handle, source, payload.size, target, small_width, 0, small_height, pixels, 0
-        )
-        return self._verdict(code, width, height)
+        target = scratch.ctypes.data, small_width, 0, small_height, pixels, 0
+        return self._verdict(self._lib.tjDecompress2(self._handle, *self._source, *target))
 
-    def planes(self, payload: npt.NDArray[np.uint8]) -> tuple[Verdict, Planes]:
-        (width, height, _, _), fault = self.header(payload)
-        assert not fault, fault
+    def planes(self) -> Planes:
+        """Decode it to its own planes, see :func:`decode_planes`."""
+        if self.header is None or not self.header.is_yuv420:
+            raise ValueError("not a JPEG of Y, Cb, Cr at 4:2:0; decode it to RGB and use encode_planes")
+        width, height, _, _ = self.header
         buffer = _PlaneBuffer(width, height)
-        source, size = payload.ctypes.data, payload.size
-        code = self._lib.tjDecompressToYUVPlanes(
-            self._handle, source, size, buffer.addresses, width, buffer.strides, height, TJFLAG_ACCURATEDCT
-        )
-        return self._verdict(code, width, height), buffer.planes()
+        target = buffer.addresses, width, buffer.strides, height, TJFLAG_ACCURATEDCT
+        verdict = self._verdict(self._lib.tjDecompressToYUVPlanes(self._handle, *self._source, *target))
+        if verdict.state == "damaged":
+            raise ValueError(verdict.message)
+        return buffer.planes()
 
-    def _verdict(self, code: int, width: int, height: int) -> Verdict:
+    def _verdict(self, code: int) -> Verdict:
         """What the return code of a complete decode means."""
+        width, height, _, _ = self._said
         if code == 0:
             return Verdict("whole", width, height)
         message = self._message()
@@ -231,13 +239,12 @@ def library() -> ctypes.CDLL:
 
 def check_jpeg(payload: bytes | npt.NDArray[np.uint8]) -> Verdict:
     """Decode a JPEG completely and say whether it is whole. Runs without the interpreter's lock."""
-    return _Decoder().check(np.frombuffer(payload, np.uint8))
+    return Jpeg(payload).check()
 
 
 def read_header(payload: bytes | npt.NDArray[np.uint8]) -> Header | None:
     """Return what the header of a JPEG says, None where the decoder cannot use it. Decodes nothing."""
-    header, fault = _Decoder().header(np.frombuffer(payload, np.uint8))
-    return None if fault else header
+    return Jpeg(payload).header
 
 
 def decode_planes(payload: bytes | npt.NDArray[np.uint8]) -> Planes:
@@ -246,13 +253,7 @@ def decode_planes(payload: bytes | npt.NDArray[np.uint8]) -> Planes:
     Raises ValueError, with the decoder's words, where pixels are missing, and where the JPEG is not of
     Y, Cb, Cr at 4:2:0; warnings that cost no pixel are passed over.
     """
-    header = read_header(payload)
-    if header is None or not header.is_yuv420:
-        raise ValueError("not a JPEG of Y, Cb, Cr at 4:2:0; decode it to RGB and use encode_planes")
-    verdict, planes = _Decoder().planes(np.frombuffer(payload, np.uint8))
-    if verdict.state == "damaged":
-        raise ValueError(verdict.message)
-    return planes
+    return Jpeg(payload).planes()
 
 
 def encode_planes(rgb_HW3: npt.NDArray[np.uint8]) -> Planes:
