@@ -61,7 +61,8 @@ def settle(path: Path) -> None:
     """Give pending side files their names where the set at ``path`` is theirs, and remove them where not."""
     manifest = manifest_path(path)
     theirs = in_force(path, manifest) != manifest
-    for side in (paths_path(path), left_out_path(path), manifest):  # by the last it is known whose they are
+    # The manifest goes last: it tells which set the others belong to.
+    for side in (paths_path(path), left_out_path(path), manifest):
         pending = pending_path(side)
         if not pending.exists():
             continue
@@ -153,7 +154,7 @@ class BetonWriter:
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._paths, self._left_out = _SideFile(paths_path(self.path)), _SideFile(left_out_path(self.path))
         self._committed = False
-        self._lock = Lock(self.path)
+        self._lock = Lock(self.path.with_name(f".{self.path.name}.lock"), self.path)
         try:
             settle(self.path)
             self._file = open_alone(self._partial)

@@ -79,7 +79,7 @@ class Convert:
     shards: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
     """Make only the shards A … B − 1; once all are there, the command without this option ends the set."""
     overwrite: bool = False
-    """Replace OUTPUT where it exists."""
+    """Replace OUTPUT where it exists, once the new set is whole. Stopped before, it begins anew."""
 
     def run(self, out: Console, err: Console) -> int:
         """Compile and report."""
@@ -97,6 +97,7 @@ class Convert:
         if sharding is None:
             ffcv_types()  # takes seconds to import, which is not part of the pace
             self.output.parent.mkdir(parents=True, exist_ok=True)
+        replaces = self.overwrite and self.output.exists()
         started = time.monotonic()
         try:
             with track(len(source), "converting", err) as advance:
@@ -106,7 +107,7 @@ class Convert:
                 every = sharding and replace(sharding, shards=None)
                 converted = compile_set(work, self.output, sharding=every, overwrite=self.overwrite)
         except KeyboardInterrupt:
-            if sharding is None:
+            if sharding is None or replaces:
                 raise
             raise KeyboardInterrupt("whole shards are kept; the same command goes on from there") from None
         if converted.already_there:

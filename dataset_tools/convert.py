@@ -14,8 +14,8 @@ from dataset_tools.shard_set import (
     SUFFIX,
     claimed,
     finish,
+    left_out,
     missing,
-    put_back,
     remove_sides,
     replacing,
 )
@@ -24,6 +24,7 @@ from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, Progress, Work
 from pipelines.manifest import Manifest, Tier
 from pipelines.randomness import EpochOrder
+from pipelines.shards import set_aside
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,7 @@ def make_shards(work: Work, folder: str | Path, sharding: Sharding) -> ShardsMad
 def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: bool) -> Converted:
     folder = _shards_folder(folder)
     plan = _plan(work, sharding)
-    put_back(folder)
-    if overwrite and folder.exists():
+    if overwrite and (folder.exists() or set_aside(folder).exists()):
         with replacing(folder, plan) as new:
             return _make_all(work, new, plan)
     with claimed(folder, plan) as manifest:
@@ -167,8 +167,7 @@ def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: 
             remove_sides(folder)
             return made
     work.advance(plan.count)
-    num_skipped = sum(n for reason, n in manifest.replaced.items() if reason.startswith("skipped: "))
-    return Converted(manifest, (), num_skipped, already_there=True)
+    return Converted(manifest, (), sum(left_out(manifest.replaced).values()), already_there=True)
 
 
 def _make_all(work: Work, folder: Path, plan: Plan) -> Converted:
@@ -182,7 +181,9 @@ def _shards_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.suffix != SUFFIX:
         raise ValueError(f"{folder} does not end in {SUFFIX}; name the folder of the set so")
-    return folder
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, a set of shards is a folder; choose another name")
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def _plan(work: Work, sharding: Sharding) -> Plan:
@@ -197,7 +198,7 @@ def _plan(work: Work, sharding: Sharding) -> Plan:
 
 def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
     """Make those of ``shards`` that are not whole; return how many."""
-    todo = missing(folder, plan, shards)
+    todo, bad = missing(folder, plan, shards, work)
     work.advance(sum(map(len, map(plan.places, set(shards) - set(todo)))))
     if not todo:
         return 0
@@ -209,7 +210,7 @@ def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
 
     keys = Keys(work.source.path(index) for index in range(len(work.source)))
     with ShardsWriter(folder, plan, todo, keys) as writer:
-        work.fill(writer, index_of, sum(map(len, map(plan.places, todo))))
+        work.fill(writer, index_of, sum(map(len, map(plan.places, todo))), bad)
     return len(todo)
 
 

@@ -18,20 +18,17 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def lock(path: Path, *, shared: bool = False, target: Path | None = None) -> int:
-    """Lock the file that ``path`` names, and return its descriptor; closing that unlocks it.
+    """Lock the file that ``path`` names, made where it is missing, and return its descriptor.
 
-    ``shared``: with others who share it; the file must be there. By default it is made where it is missing.
-    ``target``: what is written under this lock, for the error.
-    Raises FileExistsError where another process holds it, FileNotFoundError where it is missing.
+    Closing that unlocks it. ``shared``: with others who share it. ``target``: what is written under this
+    lock, for the error. Raises FileExistsError where another process holds it.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | (0 if shared else os.O_CREAT), 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            # Whoever held it before may have renamed or removed it: then this is no longer what path names.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
+            if _is_named(descriptor, path):
+                return descriptor
         except BlockingIOError as error:
             os.close(descriptor)
             raise FileExistsError(
@@ -43,20 +40,41 @@ def lock(path: Path, *, shared: bool = False, target: Path | None = None) -> int
         os.close(descriptor)
 
 
-class Lock:
-    """The right to write ``target``, held by a file of its own beside it; a dead process holds none."""
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether ``path`` still names this file: who held a lock before may have renamed or removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
-    def __init__(self, target: Path) -> None:
-        """Raises as ``lock`` does."""
-        self._path = target.with_name(f".{target.name}.lock")
-        self._descriptor = lock(self._path, target=target)
+
+class Lock:
+    """The right to write ``target``, held by a lock file; a dead process holds none."""
+
+    def __init__(self, path: Path, target: Path, *, shared: bool = False) -> None:
+        """Make the lock file ``path``. Raises as ``lock`` does."""
+        self.path = path
+        """Where the lock file is; to be set anew where its folder was renamed."""
+        self._descriptor = lock(path, shared=shared, target=target)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def release(self) -> None:
-        """Let others write; the first call counts."""
-        if self._descriptor >= 0:
-            self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Let others write; the last of those who share it removes the file. The first call counts."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_named(descriptor, self.path):
+                    self.path.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def open_alone(path: Path) -> BinaryIO:
@@ -66,11 +84,11 @@ def open_alone(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "w+b", buffering=_BUFFER_BYTES)
 
 
-def exchange(new: Path, old: Path) -> None:
+def exchange(new: Path, old: Path, aside: Path) -> None:
     """Give two folders each other's name, in one step.
 
     Where the file system cannot do that, in three: a process that is killed between them leaves ``old`` under
-    the name of :func:`aside`.
+    the name ``aside``.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
@@ -80,14 +98,9 @@ def exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
             raise OSError(code, os.strerror(code), str(old))
-    old.rename(aside(old))
+    old.rename(aside)
     new.rename(old)
-    aside(old).rename(new)
-
-
-def aside(folder: Path) -> Path:
-    """Where a folder is for a moment while another takes its name; no name that a user would give."""
-    return folder.with_name(f".{folder.name}.maskmix-old")
+    aside.rename(new)
 
 
 class BackgroundSync:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dataset_tools.dali_index import Component, TarSample, dali_index, tar_samples, with_pictures_at
 from dataset_tools.parallel import num_workers, ordered_map
-from dataset_tools.shard_set import PLAN_KEY, finished_before, save_set, unfinished
+from dataset_tools.shard_set import PLAN_KEY, finished_before, left_out, save_set, unfinished
 from dataset_tools.shard_writer import MAX_PICTURE_BYTES
 from dataset_tools.tar_members import scan_tar
 from dataset_tools.work import MAX_BAD, check_bad
@@ -97,8 +97,8 @@ def index_shards(
         raise ValueError(f"{folder} holds no picture that can be used: {'; '.join(skipped[:3])}")
     index = _join(kept)
     replaced = sum((tar.replaced for tar in found), Counter[str]())
-    if num_bad := len(skipped) - replaced[f"skipped: {_NO_PICTURE}"]:
-        check_bad(num_bad, len(index) + num_bad, max_bad, str(folder), skipped[-1])
+    bad = {reason: count for reason, count in left_out(replaced).items() if reason != _NO_PICTURE}
+    check_bad(bad, len(index) + sum(bad.values()), max_bad, str(folder), skipped[-1] if skipped else "")
     names = _class_names(folder, index["label"], classes, before)
     manifest = save_set(
         folder,
@@ -212,6 +212,9 @@ class _Tar:
 def _read_tar(path: Path, wanted: tuple[str, ...], labelled: bool, accept_truncated: bool) -> _Tar:
     tar = _Tar(path)
     samples = _samples(path, tar.replaced if accept_truncated else None)
+    if not samples:
+        tar.records = np.zeros(0, INDEX_DTYPE)
+        return tar
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         records = []
         for sample in samples:

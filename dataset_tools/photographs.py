@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dataset_tools.disk import exchange
 from dataset_tools.parallel import ordered_map
 from pipelines.pictures import FORMATS
 
@@ -116,9 +115,8 @@ def make_photographs(
         num_bytes = _write_tree(partial, sources, (count, val), seed, workers, progress)
         (partial / _MARKER).write_text(json.dumps({**options, "num_bytes": num_bytes}) + "\n")
         if out.exists():
-            exchange(partial, out)
-        else:
-            partial.rename(out)
+            shutil.rmtree(out)
+        partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Made(out, (count, val), num_bytes, already_there=False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.disk import Lock, aside, exchange, lock
+from dataset_tools.disk import Lock, exchange
 from dataset_tools.shard_plan import (
     Part,
     Plan,
@@ -29,12 +30,15 @@ from pipelines.shards import (
     index_hint,
     index_in_force,
     open_shards,
+    set_aside,
     set_digest,
 )
 
 SUFFIX = ".shards"
 """Of the name of a folder that a conversion makes."""
 SKIPPED_NAME = "skipped.txt"
+LOCK_NAME = ".convert.lock"
+"""In a folder where a set is made: shared by those who make shards there, held alone to replace it."""
 PLAN_KEY = "plan"
 """The setting in a manifest that holds the plan's hash; only a set that was converted has it."""
 _GO_ON = "run the same conversion again, which keeps whole shards"
@@ -58,20 +62,39 @@ def claimed(folder: Path, plan: Plan) -> Iterator[Manifest | None]:
     """
     put_back(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    finished = finished_before(folder, replaced=False)
-    if finished is not None:
-        if (made_by := finished.settings.get(PLAN_KEY)) is None:
-            raise _indexed(folder)
-        if made_by != plan.digest:
-            raise FileExistsError(
-                f"{folder} exists already, made of other pictures or with other options; choose another name "
-                "or add --overwrite"
-            )
-        open_shards(folder)  # says what is missing
-        _settle_index(folder, finished)
-        remove_sides(folder)
+    if finished := _finished_by(plan, folder):
+        if (folder / LOCK_NAME).exists():  # of a process that was killed at its very end
+            with contextlib.suppress(OSError):
+                Lock(folder / LOCK_NAME, folder, shared=True).release()
         yield finished
         return
+    with Lock(folder / LOCK_NAME, folder, shared=True):
+        finished = _finished_by(plan, folder)
+        if finished is None:
+            _begin(folder, plan)
+        yield finished
+
+
+def _finished_by(plan: Plan, folder: Path) -> Manifest | None:
+    """The manifest of the finished set in a folder. Raises FileExistsError where it is another plan's."""
+    finished = finished_before(folder, replaced=False)
+    if finished is None:
+        return None
+    if (made_by := finished.settings.get(PLAN_KEY)) is None:
+        raise _indexed(folder)
+    if made_by != plan.digest:
+        raise FileExistsError(
+            f"{folder} exists already, made of other pictures or with other options; choose another name or "
+            "add --overwrite"
+        )
+    open_shards(folder)  # says what is missing
+    _settle_index(folder, finished)
+    remove_sides(folder)
+    return finished
+
+
+def _begin(folder: Path, plan: Plan) -> None:
+    """Begin or go on with the plan in a folder."""
     _refuse_foreign(folder, None)
     if Plan.read(folder) is None:
         # Of machines that begin at once, one finds its temporary file renamed by another.
@@ -84,54 +107,48 @@ def claimed(folder: Path, plan: Plan) -> Iterator[Manifest | None]:
             f"another conversion has begun in {folder} (it has {differences}); finish that one, choose "
             "another name or add --overwrite"
         )
-    descriptor = lock(folder / PLAN_NAME, shared=True, target=folder)
-    try:
-        for path, number in numbered_files(folder).items():
-            if number >= plan.num_shards:
-                path.unlink(missing_ok=True)
-        yield None
-    finally:
-        os.close(descriptor)
+    for path, number in numbered_files(folder).items():
+        if number >= plan.num_shards:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replacing(folder: Path, plan: Plan) -> Iterator[Path]:
     """A folder beside ``folder`` to make a set in; at the end of the block, checked, it takes its place.
 
-    The old set stands until then. After an error the new folder stays, and the next call with the same plan
-    goes on with it. Files in the old folder that are not the set's are kept.
-    Raises FileExistsError where what lies there was not made by a conversion, or is being made.
+    The old set stands until then; after an error the new folder is removed. Files in the old folder that are
+    not the set's are kept.
+    Raises FileExistsError where what lies there was not made by a conversion or is being made, and ValueError
+    where the folder cannot be exchanged.
     """
-    folder = folder.resolve()
-    new, shared = folder.with_name(f".{folder.name}.maskmix-new"), folder / PLAN_NAME
-    if folder.is_mount():
-        raise ValueError(
-            f"{folder} is a mount point, whose set cannot be exchanged; convert to a new name in it"
-        )
-    claim = Lock(folder)
-    try:
-        put_back(folder)
+    if folder.is_mount() or not os.access(folder.parent, os.W_OK):
+        why = "is a mount point" if folder.is_mount() else f"lies in {folder.parent}, which cannot be written"
+        raise ValueError(f"{folder} {why}, so no new folder can take its place; choose another name")
+    put_back(folder)
+    new = folder.with_name(f".{folder.name}.maskmix-new")
+    with Lock(folder / LOCK_NAME, folder) as held:
         finished = finished_before(folder, replaced=True)
         if finished is not None and PLAN_KEY not in finished.settings:
             raise _indexed(folder)
         _refuse_foreign(folder, finished)
-        with contextlib.ExitStack() as at_work:
-            if shared.exists():
-                at_work.callback(os.close, lock(shared, target=folder))
-            new.mkdir(exist_ok=True)
-            if Plan.read(new) != plan:
+        new.mkdir(exist_ok=True)
+        with Lock(new / LOCK_NAME, folder) as held_too:
+            try:
                 _clear(new)
                 plan.write(new)
-            yield new
-            open_shards(new)
-            # A plan marks what is to be gone on with, which the old folder is not once it has the new name.
-            shared.unlink(missing_ok=True)
-            exchange(new, folder)
+                yield new
+                open_shards(new)
+                with contextlib.suppress(PermissionError):  # of another's folder only its owner may tell
+                    shutil.copymode(folder, new)
+                    os.chown(new, -1, folder.stat().st_gid)
+                exchange(new, folder, set_aside(folder))
+            except BaseException:
+                _retire(new, folder)
+                raise
+            held.path, held_too.path = held_too.path, held.path
             sync_folder(folder.parent)
-        remove_sides(folder)
-        _retire(new, folder)
-    finally:
-        claim.release()
+            remove_sides(folder)
+            _retire(new, folder)
 
 
 def _indexed(folder: Path) -> FileExistsError:
@@ -142,17 +159,35 @@ def _indexed(folder: Path) -> FileExistsError:
 
 
 def put_back(folder: Path) -> None:
-    """End an exchange of folders in which a process was killed."""
-    if aside(folder).exists():
-        if folder.exists():
-            _retire(aside(folder), folder)
-        else:
-            aside(folder).rename(folder)
+    """End an exchange of folders in which a process was killed.
+
+    Raises FileExistsError where that process lives, or something else has taken the folder's name.
+    """
+    aside = set_aside(folder)
+    if not aside.exists():
+        return
+    with Lock(aside / LOCK_NAME, folder) as held:
+        if not folder.exists():
+            aside.rename(folder)
+            held.path = folder / LOCK_NAME
+            return
+        try:
+            open_shards(folder)
+        except (OSError, ValueError) as error:
+            raise FileExistsError(
+                f"a process was killed while it replaced {folder}, whose old set is in {aside}; remove what "
+                f"has the name now ({error}), and give the old set its name back"
+            ) from error
+        _retire(aside, folder)
 
 
 def _retire(old: Path, folder: Path) -> None:
-    """Remove a set that the one in ``folder`` has replaced; files that are not the set's go there."""
+    """Remove a set that does not count, in favour of ``folder``, where files that are not the set's go.
+
+    Its lock is held by the caller.
+    """
     _clear(old)
+    (old / LOCK_NAME).unlink(missing_ok=True)
     for file in old.iterdir():
         if not (folder / file.name).exists():
             file.rename(folder / file.name)
@@ -192,10 +227,19 @@ def _clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def missing(folder: Path, plan: Plan, shards: range) -> list[int]:
-    """Return which of ``shards`` are not whole yet."""
-    digest = plan.digest
-    return [shard for shard in shards if whole_part(folder, shard, digest) is None]
+def missing(folder: Path, plan: Plan, shards: range, work: Work) -> tuple[list[int], Counter[str]]:
+    """Return which of ``shards`` are to be made, and the pictures left out of the others, by reason.
+
+    To be made are those that are not whole, and those without a picture that can be used by now.
+    """
+    todo, bad, digest = list[int](), Counter[str](), plan.digest
+    for shard in shards:
+        part = whole_part(folder, shard, digest)
+        if part is None or not all(work.is_bad(index) for index, _ in part.skipped):
+            todo.append(shard)
+        else:
+            bad.update(left_out(part.replaced))
+    return todo, bad
 
 
 def finish(folder: Path, plan: Plan, work: Work) -> Finished:
@@ -221,7 +265,7 @@ def finish(folder: Path, plan: Plan, work: Work) -> Finished:
             "at them with another program"
         )
     if lines:
-        work.check_bad(len(lines), lines[-1])
+        work.check_bad(left_out(replaced), lines[-1])
     assert int(kept.sum()) + len(lines) == plan.count, "pictures were lost"
     settings = {**plan.settings, "seed": plan.seed, "shard_size": plan.shard_size, PLAN_KEY: plan.digest}
     manifest = save_set(
@@ -250,8 +294,8 @@ def save_set(
 ) -> Manifest:
     """Write a set's index, its list of pictures left out and its manifest, in place of others.
 
-    The index gets its name after the manifest. Until then, also where the process is killed, that one of two
-    indices counts that the manifest has the hash of.
+    The index gets its name after the manifest. Until then the valid index is the one whose hash is in the
+    manifest, see ``index_in_force``.
     """
     _settle_index(folder, finished_before(folder, replaced=True))
     write_atomically(folder / PENDING_INDEX_NAME, lambda file: np.save(file, index))
@@ -276,6 +320,12 @@ def save_set(
     (folder / PENDING_INDEX_NAME).replace(folder / INDEX_NAME)
     sync_folder(folder)
     return manifest
+
+
+def left_out(replaced: Mapping[str, int]) -> dict[str, int]:
+    """Of a manifest's ``replaced`` the pictures left out: reason → number."""
+    word = "skipped: "
+    return {reason.removeprefix(word): n for reason, n in replaced.items() if reason.startswith(word)}
 
 
 def _settle_index(folder: Path, manifest: Manifest | None) -> None:

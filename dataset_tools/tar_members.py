@@ -16,8 +16,8 @@ from pipelines.shards import TAR_BLOCK
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-_MOST_PADDING_BYTES = 1 << 16
-"""Zeros that a whole tar may end with; programs pad to 10 kB, a few to more. A longer tail is what a download
+_MOST_PADDING_BYTES = tarfile.RECORDSIZE
+"""Zeros that a whole tar may end with: programs pad to records of 10 kB. A longer tail is what a download
 leaves that reserved its place and was not completed."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -40,8 +40,8 @@ def tar_members(
     """Yield the files in the tar that ``file`` starts with; folders and devices are passed over.
 
     ``file`` must be able to seek and belongs to this generator until that ends. ``name`` is for errors.
-    ``on_damage`` is told of the place where a damaged tar cannot be read on, and makes the files before it
-    count; by default that is an error.
+    ``on_damage`` is called with a sentence where a damaged tar cannot be read on, and the files before that
+    place are kept; by default that is an error.
     Raises ValueError for a compressed tar, for what is no tar and for one that is cut short or damaged, or
     has anything but a few zeros behind its end mark.
     """
@@ -51,20 +51,24 @@ def tar_members(
     except ValueError as error:
         if on_damage is None:
             raise ValueError(f"{error}, or take what lies before with --accept-truncated") from error
-        on_damage(str(error))
+        on_damage(str(error).replace(name, Path(name).name, 1))
 
 
 def _members(file: IO[bytes], name: str) -> Iterator[Member]:
     """The files in a tar; raises ValueError where it cannot be read on."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     try:
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         while (info := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+            if info.isreg() and not info.issparse() and info.offset_data + info.size > size:
+                raise ValueError(f"{name} ends within {info.name}: it is cut short; fetch or make it again")
             if info.isfile() or info.islnk() or info.issym():
                 yield Member(info.name, info.offset_data, info.size, not info.isfile() or info.issparse())
     except (tarfile.TarError, EOFError, OverflowError) as error:
         raise ValueError(f"{name} is no whole tar ({error}); fetch or make it again") from error
-    _check_end(file, int(tar.offset), name)
+    _check_end(file, int(tar.offset), size, name)
 
 
 def scan_tar(path: str | Path, on_damage: Callable[[str], None] | None = None) -> Iterator[Member]:
@@ -113,13 +117,12 @@ def _refuse_compressed(file: IO[bytes], name: str) -> None:
             )
 
 
-def _check_end(file: IO[bytes], end: int, name: str) -> None:
+def _check_end(file: IO[bytes], end: int, size: int, name: str) -> None:
     """A whole tar ends with a block of zeros; the library also stops, silently, where it cannot read on.
 
     It takes any block of zeros for the end, such as a download leaves that was not completed: so no more than
     zeros may follow, and not many.
     """
-    size = file.seek(0, os.SEEK_END)
     file.seek(end)
     block = file.read(TAR_BLOCK)
     if len(block) < TAR_BLOCK:
@@ -127,7 +130,7 @@ def _check_end(file: IO[bytes], end: int, name: str) -> None:
                          "fetch or make it again")  # fmt: skip
     if any(block):
         raise ValueError(f"{name} has no header at byte {end}: it is damaged; fetch or make it again")
-    padding = file.read(_MOST_PADDING_BYTES)
+    padding = file.read(_MOST_PADDING_BYTES - TAR_BLOCK)
     if any(padding) or size > file.tell():
         first = len(padding) - len(padding.lstrip(b"\0"))
         what = (

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import zip_longest
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from dataset_tools.parallel import ordered_map
 from dataset_tools.report import BadIndex, Report, Stats, label_problems, per_class, spread
 from dataset_tools.shard_set import unfinished
 from dataset_tools.tar_members import Member, scan_tar
-from pipelines.listing import PICTURE_SUFFIXES
+from pipelines.listing import PICTURE_SUFFIXES, PassedOver
 from pipelines.manifest import Shard
 from pipelines.pictures import is_jpeg, read_rgb, read_size
 from pipelines.shards import (
@@ -53,11 +53,12 @@ def verify_shards(path: Path, workers: int | None, progress: Callable[[], None] 
         problems.append(str(error))
     if (total := sum(shard.num_bytes for shard in manifest.shards)) != manifest.num_bytes:
         problems.append(f"the shards have {total} bytes, the manifest says {manifest.num_bytes}")
+    accepted = {PassedOver.damage_of(reason) for reason in manifest.replaced}
     bad: list[BadIndex] = []
     no_rows = [np.zeros(0, np.int64)] * len(manifest.shards)
     rows_by_shard = no_rows if index is None else pictures_on_disk(manifest.shards, index)
     for shard, rows in zip(manifest.shards, rows_by_shard, strict=True):
-        problems += _check_shard(path, shard, index, rows, bad, workers, progress)
+        problems += _check_shard(path, shard, index, rows, accepted, bad, workers, progress)
     bad.sort(key=lambda picture: picture.index)
     return Report(path, manifest.count, manifest.tier, manifest.num_bytes, True, tuple(problems), tuple(bad))
 
@@ -71,11 +72,15 @@ def _check_shard(
     shard: Shard,
     index: NDArray[np.void] | None,
     rows: NDArray[np.int64],
+    accepted: Collection[str],
     bad: list[BadIndex],
     workers: int | None,
     progress: Callable[[], None] | None,
 ) -> list[str]:
-    """Return what is wrong with a tar and its DALI index; add its bad pictures to ``bad``."""
+    """Return what is wrong with a tar and its DALI index; add its bad pictures to ``bad``.
+
+    ``accepted``: damage that was known, and passed over, when the set was made.
+    """
     problems = []
     try:
         check_tar(path, shard)
@@ -86,7 +91,10 @@ def _check_shard(
     tar = path / shard.name
     members, damage = _members(tar)
     offsets = np.zeros(0, np.uint64) if index is None else index["offset"][rows]
-    problems += [damage] if damage else _check_idx(path, tar, members, offsets)
+    if damage and damage not in accepted:
+        problems.append(f"{path}/{damage}")
+    else:
+        problems += _check_idx(path, tar, members, offsets)
     places = {member.offset: member for member in members}
     data = np.memmap(tar, np.uint8, mode="r") if tar.stat().st_size else np.zeros(0, np.uint8)
 
@@ -118,11 +126,12 @@ def _check_shard(
 def _members(tar: Path) -> tuple[list[Member], str]:
     """The files in a tar up to where it can be read, and what is wrong there."""
     members: list[Member] = []
+    damage: list[str] = []
     try:
-        members.extend(scan_tar(tar))
+        members.extend(scan_tar(tar, damage.append))
     except ValueError as error:
-        return members, str(error)
-    return members, ""
+        damage.append(str(error).removeprefix(f"{tar.parent}/"))
+    return members, "; ".join(damage)
 
 
 def _check_idx(path: Path, tar: Path, members: list[Member], offsets: NDArray[np.uint64]) -> list[str]:

@@ -1,7 +1,8 @@
 """The loop of every conversion: pictures are read and normalised by threads, and written in order."""
 
 import contextlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,12 +20,19 @@ class TooManyBadError(ValueError):
     """More pictures of a source cannot be used than may be left out."""
 
 
-def check_bad(num_bad: int, count: int, max_bad: float, source: str, last: str) -> None:
-    """Raise TooManyBadError where more than the share ``max_bad`` of ``count`` pictures are bad."""
-    if num_bad > max_bad * count:
+def check_bad(bad: Mapping[str, int], count: int, max_bad: float, source: str, last: str) -> None:
+    """Raise TooManyBadError where more than the share ``max_bad`` of ``count`` pictures are bad.
+
+    ``bad`` counts them by reason; ``last`` is one of them. Raises ValueError for an unusable share.
+    """
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad is {max_bad}; it is a share of the pictures, from 0 to 1")
+    if (num_bad := sum(bad.values())) > max_bad * count:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in bad.items())
         raise TooManyBadError(
-            f"{num_bad:,} of {count:,} pictures of {source} cannot be used, --max-bad {max_bad:g} allows "
-            f"{int(max_bad * count):,}; the last is {last}; mend or remove them, or allow more with --max-bad"
+            f"{num_bad:,} of {count:,} pictures of {source} cannot be used ({reasons}), --max-bad "
+            f"{max_bad:g} allows {int(max_bad * count):,}; the last is {last}; mend or remove them, or allow "
+            "more with --max-bad"
         )
 
 
@@ -51,8 +59,7 @@ class Work:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad is {self.max_bad}; it is a share of the pictures, from 0 to 1")
+        check_bad({}, 0, self.max_bad, "", "")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
         num_workers(self.workers)  # says what is wrong with them now, and not at the first picture
@@ -68,25 +75,38 @@ class Work:
             for _ in range(num_pictures):
                 self.progress()
 
-    def fill(self, writer: Writer, index_of: Callable[[int], int], num_places: int) -> None:
-        """Normalise the pictures ``index_of(0) … index_of(num_places − 1)`` and hand them over in order."""
+    def fill(
+        self,
+        writer: Writer,
+        index_of: Callable[[int], int],
+        num_places: int,
+        bad_before: Mapping[str, int] | None = None,
+    ) -> None:
+        """Normalise the pictures ``index_of(0) … index_of(num_places − 1)`` and hand them over in order.
+
+        ``bad_before`` counts the bad pictures, by reason, of the rest of the set.
+        """
         made = ordered_map(
             lambda place: self._make(index_of(place)), num_places, workers=self.workers, chunk=4
         )
-        num_bad = 0
+        bad = Counter(bad_before)
         with contextlib.closing(made):
             for picture in made:
                 if isinstance(picture.outcome, BadPicture):
-                    num_bad += 1
-                    self.check_bad(num_bad, f"{picture.path}: {picture.outcome}")
+                    bad[picture.outcome.reason] += 1
+                    self.check_bad(bad, f"{picture.path}: {picture.outcome}")
                     writer.skip(picture.index, picture.path, picture.outcome)
                 else:
                     writer.add(picture.index, picture.outcome, picture.label, picture.path)
                 self.advance()
 
-    def check_bad(self, num_bad: int, last: str) -> None:
-        """Raise TooManyBadError where so many bad pictures, one of them ``last``, are too many."""
-        check_bad(num_bad, self.count, self.max_bad, self.source.name, last)
+    def check_bad(self, bad: Mapping[str, int], last: str) -> None:
+        """Raise TooManyBadError where so many bad pictures are too many; see the function of this name."""
+        check_bad(bad, self.count, self.max_bad, self.source.name, last)
+
+    def is_bad(self, index: int) -> bool:
+        """Whether a picture cannot be used, as it is now."""
+        return isinstance(self._make(index).outcome, BadPicture)
 
     def _make(self, index: int) -> "_Made":
         """Read and normalise one picture; what is wrong with it becomes its outcome."""

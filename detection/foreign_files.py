@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import pickle
 import re
 from collections import OrderedDict
@@ -36,7 +37,7 @@ def _with_bases(file: Path, above: tuple[Path, ...]) -> list[Path]:
         raise FileNotFoundError(f"there is no {file}{needed}; check the path")
     try:
         content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         told = " ".join(str(error).split())
         raise ValueError(
             f"the config is refused: {told}; {file} must be YAML with Detectron2's options, without tags"
@@ -47,9 +48,11 @@ def _with_bases(file: Path, above: tuple[Path, ...]) -> list[Path]:
         )
     found, bases = [file], content.get(BASE, [])
     for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str) or "://" in base:
+        if not isinstance(base, str) or "://" in base or "\0" in base:
             raise ValueError(f"{file} is based on {base!r}; a base must be a local file, fetch it first")
-        found += _with_bases(file.parent / Path(base).expanduser(), (*above, file.resolve()))
+        # os.path leaves the name of an unknown user as it is, as Detectron2 does.
+        base_file = file.parent / os.path.expanduser(base)  # noqa: PTH111
+        found += _with_bases(base_file, (*above, file.resolve()))
     return found
 
 
@@ -60,7 +63,7 @@ def _with_bases(file: Path, above: tuple[Path, ...]) -> list[Path]:
 def read_pickled_weights(path: Path) -> dict[str, Any]:
     """The arrays in a .pkl of Detectron2's or Caffe2's kind, as Detectron2's checkpointer takes them.
 
-    Names of functions in a pickle are not looked up: the few that arrays are made with are carried out here.
+    No function named in a pickle is imported; the few that build arrays are replaced by our own.
     Returns ``{"model": {name: array}, "__author__", "matching_heuristics"}``.
     Raises CheckpointError for a file that is damaged, or holds anything but arrays of numbers.
     """
@@ -77,6 +80,8 @@ def read_pickled_weights(path: Path) -> dict[str, Any]:
             for name, array in arrays.items()
             if ours or not str(name).endswith("_momentum")
         }
+        if not model:
+            raise ValueError("no arrays")
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle may fail in any way
@@ -143,23 +148,27 @@ class _Array:
         return self._value
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """How pickles of protocol 2 hold bytes."""
-    if encoding != "latin1":
-        raise ValueError(f"bytes written as {encoding!r}")
-    return text.encode("latin1")
+class _Bytes:
+    """What makes bytes in a pickle. Methods, because a pickle may change the attributes of functions."""
 
+    @classmethod
+    def encoded(cls, text: str, encoding: str) -> bytes:
+        """How pickles of protocol 2 hold bytes."""
+        if encoding != "latin1":
+            raise ValueError(f"bytes written as {encoding!r}")
+        return text.encode("latin1")
 
-def _no_bytes() -> bytes:
-    """How pickles of protocol 2 hold no bytes at all."""
-    return b""
+    @classmethod
+    def none(cls) -> bytes:
+        """How they hold no bytes at all."""
+        return b""
 
 
 _MAKERS: dict[tuple[str, str], object] = {
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): "numpy.ndarray",  # an argument only
-    ("_codecs", "encode"): _encode,
-    ("__builtin__", "bytes"): _no_bytes,
+    ("_codecs", "encode"): _Bytes.encoded,
+    ("__builtin__", "bytes"): _Bytes.none,
     ("collections", "OrderedDict"): OrderedDict,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _Array.of_buffer for core in ("core", "_core")},

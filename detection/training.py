@@ -39,8 +39,10 @@ class Mapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
         """One picture with its boxes. Raises UnidentifiedImageError for another format."""
-        with Image.open(dataset_dict["file_name"], formats=FORMATS):
-            return super().__call__(dataset_dict)
+        for name in ("file_name", "sem_seg_file_name"):
+            if name in dataset_dict:
+                Image.open(dataset_dict[name], formats=FORMATS).close()
+        return super().__call__(dataset_dict)
 
 
 class Trainer(DefaultTrainer):

@@ -6,10 +6,11 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from torch import Tensor
 
 from detection.config import last_checkpoint
 from detection.foreign_files import read_pickled_weights
-from engine.checkpoint import read_safely
+from engine.checkpoint import CheckpointError, read_safely
 
 TOLERATED_GREY = 0.5
 """By how much the config's pixel mean and standard deviation may differ from the encoder's, of 0 … 255."""
@@ -27,7 +28,15 @@ class Checkpointer(DetectionCheckpointer):
         if path.suffix == ".pkl":
             return read_pickled_weights(path)
         content = read_safely(path)
-        return content if isinstance(content, dict) and "model" in content else {"model": content}
+        if isinstance(content, dict) and isinstance(content.get("model"), dict):
+            return content
+        if isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values()):
+            return {"model": content}
+        found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"{path} has an unknown layout: found {found}; give a file of detection.convert_to_detectron2 or "
+            "a detector's checkpoint"
+        )
 
     def get_checkpoint_file(self) -> str:
         """The newest checkpoint in the run's folder. Raises ValueError if it names one from elsewhere."""

@@ -13,7 +13,6 @@ import os
 import pickle
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,14 +205,14 @@ def hash_tensor(digest: "hashlib._Hash", tensor: Tensor) -> None:
 def check_hash(path: Path, content: Mapping[str, Any], written: object, otherwise: str) -> None:
     """Raise CheckpointError unless the content of a file has the hash written in it.
 
-    written: the hash; None if the file has none, which is said, with what was checked ``otherwise``.
+    written: the hash. None if the file has none: then a warning says what else was checked, ``otherwise``.
     """
     if written is None:
         _say_unchecked(path, otherwise)
     elif written != content_hash(content):
         raise CheckpointError(
-            f"{path} does not hold what its hash was made of: it is damaged, or was changed since; delete it "
-            "and take another copy, or an older one"
+            f"{path} does not match its hash: it is damaged, or was changed since; delete it and take "
+            "another copy, or an older one"
         )
 
 
@@ -254,7 +253,9 @@ def read_safely(path: Path) -> Any:
             f"{path} holds {refused.group(1)}, which could run code when opened, and was not loaded; "
             "take a file of tensors and plain data, or convert it where you trust it"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # in a damaged file the reader may meet anything
         raise _damaged(path, str(error).split(". ")[0] or "it ends too early") from error
     if isinstance(content, dict):
         written = content.pop(HASH, None)
@@ -271,7 +272,7 @@ def _check_archive(path: Path) -> str:
         return "it is not checked for damage, as its format has no checksums either"
     with zipfile.ZipFile(path) as archive:
         if (member := archive.testzip()) is not None:
-            raise ValueError(f"{member} does not have its checksum")
+            raise ValueError(f"{member} does not have its checksum, or was saved without one")
     return "only the archive's checksums are checked"
 
 

@@ -126,10 +126,10 @@ class DALIEngine(StoreEngine):
         Returns when the crops are written, whatever stream is used next. Where DALI refuses, the decoder on
         the host tells which pictures are to blame, and the others are done again without them.
         """
-        num_pictures = len(fetched.index_N)
+        num_pictures, encoded = len(fetched.index_N), list(fetched)
         try:
-            if len(every_N := _with_own_tables(list(fetched))) == num_pictures:
-                return self._run(every_N, fetched, boxes_NV5, out_NVSS3)
+            if len(every_N := _with_own_tables(encoded)) == num_pictures:
+                return self._run(every_N, fetched, encoded, boxes_NV5, out_NVSS3)
             ok_N = np.isin(np.arange(num_pictures), every_N)
         except RuntimeError as error:
             ok_N = self.crop(fetched, boxes_NV5, np.empty(out_NVSS3.shape, np.uint8))
@@ -140,15 +140,20 @@ class DALIEngine(StoreEngine):
                     f"--dali.hw-decoder-load 0, smaller batches or --backend ffcv; {error}"
                 ) from error
         if ok_N.any():
-            ok_N[ok_N] = self._run(np.flatnonzero(ok_N), fetched, boxes_NV5, out_NVSS3)
+            ok_N[ok_N] = self._run(np.flatnonzero(ok_N), fetched, encoded, boxes_NV5, out_NVSS3)
         return ok_N
 
     def _run(
-        self, some_M: NDArray[np.int64], fetched: Payloads, boxes_NV5: NDArray[np.int32], out_NVSS3: Tensor
+        self,
+        some_M: NDArray[np.int64],
+        fetched: Payloads,
+        encoded: list[NDArray[np.uint8]],
+        boxes_NV5: NDArray[np.int32],
+        out_NVSS3: Tensor,
     ) -> NDArray[np.bool_]:
         """Crop the pictures ``some_M`` by one graph; (M,) which of them have the size that the index says."""
         num_views, crop_px = out_NVSS3.shape[1:3]
-        boxes_MV5, encoded = boxes_NV5[some_M], list(fetched)
+        boxes_MV5 = boxes_NV5[some_M]
         with self._cropper(num_views, crop_px).one(len(some_M)) as graph:
             graph.feed_input(ENCODED, [encoded[n] for n in some_M])
             if self._options.region_decode:

@@ -30,8 +30,13 @@ class PassedOver(Counter[str]):
         self[f"ignored: {suffix}" if known else "ignored: other suffixes"] += 1
 
     def count_damage(self, sentence: str) -> None:
-        """Keep the place where a source could not be read on."""
+        """Keep the sentence on a place where a source could not be read on."""
         self[f"damaged: {sentence}"] += 1
+
+    @staticmethod
+    def damage_of(reason: str) -> str:
+        """The sentence in a reason; "" in others."""
+        return reason.removeprefix("damaged: ") if reason.startswith("damaged: ") else ""
 
 
 class PictureList:

@@ -54,7 +54,9 @@ class Manifest:
     classes: tuple[str, ...] = ()
     """Class names in the order of their labels; empty where the pictures carry none."""
     replaced: Mapping[str, int] = field(default_factory=dict)
-    """Reason → number of pictures that were left out ("skipped: …") or encoded anew ("transcoded: …")."""
+    """Reason → number of pictures that were left out ("skipped: …") or encoded anew ("transcoded: …"), of
+    files that are no pictures ("ignored: …"), and of places where a source could not be read on
+    ("damaged: …")."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The options it was made with."""
     format: str = "beton"
@@ -122,8 +124,8 @@ def pending_path(side_file: Path) -> Path:
 def in_force(path: str | Path, side_file: Path) -> Path:
     """The side file that belongs to the set at ``path``: ``side_file``, or the pending one of that name.
 
-    The pending one where the process that replaced an old set was killed after the set itself had taken its
-    name and before its side files had; the manifest is the last of them.
+    If a process was killed after renaming the set and before renaming its side files, the pending ones are
+    valid. The manifest is renamed last.
     """
     path = Path(path)
     pending_manifest = pending_path(manifest_path(path))

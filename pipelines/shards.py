@@ -122,6 +122,11 @@ def is_shard_set(path: str | Path) -> bool:
     return Path(path).is_dir() and manifest_path(path).is_file()
 
 
+def set_aside(folder: Path) -> Path:
+    """Where a set is for a moment while another takes its name, on file systems that cannot exchange two."""
+    return folder.with_name(f".{folder.name}.maskmix-old")
+
+
 def dali_index_path(tar: str | Path) -> Path:
     """Where DALI's index of a tar lies."""
     return Path(tar).with_suffix(".idx")
@@ -155,6 +160,11 @@ def open_shards(path: str | Path) -> ShardSet:
     """
     path = Path(path)
     if not path.is_dir():
+        if set_aside(path).is_dir():
+            raise FileNotFoundError(
+                f"{path} was being replaced when a process was killed; its set lies in {set_aside(path)}: "
+                "rename that, or run the same conversion again"
+            )
         raise FileNotFoundError(
             f"there is no folder of shards {path}; make one with `make shards DATA=<folder>`"
         )

@@ -64,7 +64,7 @@ class Header(NamedTuple):
 
     @property
     def is_yuv420(self) -> bool:
-        """True for Y, Cb, Cr at 4:2:0, whose planes ``decode_planes`` gives."""
+        """True for Y, Cb, Cr at 4:2:0, whose planes ``Jpeg.planes`` gives."""
         return (self.subsampling, self.colours) == (TJSAMP_420, TJCS_YCBCR)
 
 
@@ -150,7 +150,11 @@ class Jpeg:
         return self._verdict(self._lib.tjDecompress2(self._handle, *self._source, *target))
 
     def planes(self) -> Planes:
-        """Decode it to its own planes, see :func:`decode_planes`."""
+        """Decode it to its own planes: by the accurate transform, no conversion of colours or sizes.
+
+        Raises ValueError, with the decoder's words, where pixels are missing, and where the JPEG is not of
+        Y, Cb, Cr at 4:2:0; warnings that cost no pixel are passed over.
+        """
         if self.header is None or not self.header.is_yuv420:
             raise ValueError("not a JPEG of Y, Cb, Cr at 4:2:0; decode it to RGB and use encode_planes")
         width, height, _, _ = self.header
@@ -245,15 +249,6 @@ def check_jpeg(payload: bytes | npt.NDArray[np.uint8]) -> Verdict:
 def read_header(payload: bytes | npt.NDArray[np.uint8]) -> Header | None:
     """Return what the header of a JPEG says, None where the decoder cannot use it. Decodes nothing."""
     return Jpeg(payload).header
-
-
-def decode_planes(payload: bytes | npt.NDArray[np.uint8]) -> Planes:
-    """Decode a JPEG to its own planes: libjpeg-turbo's accurate transform, no conversion of colours or sizes.
-
-    Raises ValueError, with the decoder's words, where pixels are missing, and where the JPEG is not of
-    Y, Cb, Cr at 4:2:0; warnings that cost no pixel are passed over.
-    """
-    return Jpeg(payload).planes()
 
 
 def encode_planes(rgb_HW3: npt.NDArray[np.uint8]) -> Planes:

@@ -16,7 +16,7 @@ from dataset_tools.sources import FolderSource, Sample
 from dataset_tools.verify import stats, verify
 from pipelines.beton import MODE_YUV420, open_beton
 from pipelines.manifest import Manifest, Tier, read_source_path
-from pipelines.turbojpeg import decode_planes, encode_planes
+from pipelines.turbojpeg import Jpeg, encode_planes
 
 pytest.importorskip("ffcv")
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_planes_come_back_as_they_decode(tree: Path, tmp_path: Path, encode: Cal
             width, height = image.size
             wanted = np.asarray(image.convert("YCbCr"))[:, :, 0].astype(int)
             exact = image.format == "JPEG"
-            planes = decode_planes(payload) if exact else encode_planes(np.asarray(image))
+            planes = Jpeg(payload).planes() if exact else encode_planes(np.asarray(image))
         record = beton.metadata["f0"][i]
         assert (record["mode"], record["width"], record["height"]) == (MODE_YUV420, width, height)
         assert beton.payload(i).tobytes() == planes.packed().tobytes()

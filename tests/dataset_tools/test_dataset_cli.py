@@ -72,7 +72,11 @@ def test_recompress_on_the_command_line(tree: Path, tmp_path: Path, capsys: Capt
         ("pictures", ["--max-side", "9", "--short-side", "8"], "give one of the two"),
         ("pictures", ["--tier", "raw", "--recompress"], "choose tier jpeg"),
         ("bad", ["--max-bad", "1"], "none of the 1 pictures"),
-        ("bad", [], "1 of 1 pictures of bad cannot be used, --max-bad 0.01 allows 0; the last is a.jpg"),
+        (
+            "bad",
+            [],
+            "1 of 1 pictures of bad cannot be used (1 not a picture), --max-bad 0.01 allows 0; the last is a",
+        ),
         ("pictures", ["--accept-truncated"], "is for damaged tars"),
     ],
 )

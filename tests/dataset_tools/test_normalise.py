@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from dataset_tools import normalise as module
 from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
 from pipelines.manifest import Tier
-from pipelines.turbojpeg import decode_planes, encode_planes
+from pipelines.turbojpeg import Jpeg, encode_planes
 from tests.dataset_tools.conftest import unusual_jpeg
 
 pytest.importorskip("ffcv")
@@ -180,7 +180,7 @@ def test_planes_of_a_420_jpeg_are_its_own(
     normal = normalise(payload, YUV420)
     assert (normal.width, normal.height, normal.changed) == (*size, "")
     assert isinstance(normal.payload, np.ndarray)
-    assert normal.payload.tobytes() == decode_planes(payload).packed().tobytes()
+    assert normal.payload.tobytes() == Jpeg(payload).planes().packed().tobytes()
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,12 @@ from dataset_tools.beton_writer import BetonWriter
 from dataset_tools.convert import Sharding, convert, make_shards
 from dataset_tools.index_shards import index_shards
 from dataset_tools.normalise import Normalising
-from dataset_tools.photographs import make_photographs
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import verify
 from dataset_tools.work import Work
 from pipelines.beton import matching_manifest, open_beton
 from pipelines.manifest import Manifest, read_source_paths
-from pipelines.shards import open_shards
+from pipelines.shards import open_shards, set_aside
 from pipelines.stores import open_store
 from tests.dataset_tools.conftest import encode
 from tests.dataset_tools.test_tar_source import pack
@@ -129,7 +128,7 @@ def test_killed_at_any_operation_one_whole_set_is_left(
             (out / "notes.txt").write_text("mine")
         if not killed(lambda out=out: make(new, out), folder, operation):
             break
-        found = facts(out if out.exists() else disk.aside(out))
+        found = facts(out if out.exists() else set_aside(out))
         assert found in wanted, f"before operation {operation}"
         assert out.exists() or without
         seen[wanted.index(found)] += 1
@@ -165,22 +164,6 @@ def test_an_index_made_anew_leaves_one_whole_set_at_any_operation(tmp_path: Path
     assert operation > 3
 
 
-def test_photographs_are_replaced_in_one_step(tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
-    pytest.importorskip("sklearn")
-    out = tmp_path / "photographs"
-    make_photographs(out, count=2, val=0)
-    before = sorted(file.name for file in out.rglob("*"))
-    program = lambda: make_photographs(out, count=3, val=0, overwrite=True)  # noqa: E731
-    operation = 0
-    while killed(program, tmp_path, operation):
-        after = sorted(file.name for file in out.rglob("*"))
-        assert after == before or len(list(out.rglob("*.JPEG"))) == 3
-        if after != before:
-            break
-        operation += 1
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Errors
 
@@ -197,6 +180,7 @@ def test_a_replacement_that_fails_changes_nothing(
     assert main(["convert", str(tmp_path / "new"), str(out), "--overwrite"]) == 2
     assert "1 of 6 pictures of new cannot be used" in capsys.readouterr().err
     assert facts(out) == before and verify(out).ok
+    assert not list(tmp_path.glob(".*")), "nothing takes up the disk"
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -310,6 +294,79 @@ def test_shards_that_are_being_made_are_not_replaced(tmp_path: Path) -> None:
     make(new, out)
     assert facts(out)[2] == ("cow", "dog", "elk") and verify(out).ok
     assert [file.name for file in tmp_path.glob(".*")] == []
+
+
+def test_a_set_that_is_no_set_yet_is_not_replaced_while_it_is_made(tmp_path: Path) -> None:
+    """Where the folder was there, empty, when both began."""
+    old, _ = sources(tmp_path)
+    out = tmp_path / "set.shards"
+    out.mkdir()
+
+    class Meddled(FolderSource):
+        def read(self, index: int) -> Any:
+            for overwrite in (False, True):
+                with pytest.raises(FileExistsError, match=rf"another process is writing {out}"):
+                    convert(old, out, max_bad=0.5, sharding=Sharding(2), overwrite=overwrite)
+            return super().read(index)
+
+    make(Meddled(tmp_path / "new"), out)
+    assert facts(out)[2] == ("cow", "dog", "elk") and verify(out).ok
+
+
+def test_an_attempt_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    old, new = sources(tmp_path)
+    out = tmp_path / "set.shards"
+    make(old, out)
+    (tmp_path / "new" / "elk" / "new5.jpg").write_bytes(b"bad")
+    with pytest.raises(ValueError, match="1 of 6 pictures"):
+        convert(new, out, sharding=Sharding(2), overwrite=True, max_bad=0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "old", "set.shards"]
+    for file in (tmp_path / "new").rglob("*.jpg"):
+        file.write_bytes(encode(50, 50))
+    convert(new, out, sharding=Sharding(2), overwrite=True, max_bad=0)
+    assert facts(out)[0] == [encode(50, 50)] * 6
+
+
+def test_what_took_the_place_of_a_set_that_was_set_aside_is_not_believed(tmp_path: Path) -> None:
+    old, new = sources(tmp_path)
+    out = tmp_path / "set.shards"
+    make(old, out)
+    before = facts(out)
+    out.rename(set_aside(out))
+    with pytest.raises(FileNotFoundError, match=rf"its set lies in {set_aside(out)}: rename"):
+        open_shards(out)
+    out.mkdir()
+    (out / "notes").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=rf"whose old set is in {set_aside(out)}"):
+            convert(new, out, sharding=Sharding(2), overwrite=overwrite)
+    assert facts(set_aside(out)) == before and (out / "notes").read_text() == "mine"
+
+
+def test_a_link_is_followed_and_modes_are_kept(tmp_path: Path) -> None:
+    old, new = sources(tmp_path)
+    disk_of_its_own = tmp_path / "disk"
+    disk_of_its_own.mkdir()
+    link = tmp_path / "set.shards"
+    link.symlink_to(disk_of_its_own / "set")
+    (disk_of_its_own / "set").mkdir()
+    make(old, link)
+    (disk_of_its_own / "set").chmod(0o2775)
+    make(new, link)
+    assert link.is_symlink() and facts(link)[2] == ("cow", "dog", "elk")
+    assert (disk_of_its_own / "set").stat().st_mode & 0o7777 == 0o2775
+    assert [file.name for file in disk_of_its_own.iterdir()] == ["set"]
+    (disk_of_its_own / "set").rename(set_aside(disk_of_its_own / "set"))
+    make(old, link)
+    assert facts(link)[2] == ("ant", "bee")
+
+
+def test_what_cannot_be_replaced_is_told_before_the_work(tmp_path: Path) -> None:
+    _, new = sources(tmp_path)
+    (tmp_path / "set.shards").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"set\.shards is a file"):
+        make(new, tmp_path / "set.shards")
+    assert (tmp_path / "set.shards").read_text() == "mine"
 
 
 def test_files_of_the_user_are_kept(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path: Path) -> None:
 
 def test_a_cut_inner_tar_is_named(tmp_path: Path) -> None:
     inner = pack(tmp_path / "i.tar", [("a.jpg", b"x" * 999), ("b.jpg", b"x" * 999)]).read_bytes()
-    with pytest.raises(ValueError, match=r"x\.tar: n01\.tar (ends at byte|is no whole tar)"):
+    with pytest.raises(ValueError, match=r"x\.tar: n01\.tar (ends at byte|ends within|is no whole tar)"):
         TarSource(pack(tmp_path / "x.tar", [("n01.tar", inner[:2600]), ("n02.tar", inner)]))
 
 

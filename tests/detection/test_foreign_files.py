@@ -75,6 +75,15 @@ def test_bases_are_local(tmp_path: Path) -> None:
     file.write_text("_BASE_: c.yaml\n")
     with pytest.raises(ValueError, match="is based on itself"):
         _configure("--config-file", str(file))
+    for text, told in (
+        ("_BASE_: ~nosuchuser/x.yaml", r"there is no \S+nosuchuser/x.yaml"),
+        ("SEED: 2024-13-45", r"the config is refused: month .*c.yaml must be YAML"),
+        ('_BASE_: "a\\0b"', r"a base must be a local file"),
+        ("- 1", r"c.yaml holds a list"),
+    ):
+        file.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=told):
+            _configure("--config-file", str(file))
     file.write_text("_BASE_: gone.yaml\n")
     with pytest.raises(FileNotFoundError, match=r"there is no \S+gone.yaml, which \S+c.yaml is based on"):
         _configure("--config-file", str(file))
@@ -184,6 +193,26 @@ def test_a_pickle_of_python_2() -> None:
         np.testing.assert_array_equal(read_pickled_weights(path)["model"]["conv1_w"], [1, -2])
 
 
+def test_a_pickle_changes_nothing_of_ours(tmp_path: Path) -> None:
+    """By an attribute that it gives to what stands for a function."""
+    path = tmp_path / "w.pkl"
+    state = b"N}q\x00X\x0c\x00\x00\x00__defaults__K\x01s\x86b"
+    for name in (b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n"):
+        path.write_bytes(b"\x80\x02" + name + state + b"0}.")
+        with pytest.raises(CheckpointError, match="no pickle of arrays"):
+            read_pickled_weights(path)
+
+
+def test_weights_of_an_unknown_layout_are_refused(tmp_path: Path) -> None:
+    for content in ({"model_state": {"a": torch.zeros(1)}}, [1, 2], {"model": [1]}):
+        torch.save(content, tmp_path / "w.pyth")
+        cfg = _configure(
+            "--config-file", str(CONFIGS / f"{C4}.yaml"), "MODEL.WEIGHTS", str(tmp_path / "w.pyth")
+        )
+        with pytest.raises(CheckpointError, match=r"w\.pyth has an unknown layout: found"):
+            weights.check(cfg)
+
+
 @given(
     changes=st.lists(st.tuples(st.integers(0, 900), st.integers(0, 255)), min_size=1, max_size=4),
     protocol=st.integers(0, pickle.HIGHEST_PROTOCOL),
@@ -220,3 +249,6 @@ def test_pictures_of_other_formats_are_not_opened(sets: dict[str, str], tmp_path
     photo = Image.new("RGB", (9, 9))
     photo.save(tmp_path / "a.jpg", "JPEG")
     assert mapper(picture)["image"].shape[0] == 3
+    (tmp_path / "seg.png").write_bytes(eps)
+    with pytest.raises(UnidentifiedImageError, match=re.escape(str(tmp_path / "seg.png"))):
+        mapper(picture | {"sem_seg_file_name": str(tmp_path / "seg.png")})

@@ -157,3 +157,22 @@ def test_a_file_without_a_hash_is_read_and_said_to_be_unchecked(
 def test_the_hash_knows_every_difference(changed: dict[str, Any]) -> None:
     first = {"a": torch.tensor([1.0, 2.0]), "b": [1, 2.0, "x"], "c": {}}
     assert content_hash(first) == content_hash(dict(reversed(first.items()))) != content_hash(changed)
+
+
+def test_damage_of_the_old_format_is_a_sentence(tmp_path: Path) -> None:
+    """It has no checksums, so that wrong weights cannot be told; but nothing ends in a traceback."""
+    weights = {f"module.encoder_q.{k}": t for k, t in _moco().encoder_q.state_dict().items()}
+    path = tmp_path / "old.pth.tar"
+    torch.save({"arch": "x", "state_dict": weights}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for place in (*range(0, 3000, 7), *rng.integers(0, len(whole), 50)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        try:
+            export.load_backbone(path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 50

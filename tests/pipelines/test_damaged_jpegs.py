@@ -25,7 +25,7 @@ from pipelines.jpeg_markers import HUFFMAN, QUANTISATION, missing_table
 from pipelines.pictures import open_picture, read_rgb, read_size
 from pipelines.recipe import moco_v2
 from pipelines.resample import SLACK
-from pipelines.turbojpeg import check_jpeg, decode_planes, read_header
+from pipelines.turbojpeg import Jpeg, check_jpeg, read_header
 from tests.conftest import photograph_like
 
 SOF, DHT, SOS, EOI, DQT = b"\xff\xc0", b"\xff\xc4", b"\xff\xda", b"\xff\xd9", b"\xff\xdb"
@@ -168,7 +168,7 @@ def findings(payload: bytes) -> object:
     planes = None
     if header is not None and header.is_yuv420:
         try:
-            planes = decode_planes(payload).packed().tobytes()
+            planes = Jpeg(payload).planes().packed().tobytes()
         except ValueError as error:
             planes = str(error)
     return check_jpeg(payload), header, planes

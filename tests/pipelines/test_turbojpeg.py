@@ -14,9 +14,9 @@ pytest.importorskip("ffcv")
 
 from pipelines.pictures import planes_to_rgb
 from pipelines.turbojpeg import (
+    Jpeg,
     Planes,
     check_jpeg,
-    decode_planes,
     encode_planes,
     read_header,
 )
@@ -81,7 +81,7 @@ def planes_by_numpy(rgb: Pixels) -> list[npt.NDArray[np.float64]]:
 @settings(max_examples=80, deadline=None)
 def test_planes_are_those_pillow_decodes(width: int, height: int, progressive: bool) -> None:
     payload = jpeg(colourful(width, height), progressive=progressive)
-    y, u, v = decode_planes(payload)
+    y, u, v = Jpeg(payload).planes()
     wanted = ycbcr_by_pillow(payload)
     half = (-(-height // 2), -(-width // 2))
     assert (y.shape, u.shape, v.shape) == ((height, width), half, half)
@@ -106,7 +106,7 @@ def test_one_pixel_has_full_range(rgb: tuple[int, int, int]) -> None:
     assert [plane.shape for plane in planes] == [(1, 1)] * 3
     wanted = [round(float(plane[0, 0])) for plane in planes_by_numpy(pixel)]
     assert [int(plane[0, 0]) for plane in planes] == pytest.approx([min(n, 255) for n in wanted], abs=1)
-    from_jpeg = decode_planes(jpeg(pixel, quality=100))
+    from_jpeg = Jpeg(jpeg(pixel, quality=100)).planes()
     assert [int(plane[0, 0]) for plane in from_jpeg] == pytest.approx([min(n, 255) for n in wanted], abs=2)
 
 
@@ -132,7 +132,7 @@ def test_planes_become_the_pixels_that_pillow_decodes(width: int, height: int) -
     """Narrower pictures are enlarged by repeating in libjpeg; here all are by its fancy upsampling."""
     file = io.BytesIO()
     Image.fromarray(colourful(width, height)).save(file, "JPEG", quality=90, subsampling="4:2:0")
-    packed = decode_planes(file.getvalue()).packed()
+    packed = Jpeg(file.getvalue()).planes().packed()
     wanted = np.asarray(Image.open(file)).astype(int)
     assert np.abs(planes_to_rgb(packed, height, width) - wanted).max() <= 3
 
@@ -162,10 +162,10 @@ def test_header_and_check_know_every_kind(options: dict[str, Any], is_colour: bo
     assert (verdict.state, verdict.width, verdict.height) == ("whole", 37, 21)
     assert check_jpeg(payload[: len(payload) * 3 // 4]).state == "damaged"
     if is_yuv420:
-        assert isinstance(decode_planes(payload), Planes)
+        assert isinstance(Jpeg(payload).planes(), Planes)
     else:
         with pytest.raises(ValueError, match="4:2:0"):
-            decode_planes(payload)
+            Jpeg(payload).planes()
 
 
 def test_subsampling_without_a_name_hinders_no_check() -> None:
@@ -181,16 +181,16 @@ def test_subsampling_without_a_name_hinders_no_check() -> None:
 def test_no_jpeg_has_no_header(payload: bytes) -> None:
     assert read_header(payload) is None
     with pytest.raises(ValueError, match="4:2:0"):
-        decode_planes(payload)
+        Jpeg(payload).planes()
 
 
 def test_lost_pixels_are_an_error_and_stray_bytes_are_not() -> None:
     whole = jpeg(colourful(64, 48))
     with pytest.raises(ValueError, match="remature end"):
-        decode_planes(whole[: len(whole) // 2])
+        Jpeg(whole[: len(whole) // 2]).planes()
     irregular = whole[:-2] + b"stray" * 40 + whole[-2:]
     assert check_jpeg(irregular).state == "irregular"
-    for plane, wanted in zip(decode_planes(irregular), decode_planes(whole), strict=True):
+    for plane, wanted in zip(Jpeg(irregular).planes(), Jpeg(whole).planes(), strict=True):
         assert np.array_equal(plane, wanted)
 
 
