@@ -8,17 +8,9 @@ from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter, left_out
 from dataset_tools.keys import Keys
 from dataset_tools.normalise import BadPicture, Normal, Normalising
 from dataset_tools.report import NUM_NAMED
+from dataset_tools.shard_claim import claimed, replacing
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan, plan_for
-from dataset_tools.shard_set import (
-    SKIPPED_NAME,
-    SUFFIX,
-    claimed,
-    finish,
-    left_out,
-    missing,
-    remove_sides,
-    replacing,
-)
+from dataset_tools.shard_set import SKIPPED_NAME, SUFFIX, finish, left_out, missing, remove_sides
 from dataset_tools.shard_writer import ShardsWriter
 from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, Progress, Work
@@ -94,9 +86,9 @@ def convert(
     ``limit`` takes only the first pictures of the source; ``page_bytes`` is for files, ``sharding`` for
     shards; ``progress`` is called once a picture.
     Pictures that cannot be decoded are left out, counted in the manifest and named in the list that
-    ``skipped_path`` tells; once they are more than the share ``max_bad`` of the source, that is an error. So
-    the pictures listed are those in the set and those named. After any error nothing new is left of a file;
-    of shards those that are whole stay, and the next call goes on.
+    ``skipped_path`` tells; more than the share ``max_bad`` of the source is an error. So every picture listed
+    is in the set or named. After any error nothing new is left of a file; of shards those that are whole
+    stay, unless they were to replace others, and the next call goes on.
     Raises ValueError for an unusable option and where no picture, or too few, can be used, FileExistsError
     where ``out`` exists and ``overwrite`` is off (shards made of the same source with the same options are
     taken as they are), ImportError without FFCV.

@@ -65,9 +65,9 @@ def index_shards(
     picture that the first sample has. Its label is the number in ``cls``, or ``label`` in ``json``, or none
     (always with ``labelled`` off).
     ``classes`` names the labels; by default an earlier manifest does, else they are called 0, 1, ….
-    Samples without a picture, or with one whose size cannot be read, are left out and named; of the latter no
-    more than the share ``max_bad`` of all may be. ``accept_truncated`` takes of a damaged tar the samples
-    that come before the place where it cannot be read on, and counts that place in the manifest.
+    Samples without a picture, or with one whose size cannot be read, are left out and named. More pictures
+    without a size than the share ``max_bad`` are an error. ``accept_truncated`` takes of a damaged tar the
+    samples that come before the place where it cannot be read on, and counts that place in the manifest.
     ``progress`` is called once a tar.
     Raises ValueError, naming tar and sample, for a folder without tars, with compressed ones or with a
     conversion that has not ended, for a tar that is damaged, for too many samples left out, for a label that
