@@ -36,6 +36,7 @@ from pipelines.manifest import (
     manifest_path,
     paths_path,
     pending_path,
+    skipped_path,
     source_path_line,
 )
 
@@ -52,17 +53,12 @@ def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -
     return hasher.hexdigest()
 
 
-def left_out_path(path: str | Path) -> Path:
-    """The path of the list of pictures left out of the set at ``path``; there is one only where there are."""
-    return Path(path).with_suffix(".skipped.txt")
-
-
 def settle(path: Path) -> None:
     """Give pending side files their names where the set at ``path`` is theirs, and remove them where not."""
     manifest = manifest_path(path)
     theirs = in_force(path, manifest) != manifest
     # The manifest goes last: it tells which set the others belong to.
-    for side in (paths_path(path), left_out_path(path), manifest):
+    for side in (paths_path(path), skipped_path(path), manifest):
         pending = pending_path(side)
         if not pending.exists():
             continue
@@ -152,7 +148,7 @@ class BetonWriter:
         self._metadata_at = self._types.HeaderType.itemsize + self._descriptors.nbytes
         self._end: int = self._metadata_at + self._metadata.nbytes
         self._partial = self.path.with_name(self.path.name + ".partial")
-        self._paths, self._left_out = _SideFile(paths_path(self.path)), _SideFile(left_out_path(self.path))
+        self._paths, self._skipped = _SideFile(paths_path(self.path)), _SideFile(skipped_path(self.path))
         self._committed = False
         self._lock = Lock(self.path.with_name(f".{self.path.name}.lock"), self.path)
         try:
@@ -214,9 +210,9 @@ class BetonWriter:
         self._sync.written(self._end)
         return index
 
-    def leave_out(self, line: str) -> None:
-        """Name a picture that is not in the set, with the reason, in the list at ``left_out_path``."""
-        self._left_out.write(line)
+    def skip(self, line: str) -> None:
+        """Name a picture that is not in the set, with the reason, in the list at ``skipped_path``."""
+        self._skipped.write(line)
 
     def commit(
         self,
@@ -247,11 +243,13 @@ class BetonWriter:
             settings=dict(settings or {}),
         )
         self._sync.finish()
-        for side in (self._paths, self._left_out):
+        for side in (self._paths, self._skipped):
             side.finish()
         manifest.write(self.path, pending=True)
         written = open_beton(self._partial)
-        assert (len(written), written.sha256) == (manifest.count, manifest.sha256), "written otherwise"
+        assert (len(written), written.sha256) == (manifest.count, manifest.sha256), (
+            "the file read back is another"
+        )
         sync_folder(self.path.parent)
         self._partial.replace(self.path)
         self._committed = True
@@ -263,7 +261,7 @@ class BetonWriter:
 
     def discard(self) -> None:
         """Close and remove the temporary files; after ``commit`` only closes."""
-        for side in (self._paths, self._left_out):
+        for side in (self._paths, self._skipped):
             side.discard()
         if not self._committed:
             self._partial.unlink(missing_ok=True)

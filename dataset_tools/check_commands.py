@@ -14,9 +14,9 @@ from dataset_tools.preview import preview
 from dataset_tools.progress import count_up, track
 from dataset_tools.report import NUM_NAMED, Stats
 from dataset_tools.saying import line, pace, printable, report_left_out
-from dataset_tools.shard_set import SKIPPED_NAME
 from dataset_tools.verify import count_pictures, stats, verify
 from dataset_tools.work import MAX_BAD
+from pipelines.manifest import skipped_path
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Index:
                 progress=advance,
             )
         skipped = done.skipped
-        report_left_out(self.path / SKIPPED_NAME, done.manifest.replaced, skipped, len(skipped), out)
+        report_left_out(skipped_path(self.path), done.manifest.replaced, skipped, len(skipped), out)
         if done.was_converted:
             line(out, "the set was converted here; its pictures are now numbered as they lie in the tars, no "
                       "longer as in their source")  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Annotated, Protocol
 import tyro
 from rich.console import Console
 
-from dataset_tools.convert import Converted, Sharding, compile_set, make_shards, skipped_path
+from dataset_tools.convert import Converted, Sharding, compile_set, make_shards
 from dataset_tools.fashion_mnist import compile_fashion_mnist, locate
 from dataset_tools.normalise import Normalising
 from dataset_tools.open_source import open_source
@@ -23,7 +23,7 @@ from dataset_tools.shard_set import SUFFIX
 from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, Work
 from pipelines.beton import ffcv_types
-from pipelines.manifest import Tier
+from pipelines.manifest import Tier, skipped_path
 
 _FASHION_MNIST_PICTURES = 70_000
 

@@ -4,17 +4,17 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter, left_out_path
+from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter
 from dataset_tools.keys import Keys
 from dataset_tools.normalise import BadPicture, Normal, Normalising
 from dataset_tools.report import NUM_NAMED
 from dataset_tools.shard_claim import claimed, replacing
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan, plan_for
-from dataset_tools.shard_set import SKIPPED_NAME, SUFFIX, finish, left_out, missing, remove_sides
+from dataset_tools.shard_set import SUFFIX, finish, missing, remove_sides
 from dataset_tools.shard_writer import ShardsWriter
 from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, Progress, Work
-from pipelines.manifest import Manifest, Tier
+from pipelines.manifest import Manifest, Tier, of_kind
 from pipelines.randomness import EpochOrder
 from pipelines.shards import set_aside
 
@@ -54,12 +54,6 @@ class ShardsMade:
     """Of the whole set."""
 
 
-def skipped_path(out: str | Path) -> Path:
-    """Return the path of the list of pictures left out of a set: beside a file, within a folder of shards."""
-    out = Path(out)
-    return out / SKIPPED_NAME if out.suffix == SUFFIX or out.is_dir() else left_out_path(out)
-
-
 def convert(
     source: Source,
     out: str | Path,
@@ -86,9 +80,9 @@ def convert(
     ``limit`` takes only the first pictures of the source; ``page_bytes`` is for files, ``sharding`` for
     shards; ``progress`` is called once a picture.
     Pictures that cannot be decoded are left out, counted in the manifest and named in the list that
-    ``skipped_path`` tells; more than the share ``max_bad`` of the source is an error. So every picture listed
-    is in the set or named. After any error nothing new is left of a file; of shards those that are whole
-    stay, unless they were to replace others, and the next call goes on.
+    ``skipped_path`` tells. It is an error if they are more than the share ``max_bad`` of the source.
+    After any error nothing new is left of a file. Of shards those that are whole stay, unless they were to
+    replace others, and the next call goes on.
     Raises ValueError for an unusable option and where no picture, or too few, can be used, FileExistsError
     where ``out`` exists and ``overwrite`` is off (shards made of the same source with the same options are
     taken as they are), ImportError without FFCV.
@@ -159,7 +153,7 @@ def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: 
             remove_sides(folder)
             return made
     work.advance(plan.count)
-    return Converted(manifest, (), sum(left_out(manifest.replaced).values()), already_there=True)
+    return Converted(manifest, (), sum(of_kind("skipped", manifest.replaced).values()), already_there=True)
 
 
 def _make_all(work: Work, folder: Path, plan: Plan) -> Converted:
@@ -252,7 +246,7 @@ class _FileWriter:
         """Count and name one picture as left out."""
         line = f"{path}: {fault}"
         self.replaced[f"skipped: {fault.reason}"] += 1
-        self._beton.leave_out(line)
+        self._beton.skip(line)
         self.num_skipped += 1
         if len(self.first_skipped) < NUM_NAMED:
             self.first_skipped.append(line)

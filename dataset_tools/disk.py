@@ -12,8 +12,6 @@ from typing import BinaryIO
 _BUFFER_BYTES = 8 << 20
 _SYNC_EVERY_BYTES = 32 << 20
 """How much is left to the disk at a time, while pictures go on being added."""
-
-
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 

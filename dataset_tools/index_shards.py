@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from dataset_tools.dali_index import Component, TarSample, dali_index, tar_samples, with_pictures_at
 from dataset_tools.parallel import num_workers, ordered_map
-from dataset_tools.shard_set import PLAN_KEY, finished_before, left_out, save_set, unfinished
+from dataset_tools.shard_set import PLAN_KEY, finished_before, save_set, unfinished
 from dataset_tools.shard_writer import MAX_PICTURE_BYTES
 from dataset_tools.tar_members import scan_tar
-from dataset_tools.work import MAX_BAD, check_bad
+from dataset_tools.work import MAX_BAD, check_bad, check_share
 from engine.checkpoint import write_atomically
 from pipelines.beton import MAX_SIDE_PX
 from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES, PassedOver
-from pipelines.manifest import Manifest, Shard
+from pipelines.manifest import Manifest, Shard, of_kind
 from pipelines.pictures import read_size
 from pipelines.shards import INDEX_DTYPE, dali_index_path, open_shards, pictures_on_disk
 
@@ -77,6 +77,7 @@ def index_shards(
     folder = Path(folder)
     tars = _find_tars(folder)
     workers = num_workers(workers)
+    check_share(max_bad)
     _check_writable(folder)
     before = finished_before(folder, replaced=True)
     wanted = (
@@ -97,7 +98,7 @@ def index_shards(
         raise ValueError(f"{folder} holds no picture that can be used: {'; '.join(skipped[:3])}")
     index = _join(kept)
     replaced = sum((tar.replaced for tar in found), Counter[str]())
-    bad = {reason: count for reason, count in left_out(replaced).items() if reason != _NO_PICTURE}
+    bad = {reason: count for reason, count in of_kind("skipped", replaced).items() if reason != _NO_PICTURE}
     check_bad(bad, len(index) + sum(bad.values()), max_bad, str(folder), skipped[-1] if skipped else "")
     names = _class_names(folder, index["label"], classes, before)
     manifest = save_set(

@@ -10,13 +10,12 @@ from dataset_tools.disk import Lock, exchange
 from dataset_tools.shard_plan import Plan, numbered_files
 from dataset_tools.shard_set import (
     PLAN_KEY,
-    SKIPPED_NAME,
     finished_before,
     remove_sides,
     settle_index,
 )
 from engine.checkpoint import sync_folder
-from pipelines.manifest import Manifest, manifest_path
+from pipelines.manifest import SKIPPED_NAME, Manifest, manifest_path
 from pipelines.shards import (
     INDEX_NAME,
     PENDING_INDEX_NAME,
@@ -40,7 +39,7 @@ def claimed(folder: Path, plan: Plan) -> Iterator[Manifest | None]:
     put_back(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if finished := _finished_by(plan, folder):
-        if (folder / LOCK_NAME).exists():  # of a process that was killed at its very end
+        if (folder / LOCK_NAME).exists():  # left by a process that was killed
             with contextlib.suppress(OSError):
                 Lock(folder / LOCK_NAME, folder, shared=True).release()
         yield finished
@@ -152,8 +151,8 @@ def put_back(folder: Path) -> None:
             open_shards(folder)
         except (OSError, ValueError) as error:
             raise FileExistsError(
-                f"a process was killed while it replaced {folder}, whose old set is in {aside}; remove what "
-                f"has the name now ({error}), and give the old set its name back"
+                f"a process was killed while it replaced {folder}, whose old set is in {aside}; move away "
+                f"what is in its place now ({error}), and rename the old set back"
             ) from error
         _retire(aside, folder)
 
@@ -173,7 +172,7 @@ def _retire(old: Path, folder: Path) -> None:
 
 
 def _refuse_foreign(folder: Path, finished: Manifest | None) -> None:
-    """Tars that stand neither in a manifest of ours nor beside a plan or a side file are somebody's data."""
+    """Raise FileExistsError for a tar that no conversion made: one without manifest, plan or side file."""
     if (folder / PLAN_NAME).exists():
         return
     known = {shard.name for shard in finished.shards} if finished else set()

@@ -17,7 +17,7 @@ from dataset_tools.shard_plan import (
 )
 from dataset_tools.work import Work
 from engine.checkpoint import sync_folder, write_atomically
-from pipelines.manifest import Manifest, Shard, source_path_line
+from pipelines.manifest import SKIPPED_NAME, Manifest, Shard, of_kind, source_path_line
 from pipelines.shards import (
     INDEX_DTYPE,
     INDEX_NAME,
@@ -29,7 +29,6 @@ from pipelines.shards import (
 
 SUFFIX = ".shards"
 """Of the name of a folder that a conversion makes."""
-SKIPPED_NAME = "skipped.txt"
 PLAN_KEY = "plan"
 """The setting in a manifest that holds the plan's hash; only a set that was converted has it."""
 _GO_ON = "run the same conversion again, which keeps whole shards"
@@ -57,7 +56,7 @@ def finished_before(folder: Path, *, replaced: bool) -> Manifest | None:
 def missing(folder: Path, plan: Plan, shards: range, work: Work) -> tuple[list[int], Counter[str]]:
     """Return which of ``shards`` are to be made, and the pictures left out of the others, by reason.
 
-    To be made are those that are not whole, and those without a picture that can be used by now.
+    A shard is to be made if it is not whole, or if a picture that was left out of it can be used now.
     """
     todo, bad, digest = list[int](), Counter[str](), plan.digest
     for shard in shards:
@@ -65,7 +64,7 @@ def missing(folder: Path, plan: Plan, shards: range, work: Work) -> tuple[list[i
         if part is None or not all(work.is_bad(index) for index, _ in part.skipped):
             todo.append(shard)
         else:
-            bad.update(left_out(part.replaced))
+            bad.update(of_kind("skipped", part.replaced))
     return todo, bad
 
 
@@ -92,7 +91,7 @@ def finish(folder: Path, plan: Plan, work: Work) -> Finished:
             "at them with another program"
         )
     if lines:
-        work.check_bad(left_out(replaced), lines[-1])
+        work.check_bad(of_kind("skipped", replaced), lines[-1])
     assert int(kept.sum()) + len(lines) == plan.count, "pictures were lost"
     settings = {**plan.settings, "seed": plan.seed, "shard_size": plan.shard_size, PLAN_KEY: plan.digest}
     manifest = save_set(
@@ -149,12 +148,6 @@ def save_set(
     return manifest
 
 
-def left_out(replaced: Mapping[str, int]) -> dict[str, int]:
-    """Of a manifest's ``replaced`` the pictures left out: reason → number."""
-    word = "skipped: "
-    return {reason.removeprefix(word): n for reason, n in replaced.items() if reason.startswith(word)}
-
-
 def settle_index(folder: Path, manifest: Manifest | None) -> None:
     """Give a pending index its name where it belongs to the manifest, and remove it where not."""
     pending = folder / PENDING_INDEX_NAME
@@ -205,6 +198,6 @@ def unfinished(folder: Path) -> str:
     plan = Plan.read(folder)
     finished = finished_before(folder, replaced=True)
     if plan is not None and finished is not None and finished.settings.get(PLAN_KEY) == plan.digest:
-        return ""  # whoever made it was killed at the very end
+        return ""  # the process that made it was killed before it removed the side files
     of = f" of {plan.num_shards}" if plan else ""
     return f"{folder} is half made, {len(parts)}{of} shards are whole; {_GO_ON} and ends it"

@@ -15,8 +15,8 @@ from dataset_tools.parallel import ordered_map
 from dataset_tools.report import BadIndex, Report, Stats, label_problems, per_class, spread
 from dataset_tools.shard_set import unfinished
 from dataset_tools.tar_members import Member, scan_tar
-from pipelines.listing import PICTURE_SUFFIXES, PassedOver
-from pipelines.manifest import Shard
+from pipelines.listing import PICTURE_SUFFIXES
+from pipelines.manifest import Shard, of_kind
 from pipelines.pictures import is_jpeg, read_rgb, read_size
 from pipelines.shards import (
     check_tar,
@@ -53,7 +53,7 @@ def verify_shards(path: Path, workers: int | None, progress: Callable[[], None] 
         problems.append(str(error))
     if (total := sum(shard.num_bytes for shard in manifest.shards)) != manifest.num_bytes:
         problems.append(f"the shards have {total} bytes, the manifest says {manifest.num_bytes}")
-    accepted = {PassedOver.damage_of(reason) for reason in manifest.replaced}
+    accepted = of_kind("damaged", manifest.replaced)
     bad: list[BadIndex] = []
     no_rows = [np.zeros(0, np.int64)] * len(manifest.shards)
     rows_by_shard = no_rows if index is None else pictures_on_disk(manifest.shards, index)

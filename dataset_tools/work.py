@@ -20,13 +20,17 @@ class TooManyBadError(ValueError):
     """More pictures of a source cannot be used than may be left out."""
 
 
+def check_share(max_bad: float) -> None:
+    """Raise ValueError for what is no share."""
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad is {max_bad}; it is a share of the pictures, from 0 to 1")
+
+
 def check_bad(bad: Mapping[str, int], count: int, max_bad: float, source: str, last: str) -> None:
     """Raise TooManyBadError where more than the share ``max_bad`` of ``count`` pictures are bad.
 
-    ``bad`` counts them by reason; ``last`` is one of them. Raises ValueError for an unusable share.
+    ``bad`` counts them by reason; ``last`` is one of them.
     """
-    if not 0 <= max_bad <= 1:
-        raise ValueError(f"max_bad is {max_bad}; it is a share of the pictures, from 0 to 1")
     if (num_bad := sum(bad.values())) > max_bad * count:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in bad.items())
         raise TooManyBadError(
@@ -59,7 +63,7 @@ class Work:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        check_bad({}, 0, self.max_bad, "", "")
+        check_share(self.max_bad)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
         num_workers(self.workers)  # says what is wrong with them now, and not at the first picture

@@ -25,6 +25,8 @@ from engine import failure
 
 log = logging.getLogger(__name__)
 
+NO_CHECKSUMS = "it is not checked for damage, as its format has no checksums either"
+"""What is said of a file without a hash in a format without checksums."""
 HASH = "sha256"
 """The key of a file's hash of all else in it, see `content_hash`."""
 _NAME = re.compile(r"checkpoint_(\d{9})\.pt")
@@ -269,7 +271,7 @@ def _check_archive(path: Path) -> str:
     Returns what is checked by that, in words. Raises ValueError for a member that is damaged.
     """
     if not zipfile.is_zipfile(path):
-        return "it is not checked for damage, as its format has no checksums either"
+        return NO_CHECKSUMS
     with zipfile.ZipFile(path) as archive:
         if (member := archive.testzip()) is not None:
             raise ValueError(f"{member} does not have its checksum, or was saved without one")

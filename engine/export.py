@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint import (
     HASH,
+    NO_CHECKSUMS,
     CheckpointError,
     check_hash,
     content_hash,
@@ -237,5 +238,5 @@ def _load_safetensors(path: Path) -> Backbone:
         ) from error
     written = said.pop(HASH, None)
     content = {"tensors": state, "metadata": said}
-    check_hash(path, content, written, "it is not checked for damage, as its format has no checksums either")
+    check_hash(path, content, written, NO_CHECKSUMS)
     return Backbone(state, _meta(path, said))

@@ -33,11 +33,6 @@ class PassedOver(Counter[str]):
         """Keep the sentence on a place where a source could not be read on."""
         self[f"damaged: {sentence}"] += 1
 
-    @staticmethod
-    def damage_of(reason: str) -> str:
-        """The sentence in a reason; "" in others."""
-        return reason.removeprefix("damaged: ") if reason.startswith("damaged: ") else ""
-
 
 class PictureList:
     """Names and labels of pictures, in order: no Python object is kept per picture."""

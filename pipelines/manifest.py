@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 VERSION = 1
+SKIPPED_NAME = "skipped.txt"
+"""The list of pictures left out, in a folder of shards."""
 PENDING = ".next"
 """Added to the names of a new set's side files until the set itself has taken the place of the old one."""
 HASH_BYTES, HASH_AT = 64, 24 + 1041 + 17
@@ -114,6 +116,21 @@ def manifest_path(path: str | Path) -> Path:
 def paths_path(beton_path: str | Path) -> Path:
     """Return the path of the list of source paths that belongs to ``beton_path``."""
     return Path(beton_path).with_suffix(".paths")
+
+
+def skipped_path(path: str | Path) -> Path:
+    """Return the path of the list of pictures left out of a set: beside a file, within a folder of shards."""
+    path = Path(path)
+    return path / SKIPPED_NAME if path.is_dir() else path.with_suffix(".skipped.txt")
+
+
+def of_kind(kind: str, replaced: Mapping[str, int]) -> dict[str, int]:
+    """The reasons of one kind, such as "skipped", in a manifest's ``replaced``: reason → number."""
+    return {
+        reason.removeprefix(f"{kind}: "): count
+        for reason, count in replaced.items()
+        if reason.startswith(f"{kind}: ")
+    }
 
 
 def pending_path(side_file: Path) -> Path:

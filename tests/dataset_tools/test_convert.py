@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_tools.convert import convert, skipped_path
+from dataset_tools.convert import convert
 from dataset_tools.sources import FolderSource, Sample
 from dataset_tools.verify import stats, verify
 from pipelines.beton import MODE_YUV420, open_beton
-from pipelines.manifest import Manifest, Tier, read_source_path
+from pipelines.manifest import Manifest, Tier, read_source_path, skipped_path
 from pipelines.turbojpeg import Jpeg, encode_planes
 
 pytest.importorskip("ffcv")

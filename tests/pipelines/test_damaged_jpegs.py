@@ -16,12 +16,13 @@ from PIL import Image, UnidentifiedImageError
 pytest.importorskip("ffcv")
 
 from dataset_tools.beton_writer import BetonWriter
-from dataset_tools.convert import Sharding, convert, skipped_path
+from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import verify
 from pipelines import build_loader
 from pipelines.jpeg_crops import crop_pictures, functions
 from pipelines.jpeg_markers import HUFFMAN, QUANTISATION, missing_table
+from pipelines.manifest import skipped_path
 from pipelines.pictures import open_picture, read_rgb, read_size
 from pipelines.recipe import moco_v2
 from pipelines.resample import SLACK
