@@ -84,8 +84,11 @@ class PretrainConfig:
     """Send queries and mixtures through the encoder as one batch with common BatchNorm statistics, which is
     faster on GPUs; each by itself, as published, if not."""
     compile: bool = False
-    """Have torch.compile fuse the encoders, and on GPUs the photometric stage; the first steps take minutes,
-    later ones are faster on GPUs."""
+    """Have torch.compile fuse the whole forward pass, with several processes the encoders alone; the first
+    steps take minutes, later ones are faster on GPUs."""
+    cuda_graph: bool = False
+    """Capture the whole step as one CUDA graph after three steps and replay it, so that the host has next to
+    nothing to do; one process on a GPU. Goes with --compile."""
     epochs: int = 200
     """Passes over the set."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 256
@@ -167,6 +170,7 @@ class PretrainConfig:
         free = {
             *("preset", "data", "val", "out", "resume", "device", "num_threads", "reading", "log_every_s"),
             *("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"),
+            "cuda_graph",
         }
         plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return {key: value for key, value in plain.items() if key not in free}

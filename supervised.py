@@ -37,6 +37,7 @@ from engine.optimizer import sgd_groups
 from engine.precision import Precision
 from engine.run import how_to_continue, restore, say, shared_among_processes, state_of
 from engine.schedule import ScheduleKind, lr_at, scale_lr, shares
+from engine.step import TrainStep
 from engine.stop import StopRequest
 from models.classifier import Classifier
 from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
@@ -240,6 +241,7 @@ def fit(run: Training) -> bool:
     """Train to the end, or until a stop is asked for; whether the end was reached."""
     config, launch = run.config, run.launch
     forward = shared_among_processes(run)
+    step = TrainStep(functools.partial(loss_and_metrics, forward), run.optimizer, run.precision)
     with (
         StopRequest() as stop,
         RunLog(
@@ -253,7 +255,7 @@ def fit(run: Training) -> bool:
     ):
         run.model.train()
         measure_if_due(run, log)  # the run may have been stopped just before it
-        for _ in train_epochs(run, functools.partial(train_step, run, forward), log, stop):
+        for _ in train_epochs(run, functools.partial(train_step, run, step), log, stop):
             if not stop.requested:
                 measure_if_due(run, log)
             save(run)
@@ -263,21 +265,21 @@ def fit(run: Training) -> bool:
     return not stop.requested
 
 
-def train_step(run: Training, forward: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
+def loss_and_metrics(forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The cross-entropy of a batch, and the metrics of the step."""
+    logits_NC: Tensor = forward(batch.query)
+    loss = F.cross_entropy(logits_NC, batch.label)
+    train_top1 = (logits_NC.detach().argmax(1) == batch.label).float().mean()
+    return loss, {"loss": loss.detach(), "train_top1": train_top1}
+
+
+def train_step(run: Training, step: TrainStep, batch: Batch) -> dict[str, Tensor | float]:
     """One step of the optimizer; metrics stay on the device."""
-    config, optimizer, scaler = run.config, run.optimizer, run.precision.scaler
+    config, optimizer = run.config, run.optimizer
     kind: ScheduleKind = "cosine" if config.cos else "step"
     share = lr_at(run.step, run.total_steps, 1.0, kind=kind, milestones=config.milestones())
     scale_lr(optimizer, share)
-    with run.precision.autocast():
-        logits_NC: Tensor = forward(batch.query)
-    loss = F.cross_entropy(logits_NC, batch.label)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    train_top1 = (logits_NC.detach().argmax(1) == batch.label).float().mean()
-    return {"loss": loss, "train_top1": train_top1, "lr": optimizer.param_groups[-1]["lr"]}
+    return step(batch) | {"lr": share * optimizer.param_groups[-1]["initial_lr"]}
 
 
 def measure_if_due(run: Training, log: RunLog) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import cli, failure
 from engine.checkpoint import checkpoint_path, prune, save_checkpoint, to_resume
@@ -46,10 +46,12 @@ from engine.precision import Precision
 from engine.published_flags import from_published
 from engine.run import how_to_continue, restore, say, shared_among_processes, state_of
 from engine.schedule import ScheduleKind, lr_at, set_lr
+from engine.step import TrainStep, check_graph
 from engine.stop import StopRequest
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batches
+from pipelines.batch import tensors_of
 from pipelines.compiled import compiled_before
 from pipelines.recipe import evaluation
 from presets import PRESETS, PretrainConfig, training_set
@@ -163,9 +165,10 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
     model = build_model(config, launch.world_size).to(launch.device)
     model.to(memory_format=torch.channels_last)
     optimizer = sgd(model.encoder_q, config.lr, config.sgd_momentum, config.weight_decay)
+    if config.cuda_graph:
+        check_graph(precision, launch.world_size)
     if config.compile:  # in place: the state dict keeps its names
-        model.encoder_q.compile()
-        model.encoder_k.compile()
+        model.compile_for_training()
 
     # ---------------------------------------------------------------------------------------- resume
     run = Run(config, launch, precision, loader, model, optimizer)
@@ -181,30 +184,25 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
 def train(run: Run, log: RunLog, stop: StopRequest) -> None:
     """All epochs that are left, or those until a stop is asked for."""
     config, forward = run.config, shared_among_processes(run)
+    step = TrainStep(
+        forward, run.optimizer, run.precision, tensors_of=tensors_of if config.cuda_graph else None
+    )
     run.model.train()
-    for _ in train_epochs(run, functools.partial(train_step, run, forward), log, stop):
+    for _ in train_epochs(run, functools.partial(train_step, run, step), log, stop):
         if stop.requested or due(run.epoch, config.save_every_epochs, config.epochs):
             save(run)
         if not stop.requested and due(run.epoch, config.knn_every_epochs, config.epochs):
             evaluate(run, log)
 
 
-def train_step(run: Run, forward: nn.Module, batch: Batch) -> dict[str, Tensor | float]:
+def train_step(run: Run, step: TrainStep, batch: Batch) -> dict[str, Tensor | float]:
     """One step of the optimizer; metrics stay on the device."""
-    config, optimizer, scaler = run.config, run.optimizer, run.precision.scaler
+    config = run.config
     kind: ScheduleKind = "cosine" if config.cos else "step"
     lr = lr_at(run.step, run.total_steps, config.lr, kind=kind, milestones=config.milestones())
-    set_lr(optimizer, lr)
-    loss: Tensor
-    metrics: dict[str, Tensor | float]
-    with run.precision.autocast():
-        loss, metrics = forward(batch)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
+    set_lr(run.optimizer, lr)
     views = 2 if config.mixing.symmetric else 1
-    return metrics | {"lr": lr} | queue_health(run.step + 1, views * config.batch_size, config.moco_k)
+    return step(batch) | {"lr": lr} | queue_health(run.step + 1, views * config.batch_size, config.moco_k)
 
 
 # ======================================================================================================
@@ -226,7 +224,6 @@ def open_data(config: PretrainConfig, launch: Launch) -> ViewLoader:
         num_threads=config.num_threads,
         reading=config.reading,
         dali=config.dali,
-        compiled=config.compile,
     )
     if config.val:
         held_out = build_loader(config.val, evaluation(config.recipe()), batch_size=1, drop_last=False)

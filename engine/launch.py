@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from engine.precision import settings_of_training
+
 _ROWS_AT_A_TIME = 65_536
 """Of a gathered tensor in one message."""
 
@@ -120,9 +122,10 @@ def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launc
     if on_gpu:
         torch.cuda.set_device(launch.device)
     if world_size == 1:
-        yield launch
+        with settings_of_training():
+            yield launch
         return
-    with _losses_told():
+    with settings_of_training(), _losses_told():
         _join(launch, datetime.timedelta(seconds=timeout_s))
         yield launch
         # What still holds the group, such as DDP's reducer in a cycle of references, would keep gloo's

@@ -1,5 +1,12 @@
-"""In which number format a run computes."""
+"""In which number format a run computes.
 
+What is float32 is float32 under every precision: TF32, with its 10 bits of mantissa, is off for products and
+for convolutions. 16-bit runs lose no speed by that: what stays float32 in them are the logits, which need
+the bits.
+"""
+
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,7 +30,7 @@ class Precision:
 
     @classmethod
     def choose(cls, name: PrecisionName, device: torch.device) -> "Precision":
-        """Pick a format for ``device``; with 16 bits, what stays float32 may use TF32 products on GPUs.
+        """Pick a format for ``device``.
 
         "auto" is bf16 on GPUs that compute in it, fp16 on older ones and fp32 on CPUs.
         Raises ValueError for an unknown name, for fp16 on a CPU and for bf16 on a GPU that lacks it.
@@ -42,10 +49,23 @@ class Precision:
             raise ValueError(
                 f"precision is 'bf16', which the GPU {device} only emulates; take 'fp16' or 'auto'"
             )
-        if on_gpu and name != "fp32":
-            torch.set_float32_matmul_precision("high")
         return cls(name, device, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
 
     def autocast(self) -> torch.autocast:
         """A context for the forward pass; it does nothing under fp32."""
         return torch.autocast(self.device.type, dtype=_DTYPES[self.name], enabled=self.name != "fp32")
+
+
+@contextlib.contextmanager
+def settings_of_training() -> Iterator[None]:
+    """Turn TF32 off and cuDNN's search for the fastest convolution on; both are as before at the end.
+
+    The shapes of a training are always the same, so that the search is made once for each.
+    """
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)

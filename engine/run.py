@@ -86,7 +86,13 @@ def shared_among_processes(run: Run) -> nn.Module:
         return run.model
     # Its replacement in newer versions of torch would still broadcast once at the start.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    return DistributedDataParallel(run.model, broadcast_buffers=False)
+    return DistributedDataParallel(
+        run.model,
+        broadcast_buffers=False,
+        # Gradients lie in the buckets that are reduced, and every step uses the same parameters.
+        gradient_as_bucket_view=True,
+        static_graph=True,
+    )
 
 
 def state_of(run: Run, config: dict[str, Any], meta: dict[str, str]) -> TrainState:
@@ -115,10 +121,10 @@ def restore(
     """
     state = load_checkpoint(checkpoint, config, may_differ=changeable)
     run.model.load_state_dict(state.model)
-    rates = [group["initial_lr"] for group in run.optimizer.param_groups]
+    rates = [(group["lr"], group["initial_lr"]) for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(state.optimizer)
-    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-        group["initial_lr"] = rate
+    for group, (lr, initial_lr) in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"], group["initial_lr"] = lr, initial_lr
     if state.scaler and run.precision.scaler.is_enabled():
         run.precision.scaler.load_state_dict(state.scaler)
     run.loader.load_state_dict(state.loader)

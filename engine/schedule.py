@@ -63,12 +63,12 @@ def lr_at(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the learning rate ``lr``."""
+    """Fill every parameter group's learning rate, a 0-d tensor, with ``lr``; nothing waits for the device."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"].fill_(lr)
 
 
 def scale_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Give every parameter group this share of its ``initial_lr``."""
+    """Fill every parameter group's learning rate with this share of its ``initial_lr``; see `set_lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = share * group["initial_lr"]
+        group["lr"].fill_(share * group["initial_lr"])

@@ -18,6 +18,7 @@ import train_pretrain
 from engine import cli
 from engine.checkpoint import latest, load_checkpoint, save_checkpoint
 from engine.launch import init_launch
+from engine.step import TrainStep
 from engine.stop import StopRequest
 from train_pretrain import main, parse, train_step
 
@@ -117,11 +118,11 @@ def test_a_step_reads_no_value_of_a_tensor(flags: tuple[str, ...], beton: Path, 
     config = parse(_argv(beton, tmp_path, *flags))
     with init_launch("cpu") as launch:
         run = train_pretrain.assemble(config, launch)
-        batches = list(run.loader)
-        train_step(run, run.model, batches[0])
+        batches, step = list(run.loader), TrainStep(run.model, run.optimizer, run.precision)
+        train_step(run, step, batches[0])
         with _NoHostSync():
             for batch in batches[1:]:
-                train_step(run, run.model, batch)
+                train_step(run, step, batch)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoHostSync():
         torch.ones(1).item()
 
@@ -136,12 +137,12 @@ def test_loader_and_step_never_make_the_host_wait(
     config = parse(_argv(beton, tmp_path, *flags, "--precision", precision, "--device", "cuda"))
     with init_launch("cuda") as launch:
         run = train_pretrain.assemble(config, launch)
-        batches = iter(run.loader)
-        train_step(run, run.model, next(batches))
+        batches, step = iter(run.loader), TrainStep(run.model, run.optimizer, run.precision)
+        train_step(run, step, next(batches))
         torch.cuda.set_sync_debug_mode("error")
         try:
             for batch in batches:
-                train_step(run, run.model, batch)
+                train_step(run, step, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

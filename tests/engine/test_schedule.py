@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from engine.schedule import MILESTONES, lr_at, set_lr, shares
+from engine.optimizer import sgd_groups
+from engine.schedule import MILESTONES, lr_at, scale_lr, set_lr, shares
 
 
 def test_cosine_without_warmup_is_torchs() -> None:
@@ -70,7 +71,11 @@ def test_values_out_of_range_are_named(arguments: dict[str, object], message: st
 
 
 def test_set_lr_reaches_every_group() -> None:
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 2.0)]
-    optimizer = torch.optim.SGD(groups)
+    optimizer = sgd_groups([(torch.nn.Linear(1, 1), lr) for lr in (1.0, 2.0)], 0.9, 0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
     set_lr(optimizer, 0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    assert [float(rate) for rate in rates] == [0.5, 0.5]
+    scale_lr(optimizer, 0.25)
+    assert [float(rate) for rate in rates] == [0.25, 0.5]
+    # Filled in place: a captured step reads the tensors it was captured with.
+    assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
