@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -25,74 +24,143 @@ def _check_divisible(batch_size: int, num_splits: int) -> None:
         )
 
 
-def _normalise_parts(
+# One operation forward and one backward. Their kernels write each part where it belongs, so that nothing is
+# copied to join parts, and the gradient needs nothing but the input and the parts' statistics.
+
+
+@torch.library.custom_op("maskmix::split_batch_norm", mutates_args=("running_mean_C", "running_var_C"))
+def split_batch_norm(
     input: Tensor,
     weight_C: Tensor,
     bias_C: Tensor,
-    means_GC: Tensor,
-    vars_GC: Tensor,
+    running_mean_C: Tensor,
+    running_var_C: Tensor,
+    num_splits: int,
     momentum: float,
     eps: float,
-) -> Tensor:
-    """Each of G consecutive parts of (N, C, S, S), normalised by itself; running statistics move in place."""
-    parts = zip(input.chunk(len(means_GC)), means_GC, vars_GC, strict=True)
-    return torch.cat(
-        [
-            F.batch_norm(part, mean_C, var_C, weight_C, bias_C, True, momentum, eps)
-            for part, mean_C, var_C in parts
-        ]
-    )
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise each of G consecutive parts of a batch by its own statistics.
+
+    The running statistics move, in place, towards the mean of the parts' means and unbiased variances.
+
+    Args:
+        input: (N, C, S, S) in channels_last; G divides N.
+        weight_C: (C,) float32, as the three after it.
+        bias_C: added after the weight.
+        running_mean_C: changed in place.
+        running_var_C: changed in place.
+        num_splits: G.
+        momentum: share of the new statistics in the running ones.
+        eps: added to variances.
+
+    Returns:
+        The normalised batch, and (G, C) means and 1 / standard deviations of the parts.
+    """
+    if input.device.type == "cuda":
+        from models import batchnorm_triton
+
+        return batchnorm_triton.forward(
+            input, weight_C, bias_C, running_mean_C, running_var_C, num_splits, momentum, eps
+        )
+    output = torch.empty_like(input)
+    # Each part updates a copy of the running statistics, and the copies are averaged.
+    means_GC, vars_GC = running_mean_C.repeat(num_splits, 1), running_var_C.repeat(num_splits, 1)
+    mean_GC, inverse_std_GC = torch.empty_like(means_GC), torch.empty_like(means_GC)
+    for g, (part, out) in enumerate(zip(input.chunk(num_splits), output.chunk(num_splits), strict=True)):
+        torch.ops.aten.native_batch_norm.out(
+            *(part, weight_C, bias_C, means_GC[g], vars_GC[g], True, momentum, eps),
+            out=out,
+            save_mean=mean_GC[g],
+            save_invstd=inverse_std_GC[g],
+        )
+    running_mean_C.copy_(means_GC.mean(0))
+    running_var_C.copy_(vars_GC.mean(0))
+    return output, mean_GC, inverse_std_GC
 
 
-class _NormaliseParts(torch.autograd.Function):
-    """`_normalise_parts`, each part written where it belongs: nothing is copied to join them."""
+@split_batch_norm.register_fake
+def _shapes(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    running_mean_C, num_splits = rest[2], rest[4]
+    mean_GC = running_mean_C.new_empty(num_splits, len(running_mean_C))
+    return torch.empty_like(input), mean_GC, torch.empty_like(mean_GC)
+
+
+@torch.library.custom_op("maskmix::split_batch_norm_backward", mutates_args=())
+def split_batch_norm_backward(
+    grad: Tensor, input: Tensor, weight_C: Tensor, mean_GC: Tensor, inverse_std_GC: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `split_batch_norm` by input, weight and bias, the last two summed over the parts.
+
+    grad and input are (N, C, S, S) in channels_last, the rest as `split_batch_norm` takes and returns it.
+    """
+    if input.device.type == "cuda":
+        from models import batchnorm_triton
+
+        return batchnorm_triton.backward(grad, input, weight_C, mean_GC, inverse_std_GC)
+    num_splits = len(mean_GC)
+    input_grad = torch.empty_like(input)
+    weight_grad_GC, bias_grad_GC = torch.empty_like(mean_GC), torch.empty_like(mean_GC)
+    chunks = (x.chunk(num_splits) for x in (grad, input, input_grad))
+    for g, (grad_part, part, out) in enumerate(zip(*chunks, strict=True)):
+        torch.ops.aten.native_batch_norm_backward.out(
+            *(grad_part, part, weight_C, None, None, mean_GC[g], inverse_std_GC[g], True, eps),
+            [True, True, True],
+            out0=out,
+            out1=weight_grad_GC[g],
+            out2=bias_grad_GC[g],
+        )
+    return input_grad, weight_grad_GC.sum(0), bias_grad_GC.sum(0)
+
+
+@split_batch_norm_backward.register_fake
+def _shapes_of_gradients(
+    _: Tensor, input: Tensor, weight_C: Tensor, *__: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(input), torch.empty_like(weight_C), torch.empty_like(weight_C)
+
+
+class _SplitBatchNorm(torch.autograd.Function):
+    """The output of `split_batch_norm`, with its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight_C: Tensor,
-        bias_C: Tensor,
-        means_GC: Tensor,
-        vars_GC: Tensor,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        """As `_normalise_parts`; each part's own statistics are kept for the gradient."""
-        output = torch.empty_like(input)
-        mean_GC, inverse_std_GC = torch.empty_like(means_GC), torch.empty_like(means_GC)
-        num = len(means_GC)
-        for g, (part, out) in enumerate(zip(input.chunk(num), output.chunk(num), strict=True)):
-            torch.ops.aten.native_batch_norm.out(
-                *(part, weight_C, bias_C, means_GC[g], vars_GC[g], True, momentum, eps),
-                out=out,
-                save_mean=mean_GC[g],
-                save_invstd=inverse_std_GC[g],
-            )
+    def forward(ctx: Any, input: Tensor, weight_C: Tensor, bias_C: Tensor, *rest: Any) -> Tensor:
+        """Arguments as of `split_batch_norm`."""
+        output: Tensor
+        output, mean_GC, inverse_std_GC = split_batch_norm(input, weight_C, bias_C, *rest)
         ctx.save_for_backward(input, weight_C, mean_GC, inverse_std_GC)
-        ctx.eps = eps
+        ctx.eps = rest[-1]
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients by input, weight and bias, the last two summed over the parts."""
-        input, weight_C, mean_GC, inverse_std_GC = ctx.saved_tensors
-        num = len(mean_GC)
-        input_parts, weight_parts, bias_parts = zip(
-            *(
-                torch.ops.aten.native_batch_norm_backward(
-                    *(grad, part, weight_C, None, None, mean_C, inverse_std_C, True, ctx.eps),
-                    [ctx.needs_input_grad[0], True, True],
-                )
-                for grad, part, mean_C, inverse_std_C in zip(
-                    grads[0].chunk(num), input.chunk(num), mean_GC, inverse_std_GC, strict=True
-                )
-            ),
-            strict=True,
-        )
-        input_grad = torch.cat(input_parts) if ctx.needs_input_grad[0] else None
-        return input_grad, sum(weight_parts), sum(bias_parts), None, None, None, None
+        """Gradients by input, weight and bias."""
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        gradients = split_batch_norm_backward(grad, *ctx.saved_tensors, ctx.eps)
+        return (*gradients, None, None, None, None, None)
+
+
+def split_batch_norm_for_compiler(
+    input: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    running_mean_C: Tensor,
+    running_var_C: Tensor,
+    num_splits: int,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """The output of `split_batch_norm` as plain arithmetic, which a compiler fuses with what is around it."""
+    x_GNCSS = input.unflatten(0, (num_splits, -1)).to(weight_C.dtype)
+    var_GC, mean_GC = torch.var_mean(x_GNCSS, dim=(1, 3, 4), correction=0)
+    with torch.no_grad():
+        num = x_GNCSS[0, :, 0].numel()
+        running_mean_C.lerp_(mean_GC.mean(0), momentum)
+        running_var_C.lerp_(var_GC.mean(0) * (num / (num - 1)), momentum)
+    scale_GC = weight_C * torch.rsqrt(var_GC + eps)
+    mean, scale = (x_GC[:, None, :, None, None] for x_GC in (mean_GC, scale_GC))
+    y_GNCSS: Tensor = (x_GNCSS - mean) * scale + bias_C[:, None, None]
+    return y_GNCSS.flatten(0, 1).to(input.dtype)
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -114,19 +182,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if not self.training or self.num_splits == 1:
             return super().forward(input)
         _check_divisible(len(input), self.num_splits)
-        # Each part updates a copy of the running statistics, and the copies are averaged.
-        means_GC = self._running(self.running_mean).repeat(self.num_splits, 1)
-        vars_GC = self._running(self.running_var).repeat(self.num_splits, 1)
-        # Measured on CPUs alone; a compiler fuses the parts by itself.
-        in_place = input.device.type == "cpu" and not torch.compiler.is_compiling()
-        normalise = _NormaliseParts.apply if in_place else _normalise_parts
-        output: Tensor = normalise(
-            input, self.weight, self.bias, means_GC, vars_GC, self.momentum or 0.0, self.eps
+        mean_C, var_C = self._running(self.running_mean), self._running(self.running_var)
+        self._running(self.num_batches_tracked).add_(1)
+        arguments = self.weight, self.bias, mean_C, var_C, self.num_splits, self.momentum or 0.0, self.eps
+        if torch.compiler.is_compiling():
+            return split_batch_norm_for_compiler(input, *arguments)
+        output: Tensor = _SplitBatchNorm.apply(
+            input.contiguous(memory_format=torch.channels_last), *arguments
         )
-        with torch.no_grad():
-            self._running(self.running_mean).copy_(means_GC.mean(0))
-            self._running(self.running_var).copy_(vars_GC.mean(0))
-            self._running(self.num_batches_tracked).add_(1)
         return output
 
     @staticmethod

@@ -31,6 +31,7 @@ OPTIONAL = {
     "cv2",
     "nvidia",
     "spdl",
+    "triton",
     "simplejpeg",
     "detectron2",
     "wandb",

@@ -1,9 +1,15 @@
 """SplitBatchNorm2d against one BatchNorm per part; the deals against their inverses."""
 
 import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -11,11 +17,13 @@ from torch import nn
 from models.batchnorm import (
     SplitBatchNorm2d,
     _hand_sizes,
-    _normalise_parts,
-    _NormaliseParts,
+    _SplitBatchNorm,
     deal_over_splits,
+    split_batch_norm_for_compiler,
     undeal_over_splits,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _images(batch_size: int, seed: int = 0) -> torch.Tensor:
@@ -55,8 +63,8 @@ def test_state_dict_keys_are_batchnorms() -> None:
 
 
 def test_gradient_is_that_of_the_parts() -> None:
-    split, plain = SplitBatchNorm2d(5, 2), nn.BatchNorm2d(5)
-    ours, reference = _images(6).requires_grad_(), _images(6).requires_grad_()
+    split, plain = SplitBatchNorm2d(5, 2).double(), nn.BatchNorm2d(5).double()
+    ours, reference = (_images(6).double().requires_grad_() for _ in range(2))
     split(ours).square().mul(_images(6, 1)).sum().backward()
     torch.cat([plain(chunk) for chunk in reference.chunk(2)]).square().mul(_images(6, 1)).sum().backward()
     torch.testing.assert_close(ours.grad, reference.grad)
@@ -64,19 +72,113 @@ def test_gradient_is_that_of_the_parts() -> None:
         torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad)
 
 
+def _by_parts(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
+    num_splits: int, momentum: float, eps: float,
+) -> torch.Tensor:  # fmt: skip
+    """One torch BatchNorm for each part; the running statistics are the mean of theirs."""
+    means, variances = mean.repeat(num_splits, 1), var.repeat(num_splits, 1)
+    parts = zip(input.chunk(num_splits), means, variances, strict=True)
+    output = torch.cat([F.batch_norm(part, m, v, weight, bias, True, momentum, eps) for part, m, v in parts])
+    mean.copy_(means.mean(0))
+    var.copy_(variances.mean(0))
+    return output
+
+
+def _everything(
+    way: Callable[..., torch.Tensor], dtype: torch.dtype, shape: tuple[int, ...], num_splits: int
+):
+    """Output, gradients and running statistics of one way to compute, all relative to their largest value."""
+    generator = torch.Generator().manual_seed(0)
+    channels, place = shape[1], torch.arange(shape[0]).view(-1, 1, 1, 1) + 1
+    images = torch.randn(shape, generator=generator) * place + 10 * place
+    weight, bias, mean, var = torch.rand(4, channels, generator=generator)
+    factor = torch.randn(shape, generator=generator)
+    leaf = images.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    exact = torch.float64 if way is _by_parts else torch.promote_types(dtype, torch.float32)
+    scale, shift, mean, var = (x.to(exact) for x in (weight, bias, mean, var))
+    # The reference is given the same rounded images.
+    output = way(
+        *(leaf.to(exact) if way is _by_parts else leaf, scale.requires_grad_(), shift.requires_grad_()),
+        *(mean, var, num_splits, 0.1, 1e-5),
+    )
+    (output * factor.to(output.dtype)).sum().backward()
+    found = {"output": output, "input": leaf.grad, "weight": scale.grad, "bias": shift.grad}
+    return {name: x.detach().double() for name, x in (found | {"mean": mean, "var": var}).items()}
+
+
+SHAPES = [((12, 5, 4, 4), 3), ((16, 70, 7, 7), 8), ((8, 64, 33, 33), 2), ((32, 130, 1, 1), 8)]
+
+
+@pytest.mark.parametrize(("shape", "num_splits"), SHAPES)
+@pytest.mark.parametrize("way", [_SplitBatchNorm.apply, split_batch_norm_for_compiler])
+def test_both_ways_are_one_batchnorm_for_each_part(
+    way: Callable[..., torch.Tensor], shape: tuple[int, ...], num_splits: int
+) -> None:
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 5e-6), (torch.bfloat16, 1e-2)):
+        ours, want = (_everything(w, dtype, shape, num_splits) for w in (way, _by_parts))
+        for name in want:
+            error = (ours[name] - want[name]).abs().max() / want[name].abs().max().clamp_min(1e-3)
+            assert error < bound, (name, dtype, error)
+
+
+_IN_THE_INTERPRETER = """
+import torch
+from models import batchnorm, batchnorm_triton
+
+for shape, num_splits in {shapes}:
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float64 if shape[0] % 3 == 0 else torch.float32
+    place = torch.arange(shape[0]).view(-1, 1, 1, 1) + 1
+    images = torch.randn(shape, generator=generator) * place + 10 * place
+    x, grad = (
+        t.to(dtype).contiguous(memory_format=torch.channels_last)
+        for t in (images, torch.randn(shape, generator=generator))
+    )
+    weight, bias, mean, var = torch.rand(4, shape[1], generator=generator).to(dtype)
+    running = [(mean.clone(), var.clone()) for _ in range(2)]
+    ours = batchnorm_triton.forward(x, weight, bias, *running[0], num_splits, 0.1, 1e-5)
+    cpus = batchnorm.split_batch_norm(x, weight, bias, *running[1], num_splits, 0.1, 1e-5)
+    ours_back = batchnorm_triton.backward(grad, x, weight, *ours[1:])
+    cpus_back = batchnorm.split_batch_norm_backward(grad, x, weight, *cpus[1:], 1e-5)
+    pairs = zip((*ours, *ours_back, *running[0]), (*cpus, *cpus_back, *running[1]), strict=True)
+    for number, (left, right) in enumerate(pairs):
+        assert left.stride() == right.stride() and left.dtype == right.dtype, (shape, number)
+        error = (left - right).abs().max() / right.abs().max()
+        assert error < (1e-12 if dtype == torch.float64 else 1e-5), (shape, number, error)
+"""
+
+
+def test_the_kernels_for_gpus_compute_what_the_cpu_does() -> None:
+    """In Triton's interpreter, which has to be chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    program = _IN_THE_INTERPRETER.format(shapes=SHAPES)
+    subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("shape", "num_splits"), [*SHAPES, ((64, 64, 56, 56), 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_written_in_place_are_the_parts_joined(dtype: torch.dtype) -> None:
-    weight, bias = torch.rand(2, 5)
-    images = _images(12).to(dtype).to(memory_format=torch.channels_last)
-    ways = []
-    for normalise in (_normalise_parts, _NormaliseParts.apply):
-        leaf, scale, shift = (x.clone().requires_grad_() for x in (images, weight, bias))
-        means, variances = torch.zeros(3, 5), torch.ones(3, 5)
-        output = normalise(leaf, scale, shift, means, variances, 0.1, 1e-5)
-        (output.float() * _images(12, 1)).sum().backward()
-        assert output.dtype == dtype and output.is_contiguous(memory_format=torch.channels_last)
-        ways.append([output.detach(), leaf.grad, scale.grad, shift.grad, means, variances])
-    torch.testing.assert_close(*ways, rtol=1e-5, atol=1e-4)
+def test_a_gpu_computes_what_the_cpu_does(
+    dtype: torch.dtype, shape: tuple[int, ...], num_splits: int
+) -> None:
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(3).add(20).to(dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    found = []
+    for device in ("cpu", "cuda"):
+        norm = SplitBatchNorm2d(shape[1], num_splits).to(device)
+        leaf = images.to(device).detach().requires_grad_()
+        output = norm(leaf)
+        (output.float() * output.float().cos()).sum().backward()
+        found.append(
+            [output, leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var]
+        )
+    for cpus, gpus in zip(*found, strict=True):
+        left, right = cpus.detach().float(), gpus.detach().float().cpu()
+        assert (left - right).abs().max() / left.abs().max() < (1e-4 if dtype == torch.float32 else 2e-2)
 
 
 def test_channels_last_stays() -> None:
