@@ -159,7 +159,7 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
     precision = Precision.choose(config.precision, launch.device)
 
     # ------------------------------------------------------------------------------------------ data
-    loader = open_data(config, launch)
+    loader = open_data(config, launch, precision)
 
     # ----------------------------------------------------------------------------------------- model
     model = build_model(config, launch.world_size).to(launch.device)
@@ -210,7 +210,7 @@ def train_step(run: Run, step: TrainStep, batch: Batch) -> dict[str, Tensor | fl
 # ======================================================================================================
 
 
-def open_data(config: PretrainConfig, launch: Launch) -> ViewLoader:
+def open_data(config: PretrainConfig, launch: Launch, precision: Precision) -> ViewLoader:
     """The loader of this process's share; refuses a --val that kNN cannot use before the first step."""
     loader = build_loader(
         config.data,
@@ -224,6 +224,7 @@ def open_data(config: PretrainConfig, launch: Launch) -> ViewLoader:
         num_threads=config.num_threads,
         reading=config.reading,
         dali=config.dali,
+        dtype=precision.dtype if launch.device.type == "cuda" else torch.float32,
     )
     if config.val:
         held_out = build_loader(config.val, evaluation(config.recipe()), batch_size=1, drop_last=False)

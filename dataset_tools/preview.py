@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.checkpoint import write_atomically
 from pipelines import Batch, ViewLoader, build_loader
-from pipelines.masks import draw_masks, upsample_masks
+from pipelines.masks import cell_of_pixel, draw_masks
 from pipelines.recipe import Mixing, moco_v2
 
 _QUERY_COLOUR, _KEY_COLOUR = "#e8590c", "#1c7ed6"
@@ -50,7 +50,8 @@ def preview(
     mixing = Mixing(method="both", grid_size=grid_size, mask_per="image")
     loader = build_loader(data, moco_v2(crop_px, mixing), batch_size=rows, seed=seed)
     batch = next(iter(loader))
-    masks, _ = upsample_masks(draw_masks(mixing, seed, 0, batch.index), crop_px)
+    cell_S = cell_of_pixel(grid_size, crop_px)
+    masks = torch.from_numpy(draw_masks(mixing, seed, 0, batch.index.numpy()))[:, cell_S][:, :, cell_S]
 
     # A figure without a window, drawn straight into the file.
     matplotlib.use("Agg")

@@ -51,9 +51,14 @@ class Precision:
             )
         return cls(name, device, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward pass."""
+        return _DTYPES[self.name]
+
     def autocast(self) -> torch.autocast:
         """A context for the forward pass; it does nothing under fp32."""
-        return torch.autocast(self.device.type, dtype=_DTYPES[self.name], enabled=self.name != "fp32")
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
 
 
 @contextlib.contextmanager

@@ -58,7 +58,8 @@ def build_loader(
     subset: NDArray[np.int64] | None = None,
     reading: Reading = "auto",
     dali: DALIOptions | None = None,
-    compiled: bool = False,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = True,
 ) -> ViewLoader:
     """Build a loader over a compiled set or a folder.
 
@@ -83,7 +84,10 @@ def build_loader(
             order. Their views are those they have in the whole set.
         reading: how a compiled set is read, see :data:`pipelines.engines.Reading`.
         dali: how the ``dali`` backend decodes on a GPU.
-        compiled: have torch.compile fuse the photometric stage of a GPU; the CPU's is compiled in any case.
+        dtype: of the views and mixtures; the compute precision of the run, so that a 16-bit run moves half
+            the bytes.
+        compiled: have torch.compile fuse a GPU's photometric stage and mixing, which takes some seconds at
+            the first batch; False runs them operation by operation. The CPU's stage is compiled in any case.
 
     Raises:
         FileNotFoundError: if the compiled set, or a file of it, is not there.
@@ -129,6 +133,7 @@ def build_loader(
         subset=subset,
         stream=stream,
         device_engine=engine if isinstance(engine, DALIEngine) and device.type == "cuda" else None,
+        dtype=dtype,
         compiled=compiled,
         chosen=str(choice),
     )

@@ -16,7 +16,7 @@ class Mixture:
     """
 
     images: Tensor
-    """(N, 3, S, S) float32, channels_last, on the training device."""
+    """(N, 3, S, S) of the loader's dtype, channels_last, on the training device."""
     partner: Tensor
     """(N,) int64: images[i] is made of query[i] and query[partner[i]]. A permutation without fixed
     points, but for erased views, in which nobody else is mixed: there partner[i] is i."""
@@ -29,9 +29,9 @@ class Batch:
     """Two augmented views of each picture, and their mixtures."""
 
     query: Tensor
-    """(N, 3, S, S) float32, normalised, channels_last."""
+    """(N, 3, S, S) of the loader's dtype (float32 if none was given), normalised, channels_last."""
     key: Tensor
-    """(N, 3, S, S) float32, normalised, channels_last. Of zero rows where the recipe asks for one view."""
+    """(N, 3, S, S), likewise. Of zero rows where the recipe asks for one view."""
     mixtures: tuple[Mixture, ...]
     """none: (); mixmask, unmix, erase: one; both: (unmix, mixmask)."""
     index: Tensor

@@ -25,7 +25,7 @@ from pipelines.batch import Batch, tensors_of
 from pipelines.crops import draw_boxes
 from pipelines.engines import BadPicturesError, DeviceEngine, Engine, Fault
 from pipelines.manifest import verify_hint
-from pipelines.mixing import mix
+from pipelines.mixing import blend, draw_mixtures
 from pipelines.photometric import augment
 from pipelines.randomness import NUM_EPOCHS, EpochOrder, key_of
 from pipelines.recipe import Recipe
@@ -64,8 +64,8 @@ class ViewLoader:
     or the ``subset``, listed in ``faults`` and logged by name; when more than ``max_bad_fraction`` of them
     (and more than ten) are bad, the run stops with :class:`BadPicturesError`. With a ``stream`` it decides
     which pictures come when; with a ``device_engine`` (the engine itself, or None) crops are made on the
-    device; ``compiled`` has torch.compile fuse the photometric stage of a device. ``chosen`` tells in words
-    which backend this is, and why.
+    device. Views are of the ``dtype`` given. On a GPU torch.compile fuses the photometric stage and the
+    mixing, unless ``compiled`` is False. ``chosen`` says in words which backend this is, and why.
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class ViewLoader:
         max_bad_fraction: float = 0.01,
         stream: ShardStream | None = None,
         device_engine: DeviceEngine | None = None,
-        compiled: bool = False,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = True,
         chosen: str = "",
     ) -> None:
         if not batch_size >= 1:
@@ -124,9 +125,12 @@ class ViewLoader:
         # Which iteration moves the cursor: the last one begun, unless the cursor was set since.
         self._iteration = 0
         self._waited_s = 0.0
-        self._augment = (
-            torch.compile(augment, fullgraph=True) if compiled and device.type != "cpu" else augment
-        )
+        self._dtype, self._augment, self._blend = dtype, augment, blend
+        if compiled and device.type == "cuda":
+            self._augment = torch.compile(augment, fullgraph=True, dynamic=False)
+            # torch.compile cannot take the generator of the noise that may fill erased cells.
+            if recipe.mixing.erase_fill != "noise":
+                self._blend = torch.compile(blend, fullgraph=True, dynamic=False)
         self._uploads = Uploads(device, most=_AHEAD)
         self._workers = Workers(
             engine,
@@ -291,7 +295,7 @@ class ViewLoader:
     def _on_host(self, epoch: int, pixels_VNSS3: Tensor, made: Made) -> Batch:
         """Finished views, and their mixtures."""
         index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
-        views = [view.permute(0, 3, 1, 2) for view in pixels_VNSS3[:, : len(index)]]
+        views = [view.permute(0, 3, 1, 2).to(self._dtype) for view in pixels_VNSS3[:, : len(index)]]
         return self._mixed(epoch, views, index, label)
 
     def _on_device(self, epoch: int, pixels_NVSS3: Tensor, made: Made) -> Batch:
@@ -300,18 +304,27 @@ class ViewLoader:
         index, label, params_VNP = (self._uploads.pinned(torch.from_numpy(column)) for column in columns)
         params_VNP = params_VNP.to(self.device, non_blocking=True)
         crops_V = pixels_NVSS3[: len(index)].to(self.device, non_blocking=True).unbind(1)
-        views = [self._augment(crops, p, self.recipe) for crops, p in zip(crops_V, params_VNP, strict=True)]
+        views = [
+            self._augment(crops, params_NP, self.recipe, self._dtype)
+            for crops, params_NP in zip(crops_V, params_VNP, strict=True)
+        ]
         if self.device.type == "cuda":
             self._uploads.hold(pixels_NVSS3)
         return self._mixed(epoch, views, index, label)
 
     def _mixed(self, epoch: int, views: list[Tensor], index: Tensor, label: Tensor) -> Batch:
         key = views[1] if len(views) > 1 else views[0][:0]
+        drawn = draw_mixtures(self.recipe, self.seed, epoch, index.numpy())
+        if self.device.type != "cpu":
+            drawn = tuple(one.to(self._upload) for one in drawn)
         # Both directions of a symmetric loss take the same masks and partners.
         mixed = views if self.recipe.mixing.symmetric else views[:1]
-        mixtures = [mix(self.recipe, self.seed, epoch, index, view) for view in mixed]
+        mixtures = [tuple(self._blend(view, one) for one in drawn) for view in mixed]
         index, label = (column.to(self.device, non_blocking=True) for column in (index, label))
         return Batch(views[0], key, mixtures[0], index, label, *mixtures[1:])
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        return self._uploads.pinned(tensor).to(self.device, non_blocking=True)
 
     def _batches(self, *, augmented: bool) -> Iterator[tuple[Tensor, Made]]:
         """Pixels of the rest of the epoch's batches and what belongs to them; the caller moves the cursor."""

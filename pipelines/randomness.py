@@ -2,9 +2,7 @@
 
 Nothing is consumed, so views do not depend on threads, batch size, world size or on where a run was
 resumed. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011), written twice: on int64 tensors for what is drawn on the training device (torch has no unsigned
-32 × 32 → 64 bit product, but int64's wraps to the same bits), and in numba for what is drawn on the host,
-where a batch of tensor operations would cost more than the picture's decoding leaves over.
+SC 2011). Everything is drawn on the host, by compiled code, and sent to the training device with the batch.
 
 Shape letters: N samples, V views, R draws.
 """
@@ -12,9 +10,7 @@ Shape letters: N samples, V views, R draws.
 from enum import IntEnum
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipelines.compiled import kernel
 
@@ -40,31 +36,9 @@ class Purpose(IntEnum):
 _ORDER = int(Purpose.ORDER)
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Four words of 32 random bits for each counter.
-
-    Args:
-        counter: four int64 tensors that broadcast together, values in [0, 2³²).
-        key: two integers in [0, 2³²).
-
-    Returns:
-        Four int64 tensors of the broadcast shape, values in [0, 2³²).
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        product0 = c0 * _MULTIPLIERS[0]
-        product1 = c2 * _MULTIPLIERS[1]
-        c0 = ((product1 >> 32) & _MASK) ^ c1 ^ k0
-        c1 = product1 & _MASK
-        c2 = ((product0 >> 32) & _MASK) ^ c3 ^ k1
-        c3 = product0 & _MASK
-        k0 = (k0 + _WEYL[0]) & _MASK
-        k1 = (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
-
-
-def bits(seed: int, epoch: int, index_N: Tensor, purpose: Purpose, num: int, view: int = 0) -> Tensor:
+def bits(
+    seed: int, epoch: int, index_N: NDArray[np.int64], purpose: Purpose, num: int, view: int = 0
+) -> NDArray[np.int64]:
     """``num`` words of 32 random bits for each sample.
 
     Args:
@@ -76,21 +50,29 @@ def bits(seed: int, epoch: int, index_N: Tensor, purpose: Purpose, num: int, vie
         view: in [0, 256).
 
     Returns:
-        (N, R) int64 in [0, 2³²), on the device of ``index_N``.
+        (N, R) int64 in [0, 2³²).
     """
-    blocks = torch.arange((num + 3) // 4, device=index_N.device)
-    index = index_N[:, None]
-    # Counter words: index, epoch, what for, and the number of the block of four draws.
-    address = torch.full_like(index, int(purpose) << 8 | view)
-    words = philox4x32(
-        (index, torch.full_like(index, epoch), address, blocks[None, :]), (seed & _MASK, seed >> 32 & _MASK)
-    )
-    return torch.stack([word.expand(len(index_N), len(blocks)) for word in words], dim=2).flatten(1)[:, :num]
+    return _bits(key_of(seed), epoch, np.ascontiguousarray(index_N), int(purpose), num, view)
 
 
-def uniform(seed: int, epoch: int, index_N: Tensor, purpose: Purpose, num: int, view: int = 0) -> Tensor:
+def uniform(
+    seed: int, epoch: int, index_N: NDArray[np.int64], purpose: Purpose, num: int, view: int = 0
+) -> NDArray[np.float32]:
     """Like :func:`bits`, as (N, R) float32 in [0, 1): the upper 24 bits of each word."""
-    return (bits(seed, epoch, index_N, purpose, num, view) >> 8).to(torch.float32) * 2.0**-24
+    return (bits(seed, epoch, index_N, purpose, num, view) >> 8).astype(np.float32) * np.float32(2.0**-24)
+
+
+@kernel
+def _bits(
+    key: int, epoch: int, index_N: NDArray[np.int64], purpose: int, num: int, view: int
+) -> NDArray[np.int64]:
+    out_NR = np.empty((len(index_N), num), np.int64)
+    for n in range(len(index_N)):
+        for block in range((num + 3) // 4):
+            drawn = words(key, epoch, index_N[n], purpose, view, block)
+            for i in range(min(4, num - 4 * block)):
+                out_NR[n, 4 * block + i] = drawn[i]
+    return out_NR
 
 
 @kernel

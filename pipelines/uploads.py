@@ -30,7 +30,8 @@ class Uploads:
 
     def hold(self, memory: Tensor) -> None:
         """Keep memory from being overwritten before the device has read it; wait if there is much of it."""
-        event = torch.cuda.Event()
+        # A blocking event lets a host that waits sleep, so that its core can decode.
+        event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         self._held.append((event, memory))
         while self._held and (len(self._held) > self._most or self._held[0][0].query()):

@@ -22,7 +22,6 @@ from benchmarks.parity.page import BLOCK, block
 from benchmarks.parity.samples import Samples, colourful, make_samples
 from pipelines.batch import Mixture
 from pipelines.crops import draw_boxes
-from pipelines.mixing import mix
 from pipelines.parameters import PLACES, draw_parameters
 from pipelines.recipe import Recipe
 
@@ -263,7 +262,7 @@ def test_wrong_mixtures_are_found(
     found: set[str],
 ) -> None:
     def wrong(*given: Any) -> tuple[Mixture, ...]:
-        return tuple(dataclasses.replace(mixture, **change(mixture)) for mixture in mix(*given))
+        return tuple(dataclasses.replace(mixture, **change(mixture)) for mixture in mixtures.mix(*given))
 
     assert found <= _failed(rows(wrong))
 

@@ -185,7 +185,7 @@ def test_a_batch_that_cannot_be_finished_is_not_counted(beton: Path, monkeypatch
     def fail(*_: object) -> None:
         raise MemoryError("no memory for the mixture")
 
-    monkeypatch.setattr("pipelines.loader.mix", fail)
+    monkeypatch.setattr("pipelines.loader.draw_mixtures", fail)
     with pytest.raises(MemoryError):
         next(iter(loader))
     assert loader.state_dict()["batches_done"] == 0

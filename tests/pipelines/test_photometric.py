@@ -36,6 +36,14 @@ def _image(views: Tensor) -> Tensor:
     return views.permute(0, 3, 1, 2).float() / 255
 
 
+def _planes(views: Tensor) -> ph.Planes:
+    return _image(views).unbind(1)
+
+
+def _joined(planes: ph.Planes) -> Tensor:
+    return torch.stack(planes, dim=1)
+
+
 def _draw(recipe: Recipe, num: int, *, seed: int = 0, epoch: int = 0) -> Tensor:
     """(V, N, P) parameters of the first samples."""
     return torch.from_numpy(parameters.draw_parameters(recipe, seed, epoch, np.arange(num)))
@@ -69,38 +77,51 @@ def test_blend_equals_torchvision(views: Tensor, column: int, which: int, name: 
     params[:, column] = factor
     params[:, PLACES.start] = which
     expected = getattr(reference, name)(_image(views), factor)
-    assert (ph.jitter(_image(views), params) - expected).abs().max() < 2 * LEVEL
+    assert (_joined(ph.jitter(_planes(views), params)) - expected).abs().max() < 2 * LEVEL
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.1, 0.03, 0.1, 0.4])
 def test_hue_equals_torchvision(views: Tensor, turns: float) -> None:
-    got = ph.shift_hue(_image(views), torch.full((len(views),), turns))
+    got = _joined(ph.shift_hue(_planes(views), torch.full((len(views),), turns)))
     assert (got - reference.adjust_hue(_image(views), turns)).abs().max() < 1e-4
 
 
 def test_hue_of_grey_is_grey() -> None:
-    grey = torch.linspace(0, 1, 64).view(1, 1, 8, 8).expand(1, 3, 8, 8)
-    assert torch.equal(ph.shift_hue(grey, torch.tensor([0.3])), grey)
+    grey = torch.linspace(0, 1, 64).view(1, 8, 8)
+    shifted = ph.shift_hue((grey, grey, grey), torch.tensor([0.3]))
+    assert all(torch.equal(plane, grey) for plane in shifted)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
 def test_blur_equals_torchvision(views: Tensor, sigma: float) -> None:
-    got = ph.blur(_image(views), torch.full((len(views),), sigma), 2.0)
+    sigma_N = torch.full((len(views),), sigma)
     expected = reference.gaussian_blur(_image(views), [13, 13], [sigma, sigma])
-    assert (got - expected).abs().max() < 1e-5
+    assert (_joined(ph.blur(_planes(views), sigma_N, 2.0)) - expected).abs().max() < 1e-5
+    in_16_bits = _joined(ph.blur(_planes(views), sigma_N, 2.0, torch.float16))
+    assert (in_16_bits - expected).abs().max() < 0.3 * LEVEL
+
+
+@pytest.mark.parametrize("side", [8, 13])
+def test_blur_that_reaches_over_the_whole_view_is_reflected(side: int) -> None:
+    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    radius = parameters.blur_radius_px(5.0, side)
+    got = _joined(ph.blur(x.unbind(1), torch.tensor([5.0, 0.0]), 5.0))
+    expected = reference.gaussian_blur(x[:1], [2 * radius + 1] * 2, [5.0, 5.0])
+    assert (got[:1] - expected).abs().max() < 1e-5
+    assert torch.equal(got[1], x[1]), "no blur leaves a view as it is"
 
 
 def test_grey_equals_torchvision(views: Tensor) -> None:
     params = _identity(len(views))
     params[:, ph.GREY] = 1
     expected = reference.rgb_to_grayscale(_image(views), num_output_channels=3)
-    assert (ph.to_grey(_image(views), params) - expected).abs().max() < LEVEL
+    assert (_joined(ph.to_grey(_planes(views), params)) - expected).abs().max() < LEVEL
 
 
 def test_jitter_follows_its_drawn_order(views: Tensor) -> None:
     """The whole jitter of random parameters against torchvision's functions called one by one."""
     params = _draw(moco_v1(), len(views), seed=3, epoch=1)[0]
-    got = ph.jitter(_image(views), params)
+    got = _joined(ph.jitter(_planes(views), params))
     names = {1: "adjust_brightness", 2: "adjust_contrast", 3: "adjust_saturation"}
     columns = {1: ph.BRIGHTNESS, 2: ph.CONTRAST, 3: ph.SATURATION}
     for i in range(len(views)):
@@ -153,6 +174,16 @@ def test_stage_compiles_as_one_graph(views: Tensor) -> None:
     params = _draw(recipe, len(views))[0]
     graph = torch.compile(lambda v, p: augment(v, p, recipe), fullgraph=True, backend="aot_eager")
     assert (graph(views, params) - augment(views, params, recipe)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_views_in_16_bits_are_the_rounded_ones(views: Tensor, dtype: torch.dtype) -> None:
+    recipe = moco_v2(48)
+    params = _draw(recipe, len(views))[0]
+    exact, got = augment(views, params, recipe), augment(views, params, recipe, dtype)
+    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+    blurred = 0.3 * LEVEL / min(recipe.std)
+    assert ((got - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + blurred).all()
 
 
 @pytest.mark.parametrize("make", [moco_v1, moco_v2])

@@ -33,7 +33,7 @@ class _Event:
 def test_uploads_hold_their_memory_until_they_are_over(over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = Uploads(torch.device("cuda", 0), most=4)
     waited: list[_Event] = []
-    monkeypatch.setattr(torch.cuda, "Event", lambda: _Event(over, waited))
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: _Event(over, waited))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     for _ in range(10):
         uploads.hold(torch.empty(1))
