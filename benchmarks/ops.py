@@ -1,0 +1,502 @@
+"""What a training step costs, counted without a GPU: operations, kernels and bytes of every part.
+
+    python -m benchmarks.ops --quick             mixmask alone, eager: seconds
+    python -m benchmarks.ops --json FILE         every method, eager and compiled: minutes on one core
+
+Nothing is computed: tensors have shapes and no memory (torch's fake tensors), so the counts are those of the
+full size on any machine. A GPU's path is counted: its blocks of the queue, its photometric stage, 16 bits.
+
+*Eager*: every operation that torch hands to a device counts once, views count nothing; its bytes are its
+inputs and outputs, each once, although BatchNorm reads its input twice. *Compiled*: the same for the graphs that torch.compile makes, fused by the rule at `fuse`,
+which is what a compiler can do at best. Neither is a time, and neither has been measured on a GPU yet.
+
+Shape letters: N batch, S side in pixels.
+"""
+
+import contextlib
+import functools
+import operator
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+from unittest import mock
+
+import numpy as np
+import torch
+import tyro
+from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.environment import environment, write_figures
+from engine import cli
+from engine.optimizer import sgd
+from models import losses
+from models.batch import NUM_MIXTURES, Method
+from models.encoders import build_encoder
+from models.moco import MoCo
+from pipelines import Batch, Mixing, Mixture
+from pipelines.mixing import Drawn, blend, draw_mixtures
+from pipelines.parameters import NUM_PARAMETERS
+from pipelines.photometric import augment
+from pipelines.recipe import Recipe, moco_v2
+
+console = Console(highlight=False, soft_wrap=True)
+_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class OpsBenchmark:
+    """Count a training step's operations and bytes."""
+
+    quick: bool = False
+    """mixmask alone, and nothing compiled but the photometric stage."""
+    json: Path | None = None
+    """Where the figures go."""
+    methods: tuple[Method, ...] = get_args(Method)
+    """What is trained; mixmask is always counted, the first figures are its."""
+    arch: str = "resnet50"
+    """Encoder."""
+    crop_px: int = 224
+    """Side of the views."""
+    batch_size: int = 256
+    """Pictures per step."""
+    queue_len: int = 65536
+    """Length of the queue."""
+    bn_splits: int = 8
+    """Parts of the batch with BatchNorm statistics of their own."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2 or self.bn_splits < 2 or self.batch_size % self.bn_splits:
+            raise ValueError(
+                f"a batch of {self.batch_size} in {self.bn_splits} splits cannot be counted beside plain "
+                "BatchNorm; take at least 2 splits, and a multiple of them as the batch"
+            )
+
+
+def main(config: OpsBenchmark) -> dict[str, Any]:
+    """Count, print a table, write the JSON; returns what was written."""
+    methods = [m for m in get_args(Method) if m == "mixmask" or (m in config.methods and not config.quick)]
+    counted: dict[str, dict[str, Any]] = {}
+    with console.status("") as status:
+        for method in methods:
+            status.update(f"{method}, eager")
+            counted[method] = {"eager": count_step(config, method, config.bn_splits)}
+            if not config.quick:
+                status.update(f"{method}, compiled")
+                counted[method]["compiled"] = count_compiled(config, method)
+        status.update("photometric stage")
+        photometric = count_photometric(config)
+        plain = count_step(config, "mixmask", 1)
+    split = counted["mixmask"]["eager"]
+    for figures in (plain, *(count for ways in counted.values() for count in ways.values())):
+        _add_stage(figures, photometric)
+    norm, plain_norm = (figures["parts"]["batchnorm"] for figures in (split, plain))
+    result = {
+        "benchmark": "ops",
+        "quick": config.quick,
+        "config": {
+            name: getattr(config, name)
+            for name in ("arch", "crop_px", "batch_size", "queue_len", "bn_splits")
+        }
+        | {"dtype": str(_DTYPE).removeprefix("torch.")},
+        "environment": environment(),
+        "total_ops": split["total_ops"],
+        "total_ops_plain_batchnorm": plain["total_ops"],
+        "photometric": photometric,
+        "batchnorm": {
+            "ops": norm["ops"],
+            "plain_ops": plain_norm["ops"],
+            "ops_vs_plain": round(norm["ops"] / plain_norm["ops"], 3),
+            "bytes_vs_plain": round(norm["bytes"] / plain_norm["bytes"], 3),
+        },
+        "methods": counted,
+    }
+    _print(result)
+    if config.json:
+        write_figures(config.json, result, console)
+    return result
+
+
+def _add_stage(figures: dict[str, Any], photometric: dict[str, Any]) -> None:
+    """Give a step its two views' photometric stage, compiled as it is by default."""
+    figures["parts"]["photometric"] = {
+        "ops": 2 * photometric["kernels"],
+        "bytes": 2 * photometric["bytes_per_view"] * photometric["views"],
+    }
+    for what in ("ops", "bytes"):
+        figures[f"total_{what}"] = sum(part[what] for part in figures["parts"].values())
+
+
+# --------------------------------------------------------------------------------------------- eager steps
+
+
+class Counted(TorchDispatchMode):
+    """Operations and bytes by part; whatever runs in the ``with`` block of `part` belongs to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self._part = "loss"
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count as ``name``."""
+        before, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if _costs(func):
+            name = "batchnorm" if "batch_norm" in func.name() else self._part
+            tensors = _tensors((args, kwargs or {}, out))
+            self.ops[name] += 1
+            self.bytes[name] += sum(_bytes(t) for t in {id(t): t for t in tensors}.values())
+        return out
+
+    def figures(self) -> dict[str, Any]:
+        """All parts and their sum."""
+        parts = {name: {"ops": self.ops[name], "bytes": self.bytes[name]} for name in sorted(self.ops)}
+        return {
+            "total_ops": sum(self.ops.values()),
+            "total_bytes": sum(self.bytes.values()),
+            "parts": parts,
+        }
+
+
+_FREE = ("prim::device", "aten::promote_types", "aten::empty", "aten::empty_like", "aten::detach")
+"""Neither views nor anything that a device is given."""
+
+
+def _costs(func: Any) -> bool:
+    return not func.is_view and func.name().split(".")[0] not in _FREE
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What of it lies in memory: an expanded tensor counts once."""
+    numel = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        numel *= size if stride else 1
+    return int(numel) * tensor.element_size()
+
+
+class _Labelled(MoCo):
+    """MoCo whose parts are counted by themselves."""
+
+    counted: Counted
+
+    def _embed_keys(self, images_N3SS: Tensor) -> Tensor:
+        with self.counted.part("key pass"):
+            return super()._embed_keys(images_N3SS)
+
+    def _embed_queries(self, branches: list[Tensor]) -> list[Tensor]:
+        with self.counted.part("query passes"):
+            return super()._embed_queries(branches)
+
+    def _update_key_encoder(self) -> None:
+        with self.counted.part("key update"):
+            super()._update_key_encoder()
+
+    def _enqueue(self, k_ND: Tensor) -> None:
+        with self.counted.part("queue"):
+            super()._enqueue(k_ND)
+
+
+def _fake_step(
+    config: OpsBenchmark, method: Method, bn_splits: int, model_type: type[MoCo], fake: FakeTensorMode
+) -> tuple[MoCo, torch.optim.Optimizer, Batch]:
+    """A model, its optimizer and a batch of the full size, without memory."""
+    model = model_type(
+        functools.partial(build_encoder, config.arch),
+        method=method,
+        queue_len=config.queue_len,
+        bn_splits=bn_splits,
+    )
+    model.to(memory_format=torch.channels_last)
+    with fake, mock.patch.object(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True):
+        model.to_empty(device="cpu")
+        num, side = config.batch_size, config.crop_px
+
+        def images() -> Tensor:
+            empty = torch.empty(num, 3, side, side, dtype=_DTYPE)
+            return empty.contiguous(memory_format=torch.channels_last)
+
+        row_N = torch.empty(num, dtype=torch.int64)
+        mixtures = tuple(Mixture(images(), row_N, torch.empty(num)) for _ in range(NUM_MIXTURES[method]))
+        batch = Batch(images(), images(), mixtures, row_N, row_N)
+        return model, sgd(model.encoder_q, 0.03, 0.9, 1e-4), batch
+
+
+def _as_on_a_gpu() -> contextlib.AbstractContextManager[Any]:
+    """The queue is walked in a GPU's blocks, wherever the tensors are said to lie."""
+    rows = losses._rows_of_a_block(torch.device("cuda"))
+    return mock.patch.object(losses, "_rows_of_a_block", lambda _: rows)
+
+
+def count_step(config: OpsBenchmark, method: Method, bn_splits: int) -> dict[str, Any]:
+    """Mixing, forward, backward and optimizer as they run without --compile."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model, optimizer, batch = _fake_step(config, method, bn_splits, _Labelled, fake)
+    assert isinstance(model, _Labelled)
+    counted, drawn = Counted(), _drawn(config, method)
+    model.counted = counted
+    with fake, _as_on_a_gpu(), counted:
+        with counted.part("mixing"):
+            for one in drawn:
+                # Its upload is a copy of each of its tensors.
+                blend(batch.query, one.to(torch.clone))
+        with torch.autocast("cpu", _DTYPE):
+            loss, _ = model(batch)
+        with counted.part("backward"):
+            loss.backward()
+        with counted.part("optimizer"):
+            optimizer.step()
+    return counted.figures()
+
+
+def _drawn(config: OpsBenchmark, method: Method) -> tuple[Drawn, ...]:
+    recipe = Recipe(crop_px=config.crop_px, mixing=Mixing(method=method))
+    return draw_mixtures(recipe, 0, 0, np.arange(config.batch_size))
+
+
+# ------------------------------------------------------------------------------------------- what is fused
+
+_POINTWISE = (
+    "_to_copy",
+    "cat",
+    "copy",
+    "full",
+    "full_like",
+    "arange",
+    "scalar_tensor",
+    "index",
+    "lerp",
+    "fill",
+)
+"""Operations without the tag that a compiler makes part of a kernel."""
+_REDUCTIONS = ("sum", "mean", "amax", "amin", "var_mean", "var", "linalg_vector_norm", "cumsum", "any", "max")
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    while node.op == "call_function":
+        whole = node.all_input_nodes[0] if node.target is operator.getitem else node
+        if not getattr(whole.target, "is_view", False):
+            break
+        node = whole.all_input_nodes[0]
+    return node
+
+
+def _kind(node: fx.Node) -> str:
+    """input, pointwise, reduction or opaque; one of several results is what its operation is."""
+    if node.op != "call_function":
+        return "input"
+    if node.target is operator.getitem:
+        return _kind(node.all_input_nodes[0])
+    target: Any = node.target
+    name = target.name().removeprefix("aten::").split(".")[0]
+    if torch.Tag.pointwise in target.tags or name in _POINTWISE:
+        return "pointwise"
+    return "reduction" if name in _REDUCTIONS else "opaque"
+
+
+def _node_bytes(node: fx.Node) -> int:
+    return sum(map(_bytes, _tensors(node.meta.get("val"))))
+
+
+@dataclass
+class Kernel:
+    """What is computed at once."""
+
+    reads: dict[fx.Node, int]
+    """Values in memory, and how many bytes of each."""
+    writes: set[fx.Node]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what it reads from memory and writes to it."""
+        read = sum(num for node, num in self.reads.items() if node not in self.writes)
+        return read + sum(map(_node_bytes, self.writes))
+
+    def join(self, other: "Kernel") -> "Kernel":
+        """Both as one."""
+        num = {n: max(self.reads.get(n, 0), other.reads.get(n, 0)) for n in self.reads | other.reads}
+        return Kernel(num, self.writes | other.writes)
+
+
+def fuse(graph: fx.Graph) -> list[Kernel]:
+    """The kernels of a graph of ATen operations, whose nodes know their fake values, after the best fusion.
+
+    Products, convolutions, scatters and sorts are kernels of their own, whose inputs and outputs lie in
+    memory; so do the results of reductions and of the graph. Everything else is pointwise: it is computed
+    where it is used, again in every kernel that uses it. Pointwise results and reductions are one kernel
+    where one needs the other or both read the same memory, and nothing that must be over first lies between.
+    """
+    nodes = [node for node in graph.nodes if node.op != "output" and _origin(node) is node]
+    read = [node for node in nodes if _kind(node) == "opaque"] + list(graph.find_nodes(op="output"))
+    stored = {_origin(source) for node in read for source in node.all_input_nodes}
+    stored |= {node for node in nodes if _kind(node) != "pointwise"}
+    level: dict[fx.Node, int] = {}
+    kernels: dict[int, list[Kernel]] = defaultdict(list)
+    alone = []
+    for node in (node for node in nodes if node in stored):
+        if node.target is operator.getitem:
+            level[node] = level[node.all_input_nodes[0]]
+            continue
+        reads = _read_from_memory(node, stored) if node.op == "call_function" else {}
+        level[node] = max((level[n] + (_kind(n) in ("reduction", "opaque")) for n in reads), default=0)
+        kernel = Kernel(reads, {node})
+        if _kind(node) == "opaque":
+            alone.append(kernel)
+        elif node.op == "call_function":
+            here = kernels[level[node]]
+            near = [one for one in here if reads.keys() & (one.reads.keys() | one.writes)]
+            kernels[level[node]] = [one for one in here if one not in near]
+            kernels[level[node]].append(functools.reduce(Kernel.join, near, kernel))
+    return [*alone, *(kernel for level_kernels in kernels.values() for kernel in level_kernels)]
+
+
+def _read_from_memory(node: fx.Node, stored: set[fx.Node]) -> dict[fx.Node, int]:
+    """What of the stored values a node needs, by way of others that are computed again."""
+    found: dict[fx.Node, int] = {}
+    ahead, seen = list(node.all_input_nodes), set[fx.Node]()
+    while ahead:
+        view = ahead.pop()
+        if view in seen:
+            continue
+        seen.add(view)
+        source = _origin(view)
+        if source in stored:
+            found[source] = min(_node_bytes(source), found.get(source, 0) + _node_bytes(view))
+        else:
+            ahead += source.all_input_nodes
+    return found
+
+
+def _sizes(graphs: Iterable[fx.Graph]) -> dict[str, int]:
+    kernels = [kernel for graph in graphs for kernel in fuse(graph)]
+    return {"ops": len(kernels), "bytes": sum(kernel.num_bytes for kernel in kernels)}
+
+
+def count_compiled(config: OpsBenchmark, method: Method) -> dict[str, Any]:
+    """The step of `count_step` with --compile: the forward pass is one graph, and so is the backward pass."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model, optimizer, batch = _fake_step(config, method, config.bn_splits, MoCo, fake)
+    graphs: dict[str, list[fx.Graph]] = {"forward": [], "backward": []}
+
+    def keep(what: str) -> Callable[[fx.GraphModule, Any], Any]:
+        def compiler(module: fx.GraphModule, _: Any) -> Any:
+            graphs[what].append(module.graph)
+            return make_boxed_func(module.forward)
+
+        return compiler
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        return aot_module_simplified(
+            module,
+            inputs,
+            fw_compiler=keep("forward"),
+            bw_compiler=keep("backward"),
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=core_aten_decompositions(),
+        )
+
+    model.compile(fullgraph=True, backend=backend)
+    counted = Counted()
+    with fake, _as_on_a_gpu():
+        with torch.autocast("cpu", _DTYPE):
+            loss, _ = model(batch)
+        loss.backward()
+        with counted, counted.part("optimizer"):
+            optimizer.step()
+    mixing = [_graph_of_mixing(batch.query, one.to(fake.from_tensor)) for one in _drawn(config, method)]
+    parts: dict[str, Any] = {name: _sizes(found) for name, found in (graphs | {"mixing": mixing}).items()}
+    parts |= counted.figures()["parts"]
+    return {"parts": parts}
+
+
+def _graph_of_mixing(query: Tensor, drawn: Drawn) -> fx.Graph:
+    def images(query: Tensor) -> Tensor:
+        return blend(query, drawn).images
+
+    return make_fx(images)(query).graph
+
+
+def count_photometric(config: OpsBenchmark) -> dict[str, Any]:
+    """The photometric stage of one batch of views, for MoCo v2's recipe."""
+    recipe = moco_v2(config.crop_px)
+    fake, counted = FakeTensorMode(), Counted()
+    with fake:
+        crops = torch.empty(config.batch_size, config.crop_px, config.crop_px, 3, dtype=torch.uint8)
+        params_NP = torch.empty(config.batch_size, NUM_PARAMETERS)
+        with counted:
+            augment(crops, params_NP, recipe, _DTYPE)
+        graph = make_fx(
+            lambda crops, params_NP: augment(crops, params_NP, recipe, _DTYPE),
+            dict(core_aten_decompositions()),
+        )(crops, params_NP).graph
+    eager, fused = counted.figures(), _sizes([graph])
+    return {
+        "views": config.batch_size,
+        "kernels": fused["ops"],
+        "bytes_per_view": fused["bytes"] // config.batch_size,
+        "eager_ops": eager["total_ops"],
+        "eager_bytes_per_view": eager["total_bytes"] // config.batch_size,
+    }
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def _print(result: dict[str, Any]) -> None:
+    config = result["config"]
+    table = Table(
+        title=f"A step of {config['arch']} at {config['crop_px']} px, batch {config['batch_size']}, "
+        f"BN in {config['bn_splits']} parts, {config['dtype']}: operations and GB"
+    )
+    table.add_column("part")
+    columns = [(method, way) for method, ways in result["methods"].items() for way in ways]
+    for method, way in columns:
+        table.add_column(f"{method}\n{way}", justify="right")
+    counted = [result["methods"][method][way] for method, way in columns]
+    for part in dict.fromkeys(part for one in counted for part in one["parts"]):
+        table.add_row(part, *(_cell(one["parts"].get(part)) for one in counted))
+    table.add_section()
+    table.add_row("all", *(_cell({"ops": one["total_ops"], "bytes": one["total_bytes"]}) for one in counted))
+    console.print(table)
+    stage, norm = result["photometric"], result["batchnorm"]
+    console.print(
+        f"photometric stage, a view: {stage['bytes_per_view'] / 1e6:.1f} MB compiled "
+        f"({stage['kernels']} kernels a batch), {stage['eager_bytes_per_view'] / 1e6:.1f} MB eager "
+        f"({stage['eager_ops']} operations)"
+    )
+    console.print(
+        f"BatchNorm in parts over plain: {norm['ops_vs_plain']:.2f} of the operations, "
+        f"{norm['bytes_vs_plain']:.2f} of the bytes"
+    )
+
+
+def _cell(part: dict[str, int] | None) -> str:
+    return f"{part['ops']:,}\n[dim]{part['bytes'] / 1e9:,.1f}[/]" if part else "–"
+
+
+if __name__ == "__main__":
+    cli.run(functools.partial(lambda argv: main(tyro.cli(OpsBenchmark, args=argv)), sys.argv[1:]))
