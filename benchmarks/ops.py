@@ -7,8 +7,9 @@ Nothing is computed: tensors have shapes and no memory (torch's fake tensors), s
 full size on any machine. A GPU's path is counted: its blocks of the queue, its photometric stage, 16 bits.
 
 *Eager*: every operation that torch hands to a device counts once, views count nothing; its bytes are its
-inputs and outputs, each once, although BatchNorm reads its input twice. *Compiled*: the same for the graphs that torch.compile makes, fused by the rule at `fuse`,
-which is what a compiler can do at best. Neither is a time, and neither has been measured on a GPU yet.
+inputs and outputs, each once, although BatchNorm reads its input twice. *Compiled*: the same for the graphs
+that torch.compile makes, fused by the rule at `fuse`, which is what a compiler can do at best. Neither is a
+time, and neither has been measured on a GPU yet.
 
 Shape letters: N batch, S side in pixels.
 """

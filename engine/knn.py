@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.features import Features, check_labels
+from models.losses import true_float32
 
 
 def knn_top1(
@@ -48,7 +49,8 @@ def knn_top1(
     inverse_norm_N = bank_ND.norm(dim=1).clamp_min(1e-12).reciprocal()
     correct = torch.zeros((), dtype=torch.int64, device=test_MD.device)
     for start in range(0, len(test_MD), chunk):
-        similarity_BN = F.normalize(test_MD[start : start + chunk], dim=1) @ bank_ND.T
+        with true_float32():
+            similarity_BN = F.normalize(test_MD[start : start + chunk], dim=1) @ bank_ND.T
         similarity_BN *= inverse_norm_N
         if leave_one_out:
             similarity_BN.diagonal(offset=start).fill_(-torch.inf)

@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 import torch
 
+from models.losses import true_float32
+
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,10 +69,5 @@ def settings_of_training() -> Iterator[None]:
 
     The shapes of a training are always the same, so that the search is made once for each.
     """
-    products = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
+    with true_float32(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        yield

@@ -4,13 +4,25 @@ Shape letters: N batch, D embedding, K queue. All embeddings are L2-normalised r
 float32 (float64 stays), whatever autocast says: at temperature 0.07 half-precision logits are off by 0.05.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+@contextlib.contextmanager
+def true_float32() -> Iterator[None]:
+    """Compute products of float32 in float32 and not in TF32; the setting is as before at the end."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _rows_of_a_block(device: torch.device) -> int:
@@ -64,7 +76,9 @@ def negative_logsumexp(q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tu
 
     Only the first carries a gradient, only to the queries, and only once (no second derivatives).
     """
-    with torch.autocast(q_ND.device.type, enabled=False):
+    # A compiler cannot follow the setting; it finds what the run has set, see engine.precision.
+    exact = contextlib.nullcontext() if torch.compiler.is_compiling() else true_float32()
+    with torch.autocast(q_ND.device.type, enabled=False), exact:
         q_ND, queue_KD = _full_precision(q_ND, queue_KD)
         lse_N, max_N = _NegativeLogSumExp.apply(q_ND, queue_KD.detach(), temperature)
     return lse_N, max_N

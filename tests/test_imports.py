@@ -13,7 +13,7 @@ ROOMS = {
 MAY_USE = {
     "pipelines": set(),
     "models": set(),
-    "engine": set(),
+    "engine": {"models"},
     "detection": {"engine"},
     "dataset_tools": {"pipelines", "engine"},
     "benchmarks": {"pipelines", "engine", "models"},
