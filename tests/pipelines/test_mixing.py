@@ -159,3 +159,15 @@ def test_mixtures_have_the_dtype_of_their_views(method: str, dtype: torch.dtype)
         mixture, exact = blend(query, drawn), blend(query.double(), drawn)
         assert mixture.images.dtype == dtype
         torch.testing.assert_close(mixture.images, exact.images.to(dtype))
+
+
+@pytest.mark.parametrize("method", ["mixmask", "unmix", "erase"])
+def test_blending_compiles_as_one_graph(method: str) -> None:
+    recipe = dataclasses.replace(
+        moco_v2(16), mixing=Mixing(method=method, grid_size=4, unmix_global_prob=0.5)
+    )
+    graph = torch.compile(blend, fullgraph=True, backend="eager", dynamic=False)
+    query = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for seed in range(4):
+        (drawn,) = draw_mixtures(recipe, seed, 0, np.arange(6))
+        assert torch.equal(graph(query, drawn).images, blend(query, drawn).images)
