@@ -1,9 +1,8 @@
 """What ``source activate`` does in a folder where archives of ``engine.pack`` were unpacked.
 
-The machine's own Python runs this file, by its standard library alone. Of the pack's packages only those are
-added that this Python does not have: they are unpacked into a folder of their own, and PYTHONPATH names it. So
-nothing that the machine has is replaced, and its torch keeps the NumPy that it was installed with. The lines
-printed are evaluated by the shell.
+The machine's own Python runs this file, by its standard library alone. It adds only those packages of the
+pack that this Python does not have, in a folder of their own that PYTHONPATH names. So nothing that the machine
+has is replaced, and its torch keeps its own NumPy. The shell evaluates the lines printed.
 """
 
 import ctypes

@@ -3,7 +3,7 @@
     python -m engine.pack --out dist/pack --python 3.12
 
 They hold the tracked files as they are on disk, the wheels that a machine with torch, torchvision, numpy and
-numba may lack, and libturbojpeg; with --dali also DALI, in archives of its own. Unpacked into one folder, one
+numba may lack, and libturbojpeg; with --dali also DALI, in archives of its own. Unpacked into one folder,
 ``source activate`` there makes every program run, see ``engine/activate.py``. Downloads are kept, and a second
 run needs no network.
 """
