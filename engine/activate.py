@@ -1,8 +1,8 @@
 """What ``source activate`` does in a folder where archives of ``engine.pack`` were unpacked.
 
 The machine's own Python runs this file, by its standard library alone. It adds only those packages of the
-pack that this Python does not have, in a folder of their own that PYTHONPATH names. So nothing that the machine
-has is replaced, and its torch keeps its own NumPy. The shell evaluates the lines printed.
+pack that this Python does not have, in a folder of their own that PYTHONPATH names. So nothing that the
+machine has is replaced, and its torch keeps its own NumPy. The shell evaluates the lines printed.
 """
 
 import ctypes
@@ -23,6 +23,8 @@ from typing import Any
 
 FOLDER = "packed"
 """Where the pack's own files lie, below the folder that the archives are unpacked into."""
+_DALI_OPENS = ("cufft", "cufile", "nvcomp", "nvjpeg", "nvjpeg2k", "nvtiff", "npp*")
+"""Libraries of CUDA that DALI opens by name."""
 _NAMESPACE = "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, __name__)\n"
 
 
@@ -163,10 +165,11 @@ def environment(root: Path) -> tuple[dict[str, str], str]:
     variables = {"PYTHONPATH": os.pathsep.join((own[0], *_paths("PYTHONPATH", own), str(site)))}
     variables["LIBTURBOJPEG"] = _turbojpeg(root, groups[0]["libraries"], own)
     if any(name.startswith("nvidia-dali") for name in wheels):
-        # DALI's own libraries name only folders beside it, and some of what they open is the machine's.
-        folders = [str(f) for at in (str(site), *path) for f in Path(at).glob("nvidia/*/lib*") if f.is_dir()]
-        libraries = dict.fromkeys((*_paths("LD_LIBRARY_PATH", own), *sorted(folders)))
-        variables["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+        # DALI looks for these in folders next to its own, where the machine's are not.
+        globs = [f"nvidia/*/lib*/lib{name}.so*" for name in _DALI_OPENS]
+        files = [file for at in (*path, str(site)) for glob in globs for file in sorted(Path(at).glob(glob))]
+        folders = (*_paths("LD_LIBRARY_PATH", own), *(str(file.parent) for file in files))
+        variables["LD_LIBRARY_PATH"] = os.pathsep.join(dict.fromkeys(folders))
     versions = f"Python {platform.python_version()}, torch {have['torch']}, {len(missing)} packages added"
     return variables, f"{versions}; next: cd {shlex.quote(own[0])} && python3 train_pretrain.py --help"
 

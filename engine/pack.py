@@ -3,9 +3,9 @@
     python -m engine.pack --out dist/pack --python 3.12
 
 They hold the tracked files as they are on disk, the wheels that a machine with torch, torchvision, numpy and
-numba may lack, and libturbojpeg; with --dali also DALI, in archives of its own. Unpacked into one folder,
-``source activate`` there makes every program run, see ``engine/activate.py``. Downloads are kept, and a second
-run needs no network.
+numba may lack, and libturbojpeg; with --dali also DALI, in archives of its own. Once they are unpacked into
+one folder, ``source activate`` there makes every program run, see ``engine/activate.py``. Downloads are kept,
+and a second run needs no network.
 """
 
 import ctypes
@@ -31,7 +31,6 @@ from typing import Any
 from urllib.parse import unquote
 
 import tyro
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.progress import Progress
@@ -46,6 +45,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 MACHINES_OWN = frozenset({"torch", "torchvision", "numpy", "numba", "llvmlite"})
 """Never packed: the machine has them, and a second copy would not fit its drivers or each other."""
+OLDEST_TORCH = "torch>=2.8"
+"""The machine's torch; older ones are not tried with packs."""
 FOR_TESTS = ("webdataset", "simplejpeg", "pytest", "pytest-timeout", "hypothesis")
 """Of the extras, what the tests and the loader's measurements need besides."""
 GLIBC = (28, 27, 26, 24, 17, 12, 5)
@@ -194,7 +195,8 @@ def requirements() -> tuple[list[str], list[str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     optional = {canonical(Requirement(text).name): text for texts in extras.values() for text in texts}
-    return [*project["dependencies"], *(optional[name] for name in FOR_TESTS)], extras["dali"]
+    wanted = [OLDEST_TORCH, *project["dependencies"], *(optional[name] for name in FOR_TESTS)]
+    return wanted, extras["dali"]
 
 
 def tracked(limit: int) -> list[Piece]:
@@ -253,10 +255,10 @@ def _ask_pip(wanted: Sequence[str], constraints: Path, config: Pack) -> list[Whe
 def _wheel(item: dict[str, Any], python: str) -> Wheel:
     """A wheel, of an item of pip's report."""
     metadata, source = item["metadata"], item["download_info"]
-    environment = default_environment() | {"python_version": python, "python_full_version": f"{python}.0"}
+    target = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     requires = []
     for requirement in map(Requirement, metadata.get("requires_dist", ())):
-        if requirement.marker is None or requirement.marker.evaluate({**environment, "extra": ""}):
+        if requirement.marker is None or requirement.marker.evaluate(target):
             requirement.marker = None
             requires.append(str(requirement))
     return Wheel(
@@ -286,12 +288,12 @@ def _download(wheels: Iterable[Wheel], config: Pack) -> None:
 def _pip(python: str, command: str, *arguments: str) -> None:
     """Run pip for another Python; what goes wrong becomes one sentence."""
     machine = platform.machine()
-    tags = (f"manylinux_2_{minor}_{machine}" for minor in GLIBC)
-    tags = (*tags, *(f"manylinux{year}_{machine}" for year in (2014, 2010, 1)), f"linux_{machine}")
+    tags = [f"manylinux{kind}_{machine}" for kind in (*(f"_2_{minor}" for minor in GLIBC), 2014, 2010, 1)]
+    quick = ("--progress-bar", "off", "--retries", "1")
     target = ("--only-binary=:all:", "--python-version", python, "--implementation", "cp")
-    platforms = (part for tag in tags for part in ("--platform", tag))
+    platforms = [part for tag in (*tags, f"linux_{machine}") for part in ("--platform", tag)]
     ended = subprocess.run(
-        [sys.executable, "-m", "pip", command, "--quiet", "--retries", "1", *target, *platforms, *arguments],
+        [sys.executable, "-m", "pip", command, *quick, *target, *platforms, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -303,10 +305,12 @@ def _pip(python: str, command: str, *arguments: str) -> None:
             "the package index cannot be reached; make the pack on a machine with a network, or set "
             "PIP_INDEX_URL to an index that can be reached from here"
         )
-    if found := re.search(r"No matching distribution found for (\S+)", ended.stderr):
+    # The first is of a package that constraints.txt pins.
+    reasons = (r"The user requested \(constraint\) (\S+)", r"No matching distribution found for (\S+)")
+    if found := re.search("|".join(reasons), ended.stdout + ended.stderr):
         raise ValueError(
-            f"there is no wheel of {found[1]} for Python {python} on Linux {machine}; choose another Python, "
-            "or another version of the package in constraints.txt"
+            f"there is no wheel of {found[1] or found[2]} for Python {python} on Linux {machine}; choose "
+            "another Python, or another version of the package in constraints.txt"
         )
     lines = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")] or [ended.stderr.strip()]
     raise ValueError(f"pip {command} failed: {lines[0].removeprefix('ERROR: ')}")
