@@ -41,8 +41,8 @@ def installed(path: list[str]) -> dict[str, str]:
     """Canonical name → version of the distributions on ``path``; the first of a name is the one in use."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions(path=path):
-        if name := distribution.metadata["Name"]:
-            found.setdefault(canonical(name), distribution.version)
+        if "Name" in distribution.metadata:  # what is left of an aborted installation has none
+            found.setdefault(canonical(distribution.metadata["Name"]), distribution.version)
     return found
 
 
@@ -155,7 +155,7 @@ def environment(root: Path) -> tuple[dict[str, str], str]:
     check(
         [need for group in groups for need in group["needs"]],
         have,
-        "put that right, or activate the environment or module that has it, then source activate again",
+        "install it, or activate the environment or load the module that has it, and source activate again",
     )
     for name, wheel in missing.items():
         try:

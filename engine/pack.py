@@ -23,12 +23,10 @@ import tarfile
 import tempfile
 import time
 import tomllib
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import tyro
 from packaging.requirements import Requirement
@@ -38,19 +36,16 @@ from rich.progress import Progress
 from engine import cli
 from engine.activate import FOLDER, canonical
 from engine.checkpoint import write_atomically
+from engine.wheels import Wheel, resolve, sha256, trimmed
 
 console = Console(highlight=False, soft_wrap=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
-MACHINES_OWN = frozenset({"torch", "torchvision", "numpy", "numba", "llvmlite"})
-"""Never packed: the machine has them, and a second copy would not fit its drivers or each other."""
 OLDEST_TORCH = "torch>=2.8"
 """The machine's torch; older ones are not tried with packs."""
 FOR_TESTS = ("webdataset", "simplejpeg", "pytest", "pytest-timeout", "hypothesis")
 """Of the extras, what the tests and the loader's measurements need besides."""
-GLIBC = (28, 27, 26, 24, 17, 12, 5)
-"""Wheels for glibc 2.28 and older are taken."""
 # What an archive holds besides its members: the list of wheels, and tar's and gzip's own bytes.
 _LIST_BYTES = 256 * 1024
 _OVERHEAD = 1.002
@@ -97,21 +92,6 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class Wheel:
-    """A wheel to be packed."""
-
-    name: str
-    """As `canonical` spells it."""
-    version: str
-    file: str
-    """Its name in the cache."""
-    sha256: str
-    """As the package index gives it."""
-    requires: Sequence[str]
-    """What it needs on the machines, without markers."""
-
-
-@dataclass(frozen=True)
 class Piece:
     """A file, or a part of one, as it stands in an archive."""
 
@@ -141,24 +121,26 @@ def main(config: Pack) -> list[Path]:
     one that does not match its hash.
     """
     _check(config)
-    wanted, for_dali = requirements()
+    needs, for_tests, for_dali = requirements()
+    wanted = [*needs, *for_tests]
     limit = int(config.limit_mib * MIB)
+    where = config.python, ROOT / "constraints.txt", config.cache
     with console.status("resolving"):
-        wheels = resolve(wanted, config)
+        wheels = resolve(wanted, *where)
         library = config.turbojpeg or _debian_turbojpeg(config.cache)
-        groups = [("", wanted, wheels)]
+        groups = [("", needs, wheels)]
         if config.dali:
             known = {wheel.name for wheel in wheels}
-            more = [wheel for wheel in resolve([*wanted, *for_dali], config) if wheel.name not in known]
+            more = [wheel for wheel in resolve([*wanted, *for_dali], *where) if wheel.name not in known]
             groups.append(("dali-", for_dali, more))
     check_turbojpeg(library)
     shell = config.cache / f"activate-{config.python}"
     write_atomically(shell, lambda file: file.write(_ACTIVATE.replace("@PYTHON@", config.python).encode()))
 
     archives: list[Path] = []
-    for kind, needs, chosen in groups:
+    for kind, needs, wheels in groups:
         loose = [] if kind else [Piece("activate", shell), *tracked(limit)]
-        archives += _write_group(config, kind, needs, chosen, None if kind else library, loose)
+        archives += _write_group(config, kind, needs, wheels, None if kind else library, loose)
     _write_sums(config.out, archives)
     for stale in set(config.out.glob("maskmix-*.tar.gz")) - set(archives):
         stale.unlink()
@@ -173,14 +155,11 @@ def main(config: Pack) -> list[Path]:
 
 def _check(config: Pack) -> None:
     lowest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    if not re.fullmatch(r"3\.\d+", config.python) or not Requirement(f"python{lowest}").specifier.contains(
-        config.python
-    ):
+    known = Requirement(f"python{lowest}").specifier
+    if not re.fullmatch(r"3\.\d+", config.python) or not known.contains(config.python):
         raise ValueError(f"--python is {config.python!r}; give a version {lowest}, such as 3.12")
     if platform.system() != "Linux":
-        raise ValueError(
-            f"a pack is for machines with Linux, and is made on one; this is {platform.system()}"
-        )
+        raise ValueError(f"this system is {platform.system()}; make the pack on Linux, which it is for")
     if not config.limit_mib >= 1:
         raise ValueError(f"--limit-mib is {config.limit_mib}; an archive needs at least 1 MiB")
 
@@ -190,13 +169,12 @@ def _check(config: Pack) -> None:
 # ======================================================================================================
 
 
-def requirements() -> tuple[list[str], list[str]]:
-    """What the programs and their tests need, and what DALI adds, as pyproject.toml says."""
+def requirements() -> tuple[list[str], list[str], list[str]]:
+    """What the programs need, what their tests need besides, and DALI, all as pyproject.toml says."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     optional = {canonical(Requirement(text).name): text for texts in extras.values() for text in texts}
-    wanted = [OLDEST_TORCH, *project["dependencies"], *(optional[name] for name in FOR_TESTS)]
-    return wanted, extras["dali"]
+    return [OLDEST_TORCH, *project["dependencies"]], [optional[name] for name in FOR_TESTS], extras["dali"]
 
 
 def tracked(limit: int) -> list[Piece]:
@@ -211,109 +189,6 @@ def tracked(limit: int) -> list[Piece]:
             size = path.stat().st_size / MIB
             raise ValueError(f"{path} is {size:.0f} MiB, more than an archive holds; raise --limit-mib")
     return [Piece(str(path.relative_to(ROOT)), path) for path in paths]
-
-
-def resolve(wanted: Sequence[str], config: Pack) -> list[Wheel]:
-    """The wheels that ``wanted`` needs on such a machine, without those it has; all are in the cache then.
-
-    What pip answers is kept, so the same question is answered without a network from the second time on.
-    """
-    constraints = ROOT / "constraints.txt"
-    question = json.dumps([config.python, platform.machine(), *wanted, constraints.read_text()])
-    plan = config.cache / f"plan-{hashlib.sha256(question.encode()).hexdigest()[:16]}.json"
-    if plan.is_file():
-        wheels = [
-            Wheel(**{**row, "requires": tuple(row["requires"])}) for row in json.loads(plan.read_text())
-        ]
-    else:
-        wheels = _ask_pip(wanted, constraints, config)
-    _download(wheels, config)
-    if not plan.is_file():
-        text = json.dumps([asdict(wheel) for wheel in wheels], indent=1)
-        write_atomically(plan, lambda file: file.write(text.encode()))
-    return wheels
-
-
-def _ask_pip(wanted: Sequence[str], constraints: Path, config: Pack) -> list[Wheel]:
-    asked = [text for text in wanted if canonical(Requirement(text).name) not in MACHINES_OWN]
-    while True:
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.json"
-            options = ("--dry-run", "--ignore-installed", "--report", str(report), "--target", folder)
-            _pip(config.python, "install", *options, "--constraint", str(constraints), *asked)
-            items = json.loads(report.read_text())["install"]
-        wheels = [_wheel(item, config.python) for item in items]
-        # pip evaluates markers for the Python that runs it, not for the one it is asked about.
-        names = {wheel.name for wheel in wheels} | MACHINES_OWN
-        needed = {text for wheel in wheels for text in wheel.requires}
-        lacking = sorted(text for text in needed if canonical(Requirement(text).name) not in names)
-        if not lacking:
-            return [wheel for wheel in wheels if wheel.name not in MACHINES_OWN]
-        asked += lacking
-
-
-def _wheel(item: dict[str, Any], python: str) -> Wheel:
-    """A wheel, of an item of pip's report."""
-    metadata, source = item["metadata"], item["download_info"]
-    target = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
-    requires = []
-    for requirement in map(Requirement, metadata.get("requires_dist", ())):
-        if requirement.marker is None or requirement.marker.evaluate(target):
-            requirement.marker = None
-            requires.append(str(requirement))
-    return Wheel(
-        name=canonical(metadata["name"]),
-        version=metadata["version"],
-        file=unquote(source["url"].rsplit("/", 1)[1]),
-        sha256=source["archive_info"].get("hashes", {}).get("sha256", ""),
-        requires=tuple(requires),
-    )
-
-
-def _download(wheels: Iterable[Wheel], config: Pack) -> None:
-    """Have pip fetch what is not in the cache; raises ValueError for a file there with another hash."""
-    absent = [wheel for wheel in wheels if not (config.cache / wheel.file).is_file()]
-    if absent:
-        config.cache.mkdir(parents=True, exist_ok=True)
-        names = [f"{wheel.name}=={wheel.version}" for wheel in absent]
-        _pip(config.python, "download", "--no-deps", "--dest", str(config.cache), *names)
-    for wheel in wheels:
-        if wheel.sha256 and _sha256(config.cache / wheel.file) != wheel.sha256:
-            raise ValueError(
-                f"{config.cache / wheel.file} does not have the hash that the package index gives, "
-                f"{wheel.sha256}; delete it, and run this again"
-            )
-
-
-def _pip(python: str, command: str, *arguments: str) -> None:
-    """Run pip for another Python; what goes wrong becomes one sentence."""
-    machine = platform.machine()
-    tags = [f"manylinux{kind}_{machine}" for kind in (*(f"_2_{minor}" for minor in GLIBC), 2014, 2010, 1)]
-    quick = ("--progress-bar", "off", "--retries", "1")
-    target = ("--only-binary=:all:", "--python-version", python, "--implementation", "cp")
-    platforms = [part for tag in (*tags, f"linux_{machine}") for part in ("--platform", tag)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "pip", command, *quick, *target, *platforms, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode == 0:
-        return
-    if "after connection broken by" in ended.stderr:
-        raise ValueError(
-            "the package index cannot be reached; make the pack on a machine with a network, or set "
-            "PIP_INDEX_URL to an index that can be reached from here"
-        )
-    # The first is of a package that constraints.txt pins.
-    reasons = (r"The user requested \(constraint\) (\S+)", r"No matching distribution found for (\S+)")
-    if found := re.search("|".join(reasons), ended.stdout + ended.stderr):
-        raise ValueError(
-            f"there is no wheel of {found[1] or found[2]} for Python {python} on Linux {machine}; choose "
-            "another Python, or another version of the package in constraints.txt"
-        )
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")] or [ended.stderr.strip()]
-    raise ValueError(f"pip {command} failed: {lines[0].removeprefix('ERROR: ')}")
 
 
 def _debian_turbojpeg(cache: Path) -> Path:
@@ -349,38 +224,6 @@ def check_turbojpeg(library: Path) -> None:
         raise ValueError(
             f"{library} is no libturbojpeg that can be loaded ({error}); give another --turbojpeg"
         ) from error
-
-
-def trimmed(wheel: Path, python: str, cache: Path) -> Path:
-    """A wheel of NVIDIA's without what other Pythons and compilers need; any other as it is.
-
-    Left out are extension modules for other Pythons, static libraries and headers. The machine code for each
-    kind of GPU stays.
-    """
-    if not wheel.name.startswith("nvidia_"):
-        return wheel
-    lean = cache / f"for-{python}" / wheel.name
-    if lean.is_file():
-        return lean
-    with zipfile.ZipFile(wheel) as whole:
-        kept = [member for member in whole.infolist() if _is_kept(member.filename, python)]
-        if len(kept) == len(whole.infolist()):
-            return wheel
-
-        def write(file: Any) -> None:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target:
-                for member in kept:
-                    target.writestr(member, whole.read(member), zipfile.ZIP_DEFLATED)
-
-        write_atomically(lean, write)
-    return lean
-
-
-def _is_kept(name: str, python: str) -> bool:
-    other = re.search(r"\.cpython-(\d+t?)-", name)
-    if other and other[1] != python.replace(".", ""):
-        return False
-    return not name.endswith(".a") and "/include/" not in name
 
 
 # ======================================================================================================
@@ -502,13 +345,8 @@ def _write_archive(
 
 def _write_sums(out: Path, archives: Iterable[Path]) -> None:
     """Write the hashes of the archives as sha256sum does."""
-    lines = "".join(f"{_sha256(path)}  {path.name}\n" for path in archives)
+    lines = "".join(f"{sha256(path)}  {path.name}\n" for path in archives)
     write_atomically(out / "SHA256SUMS", lambda file: file.write(lines.encode()))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def test_a_machine_with_torch_alone_trains_and_probes(picture_folder: Path, tmp_
         set -eu
         LOAD={shlex.quote(LOAD)}
         set -x
-        for name in tyro rich ffcv matplotlib; do ! python3 -c "import $name" 2>/dev/null; done
+        for name in tyro rich ffcv matplotlib; do
+            if python3 -c "import $name" 2>/dev/null; then echo "$name is there already"; exit 1; fi
+        done
         cd out
         sha256sum --quiet -c SHA256SUMS
         mkdir ../maskmix

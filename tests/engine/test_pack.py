@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engine import activate, pack
+from engine import activate, pack, wheels
 from engine.activate import FOLDER
-from engine.pack import MACHINES_OWN, Pack, Piece, Wheel
+from engine.pack import Pack, Piece
+from engine.wheels import MACHINES_OWN, Wheel
 from tests.engine.bare import closure, make_bare, make_wheels, run_bash
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -26,6 +27,7 @@ WANTED = [
     for text in pack.requirements()[0]
     if text.startswith(("torch", "pillow", "safetensors", "tensorboard", "matplotlib", "rich", "tyro"))
 ]
+CONSTRAINTS = pack.ROOT / "constraints.txt"
 UNREACHABLE = {
     "PIP_CONFIG_FILE": os.devnull,
     "PIP_FIND_LINKS": "",
@@ -68,7 +70,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     make_wheels(root / "wheels", [importlib.metadata.distribution("numpy")], only_metadata=True)
     config = Pack(root / "out", HERE, turbojpeg=_turbojpeg(), cache=root / "cache", limit_mib=20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack, "requirements", lambda: (WANTED, []))
+        patch.setattr(pack, "requirements", lambda: (WANTED, [], []))
         for name, value in {**UNREACHABLE, "PIP_NO_INDEX": "1"}.items():
             patch.setenv(name, value)
         patch.setenv("PIP_FIND_LINKS", str(root / "wheels"))
@@ -132,11 +134,19 @@ def test_a_second_run_needs_no_network(
     packed: Pack, tmp_path: Path, unreachable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it leave archives of an earlier pack beside its own."""
-    monkeypatch.setattr(pack, "requirements", lambda: (WANTED, []))
+    monkeypatch.setattr(pack, "requirements", lambda: (WANTED, [], []))
     stale = tmp_path / f"maskmix-py{HERE}-9.tar.gz"
     stale.touch()
     again = pack.main(Pack(tmp_path, HERE, turbojpeg=packed.turbojpeg, cache=packed.cache, limit_mib=200))
     assert [path.name for path in again] == [f"maskmix-py{HERE}-1.tar.gz"] and not stale.exists()
+
+
+def test_only_what_the_programs_need_must_be_new_enough(unpacked: Path) -> None:
+    """An old pytest on a machine keeps nobody from training."""
+    programs, tests, dali = pack.requirements()
+    assert {"torch>=2.8", "tyro>=0.9"} <= set(programs) and dali == ["nvidia-dali-cuda130==2.4.0"]
+    assert [text for text in tests if text.startswith("pytest")] and not set(programs) & set(tests)
+    assert json.loads((unpacked / FOLDER / "1-programs.json").read_text())["needs"] == WANTED
 
 
 def test_the_tree_is_what_git_knows(packed: Pack, unpacked: Path) -> None:
@@ -169,7 +179,7 @@ def test_activation_by_the_wrong_shell_or_python_is_one_sentence(
 # ======================================================================================================
 
 
-def _pack_of(root: Path, **wheels: dict[str, str]) -> dict[str, Any]:
+def _pack_of(root: Path, **texts_of: dict[str, str]) -> dict[str, Any]:
     """A pack whose wheels hold the texts given, each wheel of two pieces; returns its list."""
     (root / FOLDER).mkdir()
     library = root / FOLDER / "libturbojpeg.so.0"
@@ -180,7 +190,7 @@ def _pack_of(root: Path, **wheels: dict[str, str]) -> dict[str, Any]:
         "libraries": {f"{FOLDER}/{library.name}": _piece(library)},
         "wheels": {},
     }
-    for name, texts in wheels.items():
+    for name, texts in texts_of.items():
         whole = root / "whole.whl"
         with zipfile.ZipFile(whole, "w") as wheel:
             for file, text in texts.items():
@@ -367,10 +377,10 @@ def test_requirements_hold_for_the_python_asked_for() -> None:
         },
         "download_info": {"url": "https://index/some_thing-1.0%2Blocal-py3-none-any.whl", "archive_info": {}},
     }
-    wheel = pack._wheel(item, "3.12")
+    wheel = wheels.from_report(item, "3.12")
     assert wheel.requires == ("new>=2", "always[x]<3")
     assert (wheel.name, wheel.file) == ("some-thing", "some_thing-1.0+local-py3-none-any.whl")
-    assert pack._wheel(item, "3.11").requires == ("old", "always[x]<3")
+    assert wheels.from_report(item, "3.11").requires == ("old", "always[x]<3")
 
 
 def test_nvidias_wheels_are_trimmed(tmp_path: Path) -> None:
@@ -380,10 +390,10 @@ def test_nvidias_wheels_are_trimmed(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in (*kept, *left_out):
             archive.writestr(name, name)
-    with zipfile.ZipFile(pack.trimmed(wheel, "3.12", tmp_path / "cache")) as archive:
+    with zipfile.ZipFile(wheels.trimmed(wheel, "3.12", tmp_path / "cache")) as archive:
         assert archive.namelist() == kept and archive.read(kept[1]).decode() == kept[1]
     other = wheel.rename(tmp_path / "other-1-py3-none-any.whl")
-    assert pack.trimmed(other, "3.12", tmp_path / "cache") == other
+    assert wheels.trimmed(other, "3.12", tmp_path / "cache") == other
 
 
 @pytest.mark.parametrize("python", ["3.10", "3", "python3.12", "3.12.1", "2.7"])
@@ -394,7 +404,7 @@ def test_a_python_that_is_none_is_refused(python: str, tmp_path: Path) -> None:
 
 def test_an_index_out_of_reach_is_one_sentence(tmp_path: Path, unreachable: None) -> None:
     with pytest.raises(ValueError, match="the package index cannot be reached; make the pack on a machine"):
-        pack.resolve(["rich"], Pack(python="3.12", cache=tmp_path))
+        wheels.resolve(["rich"], "3.12", CONSTRAINTS, tmp_path)
 
 
 def test_a_package_without_a_wheel_is_named(
@@ -405,18 +415,18 @@ def test_a_package_without_a_wheel_is_named(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     for wanted, named in (("rich>=13", r"rich==\S+"), ("of-no-constraint>1", "of-no-constraint>1")):
         with pytest.raises(ValueError, match=rf"no wheel of {named} for Python 3\.12 on Linux \w+; choose"):
-            pack.resolve([wanted], Pack(python="3.12", cache=tmp_path / "cache"))
+            wheels.resolve([wanted], "3.12", CONSTRAINTS, tmp_path / "cache")
 
 
 def test_a_download_with_another_hash_is_refused(tmp_path: Path) -> None:
     wheel = Wheel("rich", "15.0", "rich.whl", hashlib.sha256(b"right").hexdigest(), ())
     (tmp_path / "rich.whl").write_bytes(b"right")
-    pack._download([wheel], Pack(cache=tmp_path))
+    wheels.download([wheel], "3.12", tmp_path)
     (tmp_path / "rich.whl").write_bytes(b"wrong")
     with pytest.raises(
         ValueError, match=r"rich\.whl does not have the hash .*; delete it, and run this again"
     ):
-        pack._download([wheel], Pack(cache=tmp_path))
+        wheels.download([wheel], "3.12", tmp_path)
 
 
 def test_without_apt_get_a_local_library_is_asked_for(
