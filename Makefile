@@ -1,6 +1,12 @@
 # `make help` lists the targets. Everything runs in .venv, which `make setup` makes.
 
 PYTHON ?= python3
+# `make pack PYTHON=3.12` names the Python of other machines, no interpreter here.
+PYTHON_VERSION := 3.12
+ifneq (,$(and $(filter pack pack-rehearsal,$(MAKECMDGOALS)),$(filter 3.%,$(PYTHON))))
+PYTHON_VERSION := $(PYTHON)
+override PYTHON := python3
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -26,7 +32,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup system doctor demo convert shards index pretrain lincls knn finetune card detect-voc \
 	detect-coco samples bench bench-gpu system-bench \
-	step race evidence probes detector scale parity report lint test clean
+	step race evidence probes detector scale parity report pack pack-rehearsal lint test clean
 
 help:  ## |this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {split($$2, part, "|"); printf "  %-46s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
@@ -34,7 +40,7 @@ help:  ## |this list
 setup: $(READY)  ## |make .venv with everything in it, system packages first
 
 $(READY): pyproject.toml constraints.txt
-	@$(MAKE) --no-print-directory system
+	@$(MAKE) --no-print-directory system PYTHON="$(PYTHON)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; name a newer one: make setup PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module; apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install --constraint constraints.txt --editable '.[ffcv,dali,samples,bench,detection,dev]'
@@ -149,6 +155,14 @@ bench-gpu: $(READY)  ## [ARGS=--quick]|on a GPU: our backends beside DALI and to
 
 report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, and the blocks in README.md
 	@$(BIN)/python -m benchmarks.report $(ARGS)
+
+pack: $(READY)  ## [DALI=1] [PYTHON=3.12] [OUT=dist/pack]|archives for machines that have torch and no network
+	@$(BIN)/python -m engine.pack --python $(PYTHON_VERSION) --out $(or $(OUT),dist/pack) $(if $(DALI),--dali) $(ARGS)
+
+# Makes an environment with torch alone, several GB, unless BARE names the interpreter of one.
+pack-rehearsal: $(READY)  ## [DALI=1] [BARE=python3]|pack, unpack, train and probe with torch alone and no network
+	@PACK_BARE="$(BARE)" PACK_DALI="$(DALI)" PACK_PYTHON="$(PYTHON_VERSION)" \
+		$(BIN)/pytest tests/engine/rehearse_pack.py --timeout 3600 -s $(ARGS)
 
 lint: $(READY)  ## |ruff and the strict type checker
 	$(BIN)/ruff check .

@@ -35,11 +35,12 @@ from benchmarks.memory import status_mib
 from benchmarks.synthetic import write_synthetic
 from engine import cli
 from pipelines import build_loader
-from pipelines.beton import import_ffcv, open_beton
+from pipelines.beton import open_beton
 from pipelines.cores import usable_cores
 from pipelines.loader import ViewLoader
 from pipelines.randomness import EpochOrder
 from pipelines.recipe import moco_v2
+from pipelines.turbojpeg import library
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -150,10 +151,7 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
     - private memory, which no file could give back, once the set is open, a few batches later with the
       loader at work (settled), and at its peak; resident memory, with the mapped pages of the file, likewise.
     """
-    import_ffcv()
-    # Part of "an empty process that has imported the same modules".
-    import pipelines.ffcv_engine  # noqa: F401
-
+    library()
     # Sets the kernel's high-water mark of resident memory back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory_mib()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.beton import BetonFile, ffcv_types, matching_manifest
+from pipelines.beton import FIELD_DTYPE, HEADER_DTYPE, TABLE_DTYPE, BetonFile, matching_manifest
 
 _BLOCK_ENTRIES = 1 << 20
 
@@ -28,19 +28,18 @@ def write_synthetic(source: BetonFile, path: Path, *, count: int, payloads: int)
     manifest = matching_manifest(source)
     if manifest is None:
         raise ValueError(f"{source.path} has no manifest; make the photographs again: make samples")
-    types = ffcv_types()
-    first = types.HeaderType.itemsize
+    first = HEADER_DTYPE.itemsize
     # The fields are the source's, and so are their descriptors, but for the hash of its contents.
-    header = source.data[:first].copy().view(types.HeaderType)
-    metadata_at = first + int(header["num_fields"][0]) * types.FieldDescType.itemsize
+    header = source.data[:first].copy().view(HEADER_DTYPE)
+    metadata_at = first + int(header["num_fields"][0]) * FIELD_DTYPE.itemsize
     descriptors = source.data[first:metadata_at].copy()
-    descriptors.view(types.FieldDescType)["arguments"] = 0
+    descriptors.view(FIELD_DTYPE)["arguments"] = 0
     records = np.array(source.metadata[:payloads])
     sizes = source.sizes[:payloads].astype(np.int64)
     payloads_at = metadata_at + count * records.itemsize
     addresses, table_at = _addresses(sizes, payloads_at, source.page_bytes)
     records["f0"]["data_ptr"] = addresses
-    entries = np.zeros(payloads, types.ALLOC_TABLE_TYPE)
+    entries = np.zeros(payloads, TABLE_DTYPE)
     entries["ptr"], entries["size"] = addresses, sizes
     header["num_samples"], header["alloc_table_ptr"] = count, table_at
     with path.open("wb") as file:

@@ -17,14 +17,17 @@ import numpy.typing as npt
 from dataset_tools.disk import BackgroundSync, Lock, open_alone
 from engine.checkpoint import sync_folder
 from pipelines.beton import (
+    FIELD_DTYPE,
+    HEADER_DTYPE,
     MAX_PAGE_BYTES,
     MAX_SIDE_PX,
+    METADATA_DTYPE,
+    TABLE_DTYPE,
     TIER_MODES,
     TYPE_IMAGE,
     TYPE_INT,
     TYPE_PLANES,
-    ffcv_types,
-    metadata_dtype,
+    VERSION,
     open_beton,
     pixel_bytes,
 )
@@ -140,12 +143,11 @@ class BetonWriter:
             raise FileNotFoundError(f"the folder {self.path.parent} does not exist; make it first")
         self.tier, self.page_bytes, self.count = tier, page_bytes, 0
         self._mode = TIER_MODES[tier]
-        self._types = ffcv_types()
-        self._metadata = np.zeros(capacity, metadata_dtype())
+        self._metadata = np.zeros(capacity, METADATA_DTYPE)
         self._sizes = np.zeros(capacity, np.uint64)
         self._hasher = hashlib.sha256()
         self._descriptors = self._field_descriptors()
-        self._metadata_at = self._types.HeaderType.itemsize + self._descriptors.nbytes
+        self._metadata_at = HEADER_DTYPE.itemsize + self._descriptors.nbytes
         self._end: int = self._metadata_at + self._metadata.nbytes
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._paths, self._skipped = _SideFile(paths_path(self.path)), _SideFile(skipped_path(self.path))
@@ -284,12 +286,12 @@ class BetonWriter:
         return self._end if size <= room else self._end + room
 
     def _write_tables(self, digest: str) -> None:
-        table = np.zeros(self.count, self._types.ALLOC_TABLE_TYPE)
+        table = np.zeros(self.count, TABLE_DTYPE)
         table["sample_id"] = np.arange(self.count)
         table["ptr"] = self._metadata["f0"]["data_ptr"][: self.count]
         table["size"] = self._sizes[: self.count]
-        header = np.zeros(1, self._types.HeaderType)
-        header["version"], header["num_fields"] = self._types.CURRENT_VERSION, len(self._descriptors)
+        header = np.zeros(1, HEADER_DTYPE)
+        header["version"], header["num_fields"] = VERSION, len(self._descriptors)
         header["page_size"], header["num_samples"] = self.page_bytes, self.count
         header["alloc_table_ptr"] = self._end
         recorded = self._descriptors[1]["arguments"]
@@ -302,7 +304,7 @@ class BetonWriter:
 
     def _field_descriptors(self) -> npt.NDArray[np.void]:
         fields = (("image", TYPE_PLANES if self.tier == "yuv420" else TYPE_IMAGE), ("label", TYPE_INT))
-        descriptors = np.zeros(len(fields), self._types.FieldDescType)
+        descriptors = np.zeros(len(fields), FIELD_DTYPE)
         for descriptor, (name, type_id) in zip(descriptors, fields, strict=True):
             descriptor["type_id"] = type_id
             descriptor["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)

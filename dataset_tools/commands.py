@@ -22,7 +22,6 @@ from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE
 from dataset_tools.shard_set import SUFFIX
 from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, Work
-from pipelines.beton import ffcv_types
 from pipelines.manifest import Tier, skipped_path
 
 _FASHION_MNIST_PICTURES = 70_000
@@ -95,7 +94,6 @@ class Convert:
                 progress=advance,
             )
         if sharding is None:
-            ffcv_types()  # takes seconds to import, which is not part of the pace
             self.output.parent.mkdir(parents=True, exist_ok=True)
         replaces = self.overwrite and self.output.exists()
         started = time.monotonic()
@@ -219,7 +217,6 @@ class FashionMnist:
     def run(self, out: Console, err: Console) -> int:
         """Compile both splits and report."""
         pairs = locate(self.download_to)
-        ffcv_types()
         started = time.monotonic()
         expected = _FASHION_MNIST_PICTURES if self.limit is None else self.limit + self.limit // 6
         with track(expected, "compiling Fashion-MNIST", err) as advance:

@@ -85,7 +85,7 @@ def convert(
     replace others, and the next call goes on.
     Raises ValueError for an unusable option and where no picture, or too few, can be used, FileExistsError
     where ``out`` exists and ``overwrite`` is off (shards made of the same source with the same options are
-    taken as they are), ImportError without FFCV.
+    taken as they are), ImportError without libturbojpeg, which finds damaged pictures.
     """
     how = Normalising(
         tier=tier,

@@ -100,7 +100,8 @@ def build_loader(
     path, device = Path(path), torch.device(device)
     if str(device) == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    choice = choose(path, backend, look_around(device))
+    num_threads = usable_cores(num_threads)
+    choice = choose(path, backend, look_around(device, num_threads))
     log.info("%s", choice)
     if reading not in get_args(Reading) or (choice.backend == "folder" and reading != "auto"):
         raise ValueError(
@@ -109,7 +110,6 @@ def build_loader(
         )
     if choice.backend != "dali" and dali not in (None, DALIOptions()):
         raise ValueError(f"{dali} are given, but the backend is {choice.backend}; choose backend dali")
-    num_threads = usable_cores(num_threads)
     engine = _open_engine(path, choice.backend, reading, device, num_threads, dali)
     stream = None
     if reading == "stream":

@@ -9,7 +9,6 @@ field ``label``, of which FFCV makes no use (see :mod:`pipelines.manifest`).
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,10 +17,27 @@ import numpy.typing as npt
 from pipelines.blocks import blocks
 from pipelines.manifest import HASH_AT, HASH_BYTES, Manifest, Tier
 
-INSTALL_FFCV = (
-    "FFCV is not installed. `make setup` installs it; by hand: "
-    "apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv==1.0.2"
+VERSION = 2
+"""Of the layout; the first number of every file."""
+HEADER_DTYPE = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
 )
+"""The first 24 bytes of a file. This and the next three are byte for byte the types of ``ffcv.types``."""
+FIELD_DTYPE = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", (1024,))], align=True)
+"""The descriptor of a field: its type, its name padded with zeros, and what the type defines."""
+# Made apart from the record, whose alignment would otherwise be its own too.
+_IMAGE_DTYPE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+METADATA_DTYPE = np.dtype([("f0", _IMAGE_DTYPE), ("f1", "<i8")], align=True)
+"""The record of one sample: f0, the image, packed to 13 bytes, and f1, the label, from byte 16 on."""
+TABLE_DTYPE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+"""An entry of the allocation table."""
 MODE_JPEG, MODE_RAW = 0, 1
 """Values of an image's ``mode``, as in ffcv.fields.rgb_image.IMAGE_MODES."""
 MODE_YUV420 = 2
@@ -43,39 +59,6 @@ _MODES_OF_TYPE = {TYPE_IMAGE: (MODE_JPEG, MODE_RAW), TYPE_PLANES: (MODE_YUV420,)
 _Integers = TypeVar("_Integers", int, npt.NDArray[np.uint64])
 
 
-def import_ffcv() -> None:
-    """Import FFCV or say how to install it; keeps the thread count that importing it would change.
-
-    Raises:
-        ImportError: if FFCV is missing.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        import ffcv.reader  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{INSTALL_FFCV} ({error})") from error
-    finally:
-        torch.set_num_threads(threads)
-
-
-def ffcv_types() -> ModuleType:
-    """Return ``ffcv.types``; a missing FFCV is an ImportError that says how to install it."""
-    import_ffcv()
-    import ffcv.types
-
-    types: ModuleType = ffcv.types
-    return types
-
-
-def metadata_dtype() -> np.dtype[Any]:
-    """Return the record of one sample: f0 = (mode, width, height, data_ptr), f1 = label."""
-    types = ffcv_types()
-    dtype: np.dtype[Any] = types.get_metadata_type([types.RGBImageField(), types.IntField()])
-    return dtype
-
-
 @dataclass(frozen=True)
 class BetonFile:
     """An opened set of the fields ``image`` and ``label``; N samples."""
@@ -85,7 +68,7 @@ class BetonFile:
     """The whole file, mapped."""
     page_bytes: int
     metadata: npt.NDArray[np.void]
-    """(N,) records, see metadata_dtype."""
+    """(N,) records of METADATA_DTYPE."""
     pointers: npt.NDArray[np.uint64]
     """(N,) addresses of the payloads in ``data``; a strided, unaligned view of ``metadata``."""
     sizes: npt.NDArray[np.uint64]
@@ -127,19 +110,17 @@ def open_beton(path: str | Path) -> BetonFile:
         raise FileNotFoundError(
             f"there is no compiled set {path}; make one with `make convert DATA=<folder> OUT={path}`"
         )
-    types = ffcv_types()
     size = path.stat().st_size
-    if size < types.HeaderType.itemsize:
+    if size < HEADER_DTYPE.itemsize:
         raise ValueError(
-            f"{path} has {size} bytes, a header alone has {types.HeaderType.itemsize}: it is cut short; "
-            f"{_AGAIN}"
+            f"{path} has {size} bytes, a header alone has {HEADER_DTYPE.itemsize}: it is cut short; {_AGAIN}"
         )
     data = np.memmap(path, np.uint8, mode="r")
-    header = data[: types.HeaderType.itemsize].view(types.HeaderType)[0]
-    _check_header(path, header, size, types)
-    metadata, modes = _metadata(path, data, header, types)
+    header = data[: HEADER_DTYPE.itemsize].view(HEADER_DTYPE)[0]
+    _check_header(path, header, size)
+    metadata, modes = _metadata(path, data, header)
     table_at, page = int(header["alloc_table_ptr"]), int(header["page_size"])
-    table = data[table_at:].view(types.ALLOC_TABLE_TYPE)
+    table = data[table_at:].view(TABLE_DTYPE)
     pointers = metadata["f0"]["data_ptr"]
     sizes = table["size"] if _in_sample_order(pointers, table) else _sizes_by_address(path, pointers, table)
     for rows in blocks(len(metadata)):
@@ -149,11 +130,10 @@ def open_beton(path: str | Path) -> BetonFile:
     return BetonFile(path, data, page, metadata, pointers, sizes, recorded)
 
 
-def _check_header(path: Path, header: Any, size: int, types: ModuleType) -> None:
-    if header["version"] != types.CURRENT_VERSION:
+def _check_header(path: Path, header: Any, size: int) -> None:
+    if header["version"] != VERSION:
         raise ValueError(
-            f"{path} is not a .beton file of version {types.CURRENT_VERSION} (says {header['version']}); "
-            f"{_AGAIN}"
+            f"{path} is not a .beton file of version {VERSION} (says {header['version']}); {_AGAIN}"
         )
     page = int(header["page_size"])
     if page == 0 or page & (page - 1):
@@ -164,30 +144,29 @@ def _check_header(path: Path, header: Any, size: int, types: ModuleType) -> None
             f"{path}: the allocation table should start at byte {table_at}, the file has {size}: "
             f"it is cut short; {_AGAIN}"
         )
-    if (size - table_at) % types.ALLOC_TABLE_TYPE.itemsize:
+    if (size - table_at) % TABLE_DTYPE.itemsize:
         raise ValueError(
             f"{path}: the allocation table of {size - table_at} bytes ends inside an entry: "
             f"it is cut short; {_AGAIN}"
         )
 
 
-def _metadata(
-    path: Path, data: Any, header: Any, types: ModuleType
-) -> tuple[npt.NDArray[np.void], tuple[int, ...]]:
+def _metadata(path: Path, data: Any, header: Any) -> tuple[npt.NDArray[np.void], tuple[int, ...]]:
     """Return the records and the modes that the type of the field ``image`` allows."""
-    start = types.HeaderType.itemsize
+    start = HEADER_DTYPE.itemsize
     num_fields, count = int(header["num_fields"]), int(header["num_samples"])
-    stop = start + num_fields * types.FieldDescType.itemsize
-    dtype = metadata_dtype()
-    if stop + count * dtype.itemsize > int(header["alloc_table_ptr"]):
+    stop = start + num_fields * FIELD_DTYPE.itemsize
+    if stop + count * METADATA_DTYPE.itemsize > int(header["alloc_table_ptr"]):
         raise ValueError(
             f"{path}: metadata of {count} samples does not fit before the allocation table; {_AGAIN}"
         )
-    fields = data[start:stop].view(types.FieldDescType)
+    fields = data[start:stop].view(FIELD_DTYPE)
     found = [(bytes(f["name"]).split(b"\0")[0].decode("ascii", "replace"), int(f["type_id"])) for f in fields]
     for image_type, modes in _MODES_OF_TYPE.items():
         if found == [("image", image_type), ("label", TYPE_INT)]:
-            metadata: npt.NDArray[np.void] = data[stop : stop + count * dtype.itemsize].view(dtype)
+            metadata: npt.NDArray[np.void] = data[stop : stop + count * METADATA_DTYPE.itemsize].view(
+                METADATA_DTYPE
+            )
             return metadata, modes
     raise ValueError(
         f"{path} has the fields {found}; expected image (type {TYPE_IMAGE}, or {TYPE_PLANES} for planes), "

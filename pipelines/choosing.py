@@ -1,20 +1,30 @@
 """Which backend reads a set best here: by what the set offers, what is installed and what the machine has."""
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
-from pipelines.beton import INSTALL_FFCV
+from pipelines import turbojpeg
 from pipelines.dali_operators import INSTALL_DALI
 from pipelines.manifest import Manifest
+from pipelines.nvjpeg import JpegUnit, find_jpeg_unit
 from pipelines.shards import is_shard_set
 
 Backend = Literal["auto", "ffcv", "dali", "folder"]
-# Compute capabilities of the data-centre GPUs with a JPEG unit: A30 and A100; H100 and H200; B200 and B300.
-_WITH_JPEG_UNIT = ((8, 0), (9, 0), (10, 0), (10, 3))
+PICTURES_PER_CORE_S = 560
+"""JPEGs a second that one CPU core decodes and cuts into two views of 224 px; the photometric stage is the
+GPU's. For the crops of this loader ``benchmarks/results/loader.json`` has, with two cores at work, 1,021 a
+core of JPEGs of 55 KB (500 × 375 px) and 687 of JPEGs of 108 KB. This is the lower figure less a fifth, a
+margin for many cores that share their memory and for a training step beside them."""
+PICTURES_PER_GPU_S = 3_000
+"""Pictures a second that a training step on one GPU can use. Published rates of ResNet-50, forward and
+backward, are 3,000 to 4,000 images a second. MoCo adds the key encoder's forward pass, a third of that, which
+makes 2,250 to 3,000; MixMask also encodes mixtures, forward and backward, which makes 1,290 to 1,720."""
 
 
 @dataclass(frozen=True)
@@ -29,29 +39,46 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Here:
+class Machine:
     """What there is to choose from."""
 
-    ffcv: bool
-    """Whether FFCV is installed."""
+    turbojpeg: bool
+    """Whether libturbojpeg is found, which the ``ffcv`` backend decodes with."""
     dali: bool
     """Whether DALI is installed."""
-    jpeg_unit: bool
-    """Whether the device is a GPU that decodes JPEGs in hardware."""
+    cores: int = 1
+    """CPU cores that decode for this process, which trains on one device."""
+    jpeg_unit: Callable[[], JpegUnit] | None = None
+    """Asks whether the GPU decodes JPEGs in hardware; None on a CPU."""
 
 
-def look_around(device: torch.device) -> Here:
-    """What is installed, and what the device has; imports nothing heavy."""
-    unit = device.type == "cuda" and torch.cuda.get_device_capability(device) in _WITH_JPEG_UNIT
-    return Here(_installed("ffcv"), _installed("nvidia") and _installed("nvidia.dali"), unit)
+def look_around(device: torch.device, cores: int) -> Machine:
+    """What is installed, and what the device has; ``cores`` decode. Imports nothing heavy.
+
+    Raises:
+        ValueError: if LIBTURBOJPEG names something else.
+    """
+    try:
+        turbojpeg.library()
+    except ImportError:
+        found = False
+    else:
+        found = True
+    ask = functools.partial(find_jpeg_unit, device) if device.type == "cuda" else None
+    return Machine(found, _installed("nvidia.dali"), cores, ask)
 
 
 def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # its parent is missing
+        return False
 
 
-def choose(path: str | Path, backend: Backend, here: Here) -> Choice:
+def choose(path: str | Path, backend: Backend, machine: Machine) -> Choice:
     """Choose a backend for a set, or see whether the one asked for can read it.
+
+    ``auto`` decodes on the CPU, unless its cores are too few for the GPU and the GPU has a unit for JPEGs.
 
     Raises:
         FileNotFoundError: if there is no such set.
@@ -71,27 +98,38 @@ def choose(path: str | Path, backend: Backend, here: Here) -> Choice:
         )
     if backend != "auto":
         return Choice(backend, "asked for")
-    manifest, shards = Manifest.read(path), is_shard_set(path)
-    # FFCV's types tell the layout of a .beton file, whoever decodes what is in it.
-    dali = here.dali and (shards or here.ffcv) and (manifest is None or manifest.tier == "jpeg")
-    if here.jpeg_unit and dali and manifest is not None:
-        return Choice("dali", "this GPU decodes JPEGs in hardware")
-    if here.ffcv:
-        return Choice("ffcv", _why_ffcv(here, manifest))
-    if dali:
-        return Choice("dali", "FFCV, which would be faster on CPU cores, is not installed")
-    or_dali = f" Or DALI, which reads shards alone: {INSTALL_DALI}" if shards else ""
-    raise ImportError(f"nothing that is installed here reads {path}. {INSTALL_FFCV}.{or_dali}")
+    manifest = Manifest.read(path)
+    jpegs = manifest is None or manifest.tier == "jpeg"
+    if machine.turbojpeg:
+        if manifest is None:
+            return Choice("ffcv", "it reads every tier, and the set has no manifest that names its own")
+        return _by_the_cores(machine) if jpegs else Choice("ffcv", f"only it reads the tier {manifest.tier}")
+    if machine.dali and jpegs:
+        return Choice(
+            "dali", f"libturbojpeg, with which CPU cores are faster, was not found; {turbojpeg.INSTALL}"
+        )
+    or_dali = f" Or DALI: {INSTALL_DALI}" if jpegs else ""
+    raise ImportError(
+        f"nothing that is installed here reads {path}, for libturbojpeg was not found: {turbojpeg.INSTALL}."
+        f"{or_dali}"
+    )
 
 
-def _why_ffcv(here: Here, manifest: Manifest | None) -> str:
-    if manifest is None:
-        return "it reads every tier, and the set has no manifest to tell its own"
-    if manifest.tier != "jpeg":
-        return f"only it reads pictures of the tier {manifest.tier}"
-    if here.jpeg_unit:
-        return f"the fastest that is installed; for this GPU's JPEG unit DALI is missing, {INSTALL_DALI}"
-    return "the fastest on CPU cores, and this device has no unit that decodes JPEGs"
+def _by_the_cores(machine: Machine) -> Choice:
+    """For a set of JPEGs that both backends read."""
+    if machine.jpeg_unit is None:
+        return Choice("ffcv", "the fastest on CPU cores, and batches stay on the CPU")
+    rate = machine.cores * PICTURES_PER_CORE_S
+    cores = f"{machine.cores} CPU core{'s' if machine.cores > 1 else ''} decode about {rate:,} pictures/s"
+    if rate >= PICTURES_PER_GPU_S:
+        return Choice("ffcv", f"{cores}, and one GPU uses at most {PICTURES_PER_GPU_S:,}")
+    few = f"{cores}, and one GPU can use up to {PICTURES_PER_GPU_S:,}"
+    unit = machine.jpeg_unit()
+    if not unit.present:
+        return Choice("ffcv", f"{few}, but {unit.why_not}")
+    if not machine.dali:
+        return Choice("ffcv", f"{few}, but DALI, which uses this GPU's JPEG unit, is missing: {INSTALL_DALI}")
+    return Choice("dali", f"{few}; this GPU decodes JPEGs in hardware")
 
 
 def _check_folder(path: Path, backend: Backend) -> None:

@@ -1,10 +1,10 @@
 """The ``ffcv`` backend: each picture decoded once on the CPU, every view cut out of that by our own kernels.
 
-What is FFCV's here is the format of ``.beton`` files, which its own loader reads too (jpeg and raw tiers),
-and the libturbojpeg that it brings; shards are read as well. Its loader keeps Python objects for every
-picture, decodes once for each view, draws its own randomness and cannot resume in the middle of an epoch; so
-pictures are decoded and cropped by :mod:`pipelines.jpeg_crops`. libturbojpeg is asked for its accurate
-transform (FFCV's own decoder takes the fast one, off by up to 8 grey levels).
+It is named after FFCV, whose format ``.beton`` files have (FFCV's own loader reads those of the jpeg and raw
+tiers); FFCV itself is not needed. FFCV's loader keeps Python objects for every picture, decodes once for each
+view, draws its own randomness and cannot resume in the middle of an epoch; so pictures are decoded and
+cropped by :mod:`pipelines.jpeg_crops`, from ``.beton`` files and shards. libturbojpeg is asked for its
+accurate transform (FFCV's own decoder takes the fast one, off by up to 8 grey levels).
 
 Shape letters: N pictures, V views, S side in pixels.
 """
@@ -26,7 +26,7 @@ class FFCVEngine(StoreEngine):
         """Find the decoder.
 
         Raises:
-            ImportError: if FFCV or libturbojpeg is missing.
+            ImportError: if libturbojpeg is missing.
         """
         super().__init__(store)
         functions()

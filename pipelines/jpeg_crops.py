@@ -53,7 +53,7 @@ class Functions(NamedTuple):
 
 @cache
 def functions() -> Functions:
-    """Find libturbojpeg's functions, through FFCV; raises ImportError where that is missing."""
+    """Find libturbojpeg's functions; raises as :func:`pipelines.turbojpeg.library` does."""
     found = library()
     return Functions(
         address_of(found.tjInitDecompress),

@@ -64,7 +64,6 @@ def open_store(path: Path, reading: Reading = "auto") -> Store:
     Raises:
         FileNotFoundError: if there is no such set, or a file of it is missing.
         ValueError: if it is damaged, or cannot be read in this way.
-        ImportError: if FFCV is missing, which knows the layout of ``.beton`` files.
     """
     if path.is_dir():
         return ShardStore(path, reading)

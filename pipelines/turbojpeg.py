@@ -1,17 +1,21 @@
-"""The TurboJPEG that FFCV is linked with: the loader's decoder, planes, and whether a JPEG is whole.
+"""libturbojpeg: the loader's decoder, planes, and whether a JPEG is whole.
 
 PIL gives pixels for a JPEG that is damaged inside its coded data without a word; libturbojpeg warns.
 """
 
+import contextlib
 import ctypes
 import functools
+import importlib.util
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.beton import import_ffcv
 from pipelines.jpeg_markers import TABLE_MISSING, missing_table
 
 State = Literal["whole", "irregular", "damaged"]
@@ -20,6 +24,28 @@ TJCS_RGB, TJCS_YCBCR, TJCS_CMYK, TJCS_YCCK = 0, 1, 3, 4
 TJSAMP_444, TJSAMP_422, TJSAMP_420, TJSAMP_440 = 0, 1, 2, 4
 TJFLAG_ACCURATEDCT = 4096
 TJERR_FATAL = 1
+LIBRARY_VARIABLE = "LIBTURBOJPEG"
+"""The environment variable that names the library's file."""
+INSTALL = f"`apt-get install libturbojpeg0` brings it, or name its file in {LIBRARY_VARIABLE}"
+_SYSTEM_NAME = "libturbojpeg.so.0"
+# The first with tjGetErrorCode. 3.x still has all functions of 2.x.
+_OLDEST = "2.0"
+_POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "tjInitDecompress": ([], _POINTER),
+    "tjInitCompress": ([], _POINTER),
+    "tjDestroy": ([_POINTER], _INT),
+    # handle, JPEG, its size, and where to put width, height, subsampling, colours
+    "tjDecompressHeader3": ([_POINTER, _POINTER, _SIZE, *[ctypes.POINTER(_INT)] * 4], _INT),
+    # handle, JPEG, its size, pixels, width, pitch, height, pixel format, flags
+    "tjDecompress2": ([_POINTER, _POINTER, _SIZE, _POINTER, *[_INT] * 5], _INT),
+    # handle, JPEG, its size, planes, width, strides, height, flags
+    "tjDecompressToYUVPlanes": ([_POINTER, _POINTER, _SIZE, _POINTER, _INT, _POINTER, _INT, _INT], _INT),
+    # handle, pixels, width, pitch, height, pixel format, planes, strides, subsampling, flags
+    "tjEncodeYUVPlanes": ([_POINTER, _POINTER, *[_INT] * 4, _POINTER, _POINTER, _INT, _INT], _INT),
+    "tjGetErrorCode": ([_POINTER], _INT),
+    "tjGetErrorStr2": ([_POINTER], ctypes.c_char_p),
+}
 # libjpeg's warnings that cost no pixel; any other ("premature end", "bad Huffman code") means lost data.
 _HARMLESS = (
     "extraneous bytes",
@@ -211,33 +237,50 @@ class _Encoder:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """FFCV's compiled library, through which TurboJPEG's functions are found, with their types declared.
+    """libturbojpeg, with the types of the functions used here declared.
+
+    It is the file that the environment variable LIBTURBOJPEG names, or else the one FFCV is linked with where
+    FFCV is installed (which is not imported: that takes seconds and sets torch's threads), or else the
+    system's.
 
     Pointers, but for those of tjDecompressHeader3, are declared as plain addresses, which compiled code can
     pass too: ``uint8 **planes`` is the address of three addresses, ``int *strides`` that of three int32.
-    Raises ImportError where FFCV is missing.
-    """
-    import_ffcv()
-    import ffcv._libffcv
 
-    lib = ctypes.CDLL(ffcv._libffcv.__file__)
-    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
-    lib.tjInitDecompress.argtypes, lib.tjInitDecompress.restype = [], pointer
-    lib.tjInitCompress.argtypes, lib.tjInitCompress.restype = [], pointer
-    lib.tjDestroy.argtypes = [pointer]
-    lib.tjDecompressHeader3.argtypes = [pointer, pointer, size, *[ctypes.POINTER(integer)] * 4]
-    # handle, JPEG, its size, pixels, width, pitch, height, pixel format, flags
-    lib.tjDecompress2.argtypes = [pointer, pointer, size, pointer, *[integer] * 5]
-    # handle, JPEG, its size, planes, width, strides, height, flags
-    lib.tjDecompressToYUVPlanes.argtypes = [
-        pointer, pointer, size, pointer, integer, pointer, integer, integer
-    ]  # fmt: skip
-    # handle, pixels, width, pitch, height, pixel format, planes, strides, subsampling, flags
-    lib.tjEncodeYUVPlanes.argtypes = [
-        pointer, pointer, *[integer] * 4, pointer, pointer, integer, integer
-    ]  # fmt: skip
-    lib.tjGetErrorCode.argtypes = [pointer]
-    lib.tjGetErrorStr2.argtypes, lib.tjGetErrorStr2.restype = [pointer], ctypes.c_char_p
+    Raises:
+        ImportError: if there is none.
+        ValueError: if LIBTURBOJPEG names something else.
+    """
+    if named := os.environ.get(LIBRARY_VARIABLE):
+        try:
+            return _load(named)
+        except (OSError, AttributeError) as error:
+            raise ValueError(
+                f"{LIBRARY_VARIABLE} is {named!r}, which is no libturbojpeg {_OLDEST} or newer ({error}); "
+                "name its file, or unset the variable to take the system's"
+            ) from error
+    unusable = []
+    for place in (*_linked_with_ffcv(), _SYSTEM_NAME):
+        try:
+            return _load(place)
+        except (OSError, AttributeError) as error:
+            unusable.append(str(error))
+    raise ImportError(f"libturbojpeg {_OLDEST} or newer was not found ({'; '.join(unusable)}). {INSTALL}")
+
+
+def _linked_with_ffcv() -> Iterator[str]:
+    """FFCV's compiled part, through which the functions of the libturbojpeg it is linked with are found."""
+    with contextlib.suppress(ImportError):
+        spec = importlib.util.find_spec("ffcv")
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            yield from sorted(map(str, Path(folder).glob("_libffcv*.so")))
+
+
+def _load(name: str) -> ctypes.CDLL:
+    """Open a library and declare its functions; AttributeError names the first that it lacks."""
+    lib = ctypes.CDLL(name)
+    for function, (arguments, result) in _FUNCTIONS.items():
+        found = getattr(lib, function)
+        found.argtypes, found.restype = arguments, result
     return lib
 
 

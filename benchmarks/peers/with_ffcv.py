@@ -7,18 +7,21 @@ from collections.abc import Iterator
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.peers.contract import FFCV, FixedCrops, Job, Peer, Work, hush_numba
-from pipelines.beton import import_ffcv, open_beton
+from pipelines.beton import open_beton
 
-import_ffcv()
-
+# Importing FFCV sets torch to one thread.
+_num_threads = torch.get_num_threads()
 from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder  # noqa: E402
 from ffcv.libffcv import imdecode, resize_crop  # noqa: E402
 from ffcv.loader import Loader, OrderOption  # noqa: E402
 from ffcv.pipeline import PipelineSpec  # noqa: E402
 from ffcv.transforms import ToTensor  # noqa: E402
+
+torch.set_num_threads(_num_threads)
 
 _BATCHES_AHEAD = 3
 # The set is listed so often that the turns hold no start of an epoch, where FFCV allocates its memory anew.

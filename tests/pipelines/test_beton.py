@@ -10,25 +10,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("ffcv")
-
 from dataset_tools.beton_writer import BetonWriter
+from pipelines import beton as layout
 from pipelines import blocks as module
 from pipelines.beton import (
+    FIELD_DTYPE,
+    HEADER_DTYPE,
+    METADATA_DTYPE,
     MODE_JPEG,
     MODE_RAW,
     MODE_YUV420,
+    TABLE_DTYPE,
     TIER_MODES,
     TYPE_IMAGE,
     TYPE_INT,
     TYPE_PLANES,
     BetonFile,
-    ffcv_types,
-    metadata_dtype,
     open_beton,
     pixel_bytes,
 )
-from pipelines.manifest import TIERS, Tier
+from pipelines.manifest import HASH_AT, TIERS, Tier
 
 SIZES = ((1, 1), (5, 4), (4, 7), (3, 3))
 
@@ -56,14 +57,14 @@ def make(tmp_path: Path) -> Callable[[Tier], Path]:
 
 def parts(path: Path) -> tuple[np.memmap[Any, Any], Any, Any]:
     """Field descriptors, metadata and allocation table of a file, to write to."""
-    types = ffcv_types()
     data = np.memmap(path, np.uint8, mode="r+")
-    header = data[: types.HeaderType.itemsize].view(types.HeaderType)[0]
-    fields_end = types.HeaderType.itemsize + 2 * types.FieldDescType.itemsize
-    fields = data[types.HeaderType.itemsize : fields_end].view(types.FieldDescType)
-    dtype = metadata_dtype()
-    records = data[fields_end : fields_end + int(header["num_samples"]) * dtype.itemsize].view(dtype)
-    return fields, records, data[int(header["alloc_table_ptr"]) :].view(types.ALLOC_TABLE_TYPE)
+    header = data[: HEADER_DTYPE.itemsize].view(HEADER_DTYPE)[0]
+    fields_end = HEADER_DTYPE.itemsize + 2 * FIELD_DTYPE.itemsize
+    fields = data[HEADER_DTYPE.itemsize : fields_end].view(FIELD_DTYPE)
+    records = data[fields_end : fields_end + int(header["num_samples"]) * METADATA_DTYPE.itemsize].view(
+        METADATA_DTYPE
+    )
+    return fields, records, data[int(header["alloc_table_ptr"]) :].view(TABLE_DTYPE)
 
 
 def refuse_to_sort(*_: Any, **__: Any) -> None:
@@ -121,20 +122,19 @@ def shared_payload_set(path: Path, count: int) -> None:
     with BetonWriter(path, capacity=1, tier="raw") as writer:
         writer.add(bytes(12), label=0, width=2, height=2, source_path="0")
         writer.commit(source="test")
-    types = ffcv_types()
     data = path.read_bytes()
-    header = np.frombuffer(data, types.HeaderType, 1).copy()
-    fields_end = types.HeaderType.itemsize + 2 * types.FieldDescType.itemsize
-    record = np.frombuffer(data, metadata_dtype(), 1, fields_end)
+    header = np.frombuffer(data, HEADER_DTYPE, 1).copy()
+    fields_end = HEADER_DTYPE.itemsize + 2 * FIELD_DTYPE.itemsize
+    record = np.frombuffer(data, METADATA_DTYPE, 1, fields_end)
     page = int(header["page_size"][0])
     metadata = np.repeat(record, count)
     payload_at = -(-(fields_end + metadata.nbytes) // page) * page
     metadata["f0"]["data_ptr"] = payload_at
-    table = np.zeros(count, types.ALLOC_TABLE_TYPE)
+    table = np.zeros(count, TABLE_DTYPE)
     table["sample_id"], table["ptr"], table["size"] = np.arange(count), payload_at, 12
     header["num_samples"], header["alloc_table_ptr"] = count, payload_at + 12
     with path.open("wb") as file:
-        file.write(header.tobytes() + data[types.HeaderType.itemsize : fields_end] + metadata.tobytes())
+        file.write(header.tobytes() + data[HEADER_DTYPE.itemsize : fields_end] + metadata.tobytes())
         file.seek(payload_at)
         file.write(bytes(12) + table.tobytes())
 
@@ -209,8 +209,46 @@ def test_other_fields_are_refused(make: Callable[[Tier], Path], type_id: int) ->
         open_beton(path)
 
 
+def test_the_layout_is_the_one_that_ffcv_has() -> None:
+    types = pytest.importorskip("ffcv.types")
+    theirs = {
+        HEADER_DTYPE: types.HeaderType,
+        FIELD_DTYPE: types.FieldDescType,
+        TABLE_DTYPE: types.ALLOC_TABLE_TYPE,
+        METADATA_DTYPE: types.get_metadata_type([types.RGBImageField(), types.IntField()]),
+    }
+    for ours, their in theirs.items():
+        assert (ours, ours.itemsize, ours.fields) == (their, their.itemsize, their.fields)  # fields: offsets
+    assert METADATA_DTYPE["f0"].fields == theirs[METADATA_DTYPE]["f0"].fields
+    assert types.CURRENT_VERSION == layout.VERSION
+    assert types.TYPE_ID_HANDLER[TYPE_INT] is types.IntField
+    assert types.TYPE_ID_HANDLER[TYPE_IMAGE] is types.RGBImageField
+    assert types.TYPE_ID_HANDLER[TYPE_PLANES] is None
+
+
+def test_offsets_in_the_layout() -> None:
+    """What FFCV 1.0.2 has, written down, for machines without it."""
+    header = {"version": 0, "num_fields": 2, "page_size": 4, "num_samples": 8, "alloc_table_ptr": 16}
+    image = {"mode": 0, "width": 1, "height": 3, "data_ptr": 5}
+    wanted: list[tuple[np.dtype[Any], int, dict[str, int]]] = [
+        (HEADER_DTYPE, 24, header),
+        (FIELD_DTYPE, 1041, {"type_id": 0, "name": 1, "arguments": 17}),
+        (TABLE_DTYPE, 24, {"sample_id": 0, "ptr": 8, "size": 16}),
+        (METADATA_DTYPE, 24, {"f0": 0, "f1": 16}),
+        (METADATA_DTYPE["f0"], 13, image),
+    ]
+    for dtype, itemsize, offsets in wanted:
+        assert dtype.itemsize == itemsize
+        assert dtype.fields is not None
+        assert {name: field[1] for name, field in dtype.fields.items()} == offsets
+    descriptors = np.zeros(2, FIELD_DTYPE)
+    label_arguments = descriptors[1]["arguments"]
+    assert HEADER_DTYPE.itemsize + label_arguments.ctypes.data - descriptors.ctypes.data == HASH_AT
+
+
 def test_stock_ffcv_refuses_planes(make: Callable[[Tier], Path]) -> None:
     """As pixels it would read past every payload."""
+    pytest.importorskip("ffcv")
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader
