@@ -195,7 +195,6 @@ def test_a_tar_gives_the_set_of_its_folder(photos: Path, whole: Path, tmp_path: 
 
 
 def test_shards_become_one_file_and_shards_again(photos: Path, whole: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ffcv")
     of_shards = convert(ShardSource(whole), tmp_path / "a.beton").manifest
     of_folder = convert(FolderSource(photos), tmp_path / "b.beton").manifest
     assert (of_shards.sha256, of_shards.classes) == (of_folder.sha256, of_folder.classes)

@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-pytest.importorskip("ffcv")
-
 from pipelines.pictures import planes_to_rgb
 from pipelines.turbojpeg import (
     Jpeg,
