@@ -102,7 +102,15 @@ def test_ffcv_reads_what_was_written(
 def test_page_grows_for_a_large_picture_and_no_further(tmp_path: Path) -> None:
     payloads = [b"a" * 4000, b"b" * 4000, b"c" * 9000, b"d"]
     write(tmp_path / "set.beton", payloads, [0, 1, 2, 3])
-    assert open_beton(tmp_path / "set.beton").page_bytes == 16384
+    beton = open_beton(tmp_path / "set.beton")
+    assert beton.page_bytes == 16384
+    assert [beton.payload(i).tobytes() for i in range(4)] == payloads
+
+
+@pytest.mark.needs("ffcv")
+def test_ffcv_reads_a_file_whose_page_grew(tmp_path: Path) -> None:
+    payloads = [b"a" * 4000, b"b" * 4000, b"c" * 9000, b"d"]
+    write(tmp_path / "set.beton", payloads, [0, 1, 2, 3])
     assert read_by_ffcv(tmp_path / "set.beton", "process") == payloads
 
 
