@@ -11,7 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# FFCV is compiled against these; the data set is optional, torchvision can download it instead.
+# libturbojpeg is what the loader decodes with; FFCV, a peer of the benchmarks, is compiled against all of these. The
+# data set is optional, torchvision can download it instead.
 SYSTEM_PACKAGES := build-essential pkg-config libopencv-dev libturbojpeg0-dev
 DATA_PACKAGES := dataset-fashion-mnist
 # One of the loader's peers, SPDL, decodes through FFmpeg's libraries; `make bench` installs them.
@@ -50,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 # Installs what is missing where root or sudo allows it, and says the exact command where not. The data set is a
 # convenience: without it torchvision downloads one.
 system:
-	@command -v apt-get >/dev/null || { echo "no apt-get here; install OpenCV, libturbojpeg, pkg-config and a C++ compiler by hand"; exit 0; }; \
+	@command -v apt-get >/dev/null || { echo "no apt-get here; install libturbojpeg, and for FFCV OpenCV, pkg-config and a C++ compiler by hand"; exit 0; }; \
 	wanted="$(SYSTEM_PACKAGES)"; \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || wanted="$$wanted python3-venv"; \
 	$(PYTHON) -c 'import pathlib, sysconfig, sys; sys.exit(not (pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h").exists())' || wanted="$$wanted python3-dev"; \

@@ -106,8 +106,8 @@ class PretrainConfig:
     precision: PrecisionName = "auto"
     """auto: bf16 on GPUs that have it, else fp16; fp32 on CPUs."""
     backend: Backend = "auto"
-    """Who decodes: ffcv and dali take compiled sets, folder takes folders of pictures; auto chooses by the
-    set, by what is installed and by the device, and says why."""
+    """Who decodes: ffcv and dali take compiled sets, folder takes folders of pictures; auto takes the
+    CPU cores unless they are too few for the GPU, and says why (docs/backends.md)."""
     num_threads: int = 0
     """Threads that decode; 0 takes every core this process may use."""
     reading: Reading = "auto"

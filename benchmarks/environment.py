@@ -19,7 +19,7 @@ _PACKAGES = (
     *("torch", "torchvision", "numpy", "numba", "pillow", "ffcv", "opencv-python"),
     *("nvidia-dali-cuda130", "spdl", "simplejpeg", "lightly"),
 )
-# What FFCV, and so our engine, is linked with: its name in pkg-config.
+# What FFCV is linked with, and our engine decodes with: its name in pkg-config.
 _SYSTEM_LIBRARIES = {"libjpeg-turbo (system)": "libturbojpeg", "opencv (system)": "opencv4"}
 _CPU_FLAGS = {"avx2": "avx2", "avx512": "avx512f"}
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from dataset_tools import check_commands, commands
 from dataset_tools.saying import line
+from engine.cli import check_torch
 
 COMMANDS: dict[str, Callable[..., commands.Command]] = {
     "convert": commands.Convert,
@@ -36,6 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
     err = Console(stderr=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        check_torch()
         return command.run(Console(), err)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

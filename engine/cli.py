@@ -1,6 +1,8 @@
 """What every program of the house shares on the command line."""
 
+import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,8 +16,8 @@ from engine.logs import NonFiniteLoss
 
 USER_ERRORS = (ValueError, OSError, ImportError, CheckpointError, NonFiniteLoss, ProcessLost)
 """What is a sentence for the user; anything else is a defect of ours and keeps its traceback."""
-
-
+OLDEST_TORCH = 2, 8
+"""As in pyproject.toml."""
 USER_ERROR, PROCESS_LOST, INTERRUPTED = 2, 3, 130
 """Exit codes."""
 
@@ -29,6 +31,7 @@ def run(program: Callable[[], object]) -> None:
     """
     with failure.ending_at_once():
         try:
+            check_torch()
             program()
         except KeyboardInterrupt:
             _tell("[red]{}[/]", "interrupted")
@@ -43,6 +46,17 @@ def run(program: Callable[[], object]) -> None:
             lost = isinstance(error, ProcessLost)
             _tell("[bold red]error:[/] {}", str(error), failure.LOST if lost else "")
             sys.exit(PROCESS_LOST if lost else USER_ERROR)
+
+
+def check_torch() -> None:
+    """Raise ImportError where the installed torch is too old. Looks at its version alone, without it."""
+    version = importlib.metadata.version("torch")
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(
+            f"torch {version} is too old, at least {oldest} is needed; pip install 'torch>={oldest}'"
+        )
 
 
 def _tell(form: str, sentence: str, kind: str = "") -> None:

@@ -84,6 +84,29 @@ def check_library(name: str, mend: str) -> Finding:
     return Finding(name, "ok", answer.stdout.strip())
 
 
+def check_decoder() -> Finding:
+    """The libturbojpeg that the loader decodes with, wherever it is found."""
+    mend = "apt install libturbojpeg0, or name its file in LIBTURBOJPEG"
+    try:
+        # By name, as packages are: this room imports no other.
+        library = importlib.import_module("pipelines.turbojpeg").library()
+    except ImportError as error:
+        return Finding("libturbojpeg", "absent", str(error), mend, needed=True)
+    except ValueError as error:
+        return Finding("libturbojpeg", "broken", str(error), mend, needed=True)
+    return Finding("libturbojpeg", "ok", library._name, needed=True)
+
+
+def check_torch(mend: str) -> Finding:
+    """torch: there, and new enough."""
+    found = check_package("torch", "torch", mend, needed=True)
+    try:
+        importlib.import_module("engine.cli").check_torch()
+    except ImportError as error:
+        return Finding("torch", "broken", str(error), mend, needed=True)
+    return found
+
+
 def check_python() -> Finding:
     """Python itself: 3.11 or newer."""
     good = sys.version_info >= (3, 11)
@@ -152,10 +175,9 @@ def _backend(name: str, needs: list[Finding], mend: str) -> Finding:
 def examine() -> list[Finding]:
     """Look at everything; rows in the order of the table."""
     install = "make setup"
-    core = [
+    core = [check_torch(install)] + [
         check_package(package, distribution, install, needed=True)
         for package, distribution in (
-            ("torch", "torch"),
             ("torchvision", "torchvision"),
             ("numpy", "numpy"),
             ("numba", "numba"),
@@ -168,12 +190,10 @@ def examine() -> list[Finding]:
             ("sklearn", "scikit-learn"),
         )
     ]
-    libraries = [
-        check_library("libturbojpeg", "apt install libturbojpeg0-dev"),
-        check_library("opencv4", "apt install libopencv-dev"),
-    ]
+    decoder = check_decoder()
+    opencv = check_library("opencv4", "apt install libopencv-dev")
     install_ffcv = "apt install libopencv-dev libturbojpeg0-dev pkg-config && pip install -e '.[ffcv]'"
-    ffcv = check_package("ffcv", "ffcv", install_ffcv, needed=True)
+    ffcv = check_package("ffcv", "ffcv", f"{install_ffcv} (for benchmarks alone)")
     install_dali = "pip install -e '.[dali]'"
     dali = check_package("nvidia.dali", "nvidia-dali-cuda130", install_dali)
     detectron = check_package(
@@ -183,12 +203,13 @@ def examine() -> list[Finding]:
     )
     backends = [
         _backend("folder", core[:2], install),
-        _backend("ffcv", [ffcv], install_ffcv),
+        _backend("ffcv", [decoder], decoder.mend),
         _backend("dali", [dali], install_dali),
     ]
     machine = [check_cores(), check_memory(), check_disk(Path.cwd()), *check_gpus()]
     return [
-        check_python(), *core, *libraries, ffcv, dali, detectron, *backends, *machine, check_fashion_mnist()
+        check_python(), *core, decoder, opencv, ffcv, dali, detectron, *backends, *machine,
+        check_fashion_mnist(),
     ]  # fmt: skip
 
 

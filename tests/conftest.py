@@ -13,6 +13,13 @@ from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test where a package of its mark ``needs`` is missing; of several marks the closest counts."""
+    if mark := item.get_closest_marker("needs"):
+        for package in mark.args:
+            pytest.importorskip(package)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_reports_of_numba() -> None:
     """Where such a report comes in the middle of Python's parsing of other code, 3.11 raises SystemError."""

@@ -183,8 +183,8 @@ def test_backbone_loads_in_torchvision(beton: Path, tmp_path: Path) -> None:
         ("beton", 3, (), False),
         ("beton", 5, (), False),
         ("beton", 7, (), False),
-        ("shards", 7, STREAMED, False),
-        ("shards", 7, STREAMED, True),
+        pytest.param("shards", 7, STREAMED, False, marks=pytest.mark.needs("nvidia.dali")),
+        pytest.param("shards", 7, STREAMED, True, marks=pytest.mark.needs("nvidia.dali")),
     ],
 )
 def test_a_stopped_run_resumes_to_the_same_weights(

@@ -41,6 +41,7 @@ def test_batches_are_those_of_a_gpu() -> None:
     assert GPUBenchmark(quick=True).scale() == Scale(pictures=128, batch_size=32, turns=2, seconds=0.5)
 
 
+@pytest.mark.needs("nvidia.dali")
 def test_a_run_with_the_cpu_in_place_of_the_gpu(
     sample_sets: Callable[..., Sets], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,6 +258,7 @@ def test_our_converter_tells_its_pace_where_the_benchmark_looks(picture_folder: 
     assert float(pace.replace(",", "")) > 0
 
 
+@pytest.mark.needs("nvidia.dali", "simplejpeg")
 def test_the_json_has_the_keys_that_reports_read(
     sample_sets: Callable[..., Sets], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,14 @@ def _failed(rows: Any) -> set[str]:
 
 def test_every_used_comparison_holds(result: dict[str, Any]) -> None:
     used = [row for row in result["rows"] if row["used"]]
+    assert {row["backend"] for row in used} >= {"folder", "ffcv", *colour.STAGES}
     assert [row for row in used if not row["ok"]] == []
+    assert all("DALI is not installed" in why for why in result["left_out"].values())
+
+
+@pytest.mark.needs("nvidia.dali")
+def test_every_used_operation_is_compared(result: dict[str, Any]) -> None:
+    used = [row for row in result["rows"] if row["used"]]
     assert result["left_out"] == {}
     by_subject = {
         name: {row["operation"] for row in used if row["backend"] == name} for name in geometry.SUBJECTS
@@ -86,6 +93,7 @@ def test_every_used_comparison_holds(result: dict[str, Any]) -> None:
     assert measured == {(m.operation, m.against) for m in MEASURES.values()}
 
 
+@pytest.mark.needs("nvidia.dali")
 def test_what_dali_does_differently_is_found(result: dict[str, Any]) -> None:
     """Contrast about mid-grey and hue in YIQ; the flaws that make its operators information only."""
     ok = {(row["operation"], row["how"]): row["ok"] for row in result["rows"] if not row["used"]}
@@ -306,6 +314,7 @@ def test_committed_page_is_the_committed_json() -> None:
     assert all(row["ok"] for row in rows if row["used"])
 
 
+@pytest.mark.needs("nvidia.dali")
 def test_committed_rows_are_those_that_are_measured(result: dict[str, Any]) -> None:
     """The same comparisons and limits; errors may differ in their last digits between processors."""
     committed = read_result(ROOT / RESULTS)["rows"]

@@ -64,6 +64,7 @@ _LARGEST_MEAN_ERROR = {
     SPDL_FFMPEG: 4.0,
     SPDL_TORCHVISION: 0.1,
 }
+NEEDS_DALI = pytest.mark.needs("nvidia.dali")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,15 @@ def test_ours(job: Job, asked: FixedCrops) -> None:
     _check_pixels([PEER], asked)
 
 
-@pytest.mark.parametrize("name", ["ours-dali", "ffcv", "dali", "spdl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ours-dali", marks=NEEDS_DALI),
+        pytest.param("ffcv", marks=pytest.mark.needs("ffcv")),
+        pytest.param("dali", marks=NEEDS_DALI),
+        pytest.param("spdl", marks=pytest.mark.needs("spdl")),
+    ],
+)
 def test_peer_of_threads(name: PeerName, job: Job, asked: FixedCrops) -> None:
     peers = _peers(name)
     for peer in peers:
@@ -135,6 +144,7 @@ def test_peer_of_threads(name: PeerName, job: Job, asked: FixedCrops) -> None:
     _check_pixels(peers, asked)
 
 
+@pytest.mark.needs("ffcv")
 def test_ffcv_leaves_the_functions_of_others_in_order(job: Job) -> None:
     def total(bytes_N: NDArray[np.uint8]) -> int:
         return int(bytes_N.sum())
@@ -148,6 +158,7 @@ def test_ffcv_leaves_the_functions_of_others_in_order(job: Job) -> None:
     assert numba.njit(total)(np.ones(3, np.uint8)) == 3
 
 
+@NEEDS_DALI
 def test_what_runs_on_a_gpu_makes_the_same_views_by_the_same_code_on_the_cpu(
     job: Job, asked: FixedCrops
 ) -> None:
@@ -161,6 +172,7 @@ def test_what_runs_on_a_gpu_makes_the_same_views_by_the_same_code_on_the_cpu(
     _check_pixels(peers, asked)
 
 
+@NEEDS_DALI
 def test_on_a_gpu_everybody_waits_for_it() -> None:
     for peer in load_gpu_peers(ALL_GPU_PEERS, torch.device("cuda", 0)):
         assert cast(Work, peer.crops).settle is not None and cast(Work, peer.recipe).settle is not None
@@ -175,6 +187,7 @@ def test_torchvision(job: Job, asked: FixedCrops) -> None:
     _check_pixels([pil, v2], asked)
 
 
+@pytest.mark.needs("simplejpeg")
 def test_decode_limit(job: Job) -> None:
     (peer,) = load_peers(["decode"])
     assert isinstance(peer.crops, Work) and peer.name == DECODE_LIMIT and peer.crops.one_thread
@@ -210,6 +223,7 @@ def test_missing_dali_is_told_before_our_loader_is_opened(monkeypatch: pytest.Mo
         load_peers(["ours-dali"])
 
 
+@NEEDS_DALI
 def test_ours_takes_the_set_and_the_engine_that_its_name_says(job: Job, asked: FixedCrops) -> None:
     nowhere = Path("nowhere")
     ours = {peer.name: peer for peer in (PEER, *load_peers(["ours-dali"]))}
@@ -222,6 +236,7 @@ def test_ours_takes_the_set_and_the_engine_that_its_name_says(job: Job, asked: F
         assert same == (name == OURS_ON_SHARDS)
 
 
+@pytest.mark.needs("nvidia.dali", "ffcv", "simplejpeg")
 def test_every_peer_says_how_it_is_set_up_or_why_not() -> None:
     names: Iterator[PeerName] = (name for name in ALL_PEERS if name != "spdl")
     for peer in load_peers(list(names)):

@@ -18,7 +18,6 @@ from pipelines.beton import MODE_YUV420, open_beton
 from pipelines.manifest import Manifest, Tier, read_source_path, skipped_path
 from pipelines.turbojpeg import Jpeg, encode_planes
 
-pytest.importorskip("ffcv")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -247,6 +246,7 @@ def test_ctrl_c_leaves_nothing(tree: Path, tmp_path: Path) -> None:
     assert outputs(tmp_path) == []
 
 
+@pytest.mark.needs("ffcv")
 def test_stock_ffcv_loader_reads_it(tree: Path, tmp_path: Path) -> None:
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder

@@ -9,7 +9,6 @@ import pytest
 from dataset_tools.__main__ import COMMANDS, main
 from pipelines.beton import open_beton
 
-pytest.importorskip("ffcv")
 ROOT = Path(__file__).resolve().parents[2]
 Capture = pytest.CaptureFixture[str]
 

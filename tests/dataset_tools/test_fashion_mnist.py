@@ -11,8 +11,6 @@ from dataset_tools.sources import IdxSource
 from dataset_tools.verify import verify
 from pipelines.beton import open_beton
 
-pytest.importorskip("ffcv")
-
 
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:

@@ -13,7 +13,6 @@ from pipelines.manifest import Tier
 from pipelines.turbojpeg import Jpeg, encode_planes
 from tests.dataset_tools.conftest import unusual_jpeg
 
-pytest.importorskip("ffcv")
 JPEG = Normalising()
 
 

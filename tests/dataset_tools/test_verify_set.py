@@ -10,8 +10,6 @@ from dataset_tools.sources import FolderSource
 from dataset_tools.verify import stats, verify
 from pipelines.beton import open_beton
 
-pytest.importorskip("ffcv")
-
 
 @pytest.fixture
 def beton(tree: Path, tmp_path: Path) -> Path:

@@ -1,5 +1,6 @@
 """The doctor names what is missing, how to mend it, and never disturbs torch."""
 
+import importlib.metadata
 import io
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from engine import doctor
 from engine.doctor import Finding
+from pipelines import turbojpeg
 
 
 def test_absent_and_broken_packages_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +36,26 @@ def test_absent_and_broken_packages_are_told_apart(tmp_path: Path, monkeypatch: 
         torch.set_num_threads(num_threads)
         for name in ("greedy", "needs_more", "falls_over"):
             sys.modules.pop(name, None)
+
+
+def test_the_decoder_is_the_one_that_the_loader_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_decoder() == Finding("libturbojpeg", "ok", turbojpeg.library()._name, needed=True)
+    monkeypatch.setattr(turbojpeg, "library", turbojpeg.library.__wrapped__)
+    monkeypatch.setenv("LIBTURBOJPEG", "libm.so.6")
+    wrong = doctor.check_decoder()
+    assert wrong.verdict == "broken" and "LIBTURBOJPEG is 'libm.so.6'" in wrong.detail and wrong.mend
+    monkeypatch.delenv("LIBTURBOJPEG")
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    monkeypatch.setattr(turbojpeg, "_SYSTEM_NAME", "libnowhere.so.0")
+    absent = doctor.check_decoder()
+    assert absent.verdict == "absent" and "apt install libturbojpeg0" in absent.mend and absent.needed
+
+
+def test_a_torch_too_old_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_torch("make setup").verdict == "ok"
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.7.1")
+    old = doctor.check_torch("make setup")
+    assert (old.verdict, old.mend, old.needed) == ("broken", "make setup", True) and "2.7.1" in old.detail
 
 
 def test_low_memory_and_missing_pictures_are_found(tmp_path: Path) -> None:

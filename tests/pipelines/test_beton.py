@@ -209,8 +209,10 @@ def test_other_fields_are_refused(make: Callable[[Tier], Path], type_id: int) ->
         open_beton(path)
 
 
+@pytest.mark.needs("ffcv")
 def test_the_layout_is_the_one_that_ffcv_has() -> None:
-    types = pytest.importorskip("ffcv.types")
+    from ffcv import types
+
     theirs = {
         HEADER_DTYPE: types.HeaderType,
         FIELD_DTYPE: types.FieldDescType,
@@ -246,9 +248,9 @@ def test_offsets_in_the_layout() -> None:
     assert HEADER_DTYPE.itemsize + label_arguments.ctypes.data - descriptors.ctypes.data == HASH_AT
 
 
+@pytest.mark.needs("ffcv")
 def test_stock_ffcv_refuses_planes(make: Callable[[Tier], Path]) -> None:
     """As pixels it would read past every payload."""
-    pytest.importorskip("ffcv")
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pipelines
 from dataset_tools.convert import convert
 from dataset_tools.sources import FolderSource
 from pipelines import Recipe, build_loader, choosing, turbojpeg
@@ -87,7 +89,11 @@ def test_a_set_without_a_manifest_is_read_by_the_backend_of_all_tiers(beton: Pat
     bare = shutil.copy(beton, tmp_path / "bare.beton")
     assert "no manifest" in str(choose(bare, "auto", on_gpu(1, UNIT)))
     assert choose(bare, "auto", Machine(turbojpeg=False, dali=True)).backend == "dali"
-    pytest.importorskip("nvidia.dali")
+
+
+@pytest.mark.needs("nvidia.dali")
+def test_dali_reads_a_set_without_a_manifest(beton: Path, tmp_path: Path) -> None:
+    bare = shutil.copy(beton, tmp_path / "bare.beton")
     assert build_loader(bare, Recipe(crop_px=32), "dali", batch_size=8).engine.name == "dali"
 
 
@@ -146,6 +152,24 @@ def test_a_loader_for_the_cpu_never_asks_for_a_jpeg_unit(
     for backend in ("auto", "ffcv"):
         loader = build_loader(beton, Recipe(crop_px=32), backend, batch_size=8, num_threads=1)
         assert loader.engine.name == "ffcv"
+
+
+@pytest.mark.parametrize(("num_threads", "ranks", "cores"), [(0, 1, 16), (0, 4, 4), (3, 4, 3)])
+def test_cores_are_those_of_this_rank_or_the_threads_that_are_given(
+    num_threads: int, ranks: int, cores: int, beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def look(device: torch.device, cores: int) -> Machine:
+        asked.append(cores)
+        raise LookupError
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(pipelines, "look_around", look)
+    with pytest.raises(LookupError):
+        build_loader(beton, Recipe(crop_px=32), batch_size=8, num_threads=num_threads)
+    assert asked == [cores]
 
 
 def test_a_library_that_is_not_there_is_looked_past_and_a_wrong_name_is_not(

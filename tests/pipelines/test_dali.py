@@ -25,6 +25,7 @@ from pipelines.resample import crop_picture
 from pipelines.stores import StoreEngine, open_store
 from tests.conftest import photograph_like
 
+pytestmark = pytest.mark.needs("nvidia.dali")
 RECIPE = Recipe(crop_px=48, mixing=Mixing(method="both"))
 
 
@@ -208,6 +209,7 @@ def test_errors_of_dali_that_no_picture_causes_are_raised(
         engine.crop(fetched, boxes, out)
 
 
+@pytest.mark.needs()  # nothing
 def test_a_graph_that_has_raised_or_is_too_small_is_not_used_again() -> None:
     built: list[int] = []
 
@@ -235,6 +237,7 @@ def test_a_graph_that_has_raised_or_is_too_small_is_not_used_again() -> None:
     assert graphs._process == monkeypatched
 
 
+@pytest.mark.needs()  # nothing
 def test_views_are_cut_without_a_look_behind_the_picture() -> None:
     """The picture lies at the very end of a page that nothing follows."""
     page = mmap.PAGESIZE
@@ -259,6 +262,7 @@ def test_sets_without_jpegs_are_refused(picture_folder: Path, tmp_path: Path) ->
         build_loader(path, RECIPE, "dali", batch_size=8)
 
 
+@pytest.mark.needs()  # nothing
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"hw_decoder_load": 1.5}, r"hw_decoder_load is 1\.5"), ({"hybrid_huffman_threshold": -1}, "is -1")],
@@ -268,6 +272,7 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
         DALIOptions(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.needs()  # nothing
 def test_options_that_no_backend_would_look_at_are_refused(beton: Path) -> None:
     with pytest.raises(ValueError, match="the backend is ffcv"):
         build_loader(beton, RECIPE, "ffcv", batch_size=8, dali=DALIOptions(region_decode=True))

@@ -13,8 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
-pytest.importorskip("ffcv")
-
 from dataset_tools.beton_writer import BetonWriter
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource

@@ -16,6 +16,8 @@ from pipelines.beton import open_beton
 from pipelines.engines import BadPicturesError
 from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
 
+NEEDS_DALI = pytest.mark.needs("nvidia.dali")
+DALI = pytest.param("dali", marks=NEEDS_DALI)
 RECIPE = moco_v2(48, Mixing(method="both", grid_size=4))
 
 
@@ -69,7 +71,7 @@ def test_a_symmetric_recipe_mixes_both_views_alike(beton: Path) -> None:
             assert (of_keys.images >= pair.amin(0) - 1e-5).all()
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali", "folder"])
+@pytest.mark.parametrize("backend", ["ffcv", DALI, "folder"])
 def test_views_do_not_depend_on_threads(backend: str, beton: Path, picture_folder: Path) -> None:
     path = picture_folder if backend == "folder" else beton
     one, two = (list(_load(path, backend=backend, num_threads=n)) for n in (1, 2))
@@ -201,7 +203,7 @@ def test_memory_is_free_again_while_the_loader_waits(beton: Path) -> None:
     assert len(loader._workers._floats._storages) == 4
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+@pytest.mark.parametrize("backend", ["ffcv", DALI])
 def test_backends_equal_folder_on_the_same_boxes(backend: str, beton: Path, picture_folder: Path) -> None:
     compiled, files = _load(beton, backend=backend).engine, _load(picture_folder).engine
     assert (compiled.name, files.name) == (backend, "folder")
@@ -221,7 +223,7 @@ def test_backends_equal_folder_on_the_same_boxes(backend: str, beton: Path, pict
     assert expected.std() > 20
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+@pytest.mark.parametrize("backend", ["ffcv", DALI])
 def test_backends_equal_folder_on_whole_batches(backend: str, beton: Path, picture_folder: Path) -> None:
     one_level = 1 / 255 / min(RECIPE.std)
     for a, b in zip(_load(beton, backend=backend), _load(picture_folder), strict=True):
@@ -247,7 +249,7 @@ def test_a_file_that_cannot_be_read_any_more_is_an_error(beton: Path, tmp_path: 
         list(loader)
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali", "folder"])
+@pytest.mark.parametrize("backend", ["ffcv", DALI, "folder"])
 def test_crops_are_the_views_before_the_photometric_stage(
     backend: str, beton: Path, picture_folder: Path
 ) -> None:
@@ -332,8 +334,8 @@ def test_bad_pictures_are_replaced_counted_and_named(
         ("ffcv", "second half"),
         ("ffcv", "middle of the scan"),
         # In the middle of the scan DALI too gives pixels, and a line on stderr.
-        ("dali", "header"),
-        ("dali", "second half"),
+        pytest.param("dali", "header", marks=NEEDS_DALI),
+        pytest.param("dali", "second half", marks=NEEDS_DALI),
     ],
 )
 def test_damage_inside_a_compiled_set_is_replaced_too(

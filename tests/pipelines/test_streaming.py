@@ -15,6 +15,7 @@ from dataset_tools.index_shards import index_shards
 from pipelines import Backend, Batch, Recipe, ViewLoader, build_loader
 from pipelines.recipe import Mixing
 
+pytestmark = pytest.mark.needs("nvidia.dali")
 RECIPE = Recipe(crop_px=32, mixing=Mixing(method="mixmask"))
 
 
@@ -241,6 +242,7 @@ def test_a_tar_cut_short_while_the_run_is_on_is_named(reading: str, shards: Path
         list(loader)
 
 
+@pytest.mark.needs()  # nothing
 @pytest.mark.parametrize("reading", ["auto", "stream"])
 def test_a_tar_cut_short_or_gone_before_is_refused(reading: str, shards: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(shards, tmp_path / "copy.shards")

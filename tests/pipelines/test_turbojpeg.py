@@ -1,6 +1,12 @@
 """Planes against Pillow's own libjpeg and NumPy transcriptions; the checker against every kind of JPEG."""
 
+import ctypes
 import io
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-pytest.importorskip("ffcv")
-
+from pipelines import turbojpeg
 from pipelines.pictures import planes_to_rgb
 from pipelines.turbojpeg import (
     Jpeg,
@@ -206,3 +211,115 @@ def test_lost_pixels_are_an_error_and_stray_bytes_are_not() -> None:
 def test_other_arrays_are_refused(pixels: Any) -> None:
     with pytest.raises(ValueError, match=r"give \(H, W, 3\) uint8"):
         encode_planes(pixels)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where the library is found
+
+
+@pytest.fixture
+def look_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], ctypes.CDLL]:
+    """``library`` without its memory, on a machine where nothing names a library and FFCV is missing."""
+    monkeypatch.delenv("LIBTURBOJPEG", raising=False)
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    found: Callable[[], ctypes.CDLL] = turbojpeg.library.__wrapped__
+    return found
+
+
+@pytest.fixture
+def a_library() -> Path:
+    """The file of a libturbojpeg that works here."""
+    turbojpeg.library()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "libturbojpeg" in line:
+            return Path(line.split(maxsplit=5)[5])
+    pytest.skip("libturbojpeg is part of another library here")
+
+
+def pretend_ffcv(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An FFCV that must not be imported; returns where its compiled part belongs."""
+    package = folder / "ffcv"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('FFCV is imported')")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "ffcv")
+    return package / "_libffcv.cpython-399-x86_64-linux-gnu.so"
+
+
+def test_the_system_has_one(look_up: Callable[[], ctypes.CDLL]) -> None:
+    try:
+        ctypes.CDLL("libturbojpeg.so.0")
+    except OSError:
+        pytest.skip("the system has no libturbojpeg")
+    assert look_up()._name == "libturbojpeg.so.0"
+
+
+def test_the_one_of_ffcv_goes_before_the_systems_and_the_named_before_all(
+    look_up: Callable[[], ctypes.CDLL], a_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = pretend_ffcv(tmp_path, monkeypatch)
+    shutil.copy(a_library, compiled)
+    assert look_up()._name == str(compiled)
+    monkeypatch.setenv("LIBTURBOJPEG", str(a_library))
+    assert look_up()._name == str(a_library)
+    assert "ffcv" not in sys.modules
+
+
+def test_an_ffcv_that_does_not_load_is_looked_past(
+    look_up: Callable[[], ctypes.CDLL], a_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = pretend_ffcv(tmp_path, monkeypatch)
+    compiled.write_text("no library")
+    monkeypatch.setattr(turbojpeg, "_SYSTEM_NAME", str(a_library))
+    assert look_up()._name == str(a_library)
+    monkeypatch.setattr(turbojpeg, "_SYSTEM_NAME", "libm.so.6")
+    with pytest.raises(ImportError, match=r"_libffcv.*; .*undefined symbol: tj\w+\)\. `apt-get install"):
+        look_up()
+
+
+def test_none_is_an_error_that_says_what_to_do(
+    look_up: Callable[[], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turbojpeg, "_SYSTEM_NAME", "libnowhere.so.0")
+    with pytest.raises(ImportError) as none:
+        look_up()
+    assert re.fullmatch(
+        r"libturbojpeg 2\.0 or newer was not found \(libnowhere\.so\.0: [^)]*\)\. "
+        r"`apt-get install libturbojpeg0` brings it, or name its file in LIBTURBOJPEG",
+        str(none.value),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("libm.so.6", "undefined symbol: tj"), ("/nowhere/libturbojpeg.so", "cannot open")]
+)
+def test_a_wrong_name_is_an_error_and_not_looked_past(
+    look_up: Callable[[], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch, name: str, why: str
+) -> None:
+    monkeypatch.setenv("LIBTURBOJPEG", name)
+    with pytest.raises(ValueError, match=rf"LIBTURBOJPEG is '{name}'.*{why}.*unset the variable"):
+        look_up()
+
+
+@pytest.mark.parametrize("missing", sorted(turbojpeg._FUNCTIONS))
+def test_every_function_is_looked_for(
+    missing: str, look_up: Callable[[], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older library lacks some; without a look it would be found out in the middle of a run."""
+
+    class Older(ctypes.CDLL):
+        def __getattr__(self, name: str) -> Any:
+            if name == missing:
+                raise AttributeError(f"undefined symbol: {name}")
+            return super().__getattr__(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", Older)
+    with pytest.raises(ImportError, match=f"undefined symbol: {missing}"):
+        look_up()
+
+
+def test_no_function_is_used_that_is_not_looked_for() -> None:
+    for file in Path(turbojpeg.__file__).parent.glob("*.py"):
+        text = file.read_text()
+        called = set(re.findall(r"(?:_lib|lib|found)\.(tj[A-Z]\w+)", text))
+        assert called <= turbojpeg._FUNCTIONS.keys(), file

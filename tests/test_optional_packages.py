@@ -1,0 +1,205 @@
+"""Every module and program that does not by its nature need an optional package works without it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from pipelines import Recipe, build_loader
+
+ROOT = Path(__file__).resolve().parents[1]
+# What needs a package by its nature: the peers that are measured, and classes that extend it.
+NEEDING: dict[str, list[str]] = {
+    "ffcv": ["benchmarks.peers.with_ffcv"],
+    "nvidia.dali": ["benchmarks.parity.dali_operators", "benchmarks.peers.with_dali"],
+    "detectron2": [
+        "detection.config",
+        "detection.datasets",
+        "detection.heads",
+        "detection.training",
+        "detection.weights",
+    ],
+    "spdl": ["benchmarks.peers.with_spdl"],
+    "lightly": ["benchmarks.race_lightly"],
+    "simplejpeg": ["benchmarks.peers.decode_limit"],
+}
+# Further packages that one function or another imports; no module needs them.
+OTHERS = ("cv2", "skimage", "sklearn", "timm", "wandb", "webdataset")
+HIDDEN = [*((package,) for package in NEEDING), OTHERS]
+
+# Imports once what nobody goes without, and runs each job in a fork that cannot import some packages.
+_RUN_JOBS = """
+import json, os, sys, traceback
+import matplotlib.figure, numba, safetensors.torch, torch, torchvision, tyro
+
+class Hider:
+    def __init__(self, packages):
+        self.packages = packages
+
+    def find_spec(self, name, path=None, target=None):
+        if any(name == package or name.startswith(package + ".") for package in self.packages):
+            raise ImportError(f"{name} is hidden by the test")
+
+for number, (hidden, code, args) in enumerate(json.load(sys.stdin)):
+    assert not sys.modules.keys() & set(hidden)
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        print(status)
+        continue
+    output = os.open(f"{sys.argv[1]}/{number}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1), os.dup2(output, 2)
+    sys.meta_path.insert(0, Hider(hidden))
+    sys.argv[1:] = args
+    status = 1
+    try:
+        exec(code, {"__name__": "job"})
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+"""
+_IMPORT_ALL = """
+import contextlib, importlib, io, json, pathlib, runpy, sys, traceback, warnings
+
+warnings.simplefilter("ignore")
+rooms = ("pipelines", "models", "engine", "dataset_tools", "detection", "benchmarks")
+files = [file for room in rooms for file in sorted(pathlib.Path(room).rglob("*.py"))]
+files += sorted(pathlib.Path().glob("*.py"))
+# Their words are none, or Detectron2's.
+without_help = ("engine.doctor", "detection.repeat")
+failed, programs = {}, {}
+for file in files:
+    name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+    if name in sys.argv[1:]:
+        continue
+    try:
+        if file.name != "__main__.py":
+            importlib.import_module(name)
+    except ImportError as error:
+        failed[name] = str(error)
+        continue
+    if '__name__ == "__main__"' not in file.read_text() or name in without_help:
+        continue
+    name = name.removesuffix(".__main__")
+    sys.argv[0] = name
+    arguments, sys.argv[1:] = sys.argv[1:], ["--help"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        programs[name] = "did not end"
+    except SystemExit as end:
+        ended_well = not end.code and "usage" in said.getvalue()
+        programs[name] = "" if ended_well else said.getvalue() or "said nothing"
+    except ImportError:
+        programs[name] = traceback.format_exc()
+    sys.argv[1:] = arguments
+print(json.dumps([failed, programs]))
+"""
+_CONVERT_AND_LOAD = """
+import pathlib, sys, torch
+from dataset_tools.__main__ import main
+from pipelines import Recipe, build_loader
+
+folder, out = map(pathlib.Path, sys.argv[1:])
+assert main(["convert", str(folder), str(out)]) == 0
+assert main(["verify", str(out)]) == 0
+loader = build_loader(out, Recipe(crop_px=32), batch_size=8, seed=3)
+assert loader.engine.name == "ffcv"
+torch.save([batch.query for batch in loader], out.with_suffix(".pt"))
+"""
+_CONVERT_WITHOUT_DECODER = """
+import pathlib, sys
+from dataset_tools.__main__ import main
+from pipelines import turbojpeg
+
+turbojpeg._SYSTEM_NAME = "libturbojpeg-of-nobody.so.0"
+folder, out = map(pathlib.Path, sys.argv[1:])
+assert main(["convert", str(folder), str(out)]) == 2
+assert [file.name for file in out.parent.glob(out.stem + "*")] == []
+"""
+
+
+class Job(NamedTuple):
+    """Code, and the packages that it finds missing."""
+
+    hidden: tuple[str, ...]
+    code: str
+    args: list[str]
+
+
+@pytest.fixture(scope="module")
+def results(
+    picture_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[int, str]]:
+    """Runs all jobs once; gives the exit status of one, and what it printed."""
+    folder = tmp_path_factory.mktemp("jobs")
+    jobs = {"convert": Job(("ffcv",), _CONVERT_AND_LOAD, [str(picture_folder), str(folder / "set.beton")])}
+    jobs["no decoder"] = Job(
+        ("ffcv",), _CONVERT_WITHOUT_DECODER, [str(picture_folder), str(folder / "other.beton")]
+    )
+    for hidden in HIDDEN:
+        spared = [name for package, names in NEEDING.items() if package not in hidden for name in names]
+        jobs[hidden[0]] = Job(hidden, _IMPORT_ALL, spared)
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_JOBS, str(folder)],
+        input=json.dumps(list(jobs.values())),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    numbers = {name: number for number, name in enumerate(jobs)}
+    statuses = done.stdout.split()
+
+    def result(name: str) -> tuple[int, str]:
+        return int(statuses[numbers[name]]), (folder / str(numbers[name])).read_text()
+
+    return result
+
+
+@pytest.mark.parametrize("hidden", HIDDEN, ids=lambda names: names[0])
+def test_only_what_needs_a_package_by_its_nature_is_lost_without_it(
+    hidden: tuple[str, ...], results: Callable[[str], tuple[int, str]]
+) -> None:
+    status, output = results(hidden[0])
+    assert status == 0, output
+    failed, programs = json.loads(output.splitlines()[-1])
+    needing = {name for package in hidden for name in NEEDING.get(package, [])}
+    assert failed.keys() == needing, failed
+    refused = {name: said for name, said in programs.items() if said}
+    # Its parser is Detectron2's.
+    assert "needs Detectron2" in refused.pop("detection.train_net", "needs Detectron2")
+    assert not refused
+    assert {"train_pretrain", "train_lincls", "train_finetune", "dataset_tools"} <= programs.keys()
+
+
+def test_sets_are_compiled_and_loaded_without_ffcv(
+    results: Callable[[str], tuple[int, str]], beton: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The same bytes and views as with it."""
+    status, output = results("convert")
+    assert status == 0, output
+    (made,) = tmp_path_factory.getbasetemp().glob("jobs?/set.beton")
+    assert made.read_bytes() == beton.read_bytes()
+    views = [batch.query for batch in build_loader(beton, Recipe(crop_px=32), batch_size=8, seed=3)]
+    for view, other in zip(views, torch.load(made.with_suffix(".pt")), strict=True):
+        assert torch.equal(view, other)
+
+
+def test_a_missing_decoder_is_an_error_and_not_a_set_of_damaged_pictures(
+    results: Callable[[str], tuple[int, str]],
+) -> None:
+    status, output = results("no decoder")
+    assert status == 0, output
+    assert output.startswith("error: libturbojpeg 2.0 or newer was not found (libturbojpeg-of-nobody.so.0: ")
+    assert output.rstrip().endswith("or name its file in LIBTURBOJPEG")
