@@ -2,7 +2,7 @@
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -25,15 +25,6 @@ METHODS: list[Method] = list(NUM_MIXTURES)
 SIDE_PX = 16
 DIM = 8
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """So small products are done before a second thread is awake."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def _encoder(*, norm_layer: NormLayer) -> tuple[nn.Module, int]:
