@@ -36,7 +36,7 @@ def _numba_as_it_was() -> Iterator[None]:
 
 
 _HAS_GPU = torch.cuda.is_available()
-_NUM_THREADS = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1
+_NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
 
 
 @pytest.fixture(autouse=True, scope="session")
