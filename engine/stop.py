@@ -13,8 +13,10 @@ from engine.launch import Launch
 class StopRequest:
     """Remembers SIGTERM and SIGINT, so that the loop can end after a whole step, everywhere the same.
 
-    A context manager: after it, signals do what they did before. Where one of several processes fails, they
-    stay remembered: torchrun's signal to the others must not cut short what they say.
+    A context manager: after it, signals do what they did before. SIGINT stays ignored where the program was
+    started so: shells do that to what runs in the background, which Ctrl-C is not meant for. Where one of
+    several processes fails, signals stay remembered: torchrun's to the others must not cut short what they
+    say.
     """
 
     def __init__(self) -> None:
@@ -25,6 +27,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
+            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._remember)
         return self
 

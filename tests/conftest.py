@@ -1,10 +1,14 @@
-"""Pictures and compiled sets that many tests share."""
+"""Pictures and compiled sets that many tests share, and torch's settings, the same for all on any machine."""
 
-from collections.abc import Iterator
+import contextlib
+import os
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numba
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.parity.samples import colourful
@@ -36,6 +40,83 @@ def _numba_as_it_was() -> Iterator[None]:
     yield
     for array_type in _NUMBA_TYPES:
         array_type.mutable = True
+
+
+_HAS_GPU = torch.cuda.is_available()
+_NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_of_torch() -> None:
+    """So small products are done before a second thread is awake, which beside other work only waits.
+
+    OMP_NUM_THREADS asks for more, whatever a module has set on being imported, as stock FFCV does.
+    """
+    torch.set_num_threads(_NUM_THREADS)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Hide GPUs from tests that are not marked ``gpu``, and from the programs that they start.
+
+    Those tests say what a CPU computes. With a GPU the device "auto" would be another one, with 16-bit
+    formats, other bits and one process for each GPU.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if _HAS_GPU and item.get_closest_marker("gpu") is None:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return (yield)
+
+
+def _settings_of_torch() -> dict[str, object]:
+    """What is global in torch and decides what is computed, apart from the number of threads."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic algorithms": torch.get_deterministic_debug_mode(),
+        "gradients": torch.is_grad_enabled(),
+        **{
+            f"cudnn.{name}": getattr(torch.backends.cudnn, name)
+            for name in ("enabled", "benchmark", "deterministic", "allow_tf32")
+        },
+    }
+
+
+@contextlib.contextmanager
+def _exact_on_gpus() -> Iterator[None]:
+    """Products and convolutions in whole float32 and the same way each time; settings are restored.
+
+    Not by torch.use_deterministic_algorithms, whose scatter_add_ makes the host wait, as some tests forbid.
+    """
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves one of torch's settings changed; set those for tests marked ``gpu``.
+
+    Threads and compiled graphs are put back instead: a test may be the first to import stock FFCV, which
+    sets torch to one thread.
+    """
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    num_threads, before = torch.get_num_threads(), _settings_of_torch()
+    with _exact_on_gpus() if on_gpu else contextlib.nullcontext():
+        yield
+    torch.set_num_threads(num_threads)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    after = _settings_of_torch()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"settings of torch that this test has changed and left so (before, after): {changed}"
 
 
 def photograph_like(seed: int, width: int, height: int) -> Image.Image:

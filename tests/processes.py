@@ -1,12 +1,32 @@
-"""A function run by two processes of one run, as torchrun would start them."""
+"""Programs as a shell starts them, and a function run by two processes of one run as torchrun starts them."""
 
+import contextlib
 import os
+import signal
 import socket
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A program in the foreground, wherever the tests run; killed if it is still there at the end.
+
+    Shells have SIGINT ignored by what they start in the background, and children inherit that.
+    """
+    with subprocess.Popen(command, text=True, preexec_fn=_hear_ctrl_c, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def in_two_processes(function: Callable[..., object], *args: Any) -> None:

@@ -110,7 +110,8 @@ def test_two_processes_measure_what_they_write(beton: Path, backbone: Path, tmp_
     with torch.no_grad():
         batches = evaluation_batches(beton, evaluation(Recipe(crop_px=32)))
         hits = sum(count_hits(model(images), labels) for images, labels in batches)
-    assert Accuracy.of(hits).top1 == result["top1"] and hits[2] == 40
+    # Batches of other sizes round otherwise: one of the 40 pictures may change sides.
+    assert Accuracy.of(hits).top1 == pytest.approx(result["top1"], abs=1.01 / 40) and hits[2] == 40
     main(parse(argv))  # one process takes a finished run of two
     again = json.loads((tmp_path / "result.json").read_text())
     assert {**again, "seconds": 0} == {**result, "seconds": 0}

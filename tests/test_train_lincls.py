@@ -177,7 +177,9 @@ def test_two_processes_find_what_one_finds(run: Path, beton: Path, tmp_path: Pat
         in_two_processes(main, parse([*common, str(tmp_path / "two"), *more.split()]))
         main(parse([*common, str(tmp_path / "one"), *more.split()]))
         one, two = (json.loads((tmp_path / name / file).read_text()) for name in ("one", "two"))
-        assert one["knn_top1"] == two["knn_top1"] and one["linear_top1"] == two["linear_top1"]
+        # Batches of other sizes round otherwise: one of the 40 pictures may change sides.
+        for name in ("knn_top1", "linear_top1"):
+            assert one[name] == pytest.approx(two[name], abs=1.01 / 40)
     weights = [load_checkpoint(latest(tmp_path / name)).model["fc.weight"] for name in ("one", "two")]
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 

@@ -20,6 +20,7 @@ from engine.checkpoint import latest, load_checkpoint, save_checkpoint
 from engine.launch import init_launch
 from engine.step import TrainStep
 from engine.stop import StopRequest
+from tests.processes import started
 from train_pretrain import main, parse, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,14 +280,14 @@ def test_the_rate_drops_at_the_epochs_of_the_schedule(beton: Path, tmp_path: Pat
 
 def test_sigterm_finishes_the_step_and_says_how_to_go_on(beton: Path, tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "train_pretrain.py"), *_argv(beton, tmp_path, "--epochs", "4000")]
-    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:  # the first row of metrics: the loop is running
-        if line.startswith("epoch"):
-            break
-    process.terminate()
-    rest = process.stdout.read()
-    assert process.wait(60) == 0
+    with started(script, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:  # the first row of metrics: the loop is running
+            if line.startswith("epoch"):
+                break
+        process.terminate()
+        rest = process.stdout.read()
+        assert process.wait(60) == 0
     assert "--resume" in rest
     assert load_checkpoint(latest(tmp_path)).step > 0
 

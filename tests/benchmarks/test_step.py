@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,6 @@ from models.moco import MoCo
 from pipelines import Batch, Mixture
 
 TINY = EpochSetting("resnet10w16", crop_px=32, pictures=40, batch_size=8, epochs=1, queue_len=64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """So small products are done before a second thread is awake."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize("method", NUM_MIXTURES)
@@ -61,9 +52,9 @@ def test_a_step_under_the_clock_is_the_step_without() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        assert torch.equal(training.step(batch), loss)
+        torch.testing.assert_close(training.step(batch), loss.detach())
     for name, tensor in usual.state_dict().items():
-        torch.testing.assert_close(clocked.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(clocked.state_dict()[name], tensor)
     assert all(seconds > 0 for seconds in training.clock.seconds.values())
 
 

@@ -17,6 +17,7 @@ from dataset_tools.verify import stats, verify
 from pipelines.beton import MODE_YUV420, open_beton
 from pipelines.manifest import Manifest, Tier, read_source_path, skipped_path
 from pipelines.turbojpeg import Jpeg, encode_planes
+from tests.processes import started
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -234,7 +235,7 @@ convert(Slow(sys.argv[1]), sys.argv[2])
 
 def test_ctrl_c_leaves_nothing(tree: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SLOW, str(tree), str(tmp_path / "set.beton")]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "set.beton.partial").exists() and time.monotonic() < deadline:
             time.sleep(0.05)

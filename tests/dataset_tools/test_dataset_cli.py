@@ -8,6 +8,7 @@ import pytest
 
 from dataset_tools.__main__ import COMMANDS, main
 from pipelines.beton import open_beton
+from tests.processes import started
 
 ROOT = Path(__file__).resolve().parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -154,7 +155,7 @@ def test_signals_clean_up(tmp_path: Path, number: signal.Signals) -> None:
         "--count",
         "100000",
     ]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("set.partial/train/*/*.JPEG")) and time.monotonic() < deadline:
             time.sleep(0.05)

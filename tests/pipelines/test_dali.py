@@ -92,7 +92,8 @@ def test_a_damaged_picture_does_not_spoil_its_batch_on_the_device(beton: Path, t
     views = {int(i): view for b in sound for i, view in zip(b.index, b.query, strict=True)}
     for batch in loader:
         for i, view in zip(batch.index, batch.query, strict=True):
-            assert torch.equal(view, views[int(i)])
+            # The stand-in has another place in its batch, and a batched product another order of its sums.
+            torch.testing.assert_close(view, views[int(i)])
     assert {i: fault.replaced_by for i, fault in loader.faults.items()} == {7: 8}
 
 
