@@ -142,6 +142,8 @@ def _turbojpeg(root: Path, library: Mapping[str, Mapping[str, str]], own: tuple[
 def environment(root: Path) -> tuple[dict[str, str], str]:
     """Variables to set, and a line about what is ready."""
     groups = [json.loads(file.read_text()) for file in sorted((root / FOLDER).glob("*.json"))]
+    if not groups:
+        raise PackError(f"{root / FOLDER} has no packages; unpack the archives of `make pack` into {root}")
     if platform.machine() != groups[0]["machine"]:
         raise PackError(f"this machine is {platform.machine()}, the pack is for {groups[0]['machine']}")
     own = (str(root), str(root / FOLDER))

@@ -42,8 +42,6 @@ console = Console(highlight=False, soft_wrap=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
-OLDEST_TORCH = "torch>=2.8"
-"""The machine's torch; older ones are not tried with packs."""
 FOR_TESTS = ("webdataset", "simplejpeg", "pytest", "pytest-timeout", "hypothesis")
 """Of the extras, what the tests and the loader's measurements need besides."""
 # What an archive holds besides its members: the list of wheels, and tar's and gzip's own bytes.
@@ -174,7 +172,7 @@ def requirements() -> tuple[list[str], list[str], list[str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     optional = {canonical(Requirement(text).name): text for texts in extras.values() for text in texts}
-    return [OLDEST_TORCH, *project["dependencies"]], [optional[name] for name in FOR_TESTS], extras["dali"]
+    return project["dependencies"], [optional[name] for name in FOR_TESTS], extras["dali"]
 
 
 def tracked(limit: int) -> list[Piece]:

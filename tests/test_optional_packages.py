@@ -73,8 +73,8 @@ warnings.simplefilter("ignore")
 rooms = ("pipelines", "models", "engine", "dataset_tools", "detection", "benchmarks")
 files = [file for room in rooms for file in sorted(pathlib.Path(room).rglob("*.py"))]
 files += sorted(pathlib.Path().glob("*.py"))
-# Their words are none, or Detectron2's.
-without_help = ("engine.doctor", "detection.repeat")
+# They have no options of their own.
+without_help = ("engine.doctor", "engine.activate", "detection.repeat")
 failed, programs = {}, {}
 for file in files:
     name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
