@@ -75,10 +75,10 @@ def main(options: HalfHour) -> FiguresFile:
         "environment": environment(),
         "images": facts(images),
     }
-    rows = {part: rows_of(plan.SOURCES[part], setup) for part in parts}
+    rows = {part: rows_of(source, setup) for part, source in plan.SOURCES.items()}
     figures = FiguresFile(options.json, head)
-    for part in parts:
-        figures.expect(part, list(rows[part]), again=options.again)
+    for part in rows:
+        figures.expect(part, list(rows[part]), again=options.again and part in parts)
     costs = {part: sum(rows[part][name].cost_s for name in figures.missing(part)) for part in parts}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:

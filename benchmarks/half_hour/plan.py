@@ -19,7 +19,7 @@ from pipelines.cores import usable_cores
 
 PartName = Literal["check", "ceilings", "loader", "nvjpeg", "step", "train", "dali"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
-SOURCES: Mapping[str, str] = {
+SOURCES: Mapping[PartName, str] = {
     "check": "benchmarks.half_hour.hardware:check",
     "ceilings": "benchmarks.half_hour.hardware:ceilings",
     "loader": "benchmarks.half_hour.loading:loader",

@@ -161,7 +161,7 @@ def _profile(setup: Setup, mode: Mode) -> dict[str, Any]:
                 profiler.step()
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("cat") in kinds]
     idle = {"gpu_idle_percent": round(100 * idle_share(spans(events)), 2)} if on_gpu else {}
-    return figures | idle | {"kernels": top_kernels(events)}
+    return {"step_ms": figures["step_ms"], **idle, "kernels": top_kernels(events)}
 
 
 def spans(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.half_hour.worker      (started by benchmarks.half_hour; it reads its work from stdin)
 
-The first line of stdin is the part and the setup as JSON, each further line names a row. Each answer is one
-line of JSON on stdout; whatever libraries print goes to the log. When stdin ends, because the parent closed
+The first line of stdin is the part and the setup as JSON, each further line names a row; each is answered by
+one line of JSON on stdout. What libraries print goes to the log. When stdin ends, because the parent closed
 it or was killed, the worker ends at once and takes its own child processes along.
 """
 
@@ -28,6 +28,7 @@ import torch
 from benchmarks.half_hour.plan import Row, Setup, rows_of
 
 _LOG_TAIL = 300
+_START_LIMIT_S = 300.0
 
 
 class Worker:
@@ -42,7 +43,7 @@ class Worker:
             log: gets what the process prints.
         """
         self._job = json.dumps({"source": source, "setup": asdict(setup)})
-        self._log = log
+        self._log, self._on_gpu = log, setup.device == "cuda"
         self._process: subprocess.Popen[bytes] | None = None
 
     def measure(self, name: str, limit_s: float) -> dict[str, Any]:
@@ -51,23 +52,31 @@ class Worker:
         Returns:
             Its figures, or ``reason``, why there are none: it took longer than ``limit_s``, or failed.
         """
-        process = self._process or self._start()
+        if self._process is None and (
+            reason := self._ask(self._start(), self._job, _START_LIMIT_S).get("reason")
+        ):
+            return {"reason": f"its process did not start: {reason}"}
+        assert self._process
+        answer = self._ask(self._process, name, limit_s)
+        if self._on_gpu and answer.get("reason", "").startswith("failed"):
+            self.close()  # a GPU that reported an error may not recover within the process
+        return answer
+
+    def _ask(self, process: "subprocess.Popen[bytes]", line: str, limit_s: float) -> dict[str, Any]:
+        """Send a line and wait for the answer; a process that gives none is ended."""
         assert process.stdin and process.stdout
         with contextlib.suppress(BrokenPipeError):  # it has ended, which the empty answer shows
-            process.stdin.write(name.encode() + b"\n")
+            process.stdin.write(line.encode() + b"\n")
             process.stdin.flush()
         ready, _, _ = select.select([process.stdout], [], [], limit_s)
         if not ready:
             self.close()
             return {"reason": f"out of time after {limit_s:.0f} s"}
-        line = process.stdout.readline()
-        if not line:
+        if not (text := process.stdout.readline()):
             code = process.wait()
             self.close()
             return {"reason": f"failed: its process ended with code {code}; {self._last_words()}"}
-        answer: dict[str, Any] = json.loads(line)
-        if answer.get("reason", "").startswith("failed"):
-            self.close()  # a GPU that reported an error may not recover within the process
+        answer: dict[str, Any] = json.loads(text)
         return answer
 
     def close(self) -> None:
@@ -93,8 +102,6 @@ class Worker:
                 stderr=log,
                 start_new_session=True,
             )
-        assert process.stdin
-        process.stdin.write(self._job.encode() + b"\n")
         return process
 
     def _last_words(self) -> str:
@@ -131,9 +138,11 @@ def main() -> None:
         threading.Thread(target=_listen, args=(lines,), daemon=True).start()
         job = json.loads(lines.get())
         rows = rows_of(job["source"], Setup.from_json(job["setup"]))
+        answer: dict[str, Any] = {}
         while True:
-            answers.write(json.dumps(_measured(rows[lines.get()])) + "\n")
+            answers.write(json.dumps(answer) + "\n")
             answers.flush()
+            answer = _measured(rows[lines.get()])
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def _part_view(figures: HalfHourFigures, part: str) -> dict[str, Any]:
     rows = {name: dict(row) for name, row in figures.parts[part].items() if name not in missing}
     for name, row in rows.items():
         published = rates.get(published_name(name.split(",")[0])) if part == "step" else None
-        if published and "kernels" not in row:
+        if published and name in rates:
             row["over_published"] = rates[name].median / published.median
     words = {name: facts_in_words(row) for name, row in rows.items()}
     units = dict.fromkeys(rows[name]["unit"] for name in rates)
