@@ -2,7 +2,7 @@
 
     python -m benchmarks.half_hour                                     everything, as far as half an hour goes
     python -m benchmarks.half_hour step train --minutes 15             two parts
-    python -m benchmarks.half_hour --device cpu --tiny --json x.json   a rehearsal without a GPU, two minutes
+    python -m benchmarks.half_hour --device cpu --tiny                 a rehearsal without a GPU, two minutes
 
 Every row is written to the JSON file as soon as it is measured. A second run measures only what is missing,
 which includes rows that ran out of time or failed; ``--again`` measures the given parts anew. A package that
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -33,6 +34,7 @@ from engine import cli
 
 console = Console(highlight=False, soft_wrap=True)
 NEEDS_GPU = "needs a GPU"
+_RESULTS = Path("benchmarks/results/half_hour.json")
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class HalfHour:
 
     parts: Annotated[tuple[PartName, ...], tyro.conf.Positional] = PARTS
     """Parts to measure, in this order."""
-    json: Path = Path("benchmarks/results/half_hour.json")
-    """Where the figures go; what is in it already is kept."""
+    json: Path | None = None
+    """Where the figures go; what is in it already is kept. By default benchmarks/results/half_hour.json, with
+    --tiny tiny.json in --out."""
     minutes: float = 30.0
     """Time for all parts together; a row begins only where its estimated cost is left."""
     data: Path = Path("data")
@@ -76,30 +79,14 @@ def main(options: HalfHour) -> FiguresFile:
         "images": facts(images),
     }
     rows = {part: rows_of(source, setup) for part, source in plan.SOURCES.items()}
-    figures = FiguresFile(options.json, head)
+    json = options.json or (options.out / "tiny.json" if options.tiny else _RESULTS)
+    figures = FiguresFile(json, head)
     for part in rows:
         figures.expect(part, list(rows[part]), again=options.again and part in parts)
-    costs = {part: sum(rows[part][name].cost_s for name in figures.missing(part)) for part in parts}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
-        task = display.add_task("", total=sum(len(figures.missing(part)) for part in parts))
-        for part in parts:
-            # What earlier parts left over is shared by the later ones, in proportion to their costs.
-            left, cost = end - time.monotonic(), costs.pop(part)
-            until = time.monotonic() + left * cost / (cost + sum(costs.values()) or 1.0)
-            log = options.out / f"{part}.log"
-            worker = Worker(plan.SOURCES[part], setup, log)
-            try:
-                for name in figures.missing(part):
-                    display.update(task, description=f"{part}: {name}")
-                    found = _measure(worker, name, rows[part][name], setup, until)
-                    display.advance(task)
-                    if found:
-                        figures.record(part, name, found)
-                        console.print(f"[dim]{part}[/]  {name}: {_in_words(found)}")
-            finally:
-                worker.close()
-    _summarise(options, parts, figures)
+    _measure_parts(setup, {part: rows[part] for part in parts}, figures, end)
+    _summarise(parts, figures)
+    console.print(f"figures: {json}; the same command measures what is missing")
+    console.print("next: make report")
     return figures
 
 
@@ -114,6 +101,34 @@ def _check(options: HalfHour) -> None:
         )
     if not options.minutes > 0:
         raise ValueError(f"--minutes is {options.minutes}; it must be above 0")
+
+
+def _measure_parts(
+    setup: Setup,
+    rows: Mapping[PartName, Mapping[str, Row]],
+    figures: FiguresFile,
+    end: float,
+) -> None:
+    """Measure what is missing of each part, in a process of the part's own; write it down row by row."""
+    costs = {part: sum(rows[part][name].cost_s for name in figures.missing(part)) for part in rows}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
+        task = display.add_task("", total=sum(len(figures.missing(part)) for part in rows))
+        for part in rows:
+            # What earlier parts left over is shared by the later ones, in proportion to their costs.
+            left, cost = end - time.monotonic(), costs.pop(part)
+            until = time.monotonic() + left * cost / (cost + sum(costs.values()) or 1.0)
+            worker = Worker(plan.SOURCES[part], setup, Path(setup.out) / f"{part}.log")
+            try:
+                for name in figures.missing(part):
+                    display.update(task, description=f"{part}: {name}")
+                    found = _measure(worker, name, rows[part][name], setup, until)
+                    display.advance(task)
+                    if found:
+                        figures.record(part, name, found)
+                        console.print(f"[dim]{part}[/]  {name}: {escape(_in_words(found))}")
+            finally:
+                worker.close()
 
 
 def _measure(worker: Worker, name: str, row: Row, setup: Setup, until: float) -> dict[str, Any] | None:
@@ -135,21 +150,19 @@ def _in_words(row: Mapping[str, Any]) -> str:
     return "; ".join(filter(None, [rate_in_words(row), *facts]))
 
 
-def _summarise(options: HalfHour, parts: Sequence[PartName], figures: FiguresFile) -> None:
-    """A table of all rows, and where to go from here."""
-    table = Table(title="tiny: not for figures" if options.tiny else None)
+def _summarise(parts: Sequence[PartName], figures: FiguresFile) -> None:
+    """A table of the rows, and the names of those that are missing."""
+    table = Table()
     for heading in ("part", "row", "found"):
         table.add_column(heading)
     for part in parts:
         for name, row in figures.rows(part).items():
-            table.add_row(part, name, _in_words(row))
+            table.add_row(part, name, escape(_in_words(row)))
         table.add_section()
     console.print(table)
     for part in parts:
         if missing := figures.missing(part):
             console.print(f"{part}: {len(missing)} not measured: {'; '.join(missing)}")
-    console.print(f"figures: {options.json}; the same command measures what is missing")
-    console.print("next: make report")
 
 
 if __name__ == "__main__":

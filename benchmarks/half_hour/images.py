@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,20 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable
     """
     base = data / f"photographs-q{QUALITY}"
     how = f"photographs encoded anew at quality {QUALITY}"
-    if tiny or not (base.is_dir() or base.with_name(f"{base.name}.beton").is_file()):
-        if not tiny and all(importlib.util.find_spec(name) for name in ("skimage", "sklearn")):
-            note(f"making {base}")
-            base = SampleSets(data, PHOTOGRAPHS, note).reencoded_folder
-        else:
-            base = data / f"drawn-{size.num_images}{'-tiny' if tiny else ''}"
-            how = "drawn: smooth colours with noise, quality 86, 4:2:0; no photographs were at hand"
-            _draw(base / "train", size.num_images, tiny=tiny, note=note)
+    there = base.is_dir() or base.with_name(f"{base.name}.beton").is_file()
+    if not (tiny or there) and all(importlib.util.find_spec(name) for name in ("skimage", "sklearn")):
+        note(f"making {base}")
+        there = _done(lambda: SampleSets(data, PHOTOGRAPHS, note).reencoded_folder, note)
+    if tiny or not there:
+        base = data / f"drawn-{size.num_images}{'-tiny' if tiny else ''}"
+        how = f"drawn, smooth colours with noise, quality {QUALITY}: no photographs were at hand"
+        _draw(base / "train", size.num_images, tiny=tiny, note=note)
     beton, shards = (base.with_name(f"{base.name}.{kind}") for kind in ("beton", "shards"))
     ffcv = importlib.util.find_spec("ffcv") is not None
     for path in (beton, shards):
         if ffcv and base.is_dir() and not (path.exists() and Manifest.read(path)):
             note(f"compiling {path}")
-            dataset_tools("convert", base / "train", path)
+            _done(partial(dataset_tools, "convert", base / "train", path), note)
     found = {"folder": base / "train", "beton": beton, "shards": shards}
     paths = {kind: str(path) for kind, path in found.items() if path.exists()}
     if ffcv and beton.exists():
@@ -64,6 +65,16 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable
     if not (paths.get("folder") or paths.get("long")):
         raise ValueError(f"{beton} needs FFCV to be read, and it is not installed; carry {base}/train too")
     return Images(how, **paths)
+
+
+def _done(make: Callable[[], object], note: Callable[[str], None]) -> bool:
+    """Whether something could be made; why not is noted, and the run goes on without it."""
+    try:
+        make()
+    except ValueError as error:
+        note(f"going on without: {error}")
+        return False
+    return True
 
 
 def facts(images: Images) -> dict[str, Any]:

@@ -32,7 +32,9 @@ from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.timing import Closing
 from pipelines import ViewLoader, build_loader
+from pipelines.choosing import look_around
 from pipelines.cores import usable_cores
+from pipelines.dali_operators import INSTALL_DALI
 from pipelines.recipe import moco_v2
 
 _THREADS = (4, 8, 16)
@@ -68,14 +70,21 @@ def loader(setup: Setup) -> dict[str, Row]:
 def dali(setup: Setup) -> dict[str, Row]:
     """Our loader with DALI on the device, its variants for crops alone, and stock DALI."""
     names = [OURS_GPU_DECODES, DALI_GPU_ONCE, DALI_GPU_TWICE]
-    asked = [(name, work) for work in WORKS for name in names]
-    asked += [(OURS_GPU_DECODES + variant, "crops") for variant in GPU_VARIANTS if variant]
+    rows = [(name, work) for work in WORKS for name in names]
+    rows += [(OURS_GPU_DECODES + variant, "crops") for variant in GPU_VARIANTS if variant]
     threads = usable_cores(0)
     return {
         f"{name}, {work}": row(
-            setup, 25, _peer, "ours" if name.startswith("ours") else "dali", name, work, threads, alone=True
+            setup,
+            25,
+            _peer,
+            "ours" if name.startswith("ours") else "dali",
+            name,
+            work,
+            threads,
+            alone=setup.device == "cuda",
         )
-        for name, work in asked
+        for name, work in rows
     }
 
 
@@ -104,6 +113,8 @@ def _ours(
 def _peer(setup: Setup, source: Any, name: str | None, work: WorkName, threads: int) -> dict[str, Any]:
     """A loader of `benchmarks.peers`; of several from one source the one of this name."""
     images, size = setup.images, setup.size
+    if source != "torchvision" and not look_around(setup.on).dali:
+        raise ImportError(f"DALI is not installed; {INSTALL_DALI}")
     peers = load_gpu_peers([source], setup.on)
     (peer,) = (peer for peer in peers if name in (None, peer.name))
     needed = [images.folder] if source == "torchvision" else [images.folder, images.shards]

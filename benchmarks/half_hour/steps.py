@@ -78,7 +78,9 @@ def random_batch(setup: Setup, method: Method, layout: torch.memory_format) -> B
     return Batch(query, key, mixtures, row_N, torch.full_like(row_N, -1))
 
 
-def build_step(setup: Setup, method: Method, splits: int, mode: Mode) -> tuple[MoCo, Callable[[], object]]:
+def build_step(
+    setup: Setup, method: Method, splits: int, mode: Mode, precision: PrecisionName = "auto"
+) -> tuple[MoCo, Callable[[], object]]:
     """Our model, freshly initialised, and a function that trains it by one step."""
     torch.manual_seed(0)
     encoder = functools.partial(build_encoder, setup.size.arch)
@@ -87,9 +89,8 @@ def build_step(setup: Setup, method: Method, splits: int, mode: Mode) -> tuple[M
     if mode == "compiled":
         model.compile_for_training()
     optimizer = sgd(model.encoder_q, _LR, _MOMENTUM, _WEIGHT_DECAY)
-    # A CPU without a unit for bf16 is twenty times slower in it.
-    precision = Precision.choose("bf16" if setup.device == "cuda" else "fp32", setup.on)
-    train = TrainStep(model, optimizer, precision, tensors_of=tensors_of if mode == "graph" else None)
+    chosen = Precision.choose(precision, setup.on)
+    train = TrainStep(model, optimizer, chosen, tensors_of=tensors_of if mode == "graph" else None)
     batch = random_batch(setup, method, torch.channels_last)
     return model, functools.partial(train, batch)
 

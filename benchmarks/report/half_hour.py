@@ -60,7 +60,8 @@ def read_half_hour(file: Path) -> HalfHourFigures:
     config, expected, measured = (content.at(key) for key in ("config", "expected", "parts"))
     for key in ("crop_px", "batch_size", "queue_len"):
         config.get(key, int)
-    content.at("images").get("how", str)
+    for key in ("how", "read_from"):
+        content.at("images").get(key, str)
     parts: dict[str, dict[str, Mapping[str, Any]]] = {}
     rates: dict[str, dict[str, Rate]] = {}
     for part in expected.value:

@@ -261,10 +261,10 @@ def test_rows_are_put_into_words() -> None:
 def test_a_captured_step_trains_as_the_plain_one(method: Method) -> None:
     setup = replace(CPU, device="cuda")
     (plain, train_plain), (graphed, train_graphed) = (
-        steps.build_step(setup, method, 8, mode) for mode in ("eager", "graph")
+        steps.build_step(setup, method, 2, mode, "fp32") for mode in ("eager", "graph")
     )
     for _ in range(6):
         train_plain()
         train_graphed()
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(graphed.state_dict()[name], tensor, rtol=2e-2, atol=2e-3, msg=name)
+        torch.testing.assert_close(graphed.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

@@ -125,7 +125,7 @@ def half_hour_json() -> dict[str, Any]:
         "quick": False,
         "config": config,
         "environment": {**_ENVIRONMENT, **gpu},
-        "images": {"how": "encoded anew"},
+        "images": {"how": "encoded anew", "read_from": "a folder"},
         "expected": expected,
         "parts": parts,
     }
@@ -252,7 +252,8 @@ def test_the_half_hours_figures_stand_with_what_is_missing_by_name(results: Path
         "3",
         "1",
         "0",
-    ] in rows and "Failed in tests/test_a.py: test_&lt;it&gt;." in text
+    ] in rows
+    assert "Failed in tests/test_a.py: test_&lt;it&gt;." in text
     assert ["conv<fprop>", "1.500", "12.5 %"] in rows
     assert "4,200 GB/s" in text and "790 TFLOP/s" in text and "Test GPU, 80.0 GiB" in text
     assert "(no time was left): both, plain BN, compiled." in text
