@@ -94,12 +94,15 @@ class Worker:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        # In a rehearsal tiny operators would spend their time waiting for each other's threads.
+        environment = os.environ if self._on_gpu else {**os.environ, "OMP_NUM_THREADS": "1"}
         with self._log.open("ab") as log:
             self._process = process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.half_hour.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                env=environment,
                 start_new_session=True,
             )
         return process
