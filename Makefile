@@ -32,7 +32,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup system doctor demo convert shards index pretrain lincls knn finetune card detect-voc \
-	detect-coco samples bench bench-gpu system-bench \
+	detect-coco samples bench half-hour system-bench \
 	step race evidence probes detector scale parity report pack pack-rehearsal lint test clean
 
 help:  ## |this list
@@ -150,9 +150,8 @@ scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming
 parity: $(READY)  ## [ARGS=--check]|how near every backend and operation is to torchvision, for docs/parity.md
 	@$(BIN)/python -m benchmarks.parity --json benchmarks/results/parity.json $(ARGS)
 
-bench-gpu: $(READY)  ## [ARGS=--quick]|on a GPU: our backends beside DALI and torchvision, and whole training steps
-	@$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json $(ARGS)
-	@$(BIN)/python -m benchmarks.training --json benchmarks/results/training.json $(ARGS)
+half-hour: $(READY)  ## [ARGS="step --minutes 15"]|the first half hour on a GPU: tests, ceilings, loaders, steps, real runs
+	@$(BIN)/python -m benchmarks.half_hour $(ARGS)
 
 report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, and the blocks in README.md
 	@$(BIN)/python -m benchmarks.report $(ARGS)

@@ -13,9 +13,6 @@ _UNITS = {"convert": "pictures/s", "photometric": "views/s"}
 
 # What rows may hold beside their rate: its heading and its form.
 _COLUMNS = {
-    "cpu_share": ("host's cores", ".0%"),
-    "torch_mib": ("torch, MiB", ".0f"),
-    "gpu_mib": ("GPU, MiB", ".0f"),
     "mean_error": ("mean error", ".2f"),
     "max_error": ("largest", ".2f"),
 }
@@ -36,15 +33,6 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
     measured = {work for name in _JPEG_SETS for work in result["tables"].get(name, {})}
     for work, reasons in ((work, result["left_out"][work]) for work in sorted(measured)):
         for name, reason in reasons.items():
-            console.print(f"[dim]{work} without {name}: {reason}[/]")
-
-
-def print_gpu_tables(console: Console, result: dict[str, Any]) -> None:
-    """Print both tables of a GPU's result, and who is left out."""
-    where, config = result["environment"], result["config"]
-    for work, rows in result["tables"].items():
-        console.print(_rates(f"{work} on {where['gpu']}; {config['threads']} threads", rows, "samples/s"))
-        for name, reason in result["left_out"][work].items():
             console.print(f"[dim]{work} without {name}: {reason}[/]")
 
 

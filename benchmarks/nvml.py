@@ -1,4 +1,4 @@
-"""How busy a GPU is and what it draws, as NVIDIA's management library says, where that is installed."""
+"""How busy a GPU is by NVIDIA's management library, where the package nvidia-ml-py is installed."""
 
 import statistics
 import threading
@@ -16,47 +16,32 @@ class Watch:
     """What was seen of a GPU so far."""
 
     busy_percent: list[int] = field(default_factory=list)
-    """Share of the time in which at least one kernel ran."""
-    watts: list[float] = field(default_factory=list)
-    """Power drawn."""
+    """Share of the time in which at least one kernel ran, in one sample after the other."""
 
-    def summary(self) -> dict[str, float]:
-        """Medians; empty where nothing could be seen."""
-        if not self.busy_percent:
-            return {}
-        return {
-            "nvml_busy_percent": statistics.median(self.busy_percent),
-            "nvml_watts": statistics.median(self.watts),
-        }
-
-
-def is_there(device: torch.device) -> bool:
-    """Whether NVML can be asked about ``device``: it is a GPU, and the package nvidia-ml-py is installed."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.utilization(device)
-    except (ModuleNotFoundError, RuntimeError):
-        return False
-    return True
+    @property
+    def idle_percent(self) -> float | None:
+        """Mean share of the time in which no kernel ran; None where nothing could be seen."""
+        return round(100 - statistics.fmean(self.busy_percent), 1) if self.busy_percent else None
 
 
 @contextmanager
 def watching(device: torch.device) -> Iterator[Watch]:
-    """Look at the GPU a few times a second while the ``with`` block runs."""
+    """Look at the GPU a few times a second while the ``with`` block runs; without NVML nothing is seen."""
     watch, over = Watch(), threading.Event()
 
     def look() -> None:
         while not over.wait(_EVERY_S):
-            watch.busy_percent.append(torch.cuda.utilization(device))
-            watch.watts.append(torch.cuda.power_draw(device) / 1000)
+            try:
+                watch.busy_percent.append(torch.cuda.utilization(device))
+            except Exception:  # no package, no driver, no permission: NVML's own errors share no other base
+                return
 
-    thread = threading.Thread(target=look, daemon=True) if is_there(device) else None
-    if thread:
+    thread = threading.Thread(target=look, daemon=True)
+    if device.type == "cuda":
         thread.start()
     try:
         yield watch
     finally:
         over.set()
-        if thread:
+        if device.type == "cuda":
             thread.join()

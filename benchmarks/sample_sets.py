@@ -86,7 +86,7 @@ class SampleSets:
             f"the photographs, longer side at most {MAX_SIDE_PX} px, encoded anew by PIL at quality "
             f"{QUALITY}, 4:2:0"
         )
-        return self._sample_set(self._reencoded, how)
+        return self._sample_set(self.reencoded_folder, how)
 
     @cached_property
     def yuv420(self) -> Path:
@@ -121,7 +121,8 @@ class SampleSets:
         return folder
 
     @cached_property
-    def _reencoded(self) -> Path:
+    def reencoded_folder(self) -> Path:
+        """The photographs encoded anew, not compiled."""
         folder = self._photographs.with_name(f"{self._photographs.name}-q{QUALITY}")
         self._progress(f"encoding {folder.name}")
         return reencode(self._photographs, folder)
@@ -134,7 +135,7 @@ class SampleSets:
         return SampleSet(folder / _SPLIT, beton, shards, how)
 
     def _without_jpeg(self, tier: str) -> Path:
-        folder = self._reencoded
+        folder = self.reencoded_folder
         path = folder.with_name(f"{folder.name}-{tier}-{SHORT_SIDE_PX}.beton")
         self._compile(path, folder, tier, "--short-side", SHORT_SIDE_PX)
         return path

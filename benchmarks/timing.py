@@ -54,16 +54,6 @@ class Turns:
             )
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What was seen of one turn."""
-
-    rate: float
-    """Items per second."""
-    cpu_s: float
-    """Processor time of this process, all its threads, per second; that of other processes is not in it."""
-
-
 def take_turns(
     runners: Mapping[str, Runner], turns: Turns, progress: Callable[[str], None]
 ) -> dict[str, list[float]]:
@@ -72,15 +62,7 @@ def take_turns(
     Returns:
         For each name its items per second in each turn.
     """
-    watched = watch_turns(runners, turns, progress)
-    return {name: [turn.rate for turn in seen] for name, seen in watched.items()}
-
-
-def watch_turns(
-    runners: Mapping[str, Runner], turns: Turns, progress: Callable[[str], None]
-) -> dict[str, list[Turn]]:
-    """Like :func:`take_turns`, and what else was seen of each turn."""
-    watched: dict[str, list[Turn]] = {name: [] for name in runners}
+    rates: dict[str, list[float]] = {name: [] for name in runners}
     with ExitStack() as stack:
         opened: dict[str, Iterator[object]] = {}
         for name, runner in runners.items():
@@ -92,12 +74,12 @@ def watch_turns(
             for name, runner in runners.items():
                 progress(name)
                 seconds = turns.seconds if turn else turns.seconds * _WARM_UP_SHARE
-                seen = _turn(opened[name], runner, seconds)
+                rate = _turn(opened[name], runner, seconds)
                 # Having stopped asking, let it fill its queue on its own time and not on the next one's.
-                time.sleep(min(_LONGEST_FILL_S, _FILL_MARGIN * runner.queued * runner.items / seen.rate))
+                time.sleep(min(_LONGEST_FILL_S, _FILL_MARGIN * runner.queued * runner.items / rate))
                 if turn:
-                    watched[name].append(seen)
-    return watched
+                    rates[name].append(rate)
+    return rates
 
 
 def num_steps(runners: Mapping[str, Runner], turns: Turns) -> int:
@@ -105,14 +87,13 @@ def num_steps(runners: Mapping[str, Runner], turns: Turns) -> int:
     return len(runners) * (turns.num + 2)
 
 
-def _turn(batches: Iterator[object], runner: Runner, seconds: float) -> Turn:
+def _turn(batches: Iterator[object], runner: Runner, seconds: float) -> float:
     # Between turns a queue was filled; those batches were made on nobody's time.
     for _ in range(runner.queued):
         next(batches)
     if runner.settle:
         runner.settle()
     num = 0
-    cpu_start = time.process_time()
     start = time.perf_counter()
     while True:
         for _ in range(runner.round):
@@ -124,7 +105,7 @@ def _turn(batches: Iterator[object], runner: Runner, seconds: float) -> Turn:
         if runner.settle:
             runner.settle()
             elapsed = time.perf_counter() - start
-        return Turn(num * runner.items / elapsed, (time.process_time() - cpu_start) / elapsed)
+        return num * runner.items / elapsed
 
 
 def summary(rates: list[float]) -> dict[str, Any]:

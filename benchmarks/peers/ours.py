@@ -17,7 +17,6 @@ from benchmarks.peers.contract import (
     OURS,
     OURS_DALI,
     OURS_GPU_DECODES,
-    OURS_HOST_DECODES,
     OURS_ON_SHARDS,
     OURS_STREAM,
     FixedCrops,
@@ -73,7 +72,7 @@ def _epochs(way: _Way, batches: Callable[[ViewLoader], Iterator[object]], job: J
         yield from batches(loader)
 
 
-def _crops_on_device(loader: ViewLoader) -> Iterator[Tensor]:
+def crops_on_device(loader: ViewLoader) -> Iterator[Tensor]:
     """The views of crops() on the loader's device; what is copied is held until its copy is over."""
     held: tuple[torch.cuda.Event, Tensor] | None = None
     for batch in loader.crops():
@@ -130,7 +129,7 @@ def _peer(name: str, way: _Way, sentence: str) -> Peer:
     return Peer(
         name,
         crops=Work(
-            partial(_epochs, way, _crops_on_device),
+            partial(_epochs, way, crops_on_device),
             f"{sentence}; the views of crops(), which are flipped as they are cut",
             queued=_BATCHES_AHEAD,
             settle=settle(way.device),
@@ -161,20 +160,19 @@ DALI_PEERS = [
     ),
 ]
 
-_HW_LOADS = (0.0, 0.65, 1.0)
+_USUAL = DALIOptions()
+GPU_VARIANTS = {"": _USUAL, ", region decode": DALIOptions(region_decode=True)} | {
+    f", JPEG unit load {load:g}": DALIOptions(hw_decoder_load=load)
+    for load in (0.0, 0.65, 1.0)
+    if load != _USUAL.hw_decoder_load
+}
+"""What is added to a name → how the ``dali`` backend decodes on a GPU."""
 
 
 def gpu_peers(device: torch.device) -> list[Peer]:
-    """Our loader with batches on a GPU, by each decoder and its options; ``cpu`` runs the same code there."""
-    host = _Way("ffcv", on_shards=False, device=device)
-    peers = [_peer(OURS_HOST_DECODES, host, "on the .beton file, the photometric stage on the GPU")]
-    usual = DALIOptions()
-    variants = {"": usual, ", region decode": DALIOptions(region_decode=True)} | {
-        f", JPEG unit load {load:g}": DALIOptions(hw_decoder_load=load)
-        for load in _HW_LOADS
-        if load != usual.hw_decoder_load
-    }
-    for name, options in variants.items():
+    """Our loader with DALI on a GPU, by each choice of options; ``cpu`` runs the same code there."""
+    peers = []
+    for name, options in GPU_VARIANTS.items():
         way = _Way("dali", True, "read", device, operators=True, options=options)
         how = f"region_decode {options.region_decode}, hw_decoder_load {options.hw_decoder_load:g}"
         peers.append(

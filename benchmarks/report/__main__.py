@@ -2,10 +2,10 @@
 
     make report
 
-Reads loader.json, gpu.json, scale.json, step.json, race.json and evidence.json of benchmarks/results/ and the
-last demo's summary, those that are there; writes runs/report.html, a single file that needs no network, the
-two blocks of figures in README.md and the picture that one of them shows. With ``--check`` nothing is
-written: it ends with code 1 where README or picture differ from what the JSON gives.
+Reads loader.json, half_hour.json, scale.json, step.json, race.json and evidence.json of benchmarks/results/
+and the last demo's summary, those that are there; writes runs/report.html, a single file that needs no
+network, the two blocks of figures in README.md and the picture that one of them shows. With ``--check``
+nothing is written: it ends with code 1 where README or picture differ from what the JSON gives.
 """
 
 import functools
@@ -19,13 +19,13 @@ import tyro
 from rich.console import Console
 
 from benchmarks.report import training_block
+from benchmarks.report.half_hour import read_half_hour
 from benchmarks.report.page import picture, render
 from benchmarks.report.readme import BLOCK, block
 from benchmarks.report.results import (
     LoaderFigures,
     ScaleFigures,
     read_demo,
-    read_gpu,
     read_loader,
     read_scale,
 )
@@ -73,14 +73,14 @@ def main(config: Report) -> int:
             )
         wrong = _check(readme, loader, scale, config.results) if loader else False
         return int(_check_training(readme, training, config.results) or wrong)
-    gpu = _if_there(config.results / "gpu.json", read_gpu)
+    half_hour = _if_there(config.results / "half_hour.json", read_half_hour)
     demo = _if_there(config.demo / "summary.json", read_demo)
-    if not (loader or gpu or scale or demo or list(training)):
+    if not (loader or half_hour or scale or demo or list(training)):
         raise ValueError(
-            f"no figures in {config.results} or {config.demo}; measure with `make bench`, `make bench-gpu`, "
+            f"no figures in {config.results} or {config.demo}; measure with `make bench`, `make half-hour`, "
             "`make scale`, `make step`, `make race`, `make evidence` or `make demo`"
         )
-    page = render(loader, scale, demo, gpu, training)
+    page = render(loader, scale, demo, half_hour, training)
     write_atomically(config.out, lambda file: file.write(page.encode()))
     console.print(f"page: {config.out}")
     if readme and loader:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jinja2
 
-from benchmarks.ratios import MAIN_SET
 from benchmarks.report.charts import (
     Chart,
     chart,
@@ -20,9 +19,9 @@ from benchmarks.report.charts import (
     times,
 )
 from benchmarks.report.curves import COLOURS
+from benchmarks.report.half_hour import HalfHourFigures, half_hour_view
 from benchmarks.report.results import (
     DemoFigures,
-    GPUFigures,
     LoaderFigures,
     Rate,
     ScaleFigures,
@@ -32,7 +31,6 @@ from benchmarks.report.training_page import knn_plot, training_view
 from benchmarks.scale import MEASURES
 
 _SET_TITLES = {"reencoded": "re-encoded photographs", "pass_through": "photographs as they are"}
-_WORK_TITLES = {"crops": "two crops of each picture", "recipe": "the whole recipe"}
 _RATIO_TITLES = {
     "crops": "Two crops, samples/s over",
     "recipe": "Whole recipe, samples/s over",
@@ -62,7 +60,7 @@ _RATIO_WORDS = {
 
 
 Measured = (
-    LoaderFigures | GPUFigures | ScaleFigures | StepFigures | RaceFigures | EvidenceFigures | DemoFigures
+    LoaderFigures | HalfHourFigures | ScaleFigures | StepFigures | RaceFigures | EvidenceFigures | DemoFigures
 )
 
 
@@ -70,7 +68,7 @@ def render(
     loader: LoaderFigures | None,
     scale: ScaleFigures | None,
     demo: DemoFigures | None,
-    gpu: GPUFigures | None = None,
+    half_hour: HalfHourFigures | None = None,
     training: TrainingFigures | None = None,
 ) -> str:
     """The whole page as HTML that needs no network."""
@@ -81,13 +79,13 @@ def render(
         .render(
             loader=_loader_view(loader) if loader else None,
             scale=_scale_view(scale) if scale else None,
-            gpu=_gpu_view(gpu) if gpu else None,
+            half_hour=half_hour_view(half_hour) if half_hour else None,
             demo=demo,
             training=training_view(training),
             environments=_environments(
                 {
                     "Loaders": loader,
-                    "Loaders on a GPU": gpu,
+                    "Half an hour on a GPU": half_hour,
                     "Size of the set": scale,
                     "Steps and epochs": training.step,
                     "Race": training.race,
@@ -144,23 +142,6 @@ def _loader_view(loader: LoaderFigures) -> dict[str, Any]:
         "photometric": chart(loader.photometric, "views/s"),
         "stages": stack(loader.stages),
         "stages_total": quantity(sum(loader.stages.values()), "µs"),
-    }
-
-
-def _gpu_view(gpu: GPUFigures) -> dict[str, Any]:
-    return {
-        "figures": gpu,
-        "facts": gpu.sets[MAIN_SET],
-        "tables": [
-            {
-                "title": _WORK_TITLES[work],
-                "chart": chart(rates, "samples/s"),
-                "rates": sorted(rates.values(), key=lambda rate: -rate.median),
-                "with_error": any(rate.mean_error is not None for rate in rates.values()),
-            }
-            for work, rates in gpu.tables.items()
-            if rates
-        ],
     }
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.contract import OURS, WORKS
-from benchmarks.ratios import GROUPS, MAIN_SET
+from benchmarks.peers.contract import OURS
+from benchmarks.ratios import GROUPS
 from benchmarks.report.files import Node, read_json
 from benchmarks.scale import MEASURES
 
@@ -35,12 +35,6 @@ class Rate:
     """How it was set up."""
     bytes: int | None = None
     """What its set takes on disk, where that was the question."""
-    cpu_share: float | None = None
-    """Share of the host's cores that it kept busy, where a GPU does part of the work."""
-    torch_mib: float | None = None
-    """Greatest amount of a GPU's memory in torch's tensors, …"""
-    gpu_mib: float | None = None
-    """… and by how much the GPU's free memory fell in all."""
 
     @property
     def is_ours(self) -> bool:
@@ -76,18 +70,6 @@ class LoaderFigures:
     """Table → what is compared → our rate over the other's; None where the other was not measured."""
     left_out: Mapping[str, Mapping[str, str]]
     """Work → peers that do not offer it → why."""
-
-
-@dataclass(frozen=True)
-class GPUFigures:
-    """gpu.json: loaders whose batches are wanted on a GPU."""
-
-    quick: bool
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    sets: Mapping[str, Mapping[str, Any]]
-    tables: Mapping[str, Rates]
-    """Work → loaders; a work that was not measured is absent."""
 
 
 @dataclass(frozen=True)
@@ -137,27 +119,6 @@ def read_loader(file: Path) -> LoaderFigures:
     )
 
 
-def read_gpu(file: Path) -> GPUFigures:
-    """Read gpu.json; raises like :func:`read_loader`."""
-    content = Node.read(file, "make bench-gpu", "gpu")
-    config, tables = content.at("config"), content.at("tables")
-    for key in ("threads", "batch_size", "crop_px", "turns"):
-        config.get(key, int)
-    _check_photographs(content.at("sets").at(MAIN_SET))
-    for work in tables.value:
-        for name in tables.at(work).value:
-            for key in ("cpu_share", "torch_mib", "gpu_mib"):
-                tables.at(work).at(name).get(key, float)
-    content.at("environment").get("gpu", str)
-    return GPUFigures(
-        quick=content.get("quick", bool),
-        config=config.value,
-        environment=content.environment(),
-        sets=content.at("sets").value,
-        tables={work: _rates(tables.at(work)) for work in WORKS if work in tables.value},
-    )
-
-
 def read_scale(file: Path) -> ScaleFigures:
     """Read scale.json; raises like :func:`read_loader`."""
     content = Node.read(file, "make scale", "scale")
@@ -169,7 +130,7 @@ def read_scale(file: Path) -> ScaleFigures:
         config=config.value,
         environment=content.environment(),
         counts={
-            int(count): {name: _rate(name, counts.at(count).at(name)) for name in MEASURES}
+            int(count): {name: rate_of(name, counts.at(count).at(name)) for name in MEASURES}
             for count in sorted(counts.value, key=int)
         },
         index_mib={
@@ -214,16 +175,14 @@ def _check_photographs(facts: Node) -> None:
 
 
 def _rates(table: Node) -> Rates:
-    return {name: _rate(name, table.at(name)) for name in table.value}
+    return {name: rate_of(name, table.at(name)) for name in table.value}
 
 
-def _rate(name: str, row: Node) -> Rate:
+def rate_of(name: str, row: Node) -> Rate:
+    """A row of a table; raises ValueError where a figure is missing."""
     optional = {key: row.value[key] for key in _OPTIONAL if row.value.get(key) is not None}
     median, low, high = (row.get(key, float) for key in ("median", "low", "high"))
     return Rate(name, median, low, high, tuple(row.get("turns", list)), **optional)
 
 
-_OPTIONAL = (
-    *("antialiased", "mean_error", "max_error", "configured", "bytes"),
-    *("cpu_share", "torch_mib", "gpu_mib"),
-)
+_OPTIONAL = ("antialiased", "mean_error", "max_error", "configured", "bytes")

@@ -25,7 +25,6 @@ from benchmarks.peers.contract import (
     OURS,
     OURS_DALI,
     OURS_GPU_DECODES,
-    OURS_HOST_DECODES,
     OURS_ON_SHARDS,
     OURS_STREAM,
     SPDL_FFMPEG,
@@ -56,7 +55,6 @@ _LARGEST_MEAN_ERROR = {
     FFCV: 2.0,
     DALI_ONCE: 1.5,
     DALI_TWICE: 1.5,
-    OURS_HOST_DECODES: 0.5,
     OURS_GPU_DECODES: 1.0,
     DALI_GPU_ONCE: 1.5,
     DALI_GPU_TWICE: 1.5,
@@ -163,7 +161,7 @@ def test_what_runs_on_a_gpu_makes_the_same_views_by_the_same_code_on_the_cpu(
     job: Job, asked: FixedCrops
 ) -> None:
     peers = load_gpu_peers(ALL_GPU_PEERS, torch.device("cpu"))
-    assert len({peer.name for peer in peers}) == len(peers) == 8
+    assert len({peer.name for peer in peers}) == len(peers) == 7
     for peer in peers:
         assert isinstance(peer.crops, Work) and isinstance(peer.recipe, Work)
         assert peer.crops.settle is None and peer.recipe.settle is None, "there is nothing to wait for"

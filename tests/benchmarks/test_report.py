@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from benchmarks.peers.contract import DECODE_LIMIT
 from benchmarks.report import charts, readme
 from benchmarks.report.__main__ import README, RESULTS, Report, main
+from benchmarks.report.half_hour import read_half_hour
 from benchmarks.report.page import render
-from benchmarks.report.results import Rate, read_demo, read_gpu, read_loader, read_scale
+from benchmarks.report.results import Rate, read_demo, read_loader, read_scale
 from benchmarks.scale import MEASURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,28 +102,32 @@ def loader_json() -> dict[str, Any]:
     }
 
 
-def gpu_json() -> dict[str, Any]:
-    """Made-up figures in the shape that the GPU benchmark writes."""
-    load = {"cpu_share": 0.31, "torch_mib": 1536.0, "gpu_mib": 2048.0}
-    error = {"antialiased": True, "mean_error": 0.31, "max_error": 17.0}
-    rows = {
-        "ours, DALI decodes on the GPU": _rate(12000, configured="mixed decoding", **load),
-        "DALI GPU, decode once and crop twice": _rate(13000, configured="stock <graph>", **load),
-    }
-    return {
-        "benchmark": "gpu",
-        "quick": False,
-        "config": {"threads": 16, "batch_size": 256, "crop_px": 224, "turns": 3, "seconds": 4.0},
-        "environment": {
-            **_ENVIRONMENT,
-            "gpu": "Test GPU",
-            "gpu_memory_gib": 80.0,
-            "cuda": "13.0",
-            "driver": "999.1",
+def half_hour_json() -> dict[str, Any]:
+    """Made-up figures in the shape that the half hour writes: some rows, and two that are missing."""
+    step = {"unit": "samples/s", "step_ms": 80.0, "peak_mib": 20480.0, "cpu_share": 0.03}
+    kernel = {"name": "conv<fprop>", "ms": 1.5, "percent": 12.5}
+    parts: dict[str, dict[str, Any]] = {
+        "check": {"tests/test_a.py": {"passed": 3, "failed": 1, "skipped": 0, "failures": ["test_<it>"]}},
+        "ceilings": {"device copy": _rate(4200, unit="GB/s"), "matrix product": _rate(790, unit="TFLOP/s")},
+        "step": {
+            "both, plain BN, graph": _rate(3200, **step),
+            "both, published, bf16": _rate(1600, **step),
+            "profile of both": {"step_ms": 80.0, "gpu_idle_percent": 4.25, "kernels": [kernel]},
         },
-        "sets": {"reencoded": {"pictures": 2000, "mean_kb": 54.3, "how": "encoded anew"}},
-        "left_out": {"crops": {}, "recipe": {}},
-        "tables": {"crops": {name: row | error for name, row in rows.items()}, "recipe": rows},
+        "dali": {"stock DALI": {"reason": "left out: DALI is not installed"}},
+    }
+    expected = {part: list(rows) for part, rows in parts.items()}
+    expected["step"].append("both, plain BN, compiled")
+    config = {"device": "cuda", "arch": "resnet50", "crop_px": 224, "batch_size": 256, "queue_len": 65536}
+    gpu = {"gpu": "Test GPU", "gpu_memory_gib": 80.0, "cuda": "13.0", "driver": "999.1"}
+    return {
+        "benchmark": "half_hour",
+        "quick": False,
+        "config": config,
+        "environment": {**_ENVIRONMENT, **gpu},
+        "images": {"how": "encoded anew", "read_from": "a folder"},
+        "expected": expected,
+        "parts": parts,
     }
 
 
@@ -234,20 +239,35 @@ def test_every_rate_stands_in_a_table_with_its_spread(results: Path) -> None:
             assert row in [cells[:3] for cells in page.rows], row
 
 
-def test_the_gpus_rates_stand_beside_load_memory_and_error(results: Path) -> None:
-    (results / "gpu.json").write_text(json.dumps(gpu_json()))
+def test_the_half_hours_figures_stand_with_what_is_missing_by_name(results: Path) -> None:
+    (results / "half_hour.json").write_text(json.dumps(half_hour_json()))
     assert main(Report(results=results, demo=results, out=results / "page.html")) == 0
     text = (results / "page.html").read_text()
-    page = _Page(text)
-    assert "gpu" in page.ids and "#gpu" in page.addresses
-    usual = ["31 %", "1.50 GiB", "2.00 GiB"]
-    name, spread = "DALI GPU, decode once and crop twice", "12,480 … 13,390"
-    rows = [row for row in page.rows if row[0] == name and len(row) > 1]
-    assert rows == [[name, "13,000", spread, *usual, "0.31", "17"], [name, "13,000", spread, *usual]]
-    assert "stock &lt;graph&gt;" in text and "A quick run." not in text
-    assert "Test GPU, 80.0 GiB" in text and "999.1, 13.0" in text
-    alone = render(None, None, None, read_gpu(results / "gpu.json"))
+    rows = _Page(text).rows
+    assert ["both, plain BN, graph", "80.0", "2.00 ×", "–", "3%", "20,480 MiB"] in rows, "twice the published"
+    assert ["both, published, bf16", "80.0", "1.00 ×", "–", "3%", "20,480 MiB"] in rows
+    assert ["profile of both", "80.0", "–", "4.2 %", "–", "–"] in rows
+    assert [
+        "tests/test_a.py",
+        "3",
+        "1",
+        "0",
+    ] in rows
+    assert "Failed in tests/test_a.py: test_&lt;it&gt;." in text
+    assert ["conv<fprop>", "1.500", "12.5 %"] in rows
+    assert "4,200 GB/s" in text and "790 TFLOP/s" in text and "Test GPU, 80.0 GiB" in text
+    assert "(no time was left): both, plain BN, compiled." in text
+    assert "(left out: DALI is not installed): stock DALI." in text
+    assert "A rehearsal." not in text and "not measured yet" not in text
+    alone = render(None, None, None, read_half_hour(results / "half_hour.json"))
     assert set(_Page(alone).ids) == {"gpu", "machine"}
+
+
+def test_without_a_half_hour_the_page_says_so(results: Path) -> None:
+    text = _render(results)
+    assert "The GPU path is not measured yet." in text and "make half-hour" in text
+    (results / "half_hour.json").write_text(json.dumps({**half_hour_json(), "quick": True}))
+    assert "A rehearsal." in render(None, None, None, read_half_hour(results / "half_hour.json"))
 
 
 def test_our_other_ways_stand_as_ours_with_ratios_of_their_own(results: Path) -> None:
@@ -267,23 +287,24 @@ def test_our_other_ways_stand_as_ours_with_ratios_of_their_own(results: Path) ->
 @pytest.mark.parametrize(
     ("keys", "value", "sentence"),
     [
-        (("benchmark",), "loader", "benchmark is 'loader', expected 'gpu'"),
-        (("environment", "gpu"), 0, "environment: gpu is 0, expected str"),
-        (("tables", "crops", "ours, DALI decodes on the GPU", "gpu_mib"), "much", "gpu_mib is 'much'"),
-        (("sets", "reencoded"), 1, "reencoded is 1, expected dict"),
+        (("benchmark",), "gpu", "benchmark is 'gpu', expected 'half_hour'"),
+        (("config", "queue_len"), "long", "config: queue_len is 'long', expected int"),
+        (("parts", "ceilings", "device copy", "low"), "much", "device copy: low is 'much', expected float"),
+        (("parts", "step"), 1, "step is 1, expected dict"),
+        (("expected", "step"), {}, "step is {}, expected list"),
     ],
 )
-def test_a_gpus_file_of_another_shape_is_refused_by_key(
+def test_a_half_hours_file_of_another_shape_is_refused_by_key(
     tmp_path: Path, keys: tuple[str, ...], value: Any, sentence: str
 ) -> None:
-    place = content = gpu_json()
+    place = content = half_hour_json()
     for key in keys[:-1]:
         place = place[key]
     place[keys[-1]] = value
-    (tmp_path / "gpu.json").write_text(json.dumps(content))
+    (tmp_path / "half_hour.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
-        read_gpu(tmp_path / "gpu.json")
-    assert "make bench-gpu" in str(caught.value)
+        read_half_hour(tmp_path / "half_hour.json")
+    assert "make half-hour" in str(caught.value)
 
 
 def test_losses_and_what_is_missing_are_printed(results: Path) -> None:
@@ -331,7 +352,7 @@ def test_parts_that_were_not_measured_leave_no_empty_sections(results: Path) -> 
     (results / "loader.json").write_text(json.dumps(content))
     text = render(read_loader(results / "loader.json"), None, None)
     page = _Page(text)
-    assert set(page.ids) == {"ratios", "crops", "peers", "machine"}
+    assert set(page.ids) == {"ratios", "crops", "peers", "gpu", "machine"}
     assert {address[1:] for address in page.addresses} == set(page.ids)
     assert "A quick run." in text
 

@@ -216,7 +216,7 @@ def test_the_page_needs_no_network_and_its_links_lead_somewhere(results: Path) -
     page = render(None, None, None, None, read_training(results))
     elements = list(_drawing(page).iter())
     links = {element.get("href") for element in elements} - {None}
-    assert links == {"#step", "#epoch", "#race", "#evidence", "#machine"}
+    assert links == {"#gpu", "#step", "#epoch", "#race", "#evidence", "#machine"}
     assert links == {f"#{element.get('id')}" for element in elements if element.get("id")}
     assert not re.search(r"url\(|@import|<script|<link|<img|\bsrc=", page)
     assert "so &amp; &lt;so&gt;" in page and "A quick run." not in page
@@ -227,7 +227,7 @@ def test_the_page_is_drawn_from_any_of_the_files_alone(tmp_path: Path, name: str
     (tmp_path / f"{name}.json").write_text(json.dumps(FILES[name]() | {"quick": True}))
     page = render(None, None, None, None, read_training(tmp_path))
     ids = {element.get("id") for element in _drawing(page).iter()} - {None}
-    assert ids == {name, "machine"} | ({"epoch"} if name == "step" else set())
+    assert ids == {name, "gpu", "machine"} | ({"epoch"} if name == "step" else set())
     assert "A quick run." in page and f"<code>make {name}</code>" in page
 
 

@@ -1,0 +1,102 @@
+"""The images of the half hour: those that are in ``--data`` already, else photographs, else drawn ones.
+
+python -m benchmarks.half_hour --data data
+"""
+
+import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.half_hour.plan import Images, Size
+from benchmarks.parity.samples import colourful
+from benchmarks.sample_sets import PHOTOGRAPHS, QUALITY, SampleSets, dataset_tools
+from benchmarks.synthetic import write_synthetic
+from pipelines.beton import open_beton
+from pipelines.manifest import Manifest
+
+_SIZES_PX = ((375, 500), (500, 375), (333, 500), (500, 500))
+"""Height, width of drawn images."""
+
+
+def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable[[str], None]) -> Images:
+    """Find or make the images, and compile them where FFCV is installed.
+
+    Photographs are made where scikit-image and scikit-learn are installed; a tiny run always draws its own.
+
+    Args:
+        data: folder of the sample sets.
+        out: folder for the set that repeats images.
+        size: how many images to draw, and how many entries that set has.
+        tiny: draw small images.
+        note: called with what is being done, and with what could not be.
+    """
+    base = data / f"photographs-q{QUALITY}"
+    how = f"photographs encoded anew at quality {QUALITY}"
+    there = base.is_dir() or base.with_name(f"{base.name}.beton").is_file()
+    if not (tiny or there) and all(importlib.util.find_spec(name) for name in ("skimage", "sklearn")):
+        note(f"making {base}")
+        there = _done(lambda: SampleSets(data, PHOTOGRAPHS, note).reencoded_folder, note)
+    if tiny or not there:
+        base = data / f"drawn-{size.num_images}{'-tiny' if tiny else ''}"
+        how = f"drawn, smooth colours with noise, quality {QUALITY}: no photographs were at hand"
+        _draw(base / "train", size.num_images, tiny=tiny, note=note)
+    beton, shards = (base.with_name(f"{base.name}.{kind}") for kind in ("beton", "shards"))
+    ffcv = importlib.util.find_spec("ffcv") is not None
+    for path in (beton, shards):
+        if ffcv and base.is_dir() and not (path.exists() and Manifest.read(path)):
+            note(f"compiling {path}")
+            _done(partial(dataset_tools, "convert", base / "train", path), note)
+    found = {"folder": base / "train", "beton": beton, "shards": shards}
+    paths = {kind: str(path) for kind, path in found.items() if path.exists()}
+    if ffcv and beton.exists():
+        long = out / f"{base.name}-{size.num_entries}.beton"
+        if not long.exists():
+            note(f"writing {long}")
+            long.parent.mkdir(parents=True, exist_ok=True)
+            source = open_beton(beton)
+            write_synthetic(source, long, count=size.num_entries, payloads=len(source))
+        paths["long"] = str(long)
+    if not (paths.get("folder") or paths.get("long")):
+        raise ValueError(f"{beton} needs FFCV to be read, and it is not installed; carry {base}/train too")
+    return Images(how, **paths)
+
+
+def _done(make: Callable[[], object], note: Callable[[str], None]) -> bool:
+    """Whether something could be made; why not is noted, and the run goes on without it."""
+    try:
+        make()
+    except ValueError as error:
+        note(f"going on without: {error}")
+        return False
+    return True
+
+
+def facts(images: Images) -> dict[str, Any]:
+    """What the images are, for the JSON; paths as they were found."""
+    paths = {kind: Path(path).name for kind, path in asdict(images).items() if kind != "how" and path}
+    reads = "a compiled file that repeats them" if images.long else "a folder of JPEG files, by Pillow"
+    return {"how": images.how, "read_from": reads, "sets": paths}
+
+
+def _draw(folder: Path, num: int, *, tiny: bool, note: Callable[[str], None]) -> None:
+    """Draw JPEG files in two class folders, unless all are there."""
+    files = [folder / f"class-{i % 2}" / f"{i:05}.jpg" for i in range(num)]
+    if all(file.is_file() for file in files):
+        return
+    note(f"drawing {num} images in {folder}")
+    for parent in {file.parent for file in files}:
+        parent.mkdir(parents=True, exist_ok=True)
+
+    def draw(i: int) -> None:
+        height, width = (side // 6 if tiny else side for side in _SIZES_PX[i % len(_SIZES_PX)])
+        image = Image.fromarray(colourful(i, height, width))
+        image.save(files[i], "JPEG", quality=QUALITY, subsampling="4:2:0")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(draw, range(num)))

@@ -1,0 +1,267 @@
+"""The half hour: rehearsed without a GPU, killed and continued; what it makes of logs and traces."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.half_hour import __main__ as program
+from benchmarks.half_hour import figures, hardware, images, plan, runs, steps
+from benchmarks.half_hour.__main__ import HalfHour, main
+from benchmarks.half_hour.plan import PARTS, TINY, Images, Setup
+from benchmarks.report.half_hour import read_half_hour
+from engine import cli
+from models.batch import Method
+
+ROOT = Path(__file__).resolve().parents[2]
+PART = "tests.benchmarks.half_hour_part:rows"
+CPU = Setup("cpu", True, "", Images("none"))
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HalfHour:
+    """A run of the part that misbehaves, under the name check."""
+    monkeypatch.setattr(plan, "SOURCES", {"check": PART})
+    monkeypatch.setattr(program, "find_images", lambda *_, **__: Images("none"))
+    (tmp_path / "out").mkdir()
+    return HalfHour(("check",), tmp_path / "x.json", out=tmp_path / "out", device="cpu", tiny=True)
+
+
+def _rows(options: HalfHour, part: str = "check") -> dict[str, Any]:
+    rows: dict[str, Any] = json.loads(options.json.read_text())["parts"][part]
+    return rows
+
+
+def _begun(options: HalfHour) -> dict[str, int]:
+    known = ("before", "hangs", "fails", "dies", "lacks", "kills", "after")
+    return {n: len((options.out / n).read_text()) for n in known if (options.out / n).exists()}
+
+
+# -------------------------------------------------------------------------------------------------- limits
+
+
+def test_what_goes_wrong_is_a_row_and_the_next_one_is_measured(options: HalfHour) -> None:
+    (options.out / "rows").write_text("before lacks fails dies hangs after dear")
+    main(options)
+    rows = _rows(options)
+    assert rows["before"]["median"] == rows["after"]["median"] == 1.0
+    assert rows["hangs"]["reason"] == "out of time after 2 s"
+    assert rows["fails"]["reason"] == "failed: RuntimeError: it cannot work"
+    assert rows["dies"]["reason"].startswith("failed: its process ended with code 7")
+    assert rows["lacks"]["reason"] == "left out: the package nothing is not installed"
+    assert "dear" not in rows, "it does not fit into the time left"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((options.out / "child").read_text()), 0)
+
+
+def test_a_second_run_measures_what_is_missing_and_again_all(options: HalfHour) -> None:
+    (options.out / "rows").write_text("before lacks after")
+    main(options)
+    main(options)
+    assert _begun(options) == {"before": 1, "lacks": 2, "after": 1}
+    main(replace(options, again=True))
+    assert _begun(options) == {"before": 2, "lacks": 3, "after": 2}
+
+
+def test_a_killed_run_keeps_its_rows_and_the_next_one_goes_on(options: HalfHour) -> None:
+    (options.out / "rows").write_text("before kills after")
+    words = f"""
+from pathlib import Path
+from benchmarks.half_hour import __main__ as program, plan
+plan.SOURCES = {{"check": {PART!r}}}
+program.find_images = lambda *_, **__: plan.Images("none")
+program.main(program.HalfHour(("check",), Path({str(options.json)!r}), out=Path({str(options.out)!r}),
+                              device="cpu", tiny=True))
+"""
+    ended = subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False, timeout=120)
+    assert ended.returncode == -9
+    assert list(_rows(options)) == ["before"]
+    main(options)
+    assert [name for name, row in _rows(options).items() if row["median"]] == ["before", "kills", "after"]
+    assert _begun(options) == {"before": 1, "kills": 2, "after": 1}
+
+
+def test_figures_of_another_setup_are_not_mixed(options: HalfHour) -> None:
+    (options.out / "rows").write_text("dear")
+    main(options)
+    content = json.loads(options.json.read_text())
+    content["config"]["queue_len"] = 128
+    content["environment"]["versions"]["torch"] = "1.0"
+    options.json.write_text(json.dumps(content))
+    before = options.json.read_bytes()
+    with pytest.raises(ValueError, match=r"torch was 1\.0.*queue_len was 128, is 64.*another --json"):
+        main(options)
+    assert options.json.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"device": "cuda"}, "sees no GPU; .* --device cpu --tiny"),
+        ({"device": "cpu", "tiny": False}, "add --tiny"),
+        ({"minutes": 0.0}, r"--minutes is 0\.0; it must be above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_sentence(
+    wrong: Mapping[str, Any],
+    sentence: str,
+    options: HalfHour,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: main(replace(options, **wrong)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and re.search(sentence, line)
+    assert not options.json.exists(), "nothing is made before"
+
+
+# ---------------------------------------------------------------------------------------------- rehearsal
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rehearsal_without_a_gpu_does_all_that_a_cpu_can(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "half_hour.json"
+    words = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--json",
+        out,
+        "--data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "out",
+    ]
+    command = [sys.executable, "-m", "benchmarks.half_hour", *map(str, words)]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert (
+        said.splitlines()[-2].startswith(f"figures: {out}") and said.splitlines()[-1] == "next: make report"
+    )
+    found = read_half_hour(out)
+    assert found.quick and tuple(found.parts) == PARTS
+    gpu_alone = ("pinned", "compiled", "--c", "graph", "decode_jpeg")
+    for part, missing in found.missing.items():
+        expected = {name for name in found.parts[part] if any(word in name for word in gpu_alone)}
+        assert set(missing) == expected and set(missing.values()) <= {"needs a GPU"}
+    for part, rows in found.rates.items():
+        assert rows.keys() == {n for n, row in found.parts[part].items() if "median" in row}
+        assert all(rate.low <= rate.median <= rate.high for rate in rows.values())
+    assert {len(rows) for part, rows in found.rates.items() if part != "check"} == {0, 1, 3, 4, 9, 12}
+    run = found.parts["train"]["eager"]
+    assert 0 < run["stopped_at"] < run["steps"] == TINY.train_steps and 0 <= run["wait_percent"] <= 100
+    assert len(found.parts["step"]["profile of mixmask, 8 groups, eager"]["kernels"]) == 10
+
+
+def test_images_are_found_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    real = images.importlib.util.find_spec
+    monkeypatch.setattr(images.importlib.util, "find_spec", lambda n: None if n == "ffcv" else real(n))
+    drawn = images.find_images(data, out, TINY, tiny=True, note=lambda _: None)
+    assert len(plan.files_below(drawn.folder)) == TINY.num_images and drawn.path() == drawn.folder
+    assert not (drawn.beton or drawn.shards or drawn.long), "nothing can be compiled without FFCV"
+    (data / "photographs-q86" / "train").mkdir(parents=True)
+    found = images.find_images(data, out, TINY, tiny=False, note=lambda _: None)
+    assert found.folder == str(data / "photographs-q86" / "train") and "photographs" in found.how
+    (data / "photographs-q86" / "train").rmdir()
+    (data / "photographs-q86").rmdir()
+    (data / "photographs-q86.beton").touch()
+    with pytest.raises(ValueError, match="needs FFCV"):
+        images.find_images(data, out, TINY, tiny=False, note=lambda _: None)
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_a_rate_begins_when_two_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took, calls = [0.0], iter([9.0, 4.0, 1.0, 1.05]), [0]
+
+    def call() -> None:
+        calls[0] += 1
+        now[0] += next(took, 0.5)
+
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
+    found = plan.rates(call, 10, CPU, "images/s")
+    # Four calls warm up; each of the two turns is one call of half a second.
+    assert calls == [6] and found["turns"] == [20.0, 20.0] and found["unit"] == "images/s"
+
+
+def test_idle_share_is_what_no_interval_covers() -> None:
+    assert steps.idle_share([(10.0, 20.0), (12.0, 15.0), (30.0, 40.0), (18.0, 22.0), (40.0, 50.0)]) == 8 / 40
+    assert steps.idle_share([(1.0, 3.0)]) == 0.0
+    with pytest.raises(ValueError, match="recorded nothing"):
+        steps.idle_share([])
+    events = [{"name": "a", "ts": 0.0, "dur": 30.0}, {"name": "b", "ts": 40.0, "dur": 60.0}]
+    assert steps.spans(events) == [(0.0, 30.0), (40.0, 100.0)]
+    assert steps.top_kernels([*events, events[0], events[0]]) == [
+        {"name": "a", "ms": 0.03, "percent": 60.0},
+        {"name": "b", "ms": 0.02, "percent": 40.0},
+    ]
+
+
+def test_a_logs_rate_leaves_out_the_steps_after_each_start() -> None:
+    def line(first: int, last: int, rate: float, wait: float) -> dict[str, Any]:
+        return {"first_step": first, "step": last, "samples_per_s": rate, "wait_percent": wait}
+
+    rows = [line(0, 0, 1, 99), line(1, 9, 2, 99), line(10, 19, 100, 10), line(20, 24, 200, 30)]
+    rows += [line(25, 30, 1, 99), line(31, 34, 1, 99), line(35, 44, 50, 0)]
+    found = runs.steady(rows, (0, 25), batch_size=10)
+    assert (found["median"], found["low"], found["high"]) == (100, 50, 200)
+    # 1 s of which 10 % waits, 0.25 s of which 30 % waits, 2 s without.
+    assert found["wait_percent"] == pytest.approx(100 * (0.1 + 0.075) / 3.25, abs=0.01)
+    runs.check_continuous(rows, 45)
+    for broken, steps_ in ((rows, 46), (rows[:3] + rows[4:], 45)):
+        with pytest.raises(ValueError, match="the log"):
+            runs.check_continuous(broken, steps_)
+
+
+def test_tests_are_counted_by_outcome(tmp_path: Path) -> None:
+    cases = "def test_good(): pass\ndef test_bad(): assert 0\n"
+    (tmp_path / "test_x.py").write_text(f"import pytest\n{cases}@pytest.mark.skip\ndef test_not(): pass\n")
+    report = tmp_path / "x.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        f"--junitxml={report}",
+        "-p",
+        "no:cacheprovider",
+        "test_x.py",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=False, capture_output=True)
+    assert hardware.counts(report) == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["test_bad"]}
+    marked = list(hardware.check(replace(CPU, tiny=False)))
+    assert "tests/benchmarks/test_half_hour.py" in marked and "tests/test_imports.py" not in marked
+
+
+def test_rows_are_put_into_words() -> None:
+    row = {"median": 1234.5, "low": 1000.0, "high": 1300.0, "unit": "samples/s", "cpu_share": 0.25}
+    assert figures.rate_in_words(row) == "1,234 samples/s (1,000 … 1,300)"
+    assert figures.facts_in_words(row | {"mean_error": None}) == {"host's cores": "25%"}
+    assert figures.rate_in_words({"passed": 1}) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", steps.METHODS)
+def test_a_captured_step_trains_as_the_plain_one(method: Method) -> None:
+    setup = replace(CPU, device="cuda")
+    (plain, train_plain), (graphed, train_graphed) = (
+        steps.build_step(setup, method, 2, mode, "fp32") for mode in ("eager", "graph")
+    )
+    for _ in range(6):
+        train_plain()
+        train_graphed()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(graphed.state_dict()[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
