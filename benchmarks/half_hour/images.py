@@ -17,6 +17,7 @@ from benchmarks.half_hour.plan import Images, Size
 from benchmarks.parity.samples import colourful
 from benchmarks.sample_sets import PHOTOGRAPHS, QUALITY, SampleSets, dataset_tools
 from benchmarks.synthetic import write_synthetic
+from pipelines import turbojpeg
 from pipelines.beton import open_beton
 from pipelines.manifest import Manifest
 
@@ -25,7 +26,7 @@ _SIZES_PX = ((375, 500), (500, 375), (333, 500), (500, 500))
 
 
 def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable[[str], None]) -> Images:
-    """Find or make the images, and compile them where FFCV is installed.
+    """Find or make the images, and compile them where libturbojpeg is found.
 
     Photographs are made where scikit-image and scikit-learn are installed; a tiny run always draws its own.
 
@@ -47,14 +48,14 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable
         how = f"drawn, smooth colours with noise, quality {QUALITY}: no photographs were at hand"
         _draw(base / "train", size.num_images, tiny=tiny, note=note)
     beton, shards = (base.with_name(f"{base.name}.{kind}") for kind in ("beton", "shards"))
-    ffcv = importlib.util.find_spec("ffcv") is not None
+    can_decode = decoder_is_there()
     for path in (beton, shards):
-        if ffcv and base.is_dir() and not (path.exists() and Manifest.read(path)):
+        if can_decode and base.is_dir() and not (path.exists() and Manifest.read(path)):
             note(f"compiling {path}")
             _done(partial(dataset_tools, "convert", base / "train", path), note)
     found = {"folder": base / "train", "beton": beton, "shards": shards}
     paths = {kind: str(path) for kind, path in found.items() if path.exists()}
-    if ffcv and beton.exists():
+    if can_decode and beton.exists():
         long = out / f"{base.name}-{size.num_entries}.beton"
         if not long.exists():
             note(f"writing {long}")
@@ -63,8 +64,17 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable
             write_synthetic(source, long, count=size.num_entries, payloads=len(source))
         paths["long"] = str(long)
     if not (paths.get("folder") or paths.get("long")):
-        raise ValueError(f"{beton} needs FFCV to be read, and it is not installed; carry {base}/train too")
+        raise ValueError(f"{beton} cannot be read here: {turbojpeg.INSTALL}; or carry {base}/train too")
     return Images(how, **paths)
+
+
+def decoder_is_there() -> bool:
+    """Whether libturbojpeg is found, by which compiled sets are made and read."""
+    try:
+        turbojpeg.library()
+    except ImportError:
+        return False
+    return True
 
 
 def _done(make: Callable[[], object], note: Callable[[str], None]) -> bool:

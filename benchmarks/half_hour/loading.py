@@ -8,6 +8,7 @@ which DALI's own reader, one without end, does not have to. They need the set of
 first rows are compared with PIL's, pixel by pixel.
 """
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -31,8 +32,8 @@ from benchmarks.peers.contract import (
 from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.timing import Closing
+from engine.precision import Precision
 from pipelines import ViewLoader, build_loader
-from pipelines.choosing import look_around
 from pipelines.cores import usable_cores
 from pipelines.dali_operators import INSTALL_DALI
 from pipelines.recipe import moco_v2
@@ -99,6 +100,7 @@ def _ours(
         batch_size=size.batch_size,
         num_threads=threads,
         device=setup.on,
+        dtype=Precision.choose("auto", setup.on).dtype,
         compiled=compiled,
     )
 
@@ -113,13 +115,13 @@ def _ours(
 def _peer(setup: Setup, source: Any, name: str | None, work: WorkName, threads: int) -> dict[str, Any]:
     """A loader of `benchmarks.peers`; of several from one source the one of this name."""
     images, size = setup.images, setup.size
-    if source != "torchvision" and not look_around(setup.on).dali:
+    if source != "torchvision" and not importlib.util.find_spec("nvidia.dali"):
         raise ImportError(f"DALI is not installed; {INSTALL_DALI}")
     peers = load_gpu_peers([source], setup.on)
     (peer,) = (peer for peer in peers if name in (None, peer.name))
     needed = [images.folder] if source == "torchvision" else [images.folder, images.shards]
     if not all(needed):
-        raise ImportError("FFCV is not installed, which compiles the set of shards that this reads")
+        raise ImportError("the set of shards that this reads was not compiled, for libturbojpeg is missing")
     folder, beton, shards = (Path(path) for path in (images.folder, images.beton, images.shards))
     job = Job(folder, beton, shards, moco_v2(size.crop_px), size.batch_size, threads)
     offered = cast(Work, works(work, [peer])[peer.name])

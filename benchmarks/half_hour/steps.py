@@ -29,7 +29,7 @@ from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines.batch import Batch, Mixture, tensors_of
 
-Mode = Literal["eager", "graph", "compiled"]
+Mode = Literal["eager", "graph", "compiled", "compiled graph"]
 METHODS: tuple[Method, ...] = ("mixmask", "both", "moco")
 _SPLITS = {"8 groups": 8, "plain BN": 1}
 _PUBLISHED: tuple[PrecisionName, ...] = ("bf16", "fp32")
@@ -61,15 +61,18 @@ def step(setup: Setup) -> dict[str, Row]:
         f"profile of mixmask, 8 groups, {mode}": row(setup, 25, _profile, mode, needs_gpu=mode != "eager")
         for mode in modes
     }
-    return ways("eager", 20) | ways("graph", 20) | published | profiles | ways("compiled", 100)
+    compiled = ways("compiled graph", 100) | ways("compiled", 100)
+    return ways("eager", 20) | ways("graph", 20) | published | profiles | compiled
 
 
-def random_batch(setup: Setup, method: Method, layout: torch.memory_format) -> Batch:
+def random_batch(
+    setup: Setup, method: Method, layout: torch.memory_format, dtype: torch.dtype = torch.float32
+) -> Batch:
     """Random images (N, 3, S, S) on the device, each mixture with the batch in reverse order."""
     size = setup.size
     shape = (size.batch_size, 3, size.crop_px, size.crop_px)
     key, query, *mixed = (
-        torch.randn(shape, device=setup.on).contiguous(memory_format=layout)
+        torch.randn(shape, device=setup.on).to(dtype).contiguous(memory_format=layout)
         for _ in range(2 + NUM_MIXTURES[method])
     )
     row_N = torch.arange(size.batch_size, device=setup.on)
@@ -86,12 +89,12 @@ def build_step(
     encoder = functools.partial(build_encoder, setup.size.arch)
     model = MoCo(encoder, method=method, queue_len=setup.size.queue_len, bn_splits=splits).to(setup.on)
     model.to(memory_format=torch.channels_last)
-    if mode == "compiled":
+    if mode.startswith("compiled"):
         model.compile_for_training()
     optimizer = sgd(model.encoder_q, _LR, _MOMENTUM, _WEIGHT_DECAY)
     chosen = Precision.choose(precision, setup.on)
-    train = TrainStep(model, optimizer, chosen, tensors_of=tensors_of if mode == "graph" else None)
-    batch = random_batch(setup, method, torch.channels_last)
+    train = TrainStep(model, optimizer, chosen, tensors_of=tensors_of if mode.endswith("graph") else None)
+    batch = random_batch(setup, method, torch.channels_last, chosen.dtype)
     return model, functools.partial(train, batch)
 
 

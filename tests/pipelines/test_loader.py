@@ -71,6 +71,13 @@ def test_a_symmetric_recipe_mixes_both_views_alike(beton: Path) -> None:
             assert (of_keys.images >= pair.amin(0) - 1e-5).all()
 
 
+@pytest.fixture
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More threads than cores are refused, and a machine may have one core."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+
+
+@pytest.mark.usefixtures("four_cores")
 @pytest.mark.parametrize("backend", ["ffcv", DALI, "folder"])
 def test_views_do_not_depend_on_threads(backend: str, beton: Path, picture_folder: Path) -> None:
     path = picture_folder if backend == "folder" else beton
@@ -104,6 +111,7 @@ def test_ranks_share_the_epoch_without_overlap(beton: Path) -> None:
         assert torch.equal(whole.query, torch.cat([part.query for part in parts]))
 
 
+@pytest.mark.usefixtures("four_cores")
 def test_resumed_in_the_middle_gives_the_rest(beton: Path) -> None:
     whole = _load(beton)
     whole.set_epoch(2)
