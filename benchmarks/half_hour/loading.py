@@ -8,7 +8,6 @@ which DALI's own reader, one without end, does not have to. They need the set of
 first rows are compared with PIL's, pixel by pixel.
 """
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -34,6 +33,7 @@ from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.timing import Closing
 from engine.precision import Precision
 from pipelines import ViewLoader, build_loader
+from pipelines.choosing import look_around
 from pipelines.cores import usable_cores
 from pipelines.dali_operators import INSTALL_DALI
 from pipelines.recipe import moco_v2
@@ -115,7 +115,7 @@ def _ours(
 def _peer(setup: Setup, source: Any, name: str | None, work: WorkName, threads: int) -> dict[str, Any]:
     """A loader of `benchmarks.peers`; of several from one source the one of this name."""
     images, size = setup.images, setup.size
-    if source != "torchvision" and not importlib.util.find_spec("nvidia.dali"):
+    if source != "torchvision" and not look_around(setup.on, threads).dali:
         raise ImportError(f"DALI is not installed; {INSTALL_DALI}")
     peers = load_gpu_peers([source], setup.on)
     (peer,) = (peer for peer in peers if name in (None, peer.name))

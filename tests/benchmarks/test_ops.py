@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from benchmarks.ops import Counted, OpsBenchmark, count_photometric, count_step, fuse, main
+from benchmarks.fusion import fuse
+from benchmarks.ops import Counted, OpsBenchmark, count_photometric, count_step, main
 
 TINY = {"arch": "resnet10w16", "crop_px": 32, "batch_size": 8, "queue_len": 64, "bn_splits": 4}
 

@@ -1,0 +1,135 @@
+"""What a compiler could make of a graph at best: its kernels, and the bytes they move."""
+
+import functools
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def tensors_of_tree(tree: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def num_bytes(tensor: Tensor) -> int:
+    """What of a tensor lies in memory: an expanded one counts once."""
+    numel = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        numel *= size if stride else 1
+    return int(numel) * tensor.element_size()
+
+
+_POINTWISE = (
+    "_to_copy",
+    "cat",
+    "copy",
+    "full",
+    "full_like",
+    "arange",
+    "scalar_tensor",
+    "index",
+    "lerp",
+    "fill",
+)
+"""Operations without the tag that a compiler makes part of a kernel."""
+_REDUCTIONS = ("sum", "mean", "amax", "amin", "var_mean", "var", "linalg_vector_norm", "cumsum", "any", "max")
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    while node.op == "call_function":
+        whole = node.all_input_nodes[0] if node.target is operator.getitem else node
+        if not getattr(whole.target, "is_view", False):
+            break
+        node = whole.all_input_nodes[0]
+    return node
+
+
+def _kind(node: fx.Node) -> str:
+    """input, pointwise, reduction or opaque; one of several results is what its operation is."""
+    if node.op != "call_function":
+        return "input"
+    if node.target is operator.getitem:
+        return _kind(node.all_input_nodes[0])
+    target: Any = node.target
+    name = target.name().removeprefix("aten::").split(".")[0]
+    if torch.Tag.pointwise in target.tags or name in _POINTWISE:
+        return "pointwise"
+    return "reduction" if name in _REDUCTIONS else "opaque"
+
+
+def _node_bytes(node: fx.Node) -> int:
+    return sum(map(num_bytes, tensors_of_tree(node.meta.get("val"))))
+
+
+@dataclass
+class Kernel:
+    """What is computed at once."""
+
+    reads: dict[fx.Node, int]
+    """Values in memory, and how many bytes of each."""
+    writes: set[fx.Node]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what it reads from memory and writes to it."""
+        read = sum(num for node, num in self.reads.items() if node not in self.writes)
+        return read + sum(map(_node_bytes, self.writes))
+
+    def join(self, other: "Kernel") -> "Kernel":
+        """Both as one."""
+        num = {n: max(self.reads.get(n, 0), other.reads.get(n, 0)) for n in self.reads | other.reads}
+        return Kernel(num, self.writes | other.writes)
+
+
+def fuse(graph: fx.Graph) -> list[Kernel]:
+    """The kernels of a graph of ATen operations, whose nodes know their fake values, after the best fusion.
+
+    Products, convolutions, scatters and sorts are kernels of their own, whose inputs and outputs lie in
+    memory; so do the results of reductions and of the graph. Everything else is pointwise: it is computed
+    where it is used, again in every kernel that uses it. Pointwise results and reductions are one kernel
+    where one needs the other or both read the same memory, and nothing that must be over first lies between.
+    """
+    nodes = [node for node in graph.nodes if node.op != "output" and _origin(node) is node]
+    read = [node for node in nodes if _kind(node) == "opaque"] + list(graph.find_nodes(op="output"))
+    stored = {_origin(source) for node in read for source in node.all_input_nodes}
+    stored |= {node for node in nodes if _kind(node) != "pointwise"}
+    level: dict[fx.Node, int] = {}
+    kernels: dict[int, list[Kernel]] = defaultdict(list)
+    alone = []
+    for node in (node for node in nodes if node in stored):
+        if node.target is operator.getitem:
+            level[node] = level[node.all_input_nodes[0]]
+            continue
+        reads = _read_from_memory(node, stored) if node.op == "call_function" else {}
+        level[node] = max((level[n] + (_kind(n) in ("reduction", "opaque")) for n in reads), default=0)
+        kernel = Kernel(reads, {node})
+        if _kind(node) == "opaque":
+            alone.append(kernel)
+        elif node.op == "call_function":
+            here = kernels[level[node]]
+            near = [one for one in here if reads.keys() & (one.reads.keys() | one.writes)]
+            kernels[level[node]] = [one for one in here if one not in near]
+            kernels[level[node]].append(functools.reduce(Kernel.join, near, kernel))
+    return [*alone, *(kernel for level_kernels in kernels.values() for kernel in level_kernels)]
+
+
+def _read_from_memory(node: fx.Node, stored: set[fx.Node]) -> dict[fx.Node, int]:
+    """What of the stored values a node needs, by way of others that are computed again."""
+    found: dict[fx.Node, int] = {}
+    ahead, seen = list(node.all_input_nodes), set[fx.Node]()
+    while ahead:
+        view = ahead.pop()
+        if view in seen:
+            continue
+        seen.add(view)
+        source = _origin(view)
+        if source in stored:
+            found[source] = min(_node_bytes(source), found.get(source, 0) + _node_bytes(view))
+        else:
+            ahead += source.all_input_nodes
+    return found
