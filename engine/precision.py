@@ -69,5 +69,7 @@ def settings_of_training() -> Iterator[None]:
 
     The shapes of a training are always the same, so that the search is made once for each.
     """
-    with true_float32(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+    kept = torch.backends.cudnn.deterministic
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=kept, allow_tf32=False)
+    with true_float32(), cudnn:
         yield

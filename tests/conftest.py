@@ -15,6 +15,7 @@ from benchmarks.parity.samples import colourful
 from benchmarks.peers.contract import hush_numba
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
+from models.losses import true_float32
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -91,13 +92,9 @@ def _exact_on_gpus() -> Iterator[None]:
 
     Not by torch.use_deterministic_algorithms, whose scatter_add_ makes the host wait, as some tests forbid.
     """
-    products = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with true_float32(), cudnn:
+        yield
 
 
 @pytest.fixture(autouse=True)
