@@ -345,20 +345,23 @@ def count_photometric(config: OpsBenchmark) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    config = result["config"]
+    config, methods = result["config"], result["methods"]
     table = Table(
         title=f"A step of {config['arch']} at {config['crop_px']} px, batch {config['batch_size']}, "
-        f"BN in {config['bn_splits']} parts, {config['dtype']}: operations and GB"
+        f"BN in {config['bn_splits']} parts, {config['dtype']}"
     )
-    table.add_column("part")
-    columns = [(method, way) for method, ways in result["methods"].items() for way in ways]
-    for method, way in columns:
-        table.add_column(f"{method}\n{way}", justify="right")
-    counted = [result["methods"][method][way] for method, way in columns]
-    for part in dict.fromkeys(part for one in counted for part in one["parts"]):
-        table.add_row(part, *(_cell(one["parts"].get(part)) for one in counted))
+    ways = list(methods["mixmask"])
+    table.add_column("method, part")
+    for way in ways:
+        table.add_column(f"{way}, operations", justify="right")
+        table.add_column("GB", justify="right")
+    for part in dict.fromkeys(part for way in ways for part in methods["mixmask"][way]["parts"]):
+        counted = [methods["mixmask"][way]["parts"].get(part) for way in ways]
+        table.add_row(f"mixmask, {part}", *(cell for one in counted for cell in _cells(one)))
     table.add_section()
-    table.add_row("all", *(_cell({"ops": one["total_ops"], "bytes": one["total_bytes"]}) for one in counted))
+    for method, figures in methods.items():
+        totals = [{"ops": figures[w]["total_ops"], "bytes": figures[w]["total_bytes"]} for w in ways]
+        table.add_row(f"{method}, all", *(cell for one in totals for cell in _cells(one)))
     console.print(table)
     stage, norm = result["photometric"], result["batchnorm"]
     console.print(
@@ -372,8 +375,8 @@ def _print(result: dict[str, Any]) -> None:
     )
 
 
-def _cell(part: dict[str, int] | None) -> str:
-    return f"{part['ops']:,}\n[dim]{part['bytes'] / 1e9:,.1f}[/]" if part else "–"
+def _cells(part: dict[str, int] | None) -> tuple[str, str]:
+    return (f"{part['ops']:,}", f"{part['bytes'] / 1e9:,.1f}") if part else ("–", "–")
 
 
 if __name__ == "__main__":
