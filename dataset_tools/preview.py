@@ -100,7 +100,7 @@ def _draw_row(axes: Any, row: int, loader: ViewLoader, batch: Batch, masks: Tens
             spine.set(edgecolor=colour, linewidth=2.5)
     axes[3].imshow(_to_picture(batch.query[partner], loader))
     axes[3].set_xlabel(f"query of row {partner + 1}", fontsize=10)
-    axes[4].imshow(masks[row, 0], cmap="gray", vmin=0, vmax=1)
+    axes[4].imshow(masks[row], cmap="gray", vmin=0, vmax=1)
     for axis, mixture in zip(axes[5:], (mixmask, unmix), strict=True):
         lam = float(mixture.lam[row])
         axis.imshow(_to_picture(mixture.images[row], loader))

@@ -74,7 +74,7 @@ rooms = ("pipelines", "models", "engine", "dataset_tools", "detection", "benchma
 files = [file for room in rooms for file in sorted(pathlib.Path(room).rglob("*.py"))]
 files += sorted(pathlib.Path().glob("*.py"))
 # They have no options of their own.
-without_help = ("engine.doctor", "engine.activate", "detection.repeat")
+without_help = ("engine.doctor", "engine.activate", "detection.repeat", "benchmarks.half_hour.worker")
 failed, programs = {}, {}
 for file in files:
     name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
