@@ -41,8 +41,7 @@ class PretrainedConfig:
     seed: int = 0
     """Of the classifier, the order and the crops."""
     precision: PrecisionName = "auto"
-    """Number format of the encoder. The classifier's is fp32, as TF32 in its products on a GPU unless fp32 is
-    given."""
+    """Number format of the encoder. The classifier's is fp32."""
     backend: Backend = "auto"
     """Reads the training set, as in train_pretrain.py; what reads the test set is chosen by its kind."""
     num_threads: int = 0

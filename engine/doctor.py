@@ -153,7 +153,9 @@ def check_gpus() -> list[Finding]:
         memory_gib = properties.total_memory / 2**30
         detail = f"{properties.name}, {memory_gib:.0f} GiB, bf16 {'yes' if has_bf16 else 'no: fp16 is used'}"
         rows.append(Finding(f"gpu {number}", "ok", detail))
-    return rows
+    lacking, _, mend = importlib.import_module("models.batchnorm").missing_for_kernels().partition(": ")
+    detail = lacking or "can be compiled"
+    return [*rows, Finding("gpu kernels", "absent" if lacking else "ok", detail, mend)]
 
 
 def check_fashion_mnist(folder: Path = _FASHION_MNIST) -> Finding:

@@ -5,6 +5,7 @@ import datetime
 import gc
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from engine.precision import settings_of_training
+from models.batchnorm import missing_for_kernels
 
 _ROWS_AT_A_TIME = 65_536
 """Of a gathered tensor in one message."""
@@ -122,10 +124,10 @@ def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launc
     if on_gpu:
         torch.cuda.set_device(launch.device)
     if world_size == 1:
-        with settings_of_training():
+        with settings_of_training(), _kernels_or_warning(launch):
             yield launch
         return
-    with settings_of_training(), _losses_told():
+    with settings_of_training(), _kernels_or_warning(launch), _losses_told():
         _join(launch, datetime.timedelta(seconds=timeout_s))
         yield launch
         # What still holds the group, such as DDP's reducer in a cycle of references, would keep gloo's
@@ -134,6 +136,22 @@ def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launc
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
+
+
+@contextlib.contextmanager
+def _kernels_or_warning(launch: Launch) -> Iterator[None]:
+    """Where GPU kernels cannot be compiled, say so once and run what would be compiled as it stands."""
+    why = missing_for_kernels() if launch.device.type == "cuda" else ""
+    if not why:
+        yield
+        return
+    if launch.is_main:
+        sys.stderr.write(
+            f"warning: GPU kernels cannot be compiled here, for {why}. Until then BatchNorm in parts, the "
+            "augmentation on the GPU and --compile run operation by operation, which is slower\n"
+        )
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _join(launch: Launch, timeout: datetime.timedelta) -> None:

@@ -49,13 +49,15 @@ class TrainStep:
             ValueError: if a capture is asked for where there is no GPU, or under fp16, whose gradient scaler
                 decides on the host.
         """
+        if tensors_of is not None:
+            check_graph(precision, world_size=1)
         self._loss_of, self._optimizer, self._precision = loss_of, optimizer, precision
         self._tensors_of = tensors_of
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps_done = 0
+        # One stream for warm-up and capture: memory that one stream has freed does not serve another.
+        self._side = torch.cuda.Stream(precision.device) if tensors_of is not None else None
         self._queued: deque[torch.cuda.Event] = deque()
-        if tensors_of is not None:
-            check_graph(precision, world_size=1)
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
         """Train on a batch; returns the metrics, on the device, in memory of their own."""
@@ -80,11 +82,12 @@ class TrainStep:
         return metrics
 
     def _on_side_stream(self, batch: Any) -> dict[str, Tensor]:
-        present, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(present)
-        with torch.cuda.stream(side):
+        assert self._side is not None
+        present = torch.cuda.current_stream()
+        self._side.wait_stream(present)
+        with torch.cuda.stream(self._side):
             metrics = self._compute(batch)
-        present.wait_stream(side)
+        present.wait_stream(self._side)
         return {name: value.clone() for name, value in metrics.items()}
 
     def _replay(self, batch: Any, tensors_of: TensorsOf) -> dict[str, Tensor]:
@@ -93,7 +96,9 @@ class TrainStep:
             self._graph = torch.cuda.CUDAGraph()
             # Gradients are made anew inside the capture, so their memory belongs to the graph.
             self._optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(self._graph):
+            # Other threads of the loader may use the device while this one captures.
+            capture = torch.cuda.graph(self._graph, stream=self._side, capture_error_mode="thread_local")
+            with capture:
                 self._metrics = self._compute(batch)
         else:
             for static, fresh in zip(tensors_of(self._static), tensors_of(batch), strict=True):

@@ -7,7 +7,13 @@ changed: the batch is dealt out anew, over ranks or over the groups of a `SplitB
 Shape letters: N batch on this rank, C channels, S side, G groups, R ranks.
 """
 
+import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +28,22 @@ def _check_divisible(batch_size: int, num_splits: int) -> None:
             f"a batch of {batch_size} cannot be split into {num_splits} equal parts for BatchNorm; "
             f"choose a batch size that is a multiple of {num_splits}, or fewer splits"
         )
+
+
+@functools.cache
+def missing_for_kernels() -> str:
+    """What this machine lacks to compile GPU kernels at run time, and what to do; "" for nothing.
+
+    Triton compiles a launcher in C for each kernel, whether it is our own or torch.compile's.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return f"there is no C compiler ({' or '.join(compilers)}): apt-get install gcc"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Python's headers are not installed: apt-get install python3-dev"
+    return ""
 
 
 # One operation forward and one backward. Their kernels write each part where it belongs, so that nothing is
@@ -185,7 +207,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         mean_C, var_C = self._running(self.running_mean), self._running(self.running_var)
         self._running(self.num_batches_tracked).add_(1)
         arguments = self.weight, self.bias, mean_C, var_C, self.num_splits, self.momentum or 0.0, self.eps
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (input.is_cuda and missing_for_kernels()):
             return split_batch_norm_for_compiler(input, *arguments)
         output: Tensor = _SplitBatchNorm.apply(
             input.contiguous(memory_format=torch.channels_last), *arguments

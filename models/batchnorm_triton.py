@@ -23,11 +23,11 @@ from torch import Tensor
 
 _ROWS, _CHANNELS = 64, 64
 """Of a tile."""
-_FINISH_CHANNELS = 16
+_FINISH_CHANNELS = 8
 _FINISH_ELEMENTS = 8192
 """Of the tile of partial results that is reduced at once."""
-_PROGRAMS = 1024
-"""Aimed at in steps 1 and 3: some eight for each of a GPU's multiprocessors."""
+_PROGRAMS, _PROGRAMS_OF_ROWS = 1024, 4096
+"""Aimed at in steps 1 and 3; a large GPU has 132 multiprocessors."""
 
 
 @triton.jit
@@ -197,10 +197,11 @@ class _Sizes:
         parts = triton.next_power_of_2(num_parts)
         most = max(1, _FINISH_ELEMENTS // (_FINISH_CHANNELS * parts))
         blocks = min(most, triton.cdiv(_PROGRAMS, columns * num_parts), triton.cdiv(self.rows, _ROWS))
-        # Whole tiles, and no block without rows.
-        self.block_rows = triton.cdiv(triton.cdiv(self.rows, blocks), _ROWS) * _ROWS
-        self.blocks = triton.cdiv(self.rows, self.block_rows)
+        self.block_rows, self.blocks = self._blocks(blocks)
         self.grid = (columns, self.blocks, num_parts)
+        # Step 3 leaves nothing to be put together, so it may have more blocks.
+        self.row_block_rows, row_blocks = self._blocks(triton.cdiv(_PROGRAMS_OF_ROWS, columns * num_parts))
+        self.row_grid = (columns, row_blocks, num_parts)
         self.finish_grid = (triton.cdiv(self.channels, _FINISH_CHANNELS),)
         self.float = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.tile: dict[str, Any] = {
@@ -214,6 +215,11 @@ class _Sizes:
             "CHANNELS": _FINISH_CHANNELS,
             "num_warps": 8,
         }
+
+    def _blocks(self, wanted: int) -> tuple[int, int]:
+        """Rows of a block and number of blocks, about as many as wanted: whole tiles, none without rows."""
+        rows = triton.cdiv(triton.cdiv(self.rows, wanted), _ROWS) * _ROWS
+        return rows, triton.cdiv(self.rows, rows)
 
     def empty(self, like: Tensor, *leading: int) -> Tensor:
         """(…, C) without values."""
@@ -241,8 +247,8 @@ def forward(
         mean_GBC, square_GBC, mean_GC, inverse_std_GC, running_mean_C, running_var_C,
         rows, channels, num_parts, blocks, block_rows, momentum, eps, **sizes.finish,
     )  # fmt: skip
-    _normalise[sizes.grid](
-        x, y, mean_GC, inverse_std_GC, weight_C, bias_C, rows, channels, block_rows, **sizes.tile
+    _normalise[sizes.row_grid](
+        x, y, mean_GC, inverse_std_GC, weight_C, bias_C, rows, channels, sizes.row_block_rows, **sizes.tile
     )
     return y, mean_GC, inverse_std_GC
 
@@ -265,8 +271,8 @@ def backward(
         sum_GBC, dot_GBC, sum_GC, dot_GC, weight_grad_C, bias_grad_C,
         channels, num_parts, blocks, **sizes.finish,
     )  # fmt: skip
-    _input_gradient[sizes.grid](
-        grad, x, dx, mean_GC, inverse_std_GC, weight_C, sum_GC, dot_GC, rows, channels, block_rows,
-        **sizes.tile,
+    _input_gradient[sizes.row_grid](
+        grad, x, dx, mean_GC, inverse_std_GC, weight_C, sum_GC, dot_GC, rows, channels,
+        sizes.row_block_rows, **sizes.tile,
     )  # fmt: skip
     return dx, weight_grad_C, bias_grad_C

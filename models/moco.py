@@ -209,7 +209,8 @@ class MoCo(nn.Module):
         return {
             "acc1": (positive_N > hardest_N).float().mean(),
             "pos_sim": positive_N.mean() * self.temperature,
-            "neg_sim": q_ND.mean(0) @ self.queue_KD.mean(0),
+            # A sum of products: as a matrix product autocast would make it 16 bits.
+            "neg_sim": (q_ND.mean(0) * self.queue_KD.mean(0)).sum(),
             "feature_std": q_ND.std(0, correction=0).mean() * q_ND.shape[1] ** 0.5,
         }
 

@@ -206,6 +206,7 @@ def evaluation_batches(
         num_threads=num_threads,
         shuffle=limit is not None,
         drop_last=False,
+        compiled=False,  # the stage only normalises here
     )
     wanted = loader.engine.count if limit is None else limit
     batches = -(-wanted // loader.batch_size)

@@ -12,6 +12,7 @@ threads, batch size or where a run was resumed.
 Shape letters: N pictures, V views, S side in pixels.
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ class DALIEngine(StoreEngine):
         self._options, self._num_threads = options or DALIOptions(), num_threads
         self._device = device or torch.device("cpu")
         self._decoders = Graphs(decoding_graph)
+        self._streams = threading.local()
         self._croppers: dict[tuple[int, int], Graphs] = {}
 
     def crop(
@@ -168,7 +170,7 @@ class DALIEngine(StoreEngine):
 
     def _hand_over(self, graph: Any, some_M: NDArray[np.int64], out_NVSS3: Tensor) -> NDArray[np.int64]:
         """Run a graph and take its crops over, by DLPack: no copy through the host. Returns the sizes."""
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        stream = self._stream_of_thread()
         with torch.cuda.stream(stream):
             shapes, *views = graph.run(stream)
             whole = len(some_M) == len(out_NVSS3)
@@ -179,6 +181,12 @@ class DALIEngine(StoreEngine):
             stream.synchronize()
         sizes: NDArray[np.int64] = np.asarray(shapes.as_tensor())
         return sizes
+
+    def _stream_of_thread(self) -> torch.cuda.Stream | None:
+        """One for each thread: torch gives out 32 in turn, so a new one is soon another's."""
+        if self._device.type == "cuda" and not hasattr(self._streams, "one"):
+            self._streams.one = torch.cuda.Stream(self._device)
+        return getattr(self._streams, "one", None)
 
     def _cropper(self, num_views: int, crop_px: int) -> Graphs:
         device_id = self._device.index if self._device.type == "cuda" else None

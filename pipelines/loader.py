@@ -127,10 +127,11 @@ class ViewLoader:
         self._waited_s = 0.0
         self._dtype, self._augment, self._blend = dtype, augment, blend
         if compiled and device.type == "cuda":
-            self._augment = torch.compile(augment, fullgraph=True, dynamic=False)
+            # Not fullgraph: past torch's limit of variants in one process, a loader more is merely not fused.
+            self._augment = torch.compile(augment, dynamic=False)
             # torch.compile cannot take the generator of the noise that may fill erased cells.
             if recipe.mixing.erase_fill != "noise":
-                self._blend = torch.compile(blend, fullgraph=True, dynamic=False)
+                self._blend = torch.compile(blend, dynamic=False)
         self._uploads = Uploads(device, most=_AHEAD)
         self._workers = Workers(
             engine,

@@ -20,7 +20,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARIZE = range(7)
 PLACES = slice(7, 13)
 BY_BRIGHTNESS, BY_CONTRAST, BY_SATURATION = 1, 2, 3
 NUM_PARAMETERS = 13
-SOLARIZE_FROM = 128 / 255
+SOLARIZE_FROM = 127.5 / 255  # of 255 levels 128 is the first, also when rounded to 16 bits
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL and torchvision use it
 
 _PHOTOMETRIC = int(Purpose.PHOTOMETRIC)

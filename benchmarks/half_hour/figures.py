@@ -92,11 +92,6 @@ def missing_rows(content: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def published_name(method: str, precision: str = "bf16") -> str:
-    """The row of the published formulation, which the other steps of a method are compared with."""
-    return f"{method}, published, {precision}"
-
-
 def rate_in_words(row: Mapping[str, Any]) -> str:
     """The median with its unit and the range of the turns; empty for a row without a rate."""
     if "median" not in row:

@@ -205,6 +205,11 @@ def row(
     return Row(partial(measure, setup, *words), cost_s, limit_s, **more)
 
 
+def published_name(method: str, precision: str = "bf16") -> str:
+    """The row of the published formulation, which the other steps of a method are compared with."""
+    return f"{method}, published, {precision}"
+
+
 def files_below(folder: str) -> list[Path]:
     """Image files of class folders, in order."""
     return sorted(path for path in Path(folder).glob("*/*") if path.is_file())

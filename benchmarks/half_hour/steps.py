@@ -9,6 +9,7 @@ Shape letters: N batch, S side.
 """
 
 import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from benchmarks.half_hour.figures import published_name
-from benchmarks.half_hour.plan import Row, Setup, peak_mib, rates, row
+from benchmarks.half_hour.plan import Row, Setup, peak_mib, published_name, rates, row
 from benchmarks.published import PlainMoCo
 from engine.optimizer import sgd
 from engine.precision import Precision, PrecisionName, settings_of_training
@@ -61,7 +61,7 @@ def step(setup: Setup) -> dict[str, Row]:
         f"profile of mixmask, 8 groups, {mode}": row(setup, 25, _profile, mode, needs_gpu=mode != "eager")
         for mode in modes
     }
-    compiled = ways("compiled graph", 100) | ways("compiled", 100)
+    compiled = ways("compiled graph", 150) | ways("compiled", 150)
     return ways("eager", 20) | ways("graph", 20) | published | profiles | compiled
 
 
@@ -94,8 +94,11 @@ def build_step(
     optimizer = sgd(model.encoder_q, _LR, _MOMENTUM, _WEIGHT_DECAY)
     chosen = Precision.choose(precision, setup.on)
     train = TrainStep(model, optimizer, chosen, tensors_of=tensors_of if mode.endswith("graph") else None)
-    batch = random_batch(setup, method, torch.channels_last, chosen.dtype)
-    return model, functools.partial(train, batch)
+    # Two in turn, so that a graph's static batch is filled anew at each step, as in training.
+    batches = itertools.cycle(
+        [random_batch(setup, method, torch.channels_last, chosen.dtype) for _ in range(2)]
+    )
+    return model, lambda: train(next(batches))
 
 
 def _ours(setup: Setup, method: Method, splits: int, mode: Mode) -> dict[str, Any]:
@@ -160,7 +163,8 @@ def _profile(setup: Setup, mode: Mode) -> dict[str, Any]:
         ) as profiler:
             for number in range(2 + _PROFILED_STEPS):
                 train()
-                if number > _PROFILED_STEPS:  # the trace is written at the end of the last step
+                # Before the steps that count, and before the trace is written at the end of the last one.
+                if number in (1, 1 + _PROFILED_STEPS):
                     setup.settle()
                 profiler.step()
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("cat") in kinds]

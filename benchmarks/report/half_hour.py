@@ -14,8 +14,8 @@ from benchmarks.half_hour.figures import (
     FACTS,
     facts_in_words,
     missing_rows,
-    published_name,
 )
+from benchmarks.half_hour.plan import published_name
 from benchmarks.report.charts import Chart, chart
 from benchmarks.report.files import Node
 from benchmarks.report.results import Rate, rate_of

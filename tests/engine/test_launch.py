@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from engine.launch import choose_device, init_launch
+from engine.launch import Launch, _kernels_or_warning, choose_device, init_launch
 from models.batch import NUM_MIXTURES, Method
 from models.batchnorm import shuffle_across_ranks, unshuffle_across_ranks
 from models.encoders import NormLayer
@@ -316,3 +316,27 @@ def test_rows_are_gathered_on_the_main_process(ranks: list[dict[str, object]]) -
         assert isinstance(gathered, Tensor) and gathered.shape == (first + second, 2)
         assert gathered[:, 0].tolist() == [0.0] * first + [1.0] * second
         assert ranks[1][f"gathered_{number}"] is None
+
+
+def test_without_a_compiler_for_kernels_it_is_said_and_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traced = []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> object:
+        traced.append(module)
+        return module.forward
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    launched = Launch(0, 1, 0, torch.device("cuda", 0))
+    monkeypatch.setattr("engine.launch.missing_for_kernels", lambda: "there is no C compiler (gcc): get one")
+    with _kernels_or_warning(launched):
+        assert double(torch.ones(2)).tolist() == [2, 2] and not traced
+    assert (
+        "warning: this machine cannot compile GPU kernels, for there is no C compiler"
+        in capsys.readouterr().err
+    )
+    monkeypatch.setattr("engine.launch.missing_for_kernels", lambda: "")
+    with _kernels_or_warning(launched):
+        assert double(torch.ones(2)).tolist() == [2, 2] and len(traced) == 1
+    assert not capsys.readouterr().err

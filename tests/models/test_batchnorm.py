@@ -1,9 +1,11 @@
 """SplitBatchNorm2d against one BatchNorm per part; the deals against their inverses."""
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from models.batchnorm import (
     _hand_sizes,
     _SplitBatchNorm,
     deal_over_splits,
+    missing_for_kernels,
     split_batch_norm_for_compiler,
     undeal_over_splits,
 )
@@ -156,6 +159,23 @@ def test_the_kernels_for_gpus_compute_what_the_cpu_does() -> None:
     subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
     )
+
+
+def test_what_is_missing_to_compile_kernels_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = missing_for_kernels.__wrapped__
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    pytest.importorskip("triton")
+    assert look() == "there is no C compiler (gcc or clang): apt-get install gcc"
+    monkeypatch.setenv("CC", "icc")
+    assert look() == "there is no C compiler (icc): apt-get install gcc"
+    (tmp_path / "icc").touch(mode=0o755)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert look() == "Python's headers are not installed: apt-get install python3-dev"
+    (tmp_path / "Python.h").touch()
+    assert look() == ""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert look() == "Triton is not installed: pip install triton"
 
 
 def _types(arguments: list[str]) -> dict[str, str]:
