@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import tyro
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
@@ -52,6 +53,8 @@ from pipelines.recipe import Recipe, moco_v2
 
 console = Console(highlight=False, soft_wrap=True)
 _DTYPE = torch.bfloat16
+CAN_COUNT_COMPILED = Version(torch.__version__) >= Version("2.11")
+"""Tried with torch 2.8, which cannot, and 2.11 and 2.14."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,16 @@ class OpsBenchmark:
 
 
 def main(config: OpsBenchmark) -> dict[str, Any]:
-    """Count, print a table, write the JSON; returns what was written."""
+    """Count, print a table, write the JSON; returns what was written.
+
+    Raises:
+        ValueError: if compiled steps are to be counted with a torch that cannot compile without memory.
+    """
+    if not config.quick and not CAN_COUNT_COMPILED:
+        raise ValueError(
+            f"torch {torch.__version__} cannot compile steps whose tensors have no memory, which torch 2.11 "
+            "can; take a newer one, or --quick, which counts the eager step"
+        )
     methods = [m for m in get_args(Method) if m == "mixmask" or (m in config.methods and not config.quick)]
     counted: dict[str, dict[str, Any]] = {}
     with console.status("") as status:
