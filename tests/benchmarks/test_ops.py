@@ -61,7 +61,7 @@ def test_the_compiled_photometric_stage_moves_little() -> None:
 
 def test_the_program_counts_every_way(tmp_path: Path) -> None:
     if not CAN_COUNT_COMPILED:
-        with pytest.raises(ValueError, match="which torch 2.11 can; take a newer one, or --quick"):
+        with pytest.raises(ValueError, match=r"which torch 2\.11 can; take a newer one, or --quick"):
             main(OpsBenchmark(**TINY))
         return
     file = tmp_path / "ops.json"
