@@ -43,7 +43,7 @@ from pipelines.recipe import moco_v2
 
 _SIDE, _BATCH = 32, 4
 # What a peer's crops may differ from PIL's at most, mean in grey levels; a box off by one pixel costs
-# _OFF_BY_ONE at least.
+# _OFF_BY_ONE at least. Without AVX2 torchvision's resize rounds in another way (0.14 instead of 0.03).
 _OFF_BY_ONE = 5.0
 _LARGEST_MEAN_ERROR = {
     OURS: 0.5,
@@ -51,16 +51,16 @@ _LARGEST_MEAN_ERROR = {
     OURS_DALI: 0.5,
     OURS_STREAM: 0.5,
     TORCHVISION_PIL: 0.0,
-    TORCHVISION_V2: 0.1,
+    TORCHVISION_V2: 0.2,
     FFCV: 2.0,
     DALI_ONCE: 1.5,
     DALI_TWICE: 1.5,
     OURS_GPU_DECODES: 1.0,
     DALI_GPU_ONCE: 1.5,
     DALI_GPU_TWICE: 1.5,
-    TORCHVISION_GPU: 0.1,
+    TORCHVISION_GPU: 0.2,
     SPDL_FFMPEG: 4.0,
-    SPDL_TORCHVISION: 0.1,
+    SPDL_TORCHVISION: 0.2,
 }
 NEEDS_DALI = pytest.mark.needs("nvidia.dali")
 
