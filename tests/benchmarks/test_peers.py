@@ -43,7 +43,7 @@ from pipelines.recipe import moco_v2
 
 _SIDE, _BATCH = 32, 4
 # What a peer's crops may differ from PIL's at most, mean in grey levels; a box off by one pixel costs
-# _OFF_BY_ONE at least. Without AVX2 torchvision's resize rounds in another way (0.14 instead of 0.03).
+# _OFF_BY_ONE at least. Without AVX2 torchvision's resize rounds in another way, 0.14 here.
 _OFF_BY_ONE = 5.0
 _LARGEST_MEAN_ERROR = {
     OURS: 0.5,
