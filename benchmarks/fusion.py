@@ -40,7 +40,7 @@ _REDUCTIONS = ("sum", "mean", "amax", "amin", "var_mean", "var", "linalg_vector_
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """The node whose memory a view shows."""
+    """The node whose memory a view shares."""
     while node.op == "call_function":
         whole = node.all_input_nodes[0] if node.target is operator.getitem else node
         if not getattr(whole.target, "is_view", False):
@@ -87,12 +87,16 @@ class Kernel:
 
 
 def fuse(graph: fx.Graph) -> list[Kernel]:
-    """The kernels of a graph of ATen operations, whose nodes know their fake values, after the best fusion.
+    """List the kernels that the best possible fusion leaves of a graph.
 
-    Products, convolutions, scatters and sorts are kernels of their own, whose inputs and outputs lie in
-    memory; so do the results of reductions and of the graph. Everything else is pointwise: it is computed
-    where it is used, again in every kernel that uses it. Pointwise results and reductions are one kernel
-    where one needs the other or both read the same memory, and nothing that must be over first lies between.
+    - Matrix products, convolutions, scatters and sorts are kernels of their own. They read and write memory.
+    - Results of reductions, and of the graph, are written to memory.
+    - Everything else is pointwise. It is computed where it is used, and again in every kernel that uses it.
+    - Pointwise operations and reductions share a kernel if one uses the other's result or both read the same
+      tensor. They do not if another kernel must finish between them.
+
+    Args:
+        graph: of ATen operations, with a fake tensor in each node's ``meta["val"]``.
     """
     nodes = [node for node in graph.nodes if node.op != "output" and _origin(node) is node]
     read = [node for node in nodes if _kind(node) == "opaque"] + list(graph.find_nodes(op="output"))

@@ -90,12 +90,12 @@ def main(config: OpsBenchmark) -> dict[str, Any]:
     """Count, print a table, write the JSON; returns what was written.
 
     Raises:
-        ValueError: if compiled steps are to be counted with a torch that cannot compile without memory.
+        ValueError: if torch is too old to compile with fake tensors, and ``quick`` is not set.
     """
     if not config.quick and not CAN_COUNT_COMPILED:
         raise ValueError(
-            f"torch {torch.__version__} cannot compile steps whose tensors have no memory, which torch 2.11 "
-            "can; take a newer one, or --quick, which counts the eager step"
+            f"torch {torch.__version__} cannot compile with fake tensors, which torch 2.11 can; take a newer "
+            "one, or --quick, which counts the eager step"
         )
     methods = [m for m in get_args(Method) if m == "mixmask" or (m in config.methods and not config.quick)]
     counted: dict[str, dict[str, Any]] = {}
@@ -200,7 +200,7 @@ def _costs(func: Any) -> bool:
 
 
 class _Labelled(MoCo):
-    """MoCo whose parts are counted by themselves."""
+    """MoCo that names its parts to the counter."""
 
     counted: Counted
 

@@ -22,6 +22,8 @@ try:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from models.batchnorm import missing_for_kernels
 except ImportError as error:
     sys.exit(f"{error.name} is not installed, the set-up did not finish; run make setup again")
 
@@ -88,7 +90,7 @@ def check_decoder() -> Finding:
     """The libturbojpeg that the loader decodes with, wherever it is found."""
     mend = "apt install libturbojpeg0, or name its file in LIBTURBOJPEG"
     try:
-        # By name, as packages are: this room imports no other.
+        # By name, as packages are: engine may not import pipelines.
         library = importlib.import_module("pipelines.turbojpeg").library()
     except ImportError as error:
         return Finding("libturbojpeg", "absent", str(error), mend, needed=True)
@@ -153,7 +155,7 @@ def check_gpus() -> list[Finding]:
         memory_gib = properties.total_memory / 2**30
         detail = f"{properties.name}, {memory_gib:.0f} GiB, bf16 {'yes' if has_bf16 else 'no: fp16 is used'}"
         rows.append(Finding(f"gpu {number}", "ok", detail))
-    lacking, _, mend = importlib.import_module("models.batchnorm").missing_for_kernels().partition(": ")
+    lacking, _, mend = missing_for_kernels().partition(": ")
     detail = lacking or "can be compiled"
     return [*rows, Finding("gpu kernels", "absent" if lacking else "ok", detail, mend)]
 

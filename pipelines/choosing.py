@@ -58,14 +58,8 @@ def look_around(device: torch.device, cores: int) -> Machine:
     Raises:
         ValueError: if LIBTURBOJPEG names something else.
     """
-    try:
-        turbojpeg.library()
-    except ImportError:
-        found = False
-    else:
-        found = True
     ask = functools.partial(find_jpeg_unit, device) if device.type == "cuda" else None
-    return Machine(found, _installed("nvidia.dali"), cores, ask)
+    return Machine(turbojpeg.is_found(), _installed("nvidia.dali"), cores, ask)
 
 
 def _installed(package: str) -> bool:

@@ -301,9 +301,8 @@ class ViewLoader:
 
     def _on_device(self, epoch: int, pixels_NVSS3: Tensor, made: Made) -> Batch:
         """Upload crops where they are on the host; augment, normalise and mix on the training device."""
-        columns = (made.index_N, made.label_N, made.params_VNP)
-        index, label, params_VNP = (self._uploads.pinned(torch.from_numpy(column)) for column in columns)
-        params_VNP = params_VNP.to(self.device, non_blocking=True)
+        index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
+        params_VNP = self._upload(torch.from_numpy(made.params_VNP))
         crops_V = pixels_NVSS3[: len(index)].to(self.device, non_blocking=True).unbind(1)
         views = [
             self._augment(crops, params_NP, self.recipe, self._dtype)
@@ -315,16 +314,15 @@ class ViewLoader:
 
     def _mixed(self, epoch: int, views: list[Tensor], index: Tensor, label: Tensor) -> Batch:
         key = views[1] if len(views) > 1 else views[0][:0]
-        drawn = draw_mixtures(self.recipe, self.seed, epoch, index.numpy())
-        if self.device.type != "cpu":
-            drawn = tuple(one.to(self._upload) for one in drawn)
+        on_host = draw_mixtures(self.recipe, self.seed, epoch, index.numpy())
+        drawn = [one.to(self._upload) for one in on_host]
         # Both directions of a symmetric loss take the same masks and partners.
         mixed = views if self.recipe.mixing.symmetric else views[:1]
         mixtures = [tuple(self._blend(view, one) for one in drawn) for view in mixed]
-        index, label = (column.to(self.device, non_blocking=True) for column in (index, label))
-        return Batch(views[0], key, mixtures[0], index, label, *mixtures[1:])
+        return Batch(views[0], key, mixtures[0], self._upload(index), self._upload(label), *mixtures[1:])
 
     def _upload(self, tensor: Tensor) -> Tensor:
+        """Copy a small tensor to the training device while the host goes on; a CPU has it already."""
         return self._uploads.pinned(tensor).to(self.device, non_blocking=True)
 
     def _batches(self, *, augmented: bool) -> Iterator[tuple[Tensor, Made]]:

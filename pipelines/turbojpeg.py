@@ -267,6 +267,15 @@ def library() -> ctypes.CDLL:
     raise ImportError(f"libturbojpeg {_OLDEST} or newer was not found ({'; '.join(unusable)}). {INSTALL}")
 
 
+def is_found() -> bool:
+    """Whether there is a libturbojpeg. Raises ValueError as `library`."""
+    try:
+        library()
+    except ImportError:
+        return False
+    return True
+
+
 def _linked_with_ffcv() -> Iterator[str]:
     """FFCV's compiled part, through which the functions of the libturbojpeg it is linked with are found."""
     with contextlib.suppress(ImportError):

@@ -48,7 +48,7 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable
         how = f"drawn, smooth colours with noise, quality {QUALITY}: no photographs were at hand"
         _draw(base / "train", size.num_images, tiny=tiny, note=note)
     beton, shards = (base.with_name(f"{base.name}.{kind}") for kind in ("beton", "shards"))
-    can_decode = decoder_is_there()
+    can_decode = turbojpeg.is_found()
     for path in (beton, shards):
         if can_decode and base.is_dir() and not (path.exists() and Manifest.read(path)):
             note(f"compiling {path}")
@@ -66,15 +66,6 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable
     if not (paths.get("folder") or paths.get("long")):
         raise ValueError(f"{beton} cannot be read here: {turbojpeg.INSTALL}; or carry {base}/train too")
     return Images(how, **paths)
-
-
-def decoder_is_there() -> bool:
-    """Whether libturbojpeg is found, by which compiled sets are made and read."""
-    try:
-        turbojpeg.library()
-    except ImportError:
-        return False
-    return True
 
 
 def _done(make: Callable[[], object], note: Callable[[str], None]) -> bool:

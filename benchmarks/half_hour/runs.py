@@ -94,7 +94,7 @@ def _wait_for_step(metrics: Path, step: int, process: "subprocess.Popen[bytes]")
 
 
 def _stopped(process: "subprocess.Popen[bytes]", log: Path) -> tuple[int, int]:
-    """After which of how many steps the run stopped; raises ValueError if it ended otherwise."""
+    """The step after which the run stopped, and the steps of the schedule. Raises ValueError if it failed."""
     code = process.wait()
     found = _STOPPED.search(" ".join(log.read_text(errors="replace").split()))
     if code or not found:

@@ -37,7 +37,7 @@ class HalfHourFigures:
     """half_hour.json."""
 
     quick: bool
-    """A rehearsal, whose figures say nothing."""
+    """Whether this is a rehearsal with tiny sizes, whose figures are not results."""
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     images: Mapping[str, Any]

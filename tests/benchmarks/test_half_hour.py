@@ -165,7 +165,7 @@ def test_a_rehearsal_without_a_gpu_does_all_that_a_cpu_can(tmp_path: Path) -> No
 
 def test_images_are_found_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
-    monkeypatch.setattr(images, "decoder_is_there", lambda: False)
+    monkeypatch.setattr(images.turbojpeg, "is_found", lambda: False)
     drawn = images.find_images(data, out, TINY, tiny=True, note=lambda _: None)
     assert len(plan.files_below(drawn.folder)) == TINY.num_images and drawn.path() == drawn.folder
     assert not (drawn.beton or drawn.shards or drawn.long), "nothing can be compiled without libturbojpeg"
