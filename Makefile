@@ -71,10 +71,10 @@ system:
 
 doctor:  ## |what is installed, which backends work, and the mend for what is missing
 	@test -x $(BIN)/python || { echo "there is no $(VENV) yet; run make setup"; exit 1; }
-	@$(BIN)/python -m engine.doctor
+	@$(BIN)/python -m training.install.doctor
 
 demo: $(READY)  ## |from pictures to a probed encoder, with a preview, in minutes on two cores
-	@$(BIN)/python -m benchmarks.demo $(ARGS)
+	@$(BIN)/python -m examples.demo $(ARGS)
 
 convert: $(READY)  ## DATA=folder [OUT=x.beton]|compile a folder or a tar of pictures into one file
 	@$(call need,DATA,a folder or a tar of pictures)
@@ -107,7 +107,7 @@ finetune: $(READY)  ## DATA=x.beton VAL=y.beton|fine-tune an encoder; ARGS="--la
 		$(ARGS)
 
 card: $(READY)  ## PRETRAINED=run/backbone.safetensors|write a model card beside a backbone
-	@$(BIN)/python -m engine.card $(PRETRAINED) $(ARGS)
+	@$(BIN)/python -m training.card $(PRETRAINED) $(ARGS)
 
 detect-voc: $(READY)  ## PRETRAINED=… [RUNS=5]|fine-tune on VOC 2007+2012 several times: mean and spread of AP
 	@$(BIN)/python -m detection.convert_to_detectron2 $(PRETRAINED) $(dir $(PRETRAINED))detectron2.pth
@@ -157,12 +157,12 @@ report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, and 
 	@$(BIN)/python -m benchmarks.report $(ARGS)
 
 pack: $(READY)  ## [DALI=1] [PYTHON=3.12] [OUT=dist/pack]|archives for machines that have torch and no network
-	@$(BIN)/python -m engine.pack --python $(PYTHON_VERSION) --out $(or $(OUT),dist/pack) $(if $(DALI),--dali) $(ARGS)
+	@$(BIN)/python -m training.install.pack --python $(PYTHON_VERSION) --out $(or $(OUT),dist/pack) $(if $(DALI),--dali) $(ARGS)
 
 # Makes an environment with torch alone, several GB, unless BARE names the interpreter of one.
 pack-rehearsal: $(READY)  ## [DALI=1] [BARE=python3]|pack, unpack, train and probe with torch alone and no network
 	@PACK_BARE="$(BARE)" PACK_DALI="$(DALI)" PACK_PYTHON="$(PYTHON_VERSION)" \
-		$(BIN)/pytest tests/engine/rehearse_pack.py --timeout 3600 -s $(ARGS)
+		$(BIN)/pytest tests/training/install/rehearse_pack.py --timeout 3600 -s $(ARGS)
 
 lint: $(READY)  ## |ruff and the strict type checker
 	$(BIN)/ruff check .

@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from engine.export import BackboneMeta
-from engine.precision import PrecisionName
-from engine.schedule import shares
 from pipelines import Backend, DALIOptions, Reading
 from pipelines.recipe import Mixing, Recipe, moco_v1, moco_v2
+from training.export import BackboneMeta
+from training.precision import PrecisionName
+from training.schedule import shares
 
 PresetName = Literal["in1k", "in100", "tiny-imagenet", "cifar10", "cifar100", "fashion"]
 

@@ -28,17 +28,17 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from engine import cli, failure
-from engine.checkpoint import write_atomically, write_json
-from engine.export import BackboneMeta, fingerprint, load_backbone, save_backbone
-from engine.launch import Launch, init_launch
-from engine.published_flags import from_published
-from engine.run import console, say
 from pipelines import build_loader
 from pipelines.recipe import Recipe, evaluation
-from pipelines.subset import balanced_subset, lines_of, listed_subset
-from pretrained import LabelledSets
-from supervised import BEST, SupervisedConfig, Training, assemble, fit
+from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
+from training import cli, failure
+from training.checkpoint import write_atomically, write_json
+from training.distributed import Launch, init_launch
+from training.export import BackboneMeta, fingerprint, load_backbone, save_backbone
+from training.pretrained import LabelledSets
+from training.published_flags import from_published
+from training.run import console, say
+from training.supervised import BEST, SupervisedConfig, Training, assemble, fit
 
 # ======================================================================================================
 # Config

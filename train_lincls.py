@@ -35,21 +35,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from engine import cli, failure
-from engine.checkpoint import write_json
-from engine.export import fingerprint
-from engine.features import Features, extract_features, gathered
-from engine.knn import knn_top1
-from engine.launch import Launch, init_launch
-from engine.linear import LinearSetting, accuracies, train_linear
-from engine.precision import Precision
-from engine.published_flags import from_published
-from engine.run import console, say
-from engine.schedule import MILESTONES
 from models.classifier import new_classifier
 from pipelines import Backend, evaluation_batches
-from pretrained import LabelledSets, Pretrained, labelled_sets, load_pretrained
-from supervised import SupervisedConfig, Training, assemble, fit
+from training import cli, failure
+from training.checkpoint import write_json
+from training.distributed import Launch, init_launch
+from training.export import fingerprint
+from training.features import Features, extract_features, gathered
+from training.knn import knn_top1
+from training.linear import LinearSetting, accuracies, train_linear
+from training.precision import Precision
+from training.pretrained import LabelledSets, Pretrained, labelled_sets, load_pretrained
+from training.published_flags import from_published
+from training.run import console, say
+from training.schedule import MILESTONES
+from training.supervised import SupervisedConfig, Training, assemble, fit
 
 # ======================================================================================================
 # Config

@@ -31,30 +31,30 @@ import torch
 import tyro
 from torch import Tensor
 
-from engine import cli, failure
-from engine.checkpoint import checkpoint_path, prune, save_checkpoint, to_resume
-from engine.export import BackboneMeta, save_backbone, save_published
-from engine.features import Features, extract_features
-from engine.health import effective_rank, queue_health
-from engine.knn import knn_top1
-from engine.launch import Launch, check_agreement, init_launch
-from engine.logs import RunLog
-from engine.loop import due, train_epochs
-from engine.memory import keep_freed_memory
-from engine.optimizer import sgd
-from engine.precision import Precision
-from engine.published_flags import from_published
-from engine.run import how_to_continue, restore, say, shared_among_processes, state_of
-from engine.schedule import ScheduleKind, lr_at, set_lr
-from engine.step import TrainStep, check_graph
-from engine.stop import StopRequest
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batches
 from pipelines.batch import tensors_of
-from pipelines.compiled import compiled_before
+from pipelines.kernels.compiled import compiled_before
 from pipelines.recipe import evaluation
 from presets import PRESETS, PretrainConfig, training_set
+from training import cli, failure
+from training.checkpoint import checkpoint_path, prune, save_checkpoint, to_resume
+from training.distributed import Launch, check_agreement, init_launch
+from training.export import BackboneMeta, save_backbone, save_published
+from training.features import Features, extract_features
+from training.health import effective_rank, queue_health
+from training.knn import knn_top1
+from training.logs import RunLog
+from training.loop import due, train_epochs
+from training.memory import keep_freed_memory
+from training.optimizer import sgd
+from training.precision import Precision
+from training.published_flags import from_published
+from training.run import how_to_continue, restore, say, shared_among_processes, state_of
+from training.schedule import ScheduleKind, lr_at, set_lr
+from training.step import TrainStep, check_graph
+from training.stop import StopRequest
 
 # ======================================================================================================
 # Config

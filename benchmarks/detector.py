@@ -25,9 +25,9 @@ from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import is_compiled, keep_settings, run_python
 from benchmarks.run_options import RunOptions
 from benchmarks.shapes import CLASSES, write_coco
-from engine import cli
-from engine.checkpoint import latest
-from engine.export import fingerprint, load_backbone
+from training import cli
+from training.checkpoint import latest
+from training.export import fingerprint, load_backbone
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -23,8 +23,8 @@ from rich.table import Table
 from benchmarks.environment import environment, write_figures
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, probe, run_python
 from benchmarks.run_options import RunOptions
-from engine import cli
-from engine.checkpoint import latest, write_json
+from training import cli
+from training.checkpoint import latest, write_json
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -29,9 +29,9 @@ from benchmarks.ratios import ratios
 from benchmarks.run_options import CROP_PX, Bars, RunOptions
 from benchmarks.sample_sets import SampleSets
 from benchmarks.timing import Turns
-from engine import cli
 from pipelines.cores import usable_cores
 from pipelines.recipe import moco_v2
+from training import cli
 
 console = Console(highlight=False, soft_wrap=True)
 _PRELOADED = ["benchmarks.loader_parts", "benchmarks.peers.with_torchvision"]

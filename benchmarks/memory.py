@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.environment import environment, write_figures
-from engine import cli
 from pipelines import Reading, build_loader
 from pipelines.recipe import moco_v2
+from training import cli
 
 console = Console(highlight=False, soft_wrap=True)
 

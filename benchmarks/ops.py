@@ -39,17 +39,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.environment import environment, write_figures
 from benchmarks.fusion import fuse, num_bytes, tensors_of_tree
-from engine import cli
-from engine.optimizer import sgd
 from models import losses
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, Mixing, Mixture
-from pipelines.mixing import Drawn, blend, draw_mixtures
-from pipelines.parameters import NUM_PARAMETERS
-from pipelines.photometric import augment
+from pipelines.augment.mixing import Drawn, blend, draw_mixtures
+from pipelines.augment.parameters import NUM_PARAMETERS
+from pipelines.augment.photometric import augment
 from pipelines.recipe import Recipe, moco_v2
+from training import cli
+from training.optimizer import sgd
 
 console = Console(highlight=False, soft_wrap=True)
 _DTYPE = torch.bfloat16

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from benchmarks.ratios import COMPILED, EAGER, FUSED
 from benchmarks.timing import Runner
-from pipelines.parameters import draw_parameters
-from pipelines.photometric import augment
-from pipelines.photometric_cpu import augment_on_cpu
+from pipelines.augment.parameters import draw_parameters
+from pipelines.augment.photometric import augment
+from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.recipe import Recipe
 
 CONFIGURED = {
-    FUSED: "pipelines.photometric_cpu: one view at a time, what does not fire costs nothing",
-    COMPILED: "torch.compile(pipelines.photometric.augment, fullgraph=True) on the whole batch",
-    EAGER: "pipelines.photometric.augment on the whole batch",
+    FUSED: "pipelines.augment.photometric_cpu: one view at a time, what does not fire costs nothing",
+    COMPILED: "torch.compile(pipelines.augment.photometric.augment, fullgraph=True) on the whole batch",
+    EAGER: "pipelines.augment.photometric.augment on the whole batch",
 }
 
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from benchmarks.peers.contract import FixedCrops, Job, Peer
 from benchmarks.sample_sets import read_with_pil
-from pipelines.crops import draw_boxes
-from pipelines.listing import FolderListing
-from pipelines.pictures import FORMATS
+from pipelines.augment.crops import draw_boxes
+from pipelines.decode.pillow import FORMATS
+from pipelines.sets.listing import FolderListing
 
 
 def choose_crops(job: Job, num: int) -> FixedCrops:

@@ -22,8 +22,8 @@ from benchmarks.environment import environment, tell_on_page
 from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, run_python
 from benchmarks.run_options import RunOptions
-from engine import cli
-from engine.export import fingerprint, load_backbone
+from training import cli
+from training.export import fingerprint, load_backbone
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from engine.checkpoint import write_json
-from pipelines.manifest import Manifest
+from pipelines.sets.manifest import Manifest
+from training.checkpoint import write_json
 
 FASHION_PICTURES = 60_000
 """Training pictures of Fashion-MNIST; the test set has a sixth of them."""

@@ -28,9 +28,9 @@ from benchmarks.programs import fashion_sets
 from benchmarks.race_figures import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, OURS, configured, figures, print_race
 from benchmarks.race_ours import FEW, Runner, Setting, Stint, knn, ours, train
 from benchmarks.run_options import RunOptions
-from engine import cli
-from engine.memory import keep_freed_memory
 from pipelines.cores import usable_cores
+from training import cli
+from training.memory import keep_freed_memory
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -17,15 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine.features import Features, extract_features
-from engine.knn import knn_top1
-from engine.optimizer import sgd
-from engine.precision import Precision
-from engine.schedule import lr_at, set_lr
 from models.encoders import backbone_features, build_encoder
 from models.moco import MoCo
 from pipelines import build_loader, evaluation_batches
 from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
+from training.features import Features, extract_features
+from training.knn import knn_top1
+from training.optimizer import sgd
+from training.precision import Precision
+from training.schedule import lr_at, set_lr
 
 Batches = Generator[Any, None, None]
 

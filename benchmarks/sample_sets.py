@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines.listing import FolderListing
-from pipelines.manifest import Manifest, manifest_path
-from pipelines.pictures import FORMATS
+from pipelines.decode.pillow import FORMATS
+from pipelines.sets.listing import FolderListing
+from pipelines.sets.manifest import Manifest, manifest_path
 
 QUALITY = 86
 """Gives these photographs about 55 KB at 500 px, what ImageNet's own have at quality 90: they are sharper."""

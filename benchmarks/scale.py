@@ -33,14 +33,14 @@ from rich.table import Table
 from benchmarks.environment import environment, write_figures
 from benchmarks.memory import status_mib
 from benchmarks.synthetic import write_synthetic
-from engine import cli
 from pipelines import build_loader
-from pipelines.beton import open_beton
 from pipelines.cores import usable_cores
+from pipelines.kernels.turbojpeg import library
 from pipelines.loader import ViewLoader
 from pipelines.randomness import EpochOrder
 from pipelines.recipe import moco_v2
-from pipelines.turbojpeg import library
+from pipelines.sets.beton import open_beton
+from training import cli
 
 console = Console(highlight=False, soft_wrap=True)
 

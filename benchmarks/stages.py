@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.crops import draw_boxes
-from pipelines.ffcv_engine import FFCVEngine
-from pipelines.parameters import draw_parameters
-from pipelines.photometric_cpu import augment_on_cpu
+from pipelines.augment.crops import draw_boxes
+from pipelines.augment.parameters import draw_parameters
+from pipelines.augment.photometric_cpu import augment_on_cpu
+from pipelines.decode.turbo import FFCVEngine
 from pipelines.recipe import Recipe
-from pipelines.stores import open_store
+from pipelines.sets.stores import open_store
 
 _REPEATS = 7
 _AT_ONCE = 16

@@ -38,11 +38,11 @@ from benchmarks.memory import status_mib
 from benchmarks.published import PlainMoCo
 from benchmarks.run_options import Bars, RunOptions
 from benchmarks.timing import Runner, Turns, num_steps, summary, take_turns
-from engine import cli
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import NormLayer, build_encoder
 from models.moco import MoCo
 from pipelines import Batch, Mixture
+from training import cli
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.beton import FIELD_DTYPE, HEADER_DTYPE, TABLE_DTYPE, BetonFile, matching_manifest
+from pipelines.sets.beton import FIELD_DTYPE, HEADER_DTYPE, TABLE_DTYPE, BetonFile, matching_manifest
 
 _BLOCK_ENTRIES = 1 << 20
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dataset_tools import check_commands, commands
 from dataset_tools.saying import line
-from engine.cli import check_torch
+from training.cli import check_torch
 
 COMMANDS: dict[str, Callable[..., commands.Command]] = {
     "convert": commands.Convert,

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.disk import BackgroundSync, Lock, open_alone
-from engine.checkpoint import sync_folder
-from pipelines.beton import (
+from pipelines.sets.beton import (
     FIELD_DTYPE,
     HEADER_DTYPE,
     MAX_PAGE_BYTES,
@@ -31,7 +30,7 @@ from pipelines.beton import (
     open_beton,
     pixel_bytes,
 )
-from pipelines.manifest import (
+from pipelines.sets.manifest import (
     HASH_BYTES,
     Manifest,
     Tier,
@@ -42,6 +41,7 @@ from pipelines.manifest import (
     skipped_path,
     source_path_line,
 )
+from training.checkpoint import sync_folder
 
 DEFAULT_PAGE_BYTES = 8 << 20
 

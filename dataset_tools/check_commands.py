@@ -16,7 +16,7 @@ from dataset_tools.report import NUM_NAMED, Stats
 from dataset_tools.saying import line, pace, printable, report_left_out
 from dataset_tools.verify import count_pictures, stats, verify
 from dataset_tools.work import MAX_BAD
-from pipelines.manifest import skipped_path
+from pipelines.sets.manifest import skipped_path
 
 
 @dataclass(frozen=True)

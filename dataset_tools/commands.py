@@ -22,7 +22,7 @@ from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE
 from dataset_tools.shard_set import SUFFIX
 from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, Work
-from pipelines.manifest import Tier, skipped_path
+from pipelines.sets.manifest import Tier, skipped_path
 
 _FASHION_MNIST_PICTURES = 70_000
 

@@ -14,9 +14,9 @@ from dataset_tools.shard_set import SUFFIX, finish, missing, remove_sides
 from dataset_tools.shard_writer import ShardsWriter
 from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, Progress, Work
-from pipelines.manifest import Manifest, Tier, of_kind
 from pipelines.randomness import EpochOrder
-from pipelines.shards import set_aside
+from pipelines.sets.manifest import Manifest, Tier, of_kind
+from pipelines.sets.shards import set_aside
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset_tools.tar_members import Member
-from pipelines.shards import DALI_INDEX_VERSION
+from pipelines.sets.shards import DALI_INDEX_VERSION
 
 _VERSION_WITHOUT_NAMES = "v1.1"
 

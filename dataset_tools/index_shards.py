@@ -19,12 +19,12 @@ from dataset_tools.shard_set import PLAN_KEY, finished_before, save_set, unfinis
 from dataset_tools.shard_writer import MAX_PICTURE_BYTES
 from dataset_tools.tar_members import scan_tar
 from dataset_tools.work import MAX_BAD, check_bad, check_share
-from engine.checkpoint import write_atomically
-from pipelines.beton import MAX_SIDE_PX
-from pipelines.listing import NO_LABEL, PICTURE_SUFFIXES, PassedOver
-from pipelines.manifest import Manifest, Shard, of_kind
-from pipelines.pictures import read_size
-from pipelines.shards import INDEX_DTYPE, dali_index_path, open_shards, pictures_on_disk
+from pipelines.decode.pillow import read_size
+from pipelines.sets.beton import MAX_SIDE_PX
+from pipelines.sets.listing import NO_LABEL, PICTURE_SUFFIXES, PassedOver
+from pipelines.sets.manifest import Manifest, Shard, of_kind
+from pipelines.sets.shards import INDEX_DTYPE, dali_index_path, open_shards, pictures_on_disk
+from training.checkpoint import write_atomically
 
 LABEL_SUFFIX, JSON_SUFFIX, JSON_KEY = "cls", "json", "label"
 """A sample's label: the number in its ``cls`` file, or the key of that name in its ``json`` file."""

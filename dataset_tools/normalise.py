@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.beton import MAX_SIDE_PX
-from pipelines.jpeg_markers import EXIF_ORIENTATION
-from pipelines.manifest import TIERS, Tier
-from pipelines.pictures import JPEG_START, open_picture, upright_rgb
-from pipelines.turbojpeg import Jpeg, check_jpeg, encode_planes, read_header
+from pipelines.decode.pillow import JPEG_START, open_picture, upright_rgb
+from pipelines.kernels.jpeg_markers import EXIF_ORIENTATION
+from pipelines.kernels.turbojpeg import Jpeg, check_jpeg, encode_planes, read_header
+from pipelines.sets.beton import MAX_SIDE_PX
+from pipelines.sets.manifest import TIERS, Tier
 
 _JPEG_FORMATS = ("JPEG", "MPO")
 _MARKER, _APP1, _SOS = 0xFF, 0xE1, 0xDA

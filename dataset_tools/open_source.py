@@ -7,7 +7,7 @@ from dataset_tools.shard_set import unfinished
 from dataset_tools.shard_source import ShardSource
 from dataset_tools.sources import FolderSource, Source
 from dataset_tools.tar_source import TarSource
-from pipelines.shards import index_hint, is_shard_set
+from pipelines.sets.shards import index_hint, is_shard_set
 
 _PACKED = (".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".zst")
 

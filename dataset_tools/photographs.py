@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dataset_tools.parallel import ordered_map
-from pipelines.pictures import FORMATS
+from pipelines.decode.pillow import FORMATS
 
 RECIPE_VERSION = 1
 """Raised whenever the same seed would give other pictures."""

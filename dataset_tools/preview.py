@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.checkpoint import write_atomically
 from pipelines import Batch, ViewLoader, build_loader
-from pipelines.masks import cell_of_pixel, draw_masks
+from pipelines.augment.masks import cell_of_pixel, draw_masks
 from pipelines.recipe import Mixing, moco_v2
+from training.checkpoint import write_atomically
 
 _QUERY_COLOUR, _KEY_COLOUR = "#e8590c", "#1c7ed6"
 _TITLES = (

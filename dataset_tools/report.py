@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.manifest import Manifest
+from pipelines.sets.manifest import Manifest
 
 NUM_NAMED = 20
 """How many pictures a report names."""

@@ -14,9 +14,8 @@ from dataset_tools.shard_set import (
     remove_sides,
     settle_index,
 )
-from engine.checkpoint import sync_folder
-from pipelines.manifest import SKIPPED_NAME, Manifest, manifest_path
-from pipelines.shards import (
+from pipelines.sets.manifest import SKIPPED_NAME, Manifest, manifest_path
+from pipelines.sets.shards import (
     INDEX_NAME,
     PENDING_INDEX_NAME,
     PLAN_NAME,
@@ -24,6 +23,7 @@ from pipelines.shards import (
     open_shards,
     set_aside,
 )
+from training.checkpoint import sync_folder
 
 LOCK_NAME = ".convert.lock"
 """In a folder where a set is made: shared by those who make shards there, held alone to replace it."""

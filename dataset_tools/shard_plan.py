@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.sources import Source
-from engine.checkpoint import write_atomically, write_json
-from pipelines.manifest import Shard
 from pipelines.randomness import EpochOrder
-from pipelines.shards import INDEX_DTYPE, PLAN_NAME
+from pipelines.sets.manifest import Shard
+from pipelines.sets.shards import INDEX_DTYPE, PLAN_NAME
+from training.checkpoint import write_atomically, write_json
 
 DEFAULT_SHARD_SIZE = 2000
 """Pictures a shard: some 220 MB of ImageNet's JPEGs. Large enough that a disk or an object store reads it in

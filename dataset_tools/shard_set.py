@@ -16,9 +16,8 @@ from dataset_tools.shard_plan import (
     whole_part,
 )
 from dataset_tools.work import Work
-from engine.checkpoint import sync_folder, write_atomically
-from pipelines.manifest import SKIPPED_NAME, Manifest, Shard, of_kind, source_path_line
-from pipelines.shards import (
+from pipelines.sets.manifest import SKIPPED_NAME, Manifest, Shard, of_kind, source_path_line
+from pipelines.sets.shards import (
     INDEX_DTYPE,
     INDEX_NAME,
     PENDING_INDEX_NAME,
@@ -26,6 +25,7 @@ from pipelines.shards import (
     index_in_force,
     set_digest,
 )
+from training.checkpoint import sync_folder, write_atomically
 
 SUFFIX = ".shards"
 """Of the name of a folder that a conversion makes."""

@@ -11,9 +11,9 @@ from dataset_tools.keys import decode_key
 from dataset_tools.shard_set import PLAN_KEY
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tar_members import scan_tar
-from pipelines.listing import PassedOver
-from pipelines.manifest import verify_hint
-from pipelines.shards import open_shards, pictures_on_disk
+from pipelines.sets.listing import PassedOver
+from pipelines.sets.manifest import verify_hint
+from pipelines.sets.shards import open_shards, pictures_on_disk
 
 
 class ShardSource(ListedSource):

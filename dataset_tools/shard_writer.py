@@ -16,10 +16,10 @@ from dataset_tools.keys import Keys
 from dataset_tools.normalise import BadPicture, Normal
 from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, tar_name
 from dataset_tools.tar_members import Member
-from engine.checkpoint import sync_folder, write_atomically
-from pipelines.listing import NO_LABEL
-from pipelines.manifest import Shard
-from pipelines.shards import TAR_BLOCK, dali_index_path
+from pipelines.sets.listing import NO_LABEL
+from pipelines.sets.manifest import Shard
+from pipelines.sets.shards import TAR_BLOCK, dali_index_path
+from training.checkpoint import sync_folder, write_atomically
 
 MAX_PICTURE_BYTES = (1 << 32) - 1
 """The index has 32 bits for a picture's size."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from pipelines.shards import TAR_BLOCK
+from pipelines.sets.shards import TAR_BLOCK
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

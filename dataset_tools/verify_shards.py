@@ -15,10 +15,11 @@ from dataset_tools.parallel import ordered_map
 from dataset_tools.report import BadIndex, Report, Stats, label_problems, per_class, spread
 from dataset_tools.shard_set import unfinished
 from dataset_tools.tar_members import Member, scan_tar
-from pipelines.listing import PICTURE_SUFFIXES
-from pipelines.manifest import Shard, of_kind
-from pipelines.pictures import is_jpeg, read_rgb, read_size
-from pipelines.shards import (
+from pipelines.decode.pillow import is_jpeg, read_rgb, read_size
+from pipelines.kernels.turbojpeg import check_jpeg
+from pipelines.sets.listing import PICTURE_SUFFIXES
+from pipelines.sets.manifest import Shard, of_kind
+from pipelines.sets.shards import (
     check_tar,
     dali_index_path,
     index_hint,
@@ -28,7 +29,6 @@ from pipelines.shards import (
     set_digest,
     shards_manifest,
 )
-from pipelines.turbojpeg import check_jpeg
 
 
 def verify_shards(path: Path, workers: int | None, progress: Callable[[], None] | None) -> Report:

@@ -19,9 +19,9 @@ import tyro
 from rich.console import Console
 
 from detection.keys import to_detectron2
-from engine import cli
-from engine.checkpoint import save_tensors, write_atomically
-from engine.export import BackboneMeta, fingerprint, load_backbone
+from training import cli
+from training.checkpoint import save_tensors, write_atomically
+from training.export import BackboneMeta, fingerprint, load_backbone
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from engine.checkpoint import CheckpointError
+from training.checkpoint import CheckpointError
 
 BASE = "_BASE_"
 """The key of a config by which it names the ones it is based on."""

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from detection.foreign_files import config_files
-from engine import cli
-from engine.checkpoint import write_json
+from training import cli
+from training.checkpoint import write_json
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -14,7 +14,7 @@ Detectron2's checkpoints and logs, and result.json, or with --eval-only evaluati
 import sys
 from types import ModuleType
 
-from engine import cli
+from training import cli
 
 
 def main(argv: list[str]) -> None:

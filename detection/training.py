@@ -23,7 +23,7 @@ from rich.console import Console
 
 from detection import datasets, weights
 from detection.config import check_config, configure, parse, resumes
-from engine.checkpoint import write_json
+from training.checkpoint import write_json
 
 __all__ = ["launch", "parse", "prepare", "run"]
 

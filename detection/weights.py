@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detection.config import last_checkpoint
 from detection.foreign_files import read_pickled_weights
-from engine.checkpoint import CheckpointError, read_safely
+from training.checkpoint import CheckpointError, read_safely
 
 TOLERATED_GREY = 0.5
 """By how much the config's pixel mean and standard deviation may differ from the encoder's, of 0 … 255."""

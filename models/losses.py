@@ -76,7 +76,7 @@ def negative_logsumexp(q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tu
 
     Only the first carries a gradient, only to the queries, and only once (no second derivatives).
     """
-    # A compiler cannot follow the setting; it finds what the run has set, see engine.precision.
+    # A compiler cannot follow the setting; it finds what the run has set, see training.precision.
     exact = contextlib.nullcontext() if torch.compiler.is_compiling() else true_float32()
     with torch.autocast(q_ND.device.type, enabled=False), exact:
         q_ND, queue_KD = _full_precision(q_ND, queue_KD)

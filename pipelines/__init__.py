@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.batch import Batch, Mixture
-from pipelines.choosing import Backend, choose, look_around
 from pipelines.cores import usable_cores
-from pipelines.dali_engine import DALIEngine
-from pipelines.dali_operators import DALIOptions
-from pipelines.engines import Engine, Reading
-from pipelines.ffcv_engine import FFCVEngine
-from pipelines.folder_engine import FolderEngine
+from pipelines.decode.choose import Backend, choose, look_around
+from pipelines.decode.dali import DALIEngine
+from pipelines.decode.dali_operators import DALIOptions
+from pipelines.decode.decoder import Engine, Reading
+from pipelines.decode.turbo import FFCVEngine
 from pipelines.loader import ViewLoader
 from pipelines.recipe import Mixing, Recipe
-from pipelines.shards import index_hint
-from pipelines.stores import StoreEngine, open_store
-from pipelines.streaming import ShardStream
+from pipelines.sets.folder import FolderEngine
+from pipelines.sets.shards import index_hint
+from pipelines.sets.stores import StoreEngine, open_store
+from pipelines.sets.stream import ShardStream
 from pipelines.workers import WORKERS_OF_A_DEVICE
 
 log = logging.getLogger(__name__)
@@ -65,13 +65,13 @@ def build_loader(
 
     Whatever the backend, a picture's views are a function of (seed, epoch, index, view) alone. So are the
     order and where a run resumes, except with ``reading="stream"``, whose promises stand in
-    :mod:`pipelines.streaming`.
+    :mod:`pipelines.sets.stream`.
 
     Args:
         path: a ``.beton`` file, a folder of indexed shards, or a folder of pictures.
         recipe: what views and mixtures look like.
         backend: who decodes. ``ffcv``, our kernels on the CPU, and ``dali`` take compiled sets, ``folder``
-            takes folders of pictures; ``auto`` chooses, see :mod:`pipelines.choosing`.
+            takes folders of pictures; ``auto`` chooses, see :mod:`pipelines.decode.choose`.
         batch_size: pictures per batch on this rank.
         seed: of every draw.
         rank: of this process.
@@ -82,7 +82,7 @@ def build_loader(
         drop_last: leave out the last, smaller batch of an epoch.
         subset: (n,) positions in the set of the pictures that an epoch goes through, instead of all, in any
             order. Their views are those they have in the whole set.
-        reading: how a compiled set is read, see :data:`pipelines.engines.Reading`.
+        reading: how a compiled set is read, see :data:`pipelines.decode.decoder.Reading`.
         dali: how the ``dali`` backend decodes on a GPU.
         dtype: of the views and mixtures; the compute precision of the run, so that a 16-bit run moves half
             the bytes.

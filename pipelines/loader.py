@@ -21,16 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.augment.crops import draw_boxes
+from pipelines.augment.mixing import blend, draw_mixtures
+from pipelines.augment.photometric import augment
 from pipelines.batch import Batch, tensors_of
-from pipelines.crops import draw_boxes
-from pipelines.engines import BadPicturesError, DeviceEngine, Engine, Fault
-from pipelines.manifest import verify_hint
-from pipelines.mixing import blend, draw_mixtures
-from pipelines.photometric import augment
+from pipelines.decode.decoder import BadPicturesError, DeviceEngine, Engine, Fault
+from pipelines.device import Uploads, one_ahead
 from pipelines.randomness import NUM_EPOCHS, EpochOrder, key_of
 from pipelines.recipe import Recipe
-from pipelines.streaming import BUFFER, ShardStream
-from pipelines.uploads import Uploads, one_ahead
+from pipelines.sets.manifest import verify_hint
+from pipelines.sets.stream import BUFFER, ShardStream
 from pipelines.workers import Asked, Made, Started, Workers
 
 log = logging.getLogger(__name__)
@@ -290,7 +290,7 @@ class ViewLoader:
         self._stream_state = made.stream_state
 
     def boxes(self, epoch: int, index_N: NDArray[np.int64]) -> NDArray[np.int32]:
-        """(N, V, 5) crop boxes of the pictures asked for; see :mod:`pipelines.crops`."""
+        """(N, V, 5) crop boxes of the pictures asked for; see :mod:`pipelines.augment.crops`."""
         return draw_boxes(self.recipe, self.seed, epoch, index_N, self.engine.fetch(index_N).size_N2)
 
     def _on_host(self, epoch: int, pixels_VNSS3: Tensor, made: Made) -> Batch:

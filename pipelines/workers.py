@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.crops import draw_boxes
-from pipelines.engines import MAX_TRIES, BadPicturesError, DeviceEngine, Engine
-from pipelines.manifest import verify_hint
+from pipelines.augment.crops import draw_boxes
+from pipelines.augment.parameters import draw_parameters
+from pipelines.augment.photometric_cpu import augment_on_cpu
+from pipelines.decode.decoder import MAX_TRIES, BadPicturesError, DeviceEngine, Engine
+from pipelines.decode.payloads import Payloads
 from pipelines.memory import Lender
-from pipelines.parameters import draw_parameters
-from pipelines.payloads import Payloads
-from pipelines.photometric_cpu import augment_on_cpu
 from pipelines.recipe import Recipe
+from pipelines.sets.manifest import verify_hint
 
 _LEAST_SLICE = 8
 """Pictures; smaller slices cost more in hand-overs than they gain in balance."""

@@ -6,23 +6,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {
-    *("pipelines", "models", "engine", "dataset_tools", "detection", "benchmarks"),
-    *("presets", "pretrained", "supervised"),
-}
+ROOMS = {"pipelines", "models", "training", "dataset_tools", "detection", "benchmarks", "examples", "presets"}
 MAY_USE = {
-    "pipelines": set(),
     "models": set(),
-    "engine": {"models"},
-    "detection": {"engine"},
-    "dataset_tools": {"pipelines", "engine"},
-    "benchmarks": {"pipelines", "engine", "models"},
-    "presets": {"engine", "pipelines", "models"},
-    "train_pretrain": {"presets", "engine", "pipelines", "models"},
-    "pretrained": {"engine", "pipelines", "models"},
-    "supervised": {"pretrained", "engine", "pipelines", "models"},
-    "train_lincls": {"pretrained", "supervised", "engine", "pipelines", "models"},
-    "train_finetune": {"pretrained", "supervised", "engine", "pipelines", "models"},
+    "pipelines": {"models"},
+    "training": {"pipelines", "models"},
+    "presets": {"training", "pipelines", "models"},
+    "train_pretrain": {"presets", "training", "pipelines", "models"},
+    "train_lincls": {"training", "pipelines", "models"},
+    "train_finetune": {"training", "pipelines", "models"},
+    "detection": {"training"},
+    "dataset_tools": {"training", "pipelines", "models"},
+    "benchmarks": {"presets", "training", "pipelines", "models"},
+    "examples": {"benchmarks", "dataset_tools", "presets", "training", "pipelines", "models"},
 }
 
 
@@ -50,8 +46,7 @@ def test_room_imports_only_what_it_may(room: str) -> None:
 
 def test_pillow_opens_no_formats_but_the_documented_ones() -> None:
     """Without a list it tries all it knows, and starts Ghostscript for PostScript under any name."""
-    programs = [ROOT / name for name in ("presets.py", "pretrained.py", "supervised.py")]
-    for file in [*programs, *ROOT.glob("train_*.py"), *(f for room in ROOMS for f in _files(room))]:
+    for file in [*ROOT.glob("train_*.py"), *(f for room in ROOMS for f in _files(room))]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
                 assert any(keyword.arg == "formats" for keyword in node.keywords), f"{file}:{node.lineno}"

@@ -70,11 +70,12 @@ _IMPORT_ALL = """
 import contextlib, importlib, io, json, pathlib, runpy, sys, traceback, warnings
 
 warnings.simplefilter("ignore")
-rooms = ("pipelines", "models", "engine", "dataset_tools", "detection", "benchmarks")
+rooms = ("pipelines", "models", "training", "dataset_tools", "detection", "benchmarks", "examples")
 files = [file for room in rooms for file in sorted(pathlib.Path(room).rglob("*.py"))]
 files += sorted(pathlib.Path().glob("*.py"))
 # They have no options of their own.
-without_help = ("engine.doctor", "engine.activate", "detection.repeat", "benchmarks.half_hour.worker")
+install = ("training.install.doctor", "training.install.activate")
+without_help = (*install, "detection.repeat", "benchmarks.half_hour.worker")
 failed, programs = {}, {}
 for file in files:
     name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
@@ -119,7 +120,7 @@ torch.save([batch.query for batch in loader], out.with_suffix(".pt"))
 _CONVERT_WITHOUT_DECODER = """
 import pathlib, sys
 from dataset_tools.__main__ import main
-from pipelines import turbojpeg
+from pipelines.kernels import turbojpeg
 
 turbojpeg._SYSTEM_NAME = "libturbojpeg-of-nobody.so.0"
 folder, out = map(pathlib.Path, sys.argv[1:])

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.published_flags import GONE
-from engine.schedule import MILESTONES
 from models.encoders import ARCHS
 from presets import PRESETS, PresetName, PretrainConfig, Views, training_set
 from train_lincls import ProbeConfig
 from train_lincls import parse as parse_probe
 from train_pretrain import parse
+from training.published_flags import GONE
+from training.schedule import MILESTONES
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "command-line.md").read_text()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import latest, load_checkpoint
+from training.checkpoint import latest, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLED, ALONE, FINISHED = range(3)
@@ -24,7 +24,7 @@ KILLED, ALONE, FINISHED = range(3)
 DRIVER = """
 import os, signal, sys
 import train_pretrain
-from engine import cli
+from training import cli
 
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
 lr_at, build_loader = train_pretrain.lr_at, train_pretrain.build_loader

@@ -7,11 +7,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from engine import cli
-from engine.accuracy import Accuracy, count_hits
-from engine.checkpoint import latest, load_checkpoint
-from engine.export import fingerprint, load_backbone
-from engine.stop import StopRequest
 from models.classifier import Classifier
 from models.encoders import build_encoder
 from pipelines import evaluation_batches
@@ -20,6 +15,11 @@ from tests.processes import in_two_processes
 from train_finetune import main, parse
 from train_pretrain import main as pretrain
 from train_pretrain import parse as parse_pretraining
+from training import cli
+from training.accuracy import Accuracy, count_hits
+from training.checkpoint import latest, load_checkpoint
+from training.export import fingerprint, load_backbone
+from training.stop import StopRequest
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,13 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-import supervised
-from engine import cli
-from engine.checkpoint import CheckpointError, latest, load_checkpoint
-from engine.stop import StopRequest
 from tests.processes import in_two_processes
 from train_lincls import main, parse
 from train_pretrain import main as pretrain
 from train_pretrain import parse as parse_pretraining
+from training import cli, supervised
+from training.checkpoint import CheckpointError, latest, load_checkpoint
+from training.stop import StopRequest
 
 
 def _probe(*argv: object) -> dict[str, float]:

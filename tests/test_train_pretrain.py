@@ -15,13 +15,13 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
-from engine import cli
-from engine.checkpoint import latest, load_checkpoint, save_checkpoint
-from engine.launch import init_launch
-from engine.step import TrainStep
-from engine.stop import StopRequest
 from tests.processes import started
 from train_pretrain import main, parse, train_step
+from training import cli
+from training.checkpoint import latest, load_checkpoint, save_checkpoint
+from training.distributed import init_launch
+from training.step import TrainStep
+from training.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split(

@@ -30,7 +30,7 @@ from benchmarks.half_hour.figures import BENCHMARK, FiguresFile, facts_in_words,
 from benchmarks.half_hour.images import facts, find_images
 from benchmarks.half_hour.plan import FULL, PARTS, TINY, PartName, Row, Setup, rows_of
 from benchmarks.half_hour.worker import Worker
-from engine import cli
+from training import cli
 
 console = Console(highlight=False, soft_wrap=True)
 NEEDS_GPU = "needs a GPU"

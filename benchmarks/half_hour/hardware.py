@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.half_hour.plan import Row, Setup, files_below, peak_mib, rates, row
-from engine.precision import settings_of_training
+from training.precision import settings_of_training
 
 _ROOT = Path(__file__).resolve().parents[2]
 _MIB = 2**20

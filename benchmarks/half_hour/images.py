@@ -17,9 +17,9 @@ from benchmarks.half_hour.plan import Images, Size
 from benchmarks.parity.samples import colourful
 from benchmarks.sample_sets import PHOTOGRAPHS, QUALITY, SampleSets, dataset_tools
 from benchmarks.synthetic import write_synthetic
-from pipelines import turbojpeg
-from pipelines.beton import open_beton
-from pipelines.manifest import Manifest
+from pipelines.kernels import turbojpeg
+from pipelines.sets.beton import open_beton
+from pipelines.sets.manifest import Manifest
 
 _SIZES_PX = ((375, 500), (500, 375), (333, 500), (500, 500))
 """Height, width of drawn images."""

@@ -31,12 +31,12 @@ from benchmarks.peers.contract import (
 from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.timing import Closing
-from engine.precision import Precision
 from pipelines import ViewLoader, build_loader
-from pipelines.choosing import look_around
 from pipelines.cores import usable_cores
-from pipelines.dali_operators import INSTALL_DALI
+from pipelines.decode.choose import look_around
+from pipelines.decode.dali_operators import INSTALL_DALI
 from pipelines.recipe import moco_v2
+from training.precision import Precision
 
 _THREADS = (4, 8, 16)
 _LEAST_BATCHES = 8

@@ -29,8 +29,8 @@ from benchmarks.parity.measures import Row
 from benchmarks.parity.page import BLOCK, block
 from benchmarks.parity.samples import Samples, make_samples, views_of
 from benchmarks.report.files import read_json
-from engine import cli
-from pipelines.dali_operators import import_dali
+from pipelines.decode.dali_operators import import_dali
+from training import cli
 
 console = Console(highlight=False, soft_wrap=True)
 RESULTS, PAGE = Path("benchmarks/results/parity.json"), Path("docs/parity.md")

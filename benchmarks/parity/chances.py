@@ -17,8 +17,8 @@ from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 
 from benchmarks.parity.limits import FIRING, MEASURES, NUM_DRAWS
 from benchmarks.parity.measures import Errors, Row
-from pipelines.crops import draw_boxes
-from pipelines.parameters import (
+from pipelines.augment.crops import draw_boxes
+from pipelines.augment.parameters import (
     BLUR,
     BRIGHTNESS,
     CONTRAST,

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as on_tensor
 
 from benchmarks.parity.limits import MEASURES
 from benchmarks.parity.measures import Errors, Row
-from pipelines.parameters import (
+from pipelines.augment.parameters import (
     BLUR,
     BRIGHTNESS,
     BY_BRIGHTNESS,
@@ -36,12 +36,12 @@ from pipelines.parameters import (
     blur_radius_px,
     draw_parameters,
 )
-from pipelines.photometric import augment
-from pipelines.photometric_cpu import augment_on_cpu
+from pipelines.augment.photometric import augment
+from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.recipe import Recipe, moco_v1, moco_v2
 
 Stage = Callable[[Tensor, Tensor, Recipe], Tensor]
-"""(N, S, S, 3) uint8 views, (N, P) parameters, recipe → (N, 3, S, S) float32, as pipelines.photometric."""
+"""(N, S, S, 3) uint8 views, (N, P) parameters, recipe → (N, 3, S, S) float32, as augment.photometric."""
 Steps = list[tuple[str, float]]
 """Operations and their values, in the order in which they are applied."""
 

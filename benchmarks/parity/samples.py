@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import sample_sets
-from pipelines.listing import FolderListing
-from pipelines.pictures import FORMATS
+from pipelines.decode.pillow import FORMATS
+from pipelines.sets.listing import FolderListing
 
 PHOTOGRAPHS = 19
 """One from each photograph of the sample set."""

@@ -26,10 +26,10 @@ from benchmarks.peers.contract import (
     settle,
 )
 from pipelines import Backend, DALIOptions, Reading, ViewLoader, build_loader
-from pipelines.dali_engine import DALIEngine
-from pipelines.engines import Engine
+from pipelines.decode.dali import DALIEngine
+from pipelines.decode.decoder import Engine
 from pipelines.recipe import Recipe, moco_v2
-from pipelines.streaming import BUFFER
+from pipelines.sets.stream import BUFFER
 
 # A generous count of what may wait: too many only lengthens the drain before a turn.
 _BATCHES_AHEAD = 5

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.listing import FolderListing
+from pipelines.sets.listing import FolderListing
 
 
 def shuffled_batches(folder: Path, batch_size: int) -> Iterator[list[Path]]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.peers.contract import FFCV, FixedCrops, Job, Peer, Work, hush_numba
-from pipelines.beton import open_beton
+from pipelines.sets.beton import open_beton
 
 # Importing FFCV sets torch to one thread.
 _num_threads = torch.get_num_threads()

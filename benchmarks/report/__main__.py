@@ -30,8 +30,8 @@ from benchmarks.report.results import (
     read_scale,
 )
 from benchmarks.report.training import TrainingFigures, read_training
-from engine import cli
-from engine.checkpoint import write_atomically
+from training import cli
+from training.checkpoint import write_atomically
 
 console = Console(highlight=False, soft_wrap=True)
 RESULTS = Path("benchmarks/results")

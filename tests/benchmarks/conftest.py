@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, evidence, probes
+from benchmarks import evidence, probes
 from benchmarks import programs as running
 from benchmarks.sample_sets import SampleSet
+from examples import demo
 
 ROOT = Path(__file__).resolve().parents[2]
 

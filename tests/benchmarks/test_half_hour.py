@@ -18,8 +18,8 @@ from benchmarks.half_hour import figures, hardware, images, plan, runs, steps
 from benchmarks.half_hour.__main__ import HalfHour, main
 from benchmarks.half_hour.plan import PARTS, TINY, Images, Setup
 from benchmarks.report.half_hour import read_half_hour
-from engine import cli
 from models.batch import Method
+from training import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = "tests.benchmarks.half_hour_part:rows"

@@ -48,7 +48,7 @@ from benchmarks.timing import Runner, Turns, summary, take_turns
 from dataset_tools.commands import Convert
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
-from pipelines.manifest import Manifest
+from pipelines.sets.manifest import Manifest
 from tests.benchmarks.conftest import Sets
 from tests.conftest import photograph_like
 

@@ -14,8 +14,8 @@ from benchmarks.scale import MEASURES, Scale
 from benchmarks.synthetic import write_synthetic
 from dataset_tools.beton_writer import BetonWriter
 from pipelines import build_loader
-from pipelines.beton import matching_manifest, open_beton
 from pipelines.recipe import moco_v2
+from pipelines.sets.beton import matching_manifest, open_beton
 
 
 @pytest.mark.parametrize(("count", "payloads"), [(1, 1), (7, 7), (1000, 7), (5, 7)])

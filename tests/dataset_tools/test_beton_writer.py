@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataset_tools.beton_writer import BetonWriter
-from pipelines.beton import open_beton
-from pipelines.manifest import Manifest, paths_path
+from pipelines.sets.beton import open_beton
+from pipelines.sets.manifest import Manifest, paths_path
 
 PAGE = 4096
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dataset_tools.__main__ import COMMANDS, main
-from pipelines.beton import open_beton
+from pipelines.sets.beton import open_beton
 from tests.processes import started
 
 ROOT = Path(__file__).resolve().parents[2]

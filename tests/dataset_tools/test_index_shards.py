@@ -15,8 +15,8 @@ from dataset_tools.index_shards import index_shards
 from dataset_tools.shard_source import ShardSource
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import verify
-from pipelines.pictures import EXIF_ORIENTATION
-from pipelines.shards import open_shards
+from pipelines.decode.pillow import EXIF_ORIENTATION
+from pipelines.sets.shards import open_shards
 from tests.dataset_tools.test_tar_source import pack
 
 Encode = Callable[..., bytes]

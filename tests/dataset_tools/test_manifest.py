@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.manifest import Manifest, read_source_path, source_path_line
+from pipelines.sets.manifest import Manifest, read_source_path, source_path_line
 
 MANIFEST = Manifest(
     tier="jpeg", count=3, num_bytes=99, sha256="ab" * 32, source="träin", classes=("a", "ü"),

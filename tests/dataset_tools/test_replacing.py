@@ -21,10 +21,10 @@ from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import verify
 from dataset_tools.work import Work
-from pipelines.beton import matching_manifest, open_beton
-from pipelines.manifest import Manifest, read_source_paths
-from pipelines.shards import open_shards, set_aside
-from pipelines.stores import open_store
+from pipelines.sets.beton import matching_manifest, open_beton
+from pipelines.sets.manifest import Manifest, read_source_paths
+from pipelines.sets.shards import open_shards, set_aside
+from pipelines.sets.stores import open_store
 from tests.dataset_tools.conftest import encode
 from tests.dataset_tools.test_tar_source import pack
 

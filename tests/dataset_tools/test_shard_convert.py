@@ -29,7 +29,7 @@ from dataset_tools.sources import FolderSource
 from dataset_tools.tar_source import TarSource
 from dataset_tools.work import Work
 from pipelines.randomness import EpochOrder
-from pipelines.shards import is_shard_set, open_shards, set_digest
+from pipelines.sets.shards import is_shard_set, open_shards, set_digest
 from tests.dataset_tools.test_tar_source import files_of, pack
 
 convert = functools.partial(conversion.convert, max_bad=0.5)

@@ -13,8 +13,8 @@ from dataset_tools.sources import FolderSource
 from dataset_tools.tar_members import scan_tar
 from dataset_tools.tar_source import TarSource
 from dataset_tools.verify import verify
-from pipelines.manifest import Manifest
-from pipelines.shards import open_shards
+from pipelines.sets.manifest import Manifest
+from pipelines.sets.shards import open_shards
 from tests.dataset_tools.conftest import encode
 from tests.dataset_tools.test_tar_source import pack
 

@@ -8,7 +8,7 @@ import pytest
 from dataset_tools.convert import convert
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import stats, verify
-from pipelines.beton import open_beton
+from pipelines.sets.beton import open_beton
 
 
 @pytest.fixture

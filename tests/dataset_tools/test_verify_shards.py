@@ -9,7 +9,7 @@ from dataset_tools.__main__ import main
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import stats, verify
-from pipelines.shards import open_shards
+from pipelines.sets.shards import open_shards
 
 Capture = pytest.CaptureFixture[str]
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
-from engine.checkpoint import CheckpointError
 from tests.detection.conftest import CONFIGS, write_weights
+from training.checkpoint import CheckpointError
 
 if os.environ.get("CI"):
     import detectron2  # noqa: F401

@@ -8,8 +8,8 @@ import torch
 
 from detection.convert_to_detectron2 import Conversion, main
 from detection.keys import DEPTHS, detectron2_keys, to_detectron2
-from engine.export import BackboneMeta, fingerprint, save_backbone
 from models.encoders import build_encoder
+from training.export import BackboneMeta, fingerprint, save_backbone
 
 
 def _state(arch: str, **options: bool) -> dict[str, torch.Tensor]:

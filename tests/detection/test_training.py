@@ -13,8 +13,8 @@ from torch import nn
 
 from benchmarks.shapes import CLASSES
 from detection.train_net import main
-from engine import cli
 from tests.detection.conftest import CONFIGS, write_weights
+from training import cli
 
 if os.environ.get("CI"):
     import detectron2  # noqa: F401

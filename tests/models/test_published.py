@@ -18,7 +18,7 @@ from models.batch import NUM_MIXTURES, Method
 from models.encoders import NormLayer
 from models.moco import MoCo
 from pipelines import Batch, Mixture
-from pipelines.mixing import Drawn, blend, draw_mixtures, draw_partner
+from pipelines.augment.mixing import Drawn, blend, draw_mixtures, draw_partner
 from pipelines.recipe import Mixing, Recipe
 
 METHODS: list[Method] = list(NUM_MIXTURES)

@@ -12,9 +12,9 @@ from PIL import Image
 
 from dataset_tools.beton_writer import BetonWriter
 from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
-from pipelines.beton import open_beton
-from pipelines.engines import BadPicturesError
+from pipelines.decode.decoder import BadPicturesError
 from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
+from pipelines.sets.beton import open_beton
 
 NEEDS_DALI = pytest.mark.needs("nvidia.dali")
 DALI = pytest.param("dali", marks=NEEDS_DALI)

@@ -1,0 +1,1 @@
+"""From encoded bytes to crops: the backends and the choice among them."""

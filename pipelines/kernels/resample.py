@@ -1,0 +1,375 @@
+"""Antialiased bilinear crops, straight from a JPEG's planes or from RGB pixels, sixteen lanes at a time.
+
+What PIL's ``resize`` of the cropped picture gives, within a grey level as long as it shrinks less than
+100-fold: two separable passes with a triangle filter that widens when it shrinks. Weights have 16 bits, sums
+between the passes 7 bits below the grey level.
+
+Chroma planes of half size are not enlarged first. JPEG decoders enlarge them with the weights ¾ and ¼
+("fancy upsampling"), which is itself a linear filter; its weights and the resampling's are multiplied out, so
+each output takes a few samples of the small plane and means the same. Colours are converted after the crop:
+half the samples are filtered, and only the view is converted.
+
+The vertical pass comes first and runs along the rows. Its result, sixteen rows of the view at a time, is
+transposed so that the horizontal pass runs along sixteen rows at once; flipping is a matter of the order in
+which that pass writes its columns. Nothing is allocated here.
+
+Shape letters: S side of the view, T filter taps, C elements of a flat array.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.kernels.compiled import kernel
+from pipelines.kernels.simd import (
+    LANES,
+    add,
+    interleave3,
+    load_u8,
+    load_u16,
+    mul_high,
+    mul_high_signed,
+    shift_left,
+    shift_right,
+    shift_right_signed,
+    splat,
+    store_u8,
+    store_u16,
+    sub,
+    transpose_u8,
+    transpose_u16,
+)
+
+_ROWS = LANES
+"""Rows of the view that are made together."""
+_FRACTION_BITS = 7
+"""Of sums between the passes: 255 · 2⁷ leaves room for rounding in 16 bits."""
+_LARGEST_WEIGHT = (1 << 16) - 1
+SLACK = 64
+"""Bytes that must be readable behind a plane's last one."""
+
+
+class Axis(NamedTuple):
+    """Which input pixels make each output pixel of one axis, and with what weights."""
+
+    first_S: NDArray[np.int32]
+    taps_S: NDArray[np.int32]
+    weight_ST: NDArray[np.uint16]
+    """Times 2¹⁶."""
+
+
+class Scratch(NamedTuple):
+    """Memory of one thread, enough for the largest box it was made for."""
+
+    rows: Axis
+    columns: Axis
+    chroma_rows: Axis
+    chroma_columns: Axis
+    strip_C: NDArray[np.uint16]
+    """Sixteen rows between the passes."""
+    turned_C: NDArray[np.uint16]
+    """The same, transposed."""
+    planes_C: NDArray[np.uint16]
+    """Three planes of (S, 16): sixteen rows of the view, transposed."""
+    bytes_C: NDArray[np.uint8]
+    """The same as RGB bytes."""
+    block_C: NDArray[np.uint8]
+    """Sixteen by sixteen pixels, and one row of them interleaved."""
+
+
+@kernel
+def _axis(side: int, taps: int) -> Axis:
+    return Axis(np.empty(side, np.int32), np.empty(side, np.int32), np.empty((side, taps), np.uint16))
+
+
+@kernel
+def make_scratch(side: int, largest_px: int) -> Scratch:
+    """Memory for views of ``side`` px from boxes of up to ``largest_px`` px a side."""
+    taps = 2 * int(np.ceil(max(largest_px / side, 1.0))) + 3
+    padded = -(-side // LANES) * LANES
+    strip = _ROWS * (3 * largest_px + 2 * LANES)
+    return Scratch(
+        _axis(side, taps),
+        _axis(side, taps),
+        _axis(side, taps),
+        _axis(side, taps),
+        np.empty(strip, np.uint16),
+        np.empty(strip, np.uint16),
+        np.zeros(3 * padded * _ROWS, np.uint16),
+        np.zeros(3 * padded * _ROWS, np.uint8),
+        np.empty(3 * LANES * LANES + 3 * LANES, np.uint8),
+    )
+
+
+@kernel
+def fill_axis(axis: Axis, start: int, length: int, backwards: bool) -> None:
+    """Weights that bring ``length`` pixels from ``start`` on to S outputs, mirrored if ``backwards``."""
+    side = len(axis.first_S)
+    scale = length / side
+    support = max(scale, 1.0)
+    step = 1.0 / support
+    for number in range(side):
+        out = side - 1 - number if backwards else number
+        centre = (number + 0.5) * scale
+        first = max(int(centre - support + 0.5), 0)
+        taps = min(int(centre + support + 0.5), length) - first
+        total = 0.0
+        for tap in range(taps):
+            total += max(1.0 - abs((tap + first - centre + 0.5) * step), 0.0)
+        unit = 65536.0 / total
+        for tap in range(taps):
+            weight = max(1.0 - abs((tap + first - centre + 0.5) * step), 0.0) * unit
+            axis.weight_ST[out, tap] = min(int(weight + 0.5), _LARGEST_WEIGHT)
+        axis.first_S[out] = start + first
+        axis.taps_S[out] = taps
+
+
+@kernel
+def halve_axis(full: Axis, plane_px: int, half: Axis) -> None:
+    """Weights on a plane of half size that do what ``full`` does on the enlarged one.
+
+    Enlarging makes pixel 2i of ¾ sample i and ¼ sample i − 1, pixel 2i + 1 of ¾ sample i and ¼ sample i + 1,
+    and repeats the samples at the border.
+    """
+    last = plane_px - 1
+    for out in range(len(full.first_S)):
+        begin, taps = full.first_S[out], full.taps_S[out]
+        first = max((begin - 1) >> 1, 0)
+        stop = min((begin + taps) >> 1, last)
+        num = stop - first + 1
+        weight_T = half.weight_ST[out]
+        weight_T[:num] = 0
+        for tap in range(taps):
+            pixel, weight = begin + tap, int(full.weight_ST[out, tap])
+            near = min(pixel >> 1, last)
+            far = min(max(near - 1 + 2 * (pixel & 1), 0), last)
+            quarter = weight >> 2
+            weight_T[near - first] = min(int(weight_T[near - first]) + weight - quarter, _LARGEST_WEIGHT)
+            weight_T[far - first] = min(int(weight_T[far - first]) + quarter, _LARGEST_WEIGHT)
+        half.first_S[out] = first
+        half.taps_S[out] = num
+
+
+@kernel
+def _span(axis: Axis) -> tuple[int, int]:
+    """The first input pixel that an axis takes, and how many from there on."""
+    a, b = 0, len(axis.first_S) - 1
+    if axis.first_S[b] < axis.first_S[a]:
+        a, b = b, a
+    begin = axis.first_S[a]
+    return begin, axis.first_S[b] + axis.taps_S[b] - begin
+
+
+@kernel
+def _vertical(
+    plane_C: NDArray[np.uint8],
+    start: int,
+    pitch: int,
+    width: int,
+    rows: Axis,
+    top: int,
+    strip_C: NDArray[np.uint16],
+    strip_pitch: int,
+) -> None:
+    """Sixteen rows of the view, from ``top`` on, of ``width`` columns that begin at ``start``."""
+    last = len(rows.first_S) - 1
+    for r in range(_ROWS):
+        out = min(top + r, last)
+        taps = rows.taps_S[out]
+        row = start + rows.first_S[out] * pitch
+        for x in range(0, width, LANES):
+            total = splat(taps >> 1)
+            at = row + x
+            for tap in range(taps):
+                sample = shift_left(load_u8(plane_C, at), _FRACTION_BITS)
+                total = add(total, mul_high(sample, splat(rows.weight_ST[out, tap])))
+                at += pitch
+            store_u16(strip_C, r * strip_pitch + x, total)
+
+
+@kernel
+def _turn(strip_C: NDArray[np.uint16], strip_pitch: int, width: int, turned_C: NDArray[np.uint16]) -> None:
+    for x in range(0, width, 8):
+        for r in range(0, _ROWS, 8):
+            transpose_u16(strip_C, r * strip_pitch + x, strip_pitch, turned_C, x * _ROWS + r, _ROWS)
+
+
+@kernel
+def _horizontal(
+    turned_C: NDArray[np.uint16],
+    begin: int,
+    channel: int,
+    channels: int,
+    columns: Axis,
+    planes_C: NDArray[np.uint16],
+    start: int,
+) -> None:
+    """All columns of sixteen rows; of interleaved input one channel."""
+    step = channels * _ROWS
+    for out in range(len(columns.first_S)):
+        taps = columns.taps_S[out]
+        total = splat(taps >> 1)
+        at = (columns.first_S[out] - begin) * step + channel * _ROWS
+        for tap in range(taps):
+            total = add(total, mul_high(load_u16(turned_C, at), splat(columns.weight_ST[out, tap])))
+            at += step
+        store_u16(planes_C, start + out * _ROWS, total)
+
+
+@kernel
+def _to_rgb(planes_C: NDArray[np.uint16], size: int, bytes_C: NDArray[np.uint8]) -> None:
+    """Y, U, V → R, G, B by JFIF's full-range BT.601, with six bits below the grey level.
+
+    Factors of 0.5 and more do not fit a signed 16-bit multiplication and are taken as 1 or 2 less the rest.
+    """
+    middle, rounding = splat(128 << 6), splat(1 << 5)
+    red_v, blue_u = splat(int(0.402 * 65536 + 0.5)), splat(int(0.228 * 65536 + 0.5))
+    green_u, green_v = splat(int(0.344136 * 65536 + 0.5)), splat(int(0.285864 * 65536 + 0.5))
+    for i in range(0, size, LANES):
+        y = add(shift_right(load_u16(planes_C, i), 1), rounding)
+        u = sub(shift_right(load_u16(planes_C, size + i), 1), middle)
+        v = sub(shift_right(load_u16(planes_C, 2 * size + i), 1), middle)
+        red = add(add(y, v), mul_high_signed(v, red_v))
+        green = add(sub(sub(y, mul_high_signed(u, green_u)), v), mul_high_signed(v, green_v))
+        blue = sub(add(y, add(u, u)), mul_high_signed(u, blue_u))
+        store_u8(bytes_C, i, shift_right_signed(red, 6))
+        store_u8(bytes_C, size + i, shift_right_signed(green, 6))
+        store_u8(bytes_C, 2 * size + i, shift_right_signed(blue, 6))
+
+
+@kernel
+def _round(planes_C: NDArray[np.uint16], size: int, bytes_C: NDArray[np.uint8]) -> None:
+    rounding = splat(1 << (_FRACTION_BITS - 1))
+    for i in range(0, 3 * size, LANES):
+        store_u8(bytes_C, i, shift_right(add(load_u16(planes_C, i), rounding), _FRACTION_BITS))
+
+
+@kernel
+def _write_rows(
+    bytes_C: NDArray[np.uint8],
+    size: int,
+    side: int,
+    top: int,
+    block_C: NDArray[np.uint8],
+    out_C: NDArray[np.uint8],
+) -> None:
+    """Turn sixteen finished rows back and interleave their colours."""
+    single = 3 * LANES * LANES
+    for x in range(0, side, LANES):
+        for c in range(3):
+            transpose_u8(bytes_C, c * size + x * _ROWS, _ROWS, block_C, c * LANES * LANES, LANES)
+        for r in range(min(_ROWS, side - top)):
+            red, green, blue = r * LANES, (LANES + r) * LANES, (2 * LANES + r) * LANES
+            at = ((top + r) * side + x) * 3
+            if x + LANES <= side:
+                interleave3(block_C, red, green, blue, out_C, at)
+            else:
+                interleave3(block_C, red, green, blue, block_C, single)
+                out_C[at : at + 3 * (side - x)] = block_C[single : single + 3 * (side - x)]
+
+
+@kernel
+def crop_rgb(
+    pixels_C: NDArray[np.uint8],
+    width: int,
+    box: tuple[int, int, int, int, int],
+    out_C: NDArray[np.uint8],
+    scratch: Scratch,
+) -> None:
+    """Write one view of a picture of interleaved RGB.
+
+    Args:
+        pixels_C: (H, W, 3) pixels, flat, with SLACK bytes behind them.
+        width: W.
+        box: top, left, height, width in px, and 1 to mirror; within the picture.
+        out_C: (S, S, 3) view, flat.
+        scratch: of :func:`make_scratch`.
+    """
+    top, left, box_height, box_width, mirrored = box
+    side, size = len(scratch.rows.first_S), len(scratch.planes_C) // 3
+    fill_axis(scratch.rows, top, box_height, False)
+    fill_axis(scratch.columns, left, box_width, mirrored != 0)
+    begin, num = _span(scratch.columns)
+    pitch = len(scratch.strip_C) // _ROWS
+    for row in range(0, side, _ROWS):
+        _vertical(pixels_C, 3 * begin, 3 * width, 3 * num, scratch.rows, row, scratch.strip_C, pitch)
+        _turn(scratch.strip_C, pitch, 3 * num, scratch.turned_C)
+        for c in range(3):
+            _horizontal(scratch.turned_C, begin, c, 3, scratch.columns, scratch.planes_C, c * size)
+        _round(scratch.planes_C, size, scratch.bytes_C)
+        _write_rows(scratch.bytes_C, size, side, row, scratch.block_C, out_C)
+
+
+@kernel
+def crop_views(
+    pixels_C: NDArray[np.uint8], width: int, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
+) -> None:
+    """Write all views of one picture of interleaved RGB; arguments as of :func:`crop_rgb`."""
+    side = out_VSS3.shape[1]
+    scratch = make_scratch(side, boxes_V5[:, 2:4].max() if boxes_V5.size else 1)
+    for v in range(len(boxes_V5)):
+        b = boxes_V5[v]
+        box = int(b[0]), int(b[1]), int(b[2]), int(b[3]), int(b[4])
+        crop_rgb(pixels_C, width, box, out_VSS3[v].reshape(side * side * 3), scratch)
+
+
+def crop_picture(
+    picture_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
+) -> None:
+    """Write all views of a decoded picture; what lies behind it in memory is not looked at."""
+    height, width, _ = picture_HW3.shape
+    pixels_C = np.ascontiguousarray(picture_HW3).reshape(-1)
+    # The kernels look up to SLACK bytes past the last pixel of a box, which must be memory of ours.
+    if 3 * width < SLACK or (boxes_V5[:, 0] + boxes_V5[:, 2] >= height).any():
+        pixels_C = np.concatenate([pixels_C, np.zeros(SLACK, np.uint8)])
+    crop_views(pixels_C, width, boxes_V5, out_VSS3)
+
+
+@kernel
+def crop_planes(
+    planes_C: NDArray[np.uint8],
+    start_3: tuple[int, int, int],
+    pitch_2: tuple[int, int],
+    size: tuple[int, int],
+    halved: tuple[bool, bool],
+    box: tuple[int, int, int, int, int],
+    out_C: NDArray[np.uint8],
+    scratch: Scratch,
+) -> None:
+    """Write one view of a picture that is decoded to Y, U and V, as JPEG stores it.
+
+    Args:
+        planes_C: memory that holds the three planes, with SLACK bytes behind them.
+        start_3: where each begins.
+        pitch_2: from one row to the next, of Y and of U and V.
+        size: height and width of the picture.
+        halved: whether U and V have half as many rows, and half as many columns (rounded up).
+        box: as for :func:`crop_rgb`.
+        out_C: (S, S, 3) view, flat.
+        scratch: of :func:`make_scratch`.
+    """
+    height, width = size
+    top, left, box_height, box_width, mirrored = box
+    side, num_bytes = len(scratch.rows.first_S), len(scratch.planes_C) // 3
+    fill_axis(scratch.rows, top, box_height, False)
+    fill_axis(scratch.columns, left, box_width, mirrored != 0)
+    chroma_rows, chroma_columns = scratch.rows, scratch.columns
+    if halved[0]:
+        chroma_rows = scratch.chroma_rows
+        halve_axis(scratch.rows, (height + 1) // 2, chroma_rows)
+    if halved[1]:
+        chroma_columns = scratch.chroma_columns
+        halve_axis(scratch.columns, (width + 1) // 2, chroma_columns)
+    strip_pitch = len(scratch.strip_C) // _ROWS
+    for row in range(0, side, _ROWS):
+        for c in range(3):
+            rows, columns, pitch = scratch.rows, scratch.columns, pitch_2[0]
+            if c > 0:
+                rows, columns, pitch = chroma_rows, chroma_columns, pitch_2[1]
+            begin, num = _span(columns)
+            _vertical(planes_C, start_3[c] + begin, pitch, num, rows, row, scratch.strip_C, strip_pitch)
+            _turn(scratch.strip_C, strip_pitch, num, scratch.turned_C)
+            _horizontal(scratch.turned_C, begin, 0, 1, columns, scratch.planes_C, c * num_bytes)
+        _to_rgb(scratch.planes_C, num_bytes, scratch.bytes_C)
+        _write_rows(scratch.bytes_C, num_bytes, side, row, scratch.block_C, out_C)

@@ -1,0 +1,1 @@
+"""Where images lie: compiled sets and folders, their manifests, and the order of reading."""

@@ -1,0 +1,94 @@
+"""Crop boxes against torchvision's distribution."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import RandomResizedCrop
+
+from pipelines.augment.crops import draw_boxes
+from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
+
+
+def _draw(
+    recipe: Recipe, num: int, height: int, width: int, *, seed: int = 0, epoch: int = 0
+) -> torch.Tensor:
+    """Boxes of so many pictures of one size."""
+    size = np.tile(np.array([[height, width]]), (num, 1))
+    return torch.from_numpy(draw_boxes(recipe, seed, epoch, np.arange(num), size))
+
+
+@given(
+    height=st.integers(1, 700), width=st.integers(1, 700), low=st.floats(0.01, 1.0), seed=st.integers(0, 999)
+)
+@settings(max_examples=200, deadline=None)
+def test_boxes_lie_within_the_picture(height: int, width: int, low: float, seed: int) -> None:
+    recipe = Recipe(crop_scale=(low, 1.0))
+    boxes = _draw(recipe, 4, height, width, seed=seed).long()
+    assert boxes.shape == (4, 2, 5)
+    assert (boxes[..., 2:4] >= 1).all() and (boxes[..., :2] >= 0).all()
+    assert (boxes[..., 0] + boxes[..., 2] <= height).all()
+    assert (boxes[..., 1] + boxes[..., 3] <= width).all()
+
+
+def test_distribution_is_torchvisions() -> None:
+    """Quantiles of area share, ratio and position of 6,000 boxes each, on a wide picture."""
+    num, height, width = 6000, 375, 500
+    recipe = moco_v2()
+    ours = _draw(recipe, num, height, width)
+    torch.manual_seed(0)
+    picture = torch.empty(3, height, width)
+    theirs = torch.tensor(
+        [
+            RandomResizedCrop.get_params(picture, list(recipe.crop_scale), list(recipe.crop_ratio))
+            for _ in range(num)
+        ]
+    )
+    quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    for describe in (_area_share, _ratio, lambda b: b[:, 0] / height, lambda b: b[:, 1] / width):
+        got = torch.quantile(describe(ours[:, 1].float()), quantiles)
+        expected = torch.quantile(describe(theirs.float()), quantiles)
+        assert (got - expected).abs().max() < 0.03
+
+
+def _area_share(box: torch.Tensor) -> torch.Tensor:
+    return box[:, 2] * box[:, 3] / (375 * 500)
+
+
+def _ratio(box: torch.Tensor) -> torch.Tensor:
+    return box[:, 3] / box[:, 2]
+
+
+def test_fallback_is_torchvisions() -> None:
+    """A picture too long for any crop of the range falls back to the largest box of the extreme ratio."""
+    box = _draw(Recipe(crop_scale=(1.0, 1.0)), 1, 10, 400)[0, 0, :4]
+    expected = RandomResizedCrop.get_params(torch.empty(3, 10, 400), [1.0, 1.0], [3 / 4, 4 / 3])
+    assert tuple(box.tolist()) == tuple(expected)
+
+
+def test_views_of_a_picture_differ_and_epochs_too() -> None:
+    first, second = (_draw(moco_v2(), 50, 300, 400, epoch=epoch) for epoch in (0, 1))
+    assert (first[:, 0] != first[:, 1]).any(dim=1).float().mean() > 0.9
+    assert (first != second).flatten(1).any(dim=1).all()
+
+
+def test_center_crop_is_the_middle_square() -> None:
+    recipe = evaluation(moco_v2())
+    assert _draw(recipe, 1, 256, 341).tolist() == [[[16, 58, 224, 224, 0]]]
+
+
+def test_flips_fire_as_often_as_the_recipe_says() -> None:
+    flips = _draw(moco_v2(), 20_000, 300, 400)[..., 4].float()
+    assert (flips.mean(dim=0) - 0.5).abs().max() < 0.015
+    assert abs(float(torch.corrcoef(flips.T)[0, 1])) < 0.03
+    for prob in (0.0, 1.0):
+        assert (_draw(Recipe(flip_prob=prob), 100, 300, 400)[..., 4] == prob).all()
+
+
+def test_evaluation_leaves_nothing_to_chance() -> None:
+    recipe = evaluation(Recipe(solarize_prob=1.0, mixing=Mixing(method="both")))
+    chances = [f.name for f in dataclasses.fields(recipe) if f.name.endswith("_prob")]
+    assert len(chances) == 5 and all(getattr(recipe, name) == 0 for name in chances)
+    assert (recipe.num_views, recipe.crop, recipe.mixing.method) == (1, "center", "moco")

@@ -1,0 +1,81 @@
+"""Schedules against their closed forms and torch's own schedulers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from training.optimizer import sgd_groups
+from training.schedule import MILESTONES, lr_at, scale_lr, set_lr, shares
+
+
+def test_cosine_without_warmup_is_torchs() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
+    for step in range(50):
+        assert lr_at(step, 50, 0.3) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warmup_climbs_to_the_base_and_meets_the_cosine() -> None:
+    rates = [lr_at(step, 100, 2.0, warmup_steps=10) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(1 + math.cos(math.pi * 89 / 90))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize("total", [100, 200, 1000, 100_000])
+def test_steps_drop_exactly_at_their_share(total: int) -> None:
+    for step, want in [(0, 30), (total * 6 // 10 - 1, 30), (total * 6 // 10, 3), (total * 8 // 10, 0.3)]:
+        assert lr_at(step, total, 30, kind="step") == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("epochs", "per_epoch"), [(200, 5004), (7, 3), (1000, 97), (3, 1)])
+def test_milestones_in_epochs_drop_with_the_first_step_of_theirs(epochs: int, per_epoch: int) -> None:
+    milestones = (1, epochs - 1)
+    total, at = epochs * per_epoch, shares(milestones, epochs)
+    for step in {*range(per_epoch + 1), *range(total - per_epoch - 1, total)}:
+        # Written out: a tenth for every milestone that the step's epoch has reached.
+        want = 0.1 ** sum(step // per_epoch >= milestone for milestone in milestones)
+        assert lr_at(step, total, 1.0, kind="step", milestones=at) == pytest.approx(want)
+
+
+def test_published_milestones_are_the_default() -> None:
+    assert shares((120, 160), 200) == shares((60, 80), 100) == shares((), 0) == MILESTONES
+
+
+@pytest.mark.parametrize("milestones", [(0, 5), (5, 10), (7, 5), (5, 5), (-1,)])
+def test_milestones_outside_the_run_are_named(milestones: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=f"schedule is {milestones[0]}.* run of 10 epochs.* from 1 to 9"):
+        shares(milestones, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"step": 10}, r"step is 10; a run of 10 steps has steps 0 … 9"),
+        ({"step": -1}, "step is -1"),
+        ({"warmup_steps": 10}, r"warmup_steps is 10"),
+        ({"kind": "linear"}, "schedule is 'linear'; choose cosine or step"),
+        ({"kind": "step", "milestones": (60, 80)}, r"milestones are \(60, 80\)"),
+    ],
+)
+def test_values_out_of_range_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lr_at(**({"step": 0, "total_steps": 10, "base_lr": 1.0} | arguments))
+
+
+def test_set_lr_reaches_every_group() -> None:
+    optimizer = sgd_groups([(torch.nn.Linear(1, 1), lr) for lr in (1.0, 2.0)], 0.9, 0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_lr(optimizer, 0.5)
+    assert [float(rate) for rate in rates] == [0.5, 0.5]
+    scale_lr(optimizer, 0.25)
+    assert [float(rate) for rate in rates] == [0.25, 0.5]
+    # Filled in place: a captured step reads the tensors it was captured with.
+    assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))

@@ -1,0 +1,46 @@
+"""Signals are remembered during a run, and do what they did before after it."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from training.distributed import Launch
+from training.stop import StopRequest
+
+
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Ctrl-C as the interpreter has it where the tests themselves may run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_remembered_and_given_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    alone = Launch(0, 1, 0, torch.device("cpu"))
+    with StopRequest() as stop:
+        assert not stop.agreed(alone, ask=True)
+        os.kill(os.getpid(), number)
+        assert stop.agreed(alone, ask=False) and stop.requested
+    assert signal.getsignal(number) is before
+    with pytest.raises(ZeroDivisionError), StopRequest():
+        raise ZeroDivisionError
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_in_the_background_ctrl_c_stays_ignored_and_sigterm_stops() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    alone = Launch(0, 1, 0, torch.device("cpu"))
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.agreed(alone, ask=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed(alone, ask=True)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

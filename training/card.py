@@ -1,0 +1,168 @@
+"""A model card beside an exported backbone: what it is, how it was trained, its figures, how to load it.
+
+    python -m training.card runs/mixmask/backbone.safetensors --results runs/lincls/result.json
+
+Everything in it is read from the files: the backbone's own words, the log of its training beside it, and the
+JSON files that evaluations leave, which say whose figures they are. Written as MODEL_CARD.md beside the
+backbone.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tyro
+from rich.console import Console
+
+from training import cli
+from training.checkpoint import flat, write_atomically
+from training.export import BackboneMeta, fingerprint, load_backbone
+
+console = Console(highlight=False, soft_wrap=True)
+
+_NAMES = {
+    "knn_top1": "kNN top-1",
+    "knn_leave_one_out_top1": "kNN top-1, leave-one-out on the training set",
+    "linear_top1": "linear top-1",
+    "linear_top5": "linear top-5",
+    "top1": "fine-tuned top-1",
+    "best_top1": "fine-tuned top-1, best epoch",
+}
+"""Shares in a result, and what they are called."""
+RESULTS = ("result.json", "cached.json", "knn.json")
+"""What evaluations call the files of their figures."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Write a model card."""
+
+    backbone: tyro.conf.Positional[Path]
+    """backbone.safetensors of a finished run."""
+    results: tuple[Path, ...] = ()
+    """Files that evaluations of it have left; by default those in its own folder and in the folders below."""
+
+
+def main(config: Card) -> Path:
+    """Write the card; returns where it is.
+
+    Raises CheckpointError for a backbone that cannot be read, and ValueError for one that does not say what
+    it is, and for results that are of no kind that is known.
+    """
+    if config.backbone.suffix != ".safetensors":
+        raise ValueError(f"{config.backbone} is no exported backbone; give the run's backbone.safetensors")
+    state, meta = load_backbone(config.backbone)
+    if meta.arch is None or meta.feature_dim is None:
+        raise ValueError(
+            f"{config.backbone} does not say its architecture; a card is written of a backbone that "
+            "train_pretrain.py or train_finetune.py has exported"
+        )
+    folder = config.backbone.parent
+    own = fingerprint(state)
+    results = [path for path in _found(config) if _of(path, own, given=bool(config.results))]
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # it is Markdown
+    ).get_template("card.md")
+    text = template.render(
+        meta=meta,
+        file=config.backbone.name,
+        recipe=_recipe(meta),
+        pretraining=_pretraining(folder / "metrics.jsonl"),
+        figures=[line for path in results for line in _figures(path, own)],
+    )
+    card = folder / "MODEL_CARD.md"
+    write_atomically(card, lambda file: file.write(text.encode()))
+    console.print(f"{card}: {meta.arch}, {len(results)} results")
+    return card
+
+
+def _found(config: Card) -> list[Path]:
+    if config.results:
+        return list(config.results)
+    folder = config.backbone.parent
+    found = sorted(path for path in folder.rglob("*.json") if path.name in RESULTS)
+    # Single runs of several, whose mean and spread stand in the folder above, are left out.
+    return [path for path in found if path.parent == folder or not path.parent.name.startswith("run-")]
+
+
+def _of(path: Path, own: str, *, given: bool) -> bool:
+    """Whether a result is of this backbone: raises ValueError for one that was ``given`` and is not."""
+    try:
+        result = _read(path)
+    except ValueError:
+        if given:
+            raise
+        return False
+    theirs = {result.get("encoder_sha256"), result.get("exported_sha256")}
+    if given and own not in theirs:
+        raise ValueError(f"{path} is of another backbone, or does not say of which; leave it out")
+    return own in theirs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a result ({error}); leave it out") from error
+    if not isinstance(result, dict):
+        raise ValueError(f"{path} is no result but a {type(result).__name__}; leave it out")
+    return result
+
+
+def _recipe(meta: BackboneMeta) -> dict[str, Any]:
+    """Option → value, those of groups by the group's name and their own."""
+    return flat(json.loads(meta.recipe)) if meta.recipe else {}
+
+
+def _pretraining(log: Path) -> dict[str, Any]:
+    """Last measurements and the middle rate of a pretraining's log; nothing where there is none."""
+    if not log.is_file():
+        return {}
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    found: dict[str, Any] = {}
+    if steps:
+        rates = sorted(row["samples_per_s"] for row in steps)
+        found |= {"steps": steps[-1]["step"] + 1, "samples_per_s": rates[len(rates) // 2]}
+    if evaluated:
+        found |= {name: evaluated[-1][name] for name in ("knn_top1", "rankme") if name in evaluated[-1]}
+    return found
+
+
+def _figures(path: Path, own: str) -> Iterable[tuple[str, str]]:
+    """What was measured, and its value, of one result.json."""
+    result = _read(path)
+    if result.get("exported_sha256") == own:
+        result.pop("top1", None)  # the last epoch's, and what was exported is the best one
+    known = False
+    protocol = f" ({result['protocol']})" if "protocol" in result else ""
+    for key, name in _NAMES.items():
+        if key in result:
+            known = True
+            labels = f", {result['labelled_pictures']:,} labels" if "labelled_pictures" in result else ""
+            yield f"{name}{protocol if 'linear' in key else ''}{labels}", f"{100 * result[key]:.2f} %"
+    runs = f"{len(result['runs'])} runs" if "runs" in result else None
+    of = ", ".join(filter(None, (result.get("config"), runs)))
+    for task, figures in result.get("figures", {}).items():
+        for name in ("AP", "AP50", "AP75"):
+            known = True
+            value = figures[name]
+            if value is None:  # it was not a number
+                continue
+            told = f"{value['mean']:.2f} ± {value['std']:.2f}" if isinstance(value, dict) else f"{value:.2f}"
+            yield f"{task} {name}, {of}", told
+    if not known:
+        raise ValueError(f"{path} has none of the figures known: {', '.join(_NAMES)}, figures; leave it out")
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(tyro.cli(Card, args=sys.argv[1:], description=__doc__)))

@@ -1,0 +1,327 @@
+"""The whole state of a run in one file that is either complete or not there.
+
+A file holds tensors and plain data only and is read with ``weights_only=True``: opening one from elsewhere
+runs none of its code. It also holds a hash of all that, because torch reads damaged bytes as they are.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from training import failure
+
+log = logging.getLogger(__name__)
+
+NO_CHECKSUMS = "it is not checked for damage, as its format has no checksums either"
+"""What is said of a file without a hash in a format without checksums."""
+HASH = "sha256"
+"""The key of a file's hash of all else in it, see `content_hash`."""
+_NAME = re.compile(r"checkpoint_(\d{9})\.pt")
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, damaged, unsafe or of another run; the message says which and what to do."""
+
+
+@dataclass
+class TrainState:
+    """Everything a run needs to go on as if it had never stopped.
+
+    The learning rate is a function of ``step`` and the queue part of ``model``, so neither is listed apart.
+    Randomness of views is addressed by (seed, epoch, index), so one rank's state serves all.
+    """
+
+    step: int
+    """Optimizer steps done."""
+    epoch: int
+    """Epoch the next step belongs to."""
+    model: dict[str, Any]
+    """The model's state dict, without DDP's prefix."""
+    optimizer: dict[str, Any]
+    """The optimizer's state dict."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """The gradient scaler's state dict; empty unless fp16."""
+    loader: dict[str, Any] = field(default_factory=dict)
+    """The loader's cursor."""
+    generators: dict[str, Tensor] = field(default_factory=dict)
+    """As `generator_states` gives them."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The run's configuration as JSON would hold it; a resume must bring the same."""
+    meta: dict[str, str] = field(default_factory=dict)
+    """What an exported backbone says of itself: arch, feature_dim, small_stem, mean, std, …"""
+
+
+_FIELDS = [f.name for f in dataclasses.fields(TrainState)]
+
+
+def generator_states() -> dict[str, Tensor]:
+    """The state of torch's default generators: "cpu", and "cuda" (this process's GPU) where there is one."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: Mapping[str, Tensor]) -> None:
+    """Put the default generators back; a GPU's state is left out on a machine without one."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the state after ``step`` steps is kept."""
+    return run_dir / f"checkpoint_{step:09d}.pt"
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in run_dir.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name))
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, None if there is none."""
+    return next(reversed(_checkpoints(run_dir)), None)
+
+
+def to_resume(run_dir: Path, resume: bool) -> Path | None:
+    """The newest checkpoint of a run that is to go on; None for a run that begins.
+
+    Raises ValueError where a run would begin in a folder that holds one.
+    """
+    found = latest(run_dir)
+    if found and not resume:
+        raise ValueError(
+            f"{run_dir} already holds a run; add --resume to continue it, or choose another --out"
+        )
+    return found
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints, and what an interrupted write left behind."""
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay, or the run cannot be resumed")
+    for path in (*_checkpoints(run_dir)[:-keep], *run_dir.glob(".checkpoint_*.pt.partial")):
+        path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Have ``write`` fill a file that appears under ``path`` complete, or not at all.
+
+    The file is written under a temporary name beside it, synced to disk and renamed; whatever stood at
+    ``path`` stays until then, and stays if writing fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain data as JSON, atomically. Raises ValueError for NaN and infinities, which it has not."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Names that are no UTF-8 have surrogates in them; so written they are JSON's own escapes.
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames within ``folder`` durable: they reach the disk only with it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(path: Path, state: TrainState) -> None:
+    """Write ``state`` to ``path``, atomically.
+
+    Raises TypeError, before anything is written, if the state holds what `load_checkpoint` would refuse.
+    """
+    content = {name: getattr(state, name) for name in _FIELDS}
+    for where, kind in _not_plain(content, ""):
+        raise TypeError(
+            f"{where} is a {kind}; a checkpoint holds only tensors, numbers, strings, lists and dicts"
+        )
+    try:
+        json.dumps(state.config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the config cannot be written as JSON ({error}); use plain finite values") from error
+    save_tensors(path, content)
+
+
+def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain data and tensors by ``torch.save``, atomically, with their hash among them."""
+    write_atomically(path, lambda file: torch.save({**content, HASH: content_hash(content)}, file))
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 of plain data and tensors: of keys, types, shapes and values, whatever the order of keys."""
+    digest = hashlib.sha256()
+    _hash_into(digest, content, "")
+    return digest.hexdigest()
+
+
+def _hash_into(digest: "hashlib._Hash", value: object, where: str) -> None:
+    if isinstance(value, Mapping):
+        digest.update(f"{where} holds {len(value)}\n".encode())
+        for key in sorted(value, key=repr):
+            _hash_into(digest, value[key], f"{where}/{key!r}")
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{where} has {len(value)}\n".encode())
+        for number, item in enumerate(value):
+            _hash_into(digest, item, f"{where}/{number}")
+    elif isinstance(value, Tensor):
+        digest.update(f"{where} {value.dtype} {tuple(value.shape)}\n".encode())
+        hash_tensor(digest, value)
+    else:
+        digest.update(f"{where} {type(value).__name__} {value!r}\n".encode())
+
+
+def hash_tensor(digest: "hashlib._Hash", tensor: Tensor) -> None:
+    """Add a tensor's values, row by row whatever its memory format."""
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def check_hash(path: Path, content: Mapping[str, Any], written: object, otherwise: str) -> None:
+    """Raise CheckpointError unless the content of a file has the hash written in it.
+
+    written: the hash. None if the file has none: then a warning says what else was checked, ``otherwise``.
+    """
+    if written is None:
+        _say_unchecked(path, otherwise)
+    elif written != content_hash(content):
+        raise CheckpointError(
+            f"{path} does not match its hash: it is damaged, or was changed since; delete it and take "
+            "another copy, or an older one"
+        )
+
+
+@functools.cache
+def _say_unchecked(path: Path, otherwise: str) -> None:
+    """Once for each file, which may be read several times."""
+    if failure.speaks_for_machine():
+        log.warning("%s carries no hash of its content: %s", path, otherwise)
+
+
+def _not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
+    """Paths and types of values that ``weights_only=True`` would not read back."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_plain(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _not_plain(item, f"{where}[{number}]")
+    elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, Tensor):
+        yield where, type(value).__name__
+
+
+def read_safely(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``, on the CPU, with ``weights_only=True``.
+
+    Raises CheckpointError if the file is missing, damaged, cut short, or holds objects that could run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}; check the path")
+    try:
+        checked = _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise _damaged(path, "not written by torch.save") from error
+        raise CheckpointError(
+            f"{path} holds {refused.group(1)}, which could run code when opened, and was not loaded; "
+            "take a file of tensors and plain data, or convert it where you trust it"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # in a damaged file the reader may meet anything
+        raise _damaged(path, str(error).split(". ")[0] or "it ends too early") from error
+    if isinstance(content, dict):
+        written = content.pop(HASH, None)
+        check_hash(path, content, written, checked)
+    return content
+
+
+def _check_archive(path: Path) -> str:
+    """Hold the members of an archive of torch's against their checksums, which torch itself does not read.
+
+    Returns what is checked by that, in words. Raises ValueError for a member that is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return NO_CHECKSUMS
+    with zipfile.ZipFile(path) as archive:
+        if (member := archive.testzip()) is not None:
+            raise ValueError(f"{member} does not have its checksum, or was saved without one")
+    return "only the archive's checksums are checked"
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is cut short or no checkpoint ({reason}); delete it and take an older one"
+    )
+
+
+def load_checkpoint(
+    path: Path, config: Mapping[str, Any] | None = None, *, may_differ: Collection[str] = ()
+) -> TrainState:
+    """The state in ``path``, on the CPU; with ``config``, only if the run that wrote it had the same.
+
+    may_differ: keys of the config that need not be the same.
+    Raises CheckpointError for a missing, damaged, unsafe or foreign file, and for a config that differs,
+    naming every key with both values.
+    """
+    content = read_safely(path)
+    if not isinstance(content, dict) or set(content) != set(_FIELDS):
+        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path} is no checkpoint of this project: expected {_FIELDS}, found {keys}")
+    state = TrainState(**content)
+    fixed, wanted = (
+        {k: v for k, v in c.items() if k not in may_differ} for c in (state.config, config or {})
+    )
+    if config is not None and (differences := _differences(fixed, wanted)):
+        raise CheckpointError(
+            f"{path} was written by a run with another configuration ({'; '.join(differences)}); "
+            "resume with the same values, or start in a new folder"
+        )
+    return state
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config without groups: those of a group go by ``group.key``."""
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        plain |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return plain
+
+
+def _differences(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """One entry for each key that differs; tuples and lists are alike, as in JSON."""
+    left, right = (flat(json.loads(json.dumps(config))) for config in (written, wanted))
+    return [
+        f"{key}: {left.get(key, 'absent')!r} then, {right.get(key, 'absent')!r} now"
+        for key in sorted(left | right)
+        if key not in left or key not in right or left[key] != right[key]
+    ]

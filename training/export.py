@@ -1,0 +1,242 @@
+"""Backbones in and out: our checkpoint, a safetensors file, and the published ``.pth.tar`` layout.
+
+Shape letters: D embedding, K queue.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from training.checkpoint import (
+    HASH,
+    NO_CHECKSUMS,
+    CheckpointError,
+    check_hash,
+    content_hash,
+    hash_tensor,
+    read_safely,
+    write_atomically,
+)
+
+_PUBLISHED_KEYS = {"epoch", "arch", "state_dict", "optimizer"}
+_OUR_KEYS = {"step", "model", "meta", "config"}
+_TEXTS = {"arch", "method", "trained_on", "recipe"}
+_QUEUE_KEYS = {"queue_KD", "queue", "queue_ptr"}
+
+
+@dataclass(frozen=True)
+class BackboneMeta:
+    """What a file says of the backbone in it; None for what it does not say."""
+
+    arch: str | None = None
+    """One of `models.encoders.ARCHS`."""
+    feature_dim: int | None = None
+    """Features that reach the head."""
+    small_stem: bool | None = None
+    """Whether the first convolution is 3 × 3 and there is no max-pool."""
+    method: str | None = None
+    """What it was trained by."""
+    trained_on: str | None = None
+    """The set it was trained on, in words."""
+    recipe: str | None = None
+    """The run's options that decide its numbers, as JSON."""
+    crop_px: int | None = None
+    """Side of the views it was trained on."""
+    eval_center_share: float | None = None
+    """Side of the evaluation's centre crop over the picture's short side."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from pixels in [0, 1]."""
+    std: tuple[float, float, float] | None = None
+    """Divides after the mean is subtracted."""
+
+    def as_strings(self) -> dict[str, str]:
+        """Name → text, or JSON where it is no text: what a safetensors file can hold."""
+        said = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}
+
+    @classmethod
+    def from_strings(cls, strings: Mapping[str, str]) -> "BackboneMeta":
+        """The inverse; what others wrote beside it is passed over. Raises ValueError for what is no JSON."""
+        said: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if field.name in strings:
+                text = strings[field.name]
+                value = text if field.name in _TEXTS else json.loads(text)
+                said[field.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**said)
+
+
+class Backbone(NamedTuple):
+    """An encoder without its head, read from a file."""
+
+    state: dict[str, Tensor]
+    """By torchvision's key names, without ``fc``."""
+    meta: BackboneMeta
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A model's state dict, every key in exactly one part; a classifier has the first two."""
+
+    backbone: dict[str, Tensor]
+    """The (query) encoder without its head, by torchvision's key names."""
+    head: dict[str, Tensor]
+    """Its projection head or classifier, keys beginning with ``fc.``."""
+    key_encoder: dict[str, Tensor]
+    """The key encoder with its head, by torchvision's key names."""
+    queue: dict[str, Tensor]
+    """Queue and pointer."""
+
+
+def split_state_dict(state_dict: Mapping[str, Tensor]) -> ModelParts:
+    """Sort the keys of our models or of a published one, with or without the prefix ``module.``.
+
+    Raises CheckpointError naming the keys that belong nowhere, or if there is no query encoder.
+    """
+    parts = ModelParts({}, {}, {}, {})
+    unknown = []
+    for full_key, tensor in state_dict.items():
+        key = full_key.removeprefix("module.")
+        if key.startswith("encoder."):
+            parts.backbone[key.removeprefix("encoder.")] = tensor
+        elif key.startswith("fc."):
+            parts.head[key] = tensor
+        elif key.startswith("encoder_q.fc."):
+            parts.head[key.removeprefix("encoder_q.")] = tensor
+        elif key.startswith("encoder_q."):
+            parts.backbone[key.removeprefix("encoder_q.")] = tensor
+        elif key.startswith("encoder_k."):
+            parts.key_encoder[key.removeprefix("encoder_k.")] = tensor
+        elif key in _QUEUE_KEYS:
+            parts.queue[key] = tensor
+        else:
+            unknown.append(full_key)
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} of {len(state_dict)} keys are unknown, the first are {unknown[:5]}; "
+            "a contrastive checkpoint has encoder_q.*, encoder_k.*, queue and queue_ptr, a classifier's has "
+            "encoder.* and fc.*"
+        )
+    if not parts.backbone:
+        raise CheckpointError(
+            f"there is no encoder_q and no encoder among the keys {list(state_dict)[:5]}; nothing to load"
+        )
+    return parts
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a backbone's tensors, by which results tell whose they are, whatever file it was in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hash_tensor(digest, tensor)
+    return digest.hexdigest()
+
+
+def save_backbone(path: Path, encoder: nn.Module, meta: BackboneMeta) -> None:
+    """Write an encoder without its ``fc`` to a safetensors file, atomically; equal encoders, equal files.
+
+    Keys are torchvision's. Raises ValueError if ``meta`` says no arch or feature_dim.
+    """
+    missing = [name for name in ("arch", "feature_dim") if getattr(meta, name) is None]
+    if missing:
+        raise ValueError(f"the backbone's meta lacks {missing}; without them nobody can rebuild it")
+    # safetensors stores dense row-major memory, so channels_last weights are laid out anew.
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in encoder.state_dict().items()
+        if not name.startswith("fc.")
+    }
+    said = meta.as_strings()
+    said[HASH] = content_hash({"tensors": tensors, "metadata": said})
+    content = _in_fixed_order(safetensors.torch.save(tensors, metadata=said))
+    write_atomically(path, lambda file: file.write(content))
+
+
+def _in_fixed_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted, whose order in the library is another in each process."""
+    stop = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:stop])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[stop:]
+
+
+def save_published(
+    path: Path, *, epoch: int, arch: str, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]
+) -> None:
+    """Write our model's state dict in the layout of the published ``.pth.tar`` files, atomically.
+
+    {epoch, arch, state_dict, optimizer}; keys get the prefix ``module.``, the queue its shape there, (D, K).
+    """
+    state_dict = {
+        f"module.{key}": tensor.detach().cpu() for key, tensor in model.items() if key != "queue_KD"
+    }
+    state_dict["module.queue"] = model["queue_KD"].detach().cpu().T.contiguous()
+    content = {"epoch": epoch, "arch": arch, "state_dict": state_dict, "optimizer": dict(optimizer)}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_backbone(path: Path) -> Backbone:
+    """The backbone in ``path``, in float32, and what the file says of it.
+
+    Reads our checkpoints, our safetensors files and published ``.pth.tar`` files (whose meta is arch alone).
+    Raises CheckpointError for a missing, damaged or unsafe file, for an unknown layout (listing its keys) and
+    for keys of the model that belong nowhere.
+    """
+    state, meta = _read_backbone(path)
+    # Others keep theirs in half precision.
+    return Backbone({name: t.float() if t.is_floating_point() else t for name, t in state.items()}, meta)
+
+
+def _read_backbone(path: Path) -> Backbone:
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    content = read_safely(path)
+    keys = set(map(str, content)) if isinstance(content, dict) else set()
+    if keys >= _OUR_KEYS:
+        return Backbone(split_state_dict(content["model"]).backbone, _meta(path, content["meta"]))
+    if keys >= {"arch", "state_dict"} and keys <= _PUBLISHED_KEYS:
+        arch = BackboneMeta(arch=str(content["arch"]))
+        return Backbone(split_state_dict(content["state_dict"]).backbone, arch)
+    found = f"the keys {sorted(keys)[:8]}" if keys else f"a {type(content).__name__}"
+    raise CheckpointError(
+        f"{path} has an unknown layout: found {found}; expected our checkpoint, a .safetensors backbone, or "
+        f"a published checkpoint with {sorted(_PUBLISHED_KEYS)}"
+    )
+
+
+def _meta(path: Path, strings: Mapping[str, str]) -> BackboneMeta:
+    try:
+        return BackboneMeta.from_strings(strings)
+    except ValueError as error:
+        raise CheckpointError(
+            f"what {path} says of its backbone is damaged ({error}); export it again"
+        ) from error
+
+
+def _load_safetensors(path: Path) -> Backbone:
+    if not path.is_file():
+        raise CheckpointError(f"there is no backbone at {path}; check the path")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            said = dict(file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is cut short or no safetensors file ({error}); export it again"
+        ) from error
+    written = said.pop(HASH, None)
+    content = {"tensors": state, "metadata": said}
+    check_hash(path, content, written, NO_CHECKSUMS)
+    return Backbone(state, _meta(path, said))

@@ -1,0 +1,1 @@
+"""Installing the project: the doctor, and archives for machines without a network."""

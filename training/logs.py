@@ -1,0 +1,278 @@
+"""What a run says of itself: JSON lines, TensorBoard, and one line on the terminal.
+
+Metrics are summed on their device and fetched by the clock, so the loop waits for the device once in a few
+seconds and not at every step.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from training.checkpoint import latest, write_atomically
+
+Value = float | int | str | None
+
+ABOUT = (
+    "The loss rises at first, while the queue's noise gives way to real keys (queue_filled): noise is easy "
+    "to tell from a picture's key. Whether it learns is told by knn_top1 and rankme, which rise, and by "
+    "feature_std, which is near 1 for features that are spread evenly and 0 for collapsed ones."
+)
+"""What a reader of a pretraining's curves must know."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss was NaN or infinite; the message names the step, the last good state and what to try."""
+
+
+def last_good_state(run_dir: Path) -> str:
+    """In words, what a run whose numbers went wrong can go on from, and how."""
+    good = latest(run_dir)
+    remedy = "a lower --lr, or --precision bf16 or fp32"
+    if good is None:
+        return f"no epoch was finished, so there is no state to go on from; start anew with {remedy}"
+    return f"the last good state is {good}; continue from it with --resume and {remedy}"
+
+
+class RunLog:
+    """Collects the metrics of steps and writes their means to ``run_dir`` every ``every_s`` seconds.
+
+    Files: ``metrics.jsonl``, one object a line, which a resumed run appends to; ``tensorboard/``. A row of
+    steps has kind "step", first_step and step (both included), epoch, time_s (Unix), samples_per_s,
+    wait_percent (time spent waiting for data), and the mean of each metric, null where it is not finite. On
+    ranks other than the main one nothing is collected or written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        is_main: bool,
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        every_s: float = 5.0,
+        plain_every_s: float = 30.0,
+        about: str = ABOUT,
+        console: Console | None = None,
+    ) -> None:
+        """Open the files.
+
+        about: what a reader of the curves must know, shown beside them.
+
+        first_step: where a resumed run goes on. Rows a killed run wrote beyond its last checkpoint, from this
+        step on, are dropped: those steps are run, and logged, again.
+        plain_every_s: time between lines where the output is not a terminal.
+        """
+        self.is_main = is_main
+        if not is_main:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / "metrics.jsonl"
+        _keep_rows_before(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._board.add_text("about", about)
+        self._total_steps, self._every_s, self._plain_every_s = total_steps, every_s, plain_every_s
+        self._terminal = _Terminal(console or Console(), total_steps, first_step)
+        self._sums: dict[str, Tensor | float] = {}
+        self._losses: list[Tensor | float] = []
+        self._num_steps = self._num_samples = self._epoch = 0
+        self._last_step = first_step
+        self._wait_s = 0.0
+        # The first rows come soon, so that a run that goes wrong shows it at once.
+        self._window_start = time.monotonic()
+        self._next_flush = self._window_start + min(1.0, every_s)
+        self._next_plain = self._window_start
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, Tensor | float],
+        *,
+        epoch: int = 0,
+        samples: int = 0,
+        wait_s: float = 0.0,
+    ) -> None:
+        """Add one step's metrics (0-d tensors stay on their device); flush if it is time.
+
+        samples: seen in this step over all ranks. wait_s: spent waiting for its batch. Every step of a
+        window brings the same metrics. Raises NonFiniteLoss at a flush.
+        """
+        if not self.is_main:
+            return
+        for name, value in metrics.items():
+            value = value.detach().double() if isinstance(value, Tensor) else float(value)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._losses.append(metrics.get("loss", 0.0))
+        self._num_steps += 1
+        self._num_samples += samples
+        self._wait_s += wait_s
+        self._last_step, self._epoch = step, epoch
+        self._terminal.advance(step)
+        if time.monotonic() >= self._next_flush:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the means since the last flush. Raises NonFiniteLoss if the mean of "loss" is not finite."""
+        if not self.is_main or self._num_steps == 0:
+            return
+        means = self._fetch_means()
+        now = time.monotonic()
+        elapsed_s = max(now - self._window_start, 1e-9)
+        first_step = self._last_step - self._num_steps + 1
+        row: dict[str, Value] = {
+            "kind": "step",
+            "first_step": first_step,
+            "step": self._last_step,
+            "epoch": self._epoch,
+            "samples_per_s": self._num_samples / elapsed_s,
+            "wait_percent": 100 * self._wait_s / elapsed_s,
+        }
+        self._write(row | means)
+        self._terminal.show(row | means, plain=now >= self._next_plain)
+        if now >= self._next_plain:
+            self._next_plain = now + self._plain_every_s
+        self._sums, self._num_steps, self._num_samples, self._wait_s = {}, 0, 0, 0.0
+        self._window_start, self._next_flush = now, now + self._every_s
+        self._refuse_non_finite(first_step, means)
+
+    def _refuse_non_finite(self, first_step: int, means: Mapping[str, float]) -> None:
+        losses, self._losses = self._losses, []
+        if math.isfinite(means.get("loss", 0.0)):
+            return
+        values = torch.stack([torch.as_tensor(loss) for loss in losses]).tolist()
+        bad = next(n for n, value in enumerate(values) if not math.isfinite(value))
+        raise NonFiniteLoss(
+            f"the loss became {values[bad]} in step {first_step + bad} (learning rate "
+            f"{means.get('lr', math.nan):.3g}); {last_good_state(self._path.parent)}"
+        )
+
+    def _fetch_means(self) -> dict[str, float]:
+        """One transfer for all metrics on a device."""
+        totals = {name: value for name, value in self._sums.items() if isinstance(value, float)}
+        tensors = {name: value for name, value in self._sums.items() if isinstance(value, Tensor)}
+        if tensors:
+            totals |= zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)
+        return {name: total / self._num_steps for name, total in totals.items()}
+
+    def busy(self, what: str) -> None:
+        """Say on the progress line what the run is doing other than stepping."""
+        if self.is_main:
+            self._terminal.busy(what)
+
+    def event(self, row: Mapping[str, Value]) -> None:
+        """Write a row of its own, e.g. {"kind": "eval", "knn_top1": 0.62}; the steps so far come first."""
+        if not self.is_main:
+            return
+        if "kind" not in row or row["kind"] == "step":
+            raise ValueError(f"an event is {dict(row)}; give it a kind of its own, other than 'step'")
+        self.flush()
+        self._write({"step": self._last_step} | dict(row))
+        self._terminal.say(row)
+        # What the event took, say an evaluation, is not the steps' time.
+        self._window_start = time.monotonic()
+
+    def _write(self, row: Mapping[str, Value]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps({"time_s": round(time.time(), 3)} | finite) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name not in ("step", "first_step"):
+                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def close(self, *, flush: bool = True) -> None:
+        """Close the files, after the steps so far are written; ``flush`` leaves that out after an error."""
+        if not self.is_main or self._file.closed:
+            return
+        try:
+            if flush:
+                self.flush()
+        finally:
+            self._file.close()
+            self._board.close()
+            self._terminal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error a flush might raise another in its place, or wait for a device that waits in vain.
+        self.close(flush=error is None)
+
+
+def _keep_rows_before(path: Path, step: int) -> None:
+    """Drop rows from ``step`` on, and a last line cut short when the run was killed."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step]
+    if kept != lines:
+        write_atomically(path, lambda file: file.writelines(kept))
+
+
+_SHOWN = {
+    "loss": "loss",
+    "lr": "lr",
+    "train_top1": "training top-1",
+    "pos_sim": "pos",
+    "neg_sim": "neg",
+    "feature_std": "std",
+}
+"""Metrics the line on screen has room for, and what they are called there."""
+
+
+class _Terminal:
+    """A progress line that renews itself on a terminal; a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self._console, self._total_steps = console, total_steps
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
+            )
+            self._task: TaskID = self._progress.add_task("", total=total_steps, completed=first_step)
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=step + 1)
+
+    def show(self, row: Mapping[str, Value], plain: bool) -> None:
+        parts = [f"epoch {row['epoch']}", f"step {row['step']}/{self._total_steps}"]
+        parts += [f"{row['samples_per_s']:.0f} samples/s"]
+        parts += [f"{word} {row[name]:.4g}" for name, word in _SHOWN.items() if name in row]
+        filled = row.get("queue_filled", 1.0)
+        if isinstance(filled, float) and filled < 1:
+            parts.append(f"queue {100 * filled:.0f} % filled, until then the loss rises")
+        line = "  ".join([*parts, f"data wait {row['wait_percent']:.0f} %"])
+        if self._progress:
+            self._progress.update(self._task, description=line)
+        elif plain:
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def busy(self, what: str) -> None:
+        if self._progress:
+            self._progress.update(self._task, description=what)
+
+    def say(self, row: Mapping[str, Value]) -> None:
+        words = [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row.items()
+        ]
+        self._console.print("  ".join(words), highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()

@@ -1,0 +1,167 @@
+"""A pretrained encoder from a file, and the sets it is judged on: what every evaluation begins with."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from models.encoders import build_encoder
+from pipelines import Backend, build_loader
+from pipelines.recipe import Recipe, evaluation
+from training.export import Backbone, load_backbone
+from training.features import check_labels
+from training.precision import PrecisionName
+
+
+@dataclass(frozen=True)
+class PretrainedConfig:
+    """Judge a pretrained encoder."""
+
+    data: tyro.conf.Positional[Path]
+    """Labelled training set: compiled, a folder of class folders, or a folder that holds train/ and val/."""
+    pretrained: Path
+    """Checkpoint, backbone.safetensors or published .pth.tar. `train_pretrain.py --epochs 0` exports an
+    encoder that has learned nothing, to compare with."""
+    val: Path | None = None
+    """Labelled test set; by default DATA/val."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = dataclasses.field(kw_only=True)
+    """Folder of the run: result.json, and what else it writes."""
+    arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
+    """Encoder, where the file does not say; they must agree where it does."""
+    small_stem: bool | None = None
+    """3 × 3 first convolution and no max-pool, where the file does not say."""
+    crop_px: int | None = None
+    """Side of a view; by default what the encoder was trained on, else 224."""
+    seed: int = 0
+    """Of the classifier, the order and the crops."""
+    precision: PrecisionName = "auto"
+    """Number format of the encoder. The classifier's is fp32."""
+    backend: Backend = "auto"
+    """Reads the training set, as in train_pretrain.py; what reads the test set is chosen by its kind."""
+    num_threads: int = 0
+    """Threads that decode; 0 takes all cores."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+
+    def sets(self) -> tuple[Path, Path]:
+        """The training and the test set. Raises ValueError if there is no test set."""
+        if self.val is not None:
+            return self.data, self.val
+        train, val = self.data / "train", self.data / "val"
+        if not (train.is_dir() and val.is_dir()):
+            raise ValueError(
+                f"no test set: give --val, or a folder with train/ and val/ in place of {self.data}"
+            )
+        return train, val
+
+
+@dataclass(frozen=True)
+class LabelledSets:
+    """A training and a test set of the same classes."""
+
+    train: Path
+    val: Path
+    num_classes: int
+    val_fingerprint: str
+    """Of the test set's content."""
+
+
+def labelled_sets(config: PretrainedConfig) -> LabelledSets:
+    """The sets of a config. Raises ValueError unless all pictures have labels, the same ones in both."""
+    train, val = config.sets()
+    view = evaluation(Recipe())
+    engines = [build_loader(path, view, batch_size=1, drop_last=False).engine for path in (train, val)]
+    names, others = (engine.classes for engine in engines)
+    if names and others and names != others:
+        first = next((pair for pair in zip(names, others, strict=False) if pair[0] != pair[1]), None)
+        told = f"{first[0]!r} stands where the other has {first[1]!r}" if first else "one has more"
+        raise ValueError(
+            f"the {len(names)} classes of {train} and the {len(others)} of {val} differ: {told}; "
+            "make both sets from folders of the same classes"
+        )
+    labels = [torch.from_numpy(engine.labels(np.arange(engine.count))) for engine in engines]
+    num_classes = len(names) or (int(labels[0].max()) + 1 if len(labels[0]) else 0)
+    for path, label_N in zip((train, val), labels, strict=True):
+        check_labels(str(path), label_N, num_classes)
+    return LabelledSets(train, val, num_classes, engines[1].fingerprint)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """An encoder as a file has it, and the view it wants."""
+
+    encoder: nn.Module
+    feature_dim: int
+    view: Recipe
+    """The evaluation's."""
+    backbone: Backbone
+    """What the file holds; what it left unsaid of the encoder and its pictures is as used here."""
+
+
+def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretrained:
+    """The encoder of a config's file, on the device, in channels_last.
+
+    Raises ValueError where the file and the flags do not agree on the architecture, or neither says it, and
+    CheckpointError for a file that cannot be read.
+    """
+    backbone = load_backbone(config.pretrained)
+    meta = backbone.meta
+    arch = config.arch or meta.arch
+    if arch is None:
+        raise ValueError(f"{config.pretrained} does not say its architecture; give --arch")
+    if meta.arch not in (None, arch):
+        raise ValueError(f"{config.pretrained} holds a {meta.arch}, --arch says {arch}")
+    small_stem = bool(meta.small_stem) if config.small_stem is None else config.small_stem
+    encoder, feature_dim = build_encoder(arch, small_stem=small_stem)
+    if differences := _differences(encoder.state_dict(), backbone.state):
+        raise ValueError(
+            f"{config.pretrained} is no {arch}{' with the small stem' if small_stem else ''}: {differences}; "
+            "check --arch and --small-stem"
+        )
+    encoder.load_state_dict(backbone.state)
+    view = evaluation(
+        Recipe(
+            crop_px=config.crop_px or meta.crop_px or Recipe.crop_px,
+            center_share=meta.eval_center_share or Recipe.center_share,
+            mean=meta.mean or Recipe.mean,
+            std=meta.std or Recipe.std,
+        )
+    )
+    encoder.to(device)
+    encoder.to(memory_format=torch.channels_last)
+    said = dataclasses.replace(
+        meta,
+        arch=arch,
+        feature_dim=feature_dim,
+        small_stem=small_stem,
+        crop_px=view.crop_px,
+        eval_center_share=view.center_share,
+        mean=view.mean,
+        std=view.std,
+    )
+    return Pretrained(encoder, feature_dim, view, backbone._replace(meta=said))
+
+
+def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """How a state dict differs from the one wanted, in words; nothing where it does not."""
+    shapes = (
+        f"{name} {tuple(found[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    )
+    kinds = {
+        "missing": [name for name in wanted if name not in found],
+        "unknown": [name for name in found if name not in wanted],
+        "of another shape": list(shapes),
+    }
+    return "; ".join(
+        f"{len(names)} of its tensors are {kind}, such as {', '.join(names[:2])}"
+        for kind, names in kinds.items()
+        if names
+    )
