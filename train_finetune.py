@@ -32,12 +32,13 @@ from pipelines import build_loader
 from pipelines.recipe import Recipe, evaluation
 from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
 from training import cli, failure
-from training.checkpoint import write_atomically, write_json
+from training.cli import console
 from training.distributed import Launch, init_launch
 from training.export import BackboneMeta, fingerprint, load_backbone, save_backbone
+from training.files import write_atomically, write_json
 from training.pretrained import LabelledSets
 from training.published_flags import from_published
-from training.run import console, say
+from training.run import say
 from training.supervised import BEST, SupervisedConfig, Training, assemble, fit
 
 # ======================================================================================================

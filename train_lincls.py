@@ -38,16 +38,17 @@ from torch import Tensor
 from models.classifier import new_classifier
 from pipelines import Backend, evaluation_batches
 from training import cli, failure
-from training.checkpoint import write_json
+from training.cli import console
 from training.distributed import Launch, init_launch
 from training.export import fingerprint
 from training.features import Features, extract_features, gathered
+from training.files import write_json
 from training.knn import knn_top1
 from training.linear import LinearSetting, accuracies, train_linear
 from training.precision import Precision
 from training.pretrained import LabelledSets, Pretrained, labelled_sets, load_pretrained
 from training.published_flags import from_published
-from training.run import console, say
+from training.run import say
 from training.schedule import MILESTONES
 from training.supervised import SupervisedConfig, Training, assemble, fit
 

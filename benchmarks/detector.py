@@ -11,14 +11,10 @@ With --json the table in docs/evaluation.md is written anew.
 import json
 import math
 import statistics
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import tyro
-from rich.console import Console
 
 from benchmarks.environment import environment, tell_on_page
 from benchmarks.marked_block import MarkedBlock
@@ -27,9 +23,8 @@ from benchmarks.run_options import RunOptions
 from benchmarks.shapes import CLASSES, write_coco
 from training import cli
 from training.checkpoint import latest
+from training.cli import console
 from training.export import fingerprint, load_backbone
-
-console = Console(highlight=False, soft_wrap=True)
 
 PAGE = Path("docs/evaluation.md")
 BLOCK = MarkedBlock("<!-- detector: begin -->", "<!-- detector: end -->")
@@ -242,4 +237,4 @@ def _cell(row: Mapping[str, float], name: str, num_seeds: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(Detector, args=sys.argv[1:])))
+    cli.program(Detector, main)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.marked_block import MarkedBlock
-from training.checkpoint import write_json
+from training.files import write_json
 
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "numba", "pillow", "ffcv", "opencv-python"),

@@ -7,26 +7,22 @@ mixing method takes longer than MoCo: it embeds more views of each picture. Runs
 moment and started again, it goes on with the run it was in, from that run's last checkpoint.
 """
 
-import functools
 import json
 import statistics
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment, write_figures
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, probe, run_python
 from benchmarks.run_options import RunOptions
 from training import cli
-from training.checkpoint import latest, write_json
-
-console = Console(highlight=False, soft_wrap=True)
+from training.checkpoint import latest
+from training.cli import console
+from training.files import write_json
 
 RANDOM = "random"
 METHODS = ("moco", "erase", "unmix", "mixmask", "both")
@@ -160,4 +156,4 @@ def _print(evidence: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: main(tyro.cli(Evidence, args=argv)), sys.argv[1:]))
+    cli.program(Evidence, main)

@@ -9,15 +9,11 @@ opened and warmed up, then they take turns; medians and the spread over the turn
 how the rate grows with threads, converters, the photometric stage, and where a sample's time goes.
 """
 
-import functools
 import multiprocessing
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import tyro
-from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import loader_parts as parts
@@ -32,8 +28,8 @@ from benchmarks.timing import Turns
 from pipelines.cores import usable_cores
 from pipelines.recipe import moco_v2
 from training import cli
+from training.cli import console
 
-console = Console(highlight=False, soft_wrap=True)
 _PRELOADED = ["benchmarks.loader_parts", "benchmarks.peers.with_torchvision"]
 
 Part = Literal[
@@ -120,4 +116,4 @@ def _measure(wanted: tuple[Part, ...], plan: parts.Plan, bars: Bars) -> dict[str
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: main(tyro.cli(LoaderBenchmark, args=argv)), sys.argv[1:]))
+    cli.program(LoaderBenchmark, main)

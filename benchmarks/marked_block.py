@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.checkpoint import write_atomically
+from training.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,18 @@ What is counted is private memory: the pages of the mapped set belong to the sys
 when it needs them. The greatest amount within each epoch is taken, looked at after every batch.
 """
 
-import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.progress import track
 
 from benchmarks.environment import environment, write_figures
 from pipelines import Reading, build_loader
 from pipelines.recipe import moco_v2
 from training import cli
-
-console = Console(highlight=False, soft_wrap=True)
+from training.cli import console
 
 
 @dataclass(frozen=True)
@@ -87,4 +83,4 @@ def status_mib(name: str) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: main(tyro.cli(MemoryBenchmark, args=argv)), sys.argv[1:]))
+    cli.program(MemoryBenchmark, main)

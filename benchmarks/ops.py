@@ -16,7 +16,6 @@ Shape letters: N batch, S side in pixels.
 
 import contextlib
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,10 +25,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-import tyro
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from packaging.version import Version
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
@@ -49,9 +46,9 @@ from pipelines.augment.parameters import NUM_PARAMETERS
 from pipelines.augment.photometric import augment
 from pipelines.recipe import Recipe, moco_v2
 from training import cli
+from training.cli import console
 from training.optimizer import sgd
 
-console = Console(highlight=False, soft_wrap=True)
 _DTYPE = torch.bfloat16
 CAN_COUNT_COMPILED = Version(torch.__version__) >= Version("2.11")
 """Tried with torch 2.8, which cannot, and 2.11 and 2.14."""
@@ -392,4 +389,4 @@ def _cells(part: dict[str, int] | None) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: main(tyro.cli(OpsBenchmark, args=argv)), sys.argv[1:]))
+    cli.program(OpsBenchmark, main)

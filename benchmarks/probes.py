@@ -9,23 +9,18 @@ table in docs/evaluation.md is written anew.
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import tyro
-from rich.console import Console
 
 from benchmarks.environment import environment, tell_on_page
 from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, run_python
 from benchmarks.run_options import RunOptions
 from training import cli
+from training.cli import console
 from training.export import fingerprint, load_backbone
-
-console = Console(highlight=False, soft_wrap=True)
 
 PAGE = Path("docs/evaluation.md")
 BLOCK = MarkedBlock("<!-- probes: begin -->", "<!-- probes: end -->")
@@ -143,4 +138,4 @@ def block(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(Probes, args=sys.argv[1:])))
+    cli.program(Probes, main)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.sets.manifest import Manifest
-from training.checkpoint import write_json
+from training.files import write_json
 
 FASHION_PICTURES = 60_000
 """Training pictures of Fashion-MNIST; the test set has a sixth of them."""

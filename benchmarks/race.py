@@ -12,15 +12,12 @@ starts when the first batch has arrived; judging by nearest neighbours, before a
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import tyro
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.environment import environment, write_figures
@@ -30,9 +27,8 @@ from benchmarks.race_ours import FEW, Runner, Setting, Stint, knn, ours, train
 from benchmarks.run_options import RunOptions
 from pipelines.cores import usable_cores
 from training import cli
+from training.cli import console
 from training.memory import keep_freed_memory
-
-console = Console(highlight=False, soft_wrap=True)
 
 Build = Callable[[int], Runner]
 """A fresh runner of a seed."""
@@ -213,4 +209,4 @@ def _facts(
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: main(tyro.cli(Race, args=argv)), sys.argv[1:]))
+    cli.program(Race, main)

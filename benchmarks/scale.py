@@ -11,10 +11,8 @@ through the loader's public methods. Sets take turns, after one warm-up each tha
 the files were just written, so the page cache is warm.
 """
 
-import functools
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -25,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import tyro
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -41,8 +37,7 @@ from pipelines.randomness import EpochOrder
 from pipelines.recipe import moco_v2
 from pipelines.sets.beton import open_beton
 from training import cli
-
-console = Console(highlight=False, soft_wrap=True)
+from training.cli import console
 
 MEASURES = {
     "open_s": ("open", "s"),
@@ -307,4 +302,4 @@ def _times(ratio: float | None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: main(tyro.cli(Scale, args=argv)), sys.argv[1:]))
+    cli.program(Scale, main)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from training.checkpoint import write_json
+from training.files import write_json
 
 CLASSES = ("disc", "square", "triangle", "star")
 _CORNERS = {"disc": 24, "square": 4, "triangle": 3, "star": 10}

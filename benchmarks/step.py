@@ -17,7 +17,6 @@ import functools
 import gc
 import multiprocessing
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,8 +25,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import tyro
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
@@ -43,8 +40,7 @@ from models.encoders import NormLayer, build_encoder
 from models.moco import MoCo
 from pipelines import Batch, Mixture
 from training import cli
-
-console = Console(highlight=False, soft_wrap=True)
+from training.cli import console
 
 Formulation = Literal["ours", "naive"]
 _FORMULATIONS: tuple[Formulation, ...] = get_args(Formulation)
@@ -306,4 +302,4 @@ def _print(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: main(tyro.cli(StepBenchmark, args=argv)), sys.argv[1:]))
+    cli.program(StepBenchmark, main)

@@ -41,7 +41,7 @@ from pipelines.sets.manifest import (
     skipped_path,
     source_path_line,
 )
-from training.checkpoint import sync_folder
+from training.files import sync_folder
 
 DEFAULT_PAGE_BYTES = 8 << 20
 

@@ -24,7 +24,7 @@ from pipelines.sets.beton import MAX_SIDE_PX
 from pipelines.sets.listing import NO_LABEL, PICTURE_SUFFIXES, PassedOver
 from pipelines.sets.manifest import Manifest, Shard, of_kind
 from pipelines.sets.shards import INDEX_DTYPE, dali_index_path, open_shards, pictures_on_disk
-from training.checkpoint import write_atomically
+from training.files import write_atomically
 
 LABEL_SUFFIX, JSON_SUFFIX, JSON_KEY = "cls", "json", "label"
 """A sample's label: the number in its ``cls`` file, or the key of that name in its ``json`` file."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines import Batch, ViewLoader, build_loader
 from pipelines.augment.masks import cell_of_pixel, draw_masks
 from pipelines.recipe import Mixing, moco_v2
-from training.checkpoint import write_atomically
+from training.files import write_atomically
 
 _QUERY_COLOUR, _KEY_COLOUR = "#e8590c", "#1c7ed6"
 _TITLES = (

@@ -23,7 +23,7 @@ from pipelines.sets.shards import (
     open_shards,
     set_aside,
 )
-from training.checkpoint import sync_folder
+from training.files import sync_folder
 
 LOCK_NAME = ".convert.lock"
 """In a folder where a set is made: shared by those who make shards there, held alone to replace it."""

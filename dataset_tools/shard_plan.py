@@ -26,7 +26,7 @@ from dataset_tools.sources import Source
 from pipelines.randomness import EpochOrder
 from pipelines.sets.manifest import Shard
 from pipelines.sets.shards import INDEX_DTYPE, PLAN_NAME
-from training.checkpoint import write_atomically, write_json
+from training.files import write_atomically, write_json
 
 DEFAULT_SHARD_SIZE = 2000
 """Pictures a shard: some 220 MB of ImageNet's JPEGs. Large enough that a disk or an object store reads it in

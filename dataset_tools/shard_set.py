@@ -25,7 +25,7 @@ from pipelines.sets.shards import (
     index_in_force,
     set_digest,
 )
-from training.checkpoint import sync_folder, write_atomically
+from training.files import sync_folder, write_atomically
 
 SUFFIX = ".shards"
 """Of the name of a folder that a conversion makes."""

@@ -19,7 +19,7 @@ from dataset_tools.tar_members import Member
 from pipelines.sets.listing import NO_LABEL
 from pipelines.sets.manifest import Shard
 from pipelines.sets.shards import TAR_BLOCK, dali_index_path
-from training.checkpoint import sync_folder, write_atomically
+from training.files import sync_folder, write_atomically
 
 MAX_PICTURE_BYTES = (1 << 32) - 1
 """The index has 32 bits for a picture's size."""

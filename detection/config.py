@@ -7,12 +7,10 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
-from rich.console import Console
 
 from detection.foreign_files import config_files
 from detection.heads import Res5ROIHeadsExtraNorm
-
-console = Console(highlight=False, soft_wrap=True)
+from training.cli import console
 
 _WITH_A_NORM = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 

@@ -10,20 +10,18 @@ normalised, where INPUT does, and detection.train_net holds its config against t
 """
 
 import pickle
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from detection.keys import to_detectron2
 from training import cli
-from training.checkpoint import save_tensors, write_atomically
+from training.checkpoint import save_tensors
+from training.cli import console
 from training.export import BackboneMeta, fingerprint, load_backbone
-
-console = Console(highlight=False, soft_wrap=True)
+from training.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -70,4 +68,4 @@ def _pixels(meta: BackboneMeta) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(Conversion, args=sys.argv[1:], description=__doc__)))
+    cli.program(Conversion, main, __doc__)

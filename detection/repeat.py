@@ -18,13 +18,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from detection.foreign_files import config_files
 from training import cli
-from training.checkpoint import write_json
-
-console = Console(highlight=False, soft_wrap=True)
+from training.cli import console
+from training.files import write_json
 
 
 def main(argv: list[str]) -> dict[str, Any]:

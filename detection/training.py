@@ -19,11 +19,11 @@ from detectron2.engine import DefaultTrainer, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils import comm
 from PIL import Image
-from rich.console import Console
 
 from detection import datasets, weights
 from detection.config import check_config, configure, parse, resumes
-from training.checkpoint import write_json
+from training.cli import console
+from training.files import write_json
 
 __all__ = ["launch", "parse", "prepare", "run"]
 
@@ -31,7 +31,6 @@ FORMATS = ("JPEG", "PNG")
 """Formats that pictures of a set may have."""
 BEGUN_FROM = "begun_from.json"
 """Beside a run's checkpoints: what it began from."""
-console = Console(highlight=False, soft_wrap=True)
 
 
 class Mapper(DatasetMapper):

@@ -6,26 +6,22 @@ Every step is one of the house's own programs, run as a user would run it. Made 
 used again; the run's files lie in runs/demo, summary.json and preview.png among them.
 """
 
-import functools
 import json
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
 from benchmarks.peers.contract import OURS, TORCHVISION_PIL
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, is_compiled, probe, run_python
 from training import cli
-from training.checkpoint import write_json
+from training.cli import console
+from training.files import write_json
 
-console = Console(highlight=False, soft_wrap=True)
 _KEYS = ("knn_top1", "linear_top1")
 
 
@@ -146,4 +142,4 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: main(tyro.cli(Demo, args=argv)), sys.argv[1:]))
+    cli.program(Demo, main)

@@ -8,7 +8,6 @@ backbone.
 """
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 
 import jinja2
 import tyro
-from rich.console import Console
 
 from training import cli
-from training.checkpoint import flat, write_atomically
+from training.checkpoint import flat
+from training.cli import console
 from training.export import BackboneMeta, fingerprint, load_backbone
-
-console = Console(highlight=False, soft_wrap=True)
+from training.files import write_atomically
 
 _NAMES = {
     "knn_top1": "kNN top-1",
@@ -165,4 +163,4 @@ def _figures(path: Path, own: str) -> Iterable[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(Card, args=sys.argv[1:], description=__doc__)))
+    cli.program(Card, main, __doc__)

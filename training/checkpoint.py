@@ -9,19 +9,19 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from training import failure
+from training.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -116,42 +116,6 @@ def prune(run_dir: Path, keep: int) -> None:
         raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay, or the run cannot be resumed")
     for path in (*_checkpoints(run_dir)[:-keep], *run_dir.glob(".checkpoint_*.pt.partial")):
         path.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Have ``write`` fill a file that appears under ``path`` complete, or not at all.
-
-    The file is written under a temporary name beside it, synced to disk and renamed; whatever stood at
-    ``path`` stays until then, and stays if writing fails.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain data as JSON, atomically. Raises ValueError for NaN and infinities, which it has not."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # Names that are no UTF-8 have surrogates in them; so written they are JSON's own escapes.
-    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames within ``folder`` durable: they reach the disk only with it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(path: Path, state: TrainState) -> None:

@@ -5,7 +5,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import tyro
 from rich.console import Console
 from rich.markup import escape
 
@@ -20,6 +22,22 @@ OLDEST_TORCH = 2, 8
 """As in pyproject.toml."""
 USER_ERROR, PROCESS_LOST, INTERRUPTED = 2, 3, 130
 """Exit codes."""
+console = Console(highlight=False, soft_wrap=True)
+"""Standard output of every program."""
+_Config = TypeVar("_Config")
+
+
+def program(config: type[_Config], main: Callable[[_Config], object], description: str | None = None) -> None:
+    """Parse the command line as ``config``, call ``main`` with it, and exit with its exit code.
+
+    Errors of the user are reported as by :func:`run`.
+
+    Args:
+        config: a dataclass; its fields are the options and their docstrings the help.
+        main: an ``int`` that it returns is the exit code.
+        description: the first lines of ``--help``; by default the docstring of ``config``.
+    """
+    run(lambda: main(tyro.cli(config, args=sys.argv[1:], description=description)))
 
 
 def run(program: Callable[[], object]) -> None:
@@ -32,7 +50,9 @@ def run(program: Callable[[], object]) -> None:
     with failure.ending_at_once():
         try:
             check_torch()
-            program()
+            status = program()
+            if isinstance(status, int) and status:
+                sys.exit(status)
         except KeyboardInterrupt:
             _tell("[red]{}[/]", "interrupted")
             sys.exit(INTERRUPTED)

@@ -24,8 +24,8 @@ from training.checkpoint import (
     content_hash,
     hash_tensor,
     read_safely,
-    write_atomically,
 )
+from training.files import write_atomically
 
 _PUBLISHED_KEYS = {"epoch", "arch", "state_dict", "optimizer"}
 _OUR_KEYS = {"step", "model", "meta", "config"}

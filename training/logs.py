@@ -18,7 +18,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from training.checkpoint import latest, write_atomically
+from training.checkpoint import latest
+from training.files import write_atomically
 
 Value = float | int | str | None
 

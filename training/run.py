@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.checkpoint import TrainState, generator_states, load_checkpoint, restore_generators
+from training.cli import console
 from training.distributed import Launch
 from training.precision import Precision
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 class Loader(Protocol):

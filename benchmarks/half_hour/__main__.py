@@ -9,8 +9,6 @@ which includes rows that ran out of time or failed; ``--again`` measures the giv
 is not installed leaves out the rows that need it, and they say so.
 """
 
-import functools
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,8 +28,8 @@ from benchmarks.half_hour.images import facts, find_images
 from benchmarks.half_hour.plan import FULL, PARTS, TINY, PartName, Row, Setup, rows_of
 from benchmarks.half_hour.worker import Worker
 from training import cli
+from training.cli import console
 
-console = Console(highlight=False, soft_wrap=True)
 NEEDS_GPU = "needs a GPU"
 _RESULTS = Path("benchmarks/results/half_hour.json")
 
@@ -166,4 +163,4 @@ def _summarise(parts: Sequence[PartName], figures: FiguresFile) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: main(tyro.cli(HalfHour, args=argv)), sys.argv[1:]))
+    cli.program(HalfHour, main)

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.report.charts import number
 from benchmarks.report.files import read_json
-from training.checkpoint import write_json
+from training.files import write_json
 
 BENCHMARK = "half_hour"
 COMMAND = "make half-hour"

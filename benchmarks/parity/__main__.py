@@ -10,8 +10,6 @@ the tables of docs/parity.md are written too; ``--check`` measures nothing and e
 not those of the JSON.
 """
 
-import functools
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -31,8 +28,8 @@ from benchmarks.parity.samples import Samples, make_samples, views_of
 from benchmarks.report.files import read_json
 from pipelines.decode.dali_operators import import_dali
 from training import cli
+from training.cli import console
 
-console = Console(highlight=False, soft_wrap=True)
 RESULTS, PAGE = Path("benchmarks/results/parity.json"), Path("docs/parity.md")
 _MEND = "make parity"
 _FILE_WIDTH = 200
@@ -181,4 +178,4 @@ def _print(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: sys.exit(main(tyro.cli(Parity, args=argv))), sys.argv[1:]))
+    cli.program(Parity, main)

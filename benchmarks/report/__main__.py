@@ -8,15 +8,10 @@ network, the two blocks of figures in README.md and the picture that one of them
 nothing is written: it ends with code 1 where README or picture differ from what the JSON gives.
 """
 
-import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-
-import tyro
-from rich.console import Console
 
 from benchmarks.report import training_block
 from benchmarks.report.half_hour import read_half_hour
@@ -31,9 +26,9 @@ from benchmarks.report.results import (
 )
 from benchmarks.report.training import TrainingFigures, read_training
 from training import cli
-from training.checkpoint import write_atomically
+from training.cli import console
+from training.files import write_atomically
 
-console = Console(highlight=False, soft_wrap=True)
 RESULTS = Path("benchmarks/results")
 README = Path("README.md")
 T = TypeVar("T")
@@ -157,4 +152,4 @@ def _told(what: str, readme: Path, results: Path, wrong: bool) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(functools.partial(lambda argv: sys.exit(main(tyro.cli(Report, args=argv))), sys.argv[1:]))
+    cli.program(Report, main)

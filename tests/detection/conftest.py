@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.shapes import write_coco, write_voc
 from detection.keys import to_detectron2
 from models.encoders import build_encoder
-from training.checkpoint import write_atomically
+from training.files import write_atomically
 
 CONFIGS = Path(__file__).resolve().parents[2] / "detection" / "configs"
 

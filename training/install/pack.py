@@ -18,7 +18,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -28,17 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from packaging.requirements import Requirement
-from rich.console import Console
 from rich.progress import Progress
 
 from training import cli
-from training.checkpoint import write_atomically
+from training.cli import console
+from training.files import write_atomically
 from training.install.activate import FOLDER, canonical
 from training.install.wheels import Wheel, resolve, sha256, trimmed
-
-console = Console(highlight=False, soft_wrap=True)
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -348,4 +344,4 @@ def _write_sums(out: Path, archives: Iterable[Path]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(tyro.cli(Pack, args=sys.argv[1:], description=__doc__)))
+    cli.program(Pack, main, __doc__)

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from packaging.requirements import Requirement
 
-from training.checkpoint import write_atomically
+from training.files import write_atomically
 from training.install.activate import canonical
 
 MACHINES_OWN = frozenset({"torch", "torchvision", "numpy", "numba", "llvmlite"})
