@@ -19,8 +19,8 @@ import tyro
 from pipelines import Backend, DALIOptions, Reading
 from pipelines.recipe import Mixing, Recipe, moco_v1, moco_v2
 from training.export import BackboneMeta
+from training.optim import milestone_shares
 from training.precision import PrecisionName
-from training.schedule import shares
 
 PresetName = Literal["in1k", "in100", "tiny-imagenet", "cifar10", "cifar100", "fashion"]
 
@@ -149,7 +149,7 @@ class PretrainConfig:
         if self.schedule and self.cos:
             raise ValueError("schedule has no effect on a cosine; add --no-cos, or leave out --schedule")
         if self.schedule:
-            shares(self.schedule, self.epochs)
+            milestone_shares(self.schedule, self.epochs)
 
     def splits(self, world_size: int) -> int:
         """The number of BatchNorm splits on each of so many processes."""
@@ -193,7 +193,7 @@ class PretrainConfig:
 
     def milestones(self) -> tuple[float, ...]:
         """Shares of the run at which --no-cos drops the rate."""
-        return shares(self.schedule, self.epochs)
+        return milestone_shares(self.schedule, self.epochs)
 
     def recipe(self) -> Recipe:
         """The loader's recipe for this run."""

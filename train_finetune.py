@@ -19,7 +19,6 @@ of the best epoch, labels.txt, logs.
 import dataclasses
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,15 +30,15 @@ from numpy.typing import NDArray
 from pipelines import build_loader
 from pipelines.recipe import Recipe, evaluation
 from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
-from training import cli, failure
+from training import cli
 from training.cli import console
 from training.distributed import Launch, init_launch
 from training.export import BackboneMeta, fingerprint, load_backbone, save_backbone
 from training.files import write_atomically, write_json
 from training.pretrained import LabelledSets
 from training.published_flags import from_published
-from training.run import say
-from training.supervised import BEST, SupervisedConfig, Training, assemble, fit
+from training.run import print_once
+from training.supervised import BEST, SupervisedConfig, SupervisedRun, assemble, train
 
 # ======================================================================================================
 # Config
@@ -102,18 +101,18 @@ def main(config: FinetuneConfig) -> None:
         if names and launch.is_main:
             lines = [os.fsencode(name) + b"\n" for name in names]
             write_atomically(config.out / "labels.txt", lambda file: file.writelines(lines))
-        say(
+        print_once(
             launch,
             f"{run.loader.count:,} labelled pictures, {config.epochs} epochs of {len(run.loader)} steps",
         )
-        if fit(run) and launch.is_main:
+        if train(run) and launch.is_main:
             finish(run)
 
 
 def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.int64] | None, list[str]]:
     """The pictures to train on and their names, or positions (#17) in a set without; nothing for all."""
-    train, _ = config.sets()
-    engine = build_loader(train, evaluation(Recipe()), batch_size=1, drop_last=False).engine
+    path, _ = config.sets()
+    engine = build_loader(path, evaluation(Recipe()), batch_size=1, drop_last=False).engine
     try:
         share = float(config.labels)
     except ValueError:
@@ -129,12 +128,12 @@ def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.
         subset = balanced_subset(engine.labels(np.arange(engine.count)), share, config.seed)
     lines = lines_of(engine.names, subset)
     if lines is None:
-        say(launch, f"{train} has no name for each picture, so labels.txt has their positions")
+        print_once(launch, f"{path} has no image names; labels.txt holds positions instead")
         lines = [f"#{position}" for position in subset]
     return subset, lines
 
 
-def finish(run: Training) -> None:
+def finish(run: SupervisedRun) -> None:
     """Write the best epoch's encoder and the figures; tell them."""
     config, last, best_top1 = run.config, run.measured.accuracy, run.measured.best_top1
     assert last is not None, "the last epoch is always measured"
@@ -162,13 +161,8 @@ def finish(run: Training) -> None:
 
 def parse(argv: list[str]) -> FinetuneConfig:
     """The config of a command line."""
-    return tyro.cli(
-        FinetuneConfig,
-        args=from_published(argv),
-        description=__doc__,
-        console_outputs=failure.speaks_for_machine(),
-    )
+    return cli.parse_args(FinetuneConfig, from_published(argv), __doc__)
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(parse(sys.argv[1:])))
+    cli.program(FinetuneConfig, main, parse=parse)

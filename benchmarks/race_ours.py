@@ -21,11 +21,9 @@ from models.encoders import backbone_features, build_encoder
 from models.moco import MoCo
 from pipelines import build_loader, evaluation_batches
 from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
-from training.features import Features, extract_features
-from training.knn import knn_top1
-from training.optimizer import sgd
+from training.evaluate import Features, extract_features, knn_top1
+from training.optim import lr_at, scale_lr, sgd
 from training.precision import Precision
-from training.schedule import lr_at, set_lr
 
 Batches = Generator[Any, None, None]
 
@@ -117,7 +115,7 @@ def train(runner: Runner, setting: Setting, seconds: float, progress: Callable[[
         batch = next(batches)
         start = time.perf_counter()
         while done.seconds < seconds:
-            set_lr(optimizer, _lr_after(done.seconds, seconds, setting.lr))
+            scale_lr(optimizer, _lr_after(done.seconds, seconds, 1.0))
             loss = runner.loss(batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

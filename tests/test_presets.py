@@ -15,8 +15,8 @@ from presets import PRESETS, PresetName, PretrainConfig, Views, training_set
 from train_lincls import ProbeConfig
 from train_lincls import parse as parse_probe
 from train_pretrain import parse
+from training.optim import MILESTONES
 from training.published_flags import GONE
-from training.schedule import MILESTONES
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "command-line.md").read_text()
 

@@ -16,10 +16,10 @@ from train_finetune import main, parse
 from train_pretrain import main as pretrain
 from train_pretrain import parse as parse_pretraining
 from training import cli
-from training.accuracy import Accuracy, count_hits
 from training.checkpoint import latest, load_checkpoint
+from training.distributed import StopRequest
+from training.evaluate import Accuracy, count_hits
 from training.export import fingerprint, load_backbone
-from training.stop import StopRequest
 
 
 @pytest.fixture(scope="module")

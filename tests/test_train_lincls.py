@@ -15,7 +15,7 @@ from train_pretrain import main as pretrain
 from train_pretrain import parse as parse_pretraining
 from training import cli, supervised
 from training.checkpoint import CheckpointError, latest, load_checkpoint
-from training.stop import StopRequest
+from training.distributed import StopRequest
 
 
 def _probe(*argv: object) -> dict[str, float]:

@@ -19,9 +19,8 @@ from tests.processes import started
 from train_pretrain import main, parse, train_step
 from training import cli
 from training.checkpoint import latest, load_checkpoint, save_checkpoint
-from training.distributed import init_launch
+from training.distributed import StopRequest, init_launch
 from training.step import TrainStep
-from training.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split(

@@ -185,7 +185,7 @@ def check_hash(path: Path, content: Mapping[str, Any], written: object, otherwis
 @functools.cache
 def _say_unchecked(path: Path, otherwise: str) -> None:
     """Once for each file, which may be read several times."""
-    if failure.speaks_for_machine():
+    if failure.is_first_on_machine():
         log.warning("%s carries no hash of its content: %s", path, otherwise)
 
 

@@ -4,10 +4,11 @@ Metrics are summed on their device and fetched by the clock, so the loop waits f
 seconds and not at every step.
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,13 +23,6 @@ from training.checkpoint import latest
 from training.files import write_atomically
 
 Value = float | int | str | None
-
-ABOUT = (
-    "The loss rises at first, while the queue's noise gives way to real keys (queue_filled): noise is easy "
-    "to tell from a picture's key. Whether it learns is told by knn_top1 and rankme, which rise, and by "
-    "feature_std, which is near 1 for features that are spread evenly and 0 for collapsed ones."
-)
-"""What a reader of a pretraining's curves must know."""
 
 
 class NonFiniteLoss(Exception):
@@ -62,7 +56,7 @@ class RunLog:
         first_step: int = 0,
         every_s: float = 5.0,
         plain_every_s: float = 30.0,
-        about: str = ABOUT,
+        about: str = "",
         console: Console | None = None,
     ) -> None:
         """Open the files.
@@ -277,3 +271,24 @@ class _Terminal:
     def close(self) -> None:
         if self._progress:
             self._progress.stop()
+
+
+@contextlib.contextmanager
+def progress(console: Console, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left, and a line at the end; yields the function that counts samples.
+
+    total: samples to come; None if unknown.
+    """
+    start, done, line = time.perf_counter(), 0, what
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(num: int) -> None:
+            nonlocal done, line
+            done += num
+            line = f"{what}: {done:,} ({done / (time.perf_counter() - start):,.0f}/s)"
+            bar.update(task, advance=num, description=line)
+
+        yield advance
+    console.print(line)

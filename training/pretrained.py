@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from models.encoders import build_encoder
 from pipelines import Backend, build_loader
 from pipelines.recipe import Recipe, evaluation
+from training.evaluate import check_labels
 from training.export import Backbone, load_backbone
-from training.features import check_labels
 from training.precision import PrecisionName
 
 

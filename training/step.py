@@ -24,7 +24,7 @@ TensorsOf = Callable[[Any], list[Tensor]]
 class TrainStep:
     """One step of an optimizer on a batch; call it with batch after batch.
 
-    The learning rates are those of the optimizer, tensors that `training.schedule.set_lr` fills in place, so
+    The learning rates are those of the optimizer, tensors that `training.optim.scale_lr` fills in place, so
     that a compiled or captured step reads the present value.
     """
 
@@ -40,7 +40,7 @@ class TrainStep:
 
         Args:
             loss_of: takes a batch, returns the loss and the step's metrics (0-d tensors without gradient).
-            optimizer: over the trained parameters; made by `training.optimizer`.
+            optimizer: over the trained parameters; made by `training.optim`.
             precision: under which the loss is computed.
             tensors_of: lists a batch's tensors, always in the same order and shapes. Where it is given, the
                 step is captured as one CUDA graph after `WARM_UP_STEPS` steps, and replayed from then on.

@@ -25,7 +25,7 @@ from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines.batch import Batch, Mixture, tensors_of
-from training.optimizer import sgd
+from training.optim import sgd
 from training.precision import Precision, PrecisionName, settings_of_training
 from training.step import WARM_UP_STEPS, TrainStep
 

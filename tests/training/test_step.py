@@ -14,11 +14,9 @@ from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines.batch import Batch, Mixture, tensors_of
 from training import step as step_module
-from training.features import Features
-from training.knn import knn_top1
-from training.optimizer import sgd
+from training.evaluate import Features, knn_top1
+from training.optim import scale_lr, sgd
 from training.precision import Precision, settings_of_training
-from training.schedule import set_lr
 from training.step import WARM_UP_STEPS, TrainStep
 
 CPU = torch.device("cpu")
@@ -94,7 +92,7 @@ def test_the_whole_step_has_no_graph_break() -> None:
     step = compiled(whole) if backward_too else in_parts
     for number in range(3):
         for one in (plain_optimizer, optimizer):
-            set_lr(one, 0.05 / (number + 1))
+            scale_lr(one, 1 / (number + 1))
         expected = plain(_batch(number))
         with torch._dynamo.config.patch(trace_autograd_ops=True) if backward_too else nullcontext():
             torch.testing.assert_close(step(_batch(number)), expected, rtol=1e-3, atol=1e-4)
@@ -160,7 +158,7 @@ def test_a_captured_step_trains_as_the_plain_one(compiled: bool) -> None:
             step = TrainStep(model, optimizer, precision, tensors_of=tensors)
             seen = []
             for number in range(WARM_UP_STEPS + 4):
-                set_lr(optimizer, 0.05 / (number + 1))
+                scale_lr(optimizer, 1 / (number + 1))
                 seen.append(step(_batch(number, device)))
             kept.append(([{k: v.item() for k, v in metrics.items()} for metrics in seen], model.state_dict()))
     for plain, captured in zip(*(metrics for metrics, _ in kept), strict=True):

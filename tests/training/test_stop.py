@@ -1,4 +1,4 @@
-"""Signals are remembered during a run, and do what they did before after it."""
+"""A run's requests to stop: signals are recorded during the run and handled as before after it."""
 
 import os
 import signal
@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from training.distributed import Launch
-from training.stop import StopRequest
+from training.distributed import Launch, StopRequest
 
 
 @pytest.fixture
