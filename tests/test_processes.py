@@ -22,12 +22,12 @@ KILLED, ALONE, FINISHED = range(3)
 
 # Rank 1 is killed in the second epoch; cannot open its data; nothing happens.
 DRIVER = """
-import os, signal, sys
+import os, signal
 import train_pretrain
-from training import cli
+from training import cli, run
 
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
-lr_at, build_loader = train_pretrain.lr_at, train_pretrain.build_loader
+lr_at, build_loader = run.lr_at, train_pretrain.build_loader
 
 def dies(step, *args, **options):
     if step == 7 and rank == "1":
@@ -38,12 +38,12 @@ def without_data(data, *args, **options):
     return build_loader(data.with_name("absent.beton") if rank == "1" else data, *args, **options)
 
 if attempt == 0:
-    train_pretrain.lr_at = dies
+    run.lr_at = dies
 if attempt == 1:
     train_pretrain.build_loader = without_data
 if rank == "0":
     print(f"== attempt {attempt}", flush=True)
-cli.run(lambda: train_pretrain.main(train_pretrain.parse(sys.argv[1:])))
+cli.program(train_pretrain.PretrainConfig, train_pretrain.main, parse=train_pretrain.parse)
 """
 
 FLAGS = shlex.split(

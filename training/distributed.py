@@ -214,7 +214,7 @@ def _raise_process_lost() -> Iterator[None]:
         reason = re.sub(r"^\[[^]]*\]\s*", "", str(error)).splitlines()[0].split(". ")[0]
         raise ProcessLost(
             f"lost the connection to the run's other processes ({reason}): one of them died or hangs; see "
-            "its own message above or in the output of its machine; --resume continues from the last checkpoint"
+            "its message above or in the output of its machine; --resume continues from the last checkpoint"
         ) from error
 
 

@@ -16,7 +16,7 @@ from models.encoders import NormLayer
 from models.moco import MoCo
 from pipelines import Batch, Mixture
 from tests.processes import in_two_processes
-from training.distributed import Launch, _kernels_or_warning, choose_device, init_launch
+from training.distributed import Launch, _kernels_or_eager, choose_device, init_launch
 
 PER_RANK = 6
 STEPS = 3
@@ -332,11 +332,11 @@ def test_without_a_compiler_for_kernels_it_is_said_and_nothing_is_compiled(
     monkeypatch.setattr(
         "training.distributed.missing_for_kernels", lambda: "there is no C compiler (gcc): get one"
     )
-    with _kernels_or_warning(launched):
+    with _kernels_or_eager(launched):
         assert double(torch.ones(2)).tolist() == [2, 2] and not traced
     said = capsys.readouterr().err
-    assert "cannot be compiled here, for there is no C compiler (gcc): get one. Until then" in said
+    assert "cannot be compiled here: there is no C compiler (gcc): get one. Until then" in said
     monkeypatch.setattr("training.distributed.missing_for_kernels", lambda: "")
-    with _kernels_or_warning(launched):
+    with _kernels_or_eager(launched):
         assert double(torch.ones(2)).tolist() == [2, 2] and len(traced) == 1
     assert not capsys.readouterr().err

@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TELL = """
 import signal, sys
 from training import failure
-told = failure.to_tell(*sys.argv[1:])
+told = failure.report(*sys.argv[1:])
 assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 print(told or "-")
 """
 RAISE = """
 import sys, traceback
 from training import failure
-with failure.ending_at_once():
+with failure.exit_on_failure():
     raise {}
 """
 
