@@ -220,7 +220,7 @@ def test_mistakes_are_one_sentence(
         "--cos --schedule 5": "no effect on a cosine",
         "--cached --cached-lr 0": "rates must be more than 0",
         "--cached --cached-wd -1": "weight decays at least 0",
-        f"--out {run}": "is the folder of --pretrained, whose files stay",
+        f"--out {run}": "is the folder of --pretrained, whose files must stay",
         "--knn-t 0": "knn_t is 0.0; it must be more than 0",
     }.items():
         assert said in refusal(beton, "--val", beton, *good, *words.split())
