@@ -1,19 +1,19 @@
-"""Fine-tune a pretrained encoder on labels: all of them, or 1 % or 10 %.
+"""Fine-tune a pretrained encoder on all labels, or on 1 % or 10 % of them.
 
-With a tenth of the labels, chosen by --seed the same share of each class, as the list in --out tells:
+With a tenth of the labels, the same share of each class, drawn by --seed and listed in --out:
     python train_finetune.py TRAIN --val VAL --pretrained CKPT --labels 0.1
 
-With the published lists of ImageNet pictures (one file name a line, such as n01440764_10043.JPEG):
+With the published lists of ImageNet images (one file name per line, such as n01440764_10043.JPEG):
     python train_finetune.py TRAIN --val VAL --pretrained CKPT --labels 10percent.txt
 
-One node of eight GPUs (the batch of 256 is shared among them; more nodes as with train_pretrain.py):
+One node of eight GPUs, which share the batch of 256 (more nodes as with train_pretrain.py):
     torchrun --nproc-per-node 8 train_finetune.py …
 
 The defaults are SwAV's for a tenth of the labels (arXiv 2006.09882, its eval_semisup.py): 20 epochs, learning
-rates 0.01 for the encoder and 0.2 for the classifier; for 1 % it takes --lr 0.02 --head-lr 5.
+rates 0.01 for the encoder and 0.2 for the classifier. For 1 %, SwAV uses --lr 0.02 --head-lr 5.
 
-Left in --out: result.json, best.pt and the newest checkpoint, which --resume continues, backbone.safetensors
-of the best epoch, labels.txt, logs.
+Files in --out: result.json; best.pt and the newest checkpoint, from which --resume continues;
+backbone.safetensors of the best epoch; labels.txt; logs.
 """
 
 import dataclasses
@@ -52,24 +52,24 @@ class FinetuneConfig(SupervisedConfig):
     out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = Path("runs/finetune")
     """Folder of the run."""
     labels: str = "1"
-    """Share of each class's pictures to train on, in (0, 1], drawn by --seed; or a file that names them, one
-    a line, such as the published lists of 1 % and 10 % of ImageNet."""
+    """Share of each class's images to train on, in (0, 1], drawn by --seed; or a file with one image name per
+    line, such as the published lists of 1 % and 10 % of ImageNet."""
     epochs: int = 20
-    """Passes over these pictures."""
+    """Passes over these images."""
     lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 0.01
     """Learning rate of the encoder."""
     head_lr: float = 0.2
     """Learning rate of the classifier."""
     sync_bn: bool = False
-    """BatchNorm statistics over all GPUs; each has its own if not."""
+    """Take BatchNorm statistics over all GPUs; by default each GPU has its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lr < 0 or self.head_lr < 0:
-            raise ValueError(f"lr is {self.lr}, head_lr {self.head_lr}; neither may be less than 0")
+            raise ValueError(f"lr is {self.lr}, head_lr {self.head_lr}; both must be at least 0")
 
     def describe(self, encoder: BackboneMeta, sets: LabelledSets) -> BackboneMeta:
-        """What was said of the encoder before, and that it was fine-tuned, on what and how."""
+        """The encoder's meta, extended by the fine-tuning."""
         on = sets.train.name if sets.train.name != "train" else f"{sets.train.parent.name}/train"
         return dataclasses.replace(
             encoder,
@@ -89,7 +89,7 @@ class FinetuneConfig(SupervisedConfig):
 def main(config: FinetuneConfig) -> None:
     """Fine-tune; see the top of this file."""
     with init_launch(config.device) as launch:
-        subset, names = choose_pictures(config, launch)
+        subset, names = choose_images(config, launch)
         run = assemble(
             config,
             launch,
@@ -103,14 +103,19 @@ def main(config: FinetuneConfig) -> None:
             write_atomically(config.out / "labels.txt", lambda file: file.writelines(lines))
         print_once(
             launch,
-            f"{run.loader.count:,} labelled pictures, {config.epochs} epochs of {len(run.loader)} steps",
+            f"{run.loader.count:,} labelled images, {config.epochs} epochs of {len(run.loader)} steps",
         )
         if train(run) and launch.is_main:
             finish(run)
 
 
-def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.int64] | None, list[str]]:
-    """The pictures to train on and their names, or positions (#17) in a set without; nothing for all."""
+def choose_images(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.int64] | None, list[str]]:
+    """Choose the images to train on.
+
+    Returns:
+        Their sorted positions and their names, or positions such as "#17" in a set without names; None and no
+        names for all images.
+    """
     path, _ = config.sets()
     engine = build_loader(path, evaluation(Recipe()), batch_size=1, drop_last=False).engine
     try:
@@ -119,7 +124,7 @@ def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.
         listed = Path(config.labels)
         if not listed.is_file():
             raise FileNotFoundError(
-                f"--labels {config.labels} is neither a share in (0, 1] nor a file that names pictures"
+                f"--labels {config.labels} is neither a share in (0, 1] nor a file of image names"
             ) from None
         subset = listed_subset(engine.names, engine.count, listed)
     else:
@@ -134,7 +139,7 @@ def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.
 
 
 def finish(run: SupervisedRun) -> None:
-    """Write the best epoch's encoder and the figures; tell them."""
+    """Write the encoder of the best epoch and the figures, and print them."""
     config, last, best_top1 = run.config, run.measured.accuracy, run.measured.best_top1
     assert last is not None, "the last epoch is always measured"
     best = load_backbone(config.out / BEST)

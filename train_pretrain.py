@@ -161,7 +161,7 @@ def train_step(run: PretrainRun, step: TrainStep, batch: Batch) -> dict[str, Ten
 
 
 def open_data(config: PretrainConfig, launch: Launch, precision: Precision) -> ViewLoader:
-    """The loader of this process's share; refuses a --val that kNN cannot use before the first step."""
+    """Open this process's share of the set, and check that --val can be used for kNN."""
     loader = build_loader(
         config.data,
         config.recipe(),
@@ -185,7 +185,7 @@ def open_data(config: PretrainConfig, launch: Launch, precision: Precision) -> V
 
 
 def build_model(config: PretrainConfig, world_size: int) -> MoCo:
-    """The model of a config, freshly initialised from torch's default generator."""
+    """Build the model of a config, initialised by torch's default generator."""
     return MoCo(
         functools.partial(build_encoder, config.arch, small_stem=config.small_stem),
         method=config.mixing.method,
@@ -202,7 +202,7 @@ def build_model(config: PretrainConfig, world_size: int) -> MoCo:
 
 
 def evaluate(run: PretrainRun, log: RunLog) -> None:
-    """Log the effective rank of the query encoder's features, and with --val the kNN top-1 by them."""
+    """Log the effective rank of the query encoder's features, and with --val their kNN top-1."""
     if not run.launch.is_main:
         return
     config, device = run.config, run.precision.device
@@ -230,7 +230,7 @@ def evaluate(run: PretrainRun, log: RunLog) -> None:
 
 
 def export(run: PretrainRun) -> None:
-    """Write the finished backbone and the checkpoint in the published layout; tell the next command."""
+    """Write the finished backbone and the checkpoint in the published layout; print the next command."""
     config, launch, model = run.config, run.launch, run.model
     if not launch.is_main:
         return
@@ -246,19 +246,18 @@ def export(run: PretrainRun) -> None:
     print_once(launch, f"finished: {backbone} (and checkpoint.pth.tar in the published layout)")
     print_once(launch, f"next: python train_lincls.py {config.data} --val VAL --pretrained {backbone}")
     if run.loader.faults:
-        print_once(
-            launch, f"{len(run.loader.faults)} pictures could not be decoded and were replaced, see above"
-        )
+        num_faults = len(run.loader.faults)
+        print_once(launch, f"{num_faults} images could not be decoded and were replaced, see above")
 
 
 def announce(run: PretrainRun) -> None:
-    """One line of what runs, one of what to expect."""
+    """Print what runs and what to expect."""
     config, launch, loader = run.config, run.launch, run.loader
     millions = sum(p.numel() for p in run.model.encoder_q.parameters()) / 1e6
     print_once(
         launch,
         f"{config.mixing.method}{', symmetric' if config.mixing.symmetric else ''} on {config.data}: "
-        f"{loader.engine.count} pictures by {loader.engine.name}, {config.arch} of {millions:.1f} M "
+        f"{loader.engine.count} images by {loader.engine.name}, {config.arch} of {millions:.1f} M "
         f"parameters, {config.epochs} epochs of {len(loader)} steps, "
         f"{run.precision.name} on {launch.device} × {launch.world_size}, "
         f"{config.batch_statistics(launch.world_size)}",
@@ -267,10 +266,10 @@ def announce(run: PretrainRun) -> None:
         print_once(launch, loader.chosen)
     if not compiled_before():
         print_once(
-            launch, "the loader's inner loops are compiled now, once after each update: some fifteen seconds"
+            launch, "compiling the loader's inner loops, once after each update: about fifteen seconds"
         )
     if not run.step and config.epochs:
-        print_once(launch, "the loss rises at first, until the queue's noise has given way to real keys")
+        print_once(launch, "the loss rises at first, until real keys have replaced the queue's initial noise")
 
 
 if __name__ == "__main__":

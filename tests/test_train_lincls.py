@@ -206,7 +206,7 @@ def test_mistakes_are_one_sentence(
     flat = tmp_path / "flat"
     shutil.copytree(picture_folder / "cat", flat)
     assert "give --val" in refusal(beton, *good)
-    assert "pictures of " in refusal(flat, "--val", beton, *good, "--knn-k", 5)
+    assert "images of " in refusal(flat, "--val", beton, *good, "--knn-k", 5)
     assert "no checkpoint" in refusal(beton, "--val", beton, "--pretrained", tmp_path / "absent.pt")
     assert "--arch says resnet18" in refusal(beton, "--val", beton, *good, "--arch", "resnet18")
     assert "--small-stem" in refusal(beton, "--val", beton, "--pretrained", _as_resnet18(run, tmp_path))
@@ -220,14 +220,14 @@ def test_mistakes_are_one_sentence(
         "--cos --schedule 5": "no effect on a cosine",
         "--cached --cached-lr 0": "rates must be more than 0",
         "--cached --cached-wd -1": "weight decays at least 0",
-        f"--out {run}": "is the folder of --pretrained, whose files must stay",
+        f"--out {run}": "is the folder of --pretrained, which must not change",
         "--knn-t 0": "knn_t is 0.0; it must be more than 0",
     }.items():
         assert said in refusal(beton, "--val", beton, *good, *words.split())
     other = tmp_path / "other"
     shutil.copytree(picture_folder / "cat", other / "cat")
     shutil.copytree(picture_folder / "bird", other / "ant")
-    assert "'bird' stands where the other has 'ant'" in refusal(beton, "--val", other, *good)
+    assert "'bird' in the place of 'ant'" in refusal(beton, "--val", other, *good)
     shutil.copytree(picture_folder / "bird", other / "dog")
     assert "differ" in refusal(beton, "--val", other, *good)
     empty = tmp_path / "empty"

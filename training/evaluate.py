@@ -69,18 +69,18 @@ def gather_features(launch: Launch, own: Features) -> Features | None:
 def check_labels(name: str, label_N: Tensor, num_classes: int) -> None:
     """Raise ValueError unless the set ``name`` has samples and all labels are in 0 … num_classes − 1."""
     if not len(label_N):
-        raise ValueError(f"{name} is empty; nothing can be measured")
+        raise ValueError(f"{name} is empty; give a set with at least one image")
     unlabelled = int((label_N < 0).sum())
     if unlabelled:
         raise ValueError(
-            f"{unlabelled} of the {len(label_N)} pictures of {name} have no label; give a set that was made "
+            f"{unlabelled} of the {len(label_N)} images of {name} have no label; give a set that was made "
             "from folders of classes"
         )
     high = int(label_N.max())
     if high >= num_classes:
         raise ValueError(
-            f"{name} has label {high}, the {num_classes} classes are 0 … {num_classes - 1}; give sets of the "
-            "same classes"
+            f"{name} has label {high}, but the {num_classes} classes are 0 … {num_classes - 1}; give sets "
+            "of the same classes"
         )
 
 
@@ -101,7 +101,7 @@ def effective_rank(feature_ND: Tensor) -> float:
     gram_DD = feature_ND.double().T @ feature_ND.double()
     singular_D = torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt()
     if not len(feature_ND) or not singular_D.sum() > 0:
-        raise ValueError(f"{len(feature_ND)} features, none of them other than zero, have no rank")
+        raise ValueError(f"{len(feature_ND)} features that are all zero have no rank")
     share_D = singular_D / singular_D.sum()
     return float(torch.special.entr(share_D).sum().exp())
 
@@ -151,14 +151,16 @@ def knn_top1(
     leave_one_out = test is None
     test = bank if test is None else test
     if k < 1 or not temperature > 0:
-        raise ValueError(f"k is {k} and the temperature {temperature}; take at least 1, and more than 0")
+        raise ValueError(
+            f"k is {k}, temperature {temperature}; k must be at least 1, the temperature more than 0"
+        )
     labels = (bank.label_N, test.label_N)
     num_classes = max((int(label.max()) + 1 for label in labels if len(label)), default=0)
     for name, label in zip(("the bank", "the test set"), labels, strict=True):
         check_labels(name, label, num_classes)
     k = min(k, len(bank.label_N) - leave_one_out)
     if not k:
-        raise ValueError("the bank has a single sample, which has no neighbour but itself")
+        raise ValueError("the bank has a single sample, which has no neighbours; give at least 2")
     bank_ND, test_MD = bank.feature_ND.float(), test.feature_ND.float()
     # The products are scaled, because memory may not hold a second, normalised bank.
     inverse_norm_N = bank_ND.norm(dim=1).clamp_min(1e-12).reciprocal()
@@ -188,9 +190,9 @@ class Accuracy:
     """Shares of a set's samples, in [0, 1]."""
 
     top1: float
-    """Samples whose label has the largest logit."""
+    """Samples with the largest logit at their label."""
     top5: float
-    """Samples whose label is among the five largest logits, or among all if there are fewer."""
+    """Samples with one of the five largest logits at their label; 1 for up to five classes."""
 
     @classmethod
     def of(cls, hits_3: Tensor) -> Self:

@@ -145,7 +145,7 @@ class Run:
     epoch: int = 0
     """Epoch of the next step."""
     about: ClassVar[str] = ""
-    """Explanation of the metrics, shown beside the curves in TensorBoard."""
+    """Explanation of the metrics, shown in TensorBoard."""
 
     @property
     def total_steps(self) -> int:

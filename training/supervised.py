@@ -167,7 +167,7 @@ def assemble(
         raise ValueError("--sync-bn needs GPUs; leave it out on a CPU, where each process has its own BN")
     if config.out.resolve() == config.pretrained.parent.resolve():
         raise ValueError(
-            f"--out {config.out} is the folder of --pretrained, whose files must stay; choose another --out"
+            f"--out {config.out} is the folder of --pretrained, which must not change; choose another --out"
         )
     precision, checkpoint = prepare(config, launch)
     sets = labelled_sets(config)

@@ -83,7 +83,7 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         (tmp_path / name / "run-0" / "result.json").write_text(json.dumps({"knn_top1": 0.11} | own))
     stranger = tmp_path / "stranger"
     stranger.mkdir()
-    (tmp_path / "lincls" / "cached.json").write_text("{")  # of no use to anybody, and passed over
+    (tmp_path / "lincls" / "cached.json").write_text("{")  # damaged, and ignored
     (stranger / "knn.json").write_text(json.dumps({"knn_top1": 0.99, "encoder_sha256": "of another"}))
     text = main(Card(backbone)).read_text()
     assert "99.00 %" not in text and "11.00 %" not in text
@@ -98,7 +98,7 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         "| fine-tuned top-1, best epoch, 1,000 labels | 71.00 % |",
         "| bbox AP75, 2 runs | 50.00 ± 0.50 |",
         "| segm AP75, coco_R_50_C4_2x | 35.50 |",
-        "100 steps, 1,234 pictures/s; online kNN at the end 43.21 %, effective rank 12.3.",
+        "100 steps, 1,234 images/s; online kNN at the end 43.21 %, effective rank 12.3.",
         "| epochs | 7 |",
         "| mixing.grid_size | 5 |",
         "Trained on pictures.beton, 1,234 pictures by mixmask",
@@ -120,7 +120,7 @@ def test_what_says_too_little_is_refused(tmp_path: Path) -> None:
     strange = tmp_path / "strange.json"
     own = fingerprint(load_backbone(backbone).state)
     strange.write_text(json.dumps({"loss": 3, "encoder_sha256": own}))
-    with pytest.raises(ValueError, match="none of the figures known"):
+    with pytest.raises(ValueError, match="none of the known figures"):
         main(Card(backbone, (strange,)))
     strange.write_text("{")
     with pytest.raises(ValueError, match="cannot be read as a result"):
@@ -130,6 +130,6 @@ def test_what_says_too_little_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="is no exported backbone"):
         main(Card(tmp_path / "checkpoint.pt"))
-    with pytest.raises(ValueError, match="does not say its architecture"):
+    with pytest.raises(ValueError, match="does not name its architecture"):
         main(Card(tmp_path / "bare.safetensors"))
     assert not (tmp_path / "MODEL_CARD.md").exists()

@@ -48,9 +48,9 @@ def test_features_keep_their_order() -> None:
 
 def test_labels_out_of_range_are_named() -> None:
     check_labels("a.beton", torch.tensor([0, 3]), 4)
-    with pytest.raises(ValueError, match=r"a.beton has label 4, the 4 classes are 0 … 3"):
+    with pytest.raises(ValueError, match=r"a.beton has label 4, but the 4 classes are 0 … 3"):
         check_labels("a.beton", torch.tensor([0, 4]), 4)
-    with pytest.raises(ValueError, match=r"2 of the 3 pictures of a.beton have no label"):
+    with pytest.raises(ValueError, match=r"2 of the 3 images of a.beton have no label"):
         check_labels("a.beton", torch.tensor([-1, 4, -1]), 4)
     with pytest.raises(ValueError, match=r"b.beton is empty"):
         check_labels("b.beton", torch.zeros(0, dtype=torch.int64), 4)
@@ -162,7 +162,7 @@ def test_sets_that_cannot_be_judged_are_refused() -> None:
     unlabelled = Features(features, labels.index_fill(0, torch.tensor(3), -1))
     labelled = Features(features, labels)
     for sets, name in (((unlabelled, labelled), "the bank"), ((labelled, unlabelled), "the test set")):
-        with pytest.raises(ValueError, match=f"1 of the 60 pictures of {name} have no label"):
+        with pytest.raises(ValueError, match=f"1 of the 60 images of {name} have no label"):
             knn_top1(*sets)
     with pytest.raises(ValueError, match="the test set is empty"):
         knn_top1(_clusters(0, 60), Features(features[:0], labels[:0]))

@@ -126,7 +126,8 @@ def test_what_a_file_says_may_be_foreign_or_damaged(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     assert export.load_backbone(path).meta == export.BackboneMeta()
     safetensors.torch.save_file(tensors, path, {"arch": "resnet18", "mean": "0.5 0.5 0.5"})
-    with pytest.raises(CheckpointError, match=r"what .*backbone.safetensors says of its backbone is damaged"):
+    damaged = r"description of the backbone in .*backbone.safetensors is damaged"
+    with pytest.raises(CheckpointError, match=damaged):
         export.load_backbone(path)
 
 

@@ -58,7 +58,7 @@ def test_events_follow_the_steps_before_them(tmp_path: Path) -> None:
     rows = _rows(tmp_path)
     assert [row["kind"] for row in rows] == ["step", "knn"]
     assert rows[1]["top1"] == 0.5 and rows[1]["step"] == 0 and rows[1]["note"] == "ünïcode"
-    with _log(tmp_path) as log, pytest.raises(ValueError, match="give it a kind of its own"):
+    with _log(tmp_path) as log, pytest.raises(ValueError, match="give it a kind other than 'step'"):
         log.event({"top1": 0.5})
 
 
