@@ -229,7 +229,7 @@ def in100(data: Path) -> PretrainConfig:
 
     Encoder and epochs are the usual ones for this set, ResNet-18 and 400 (solo-learn, arXiv 2108.01775). The
     rest is as in `in1k` (arXiv 2210.11456). The combination is our choice; it is not tuned, and there is no
-    published figure for it. Cost: seventeen hours of one A100 (estimate).
+    published figure for it. Cost: seventeen hours of one A100 (estimate, not yet measured here).
     """
     return PretrainConfig(data, preset="in100", out=Path("runs/in100"), arch="resnet18", epochs=400)
 
@@ -239,7 +239,7 @@ def cifar10(data: Path) -> PretrainConfig:
 
     Queue 4096, momentum 0.99, temperature 0.1, linear head, crops from 8 % of the image, no blur, eight BN
     splits. Published kNN top-1 (k = 200, t = 0.1): 91.3, MoCo alone 89.1; with --symmetric 92.3 and 90.5.
-    Cost: five hours of one A100 (estimate).
+    Cost: five hours of one A100 (estimate, not yet measured here).
 
     The standard deviations are those of the set; the source uses smaller ones (0.202, 0.199, 0.201). The grid
     of 8 px cells for --method mixmask, both and erase is our choice.
@@ -274,7 +274,7 @@ def cifar100(data: Path) -> PretrainConfig:
     """Un-Mix on MoCo for CIFAR-100: `cifar10` with another mean and deviation (arXiv 2003.05438).
 
     Published kNN top-1 (k = 200, t = 0.1): 67.3, MoCo alone 63.6; with --symmetric 68.8 and 65.5. Cost: five
-    hours of one A100 (estimate). The source normalises both sets with CIFAR-10's numbers.
+    hours of one A100 (estimate, not yet measured here). The source normalises both sets with CIFAR-10's numbers.
     """
     base = cifar10(data)
     views = dataclasses.replace(base.views, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
@@ -286,7 +286,7 @@ def tiny_imagenet(data: Path) -> PretrainConfig:
 
     MixMask (arXiv 2210.11456) and Un-Mix (arXiv 2003.05438) report on this set, but published no code or
     command for it. So every difference from `cifar10` is our choice, including the grid of 4 × 4 cells of
-    16 px, and there is no published figure for it. Cost: eight hours of one A100 (estimate).
+    16 px, and there is no published figure for it. Cost: eight hours of one A100 (estimate, not yet measured here).
     """
     base = cifar10(data)
     return dataclasses.replace(
