@@ -273,8 +273,9 @@ def cifar10(data: Path) -> PretrainConfig:
 def cifar100(data: Path) -> PretrainConfig:
     """Un-Mix on MoCo for CIFAR-100: `cifar10` with another mean and deviation (arXiv 2003.05438).
 
-    Published kNN top-1 (k = 200, t = 0.1): 67.3, MoCo alone 63.6; with --symmetric 68.8 and 65.5. Cost: five
-    hours of one A100 (estimate, not yet measured here). The source normalises both sets with CIFAR-10's numbers.
+    Published kNN top-1 (k = 200, t = 0.1): 67.3, MoCo alone 63.6; with --symmetric 68.8 and 65.5. The source
+    normalises both sets with CIFAR-10's numbers. Cost: five hours of one A100 (estimate, not yet measured
+    here).
     """
     base = cifar10(data)
     views = dataclasses.replace(base.views, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
@@ -286,7 +287,8 @@ def tiny_imagenet(data: Path) -> PretrainConfig:
 
     MixMask (arXiv 2210.11456) and Un-Mix (arXiv 2003.05438) report on this set, but published no code or
     command for it. So every difference from `cifar10` is our choice, including the grid of 4 × 4 cells of
-    16 px, and there is no published figure for it. Cost: eight hours of one A100 (estimate, not yet measured here).
+    16 px, and there is no published figure for it. Cost: eight hours of one A100 (estimate, not yet measured
+    here).
     """
     base = cifar10(data)
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The card says what the files say, and its lines load the backbone."""
+"""The card agrees with the files, and its code loads the backbone."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def _runs(code: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arch", "options"), [("resnet18", {}), ("resnet18", {"small_stem": True}), ("resnet10w16", {})]
 )
-def test_the_lines_that_load_it_do(arch: str, options: dict[str, bool], tmp_path: Path) -> None:
+def test_the_code_on_the_card_loads_the_backbone(arch: str, options: dict[str, bool], tmp_path: Path) -> None:
     text = main(Card(_backbone(tmp_path, arch, **options))).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     plain = arch == "resnet18" and not options
@@ -81,17 +81,15 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         (tmp_path / name / "run-0").mkdir(parents=True)
         (tmp_path / name / "result.json").write_text(json.dumps(result | own))
         (tmp_path / name / "run-0" / "result.json").write_text(json.dumps({"knn_top1": 0.11} | own))
-    stranger = tmp_path / "stranger"
-    stranger.mkdir()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
     (tmp_path / "lincls" / "cached.json").write_text("{")  # damaged, and ignored
-    (stranger / "knn.json").write_text(json.dumps({"knn_top1": 0.99, "encoder_sha256": "of another"}))
+    (foreign / "knn.json").write_text(json.dumps({"knn_top1": 0.99, "encoder_sha256": "of another"}))
     text = main(Card(backbone)).read_text()
     assert "99.00 %" not in text and "11.00 %" not in text
-    assert (
-        "22.00 %" not in text and "| fine-tuned top-1, best epoch | 73.00 % |" in text
-    )  # of what was exported
+    assert "22.00 %" not in text and "| fine-tuned top-1, best epoch | 73.00 % |" in text
     with pytest.raises(ValueError, match=r"knn.json is of another backbone"):
-        main(Card(backbone, (stranger / "knn.json",)))
+        main(Card(backbone, (foreign / "knn.json",)))
     for expected in (
         "| linear top-1 (published) | 65.43 % |",
         "| kNN top-1 | 50.00 % |",
@@ -107,7 +105,7 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         assert expected in text, text
 
 
-def test_a_folder_may_be_called_like_a_single_run(tmp_path: Path) -> None:
+def test_the_backbones_folder_may_be_named_like_a_repeated_run(tmp_path: Path) -> None:
     (tmp_path / "run-1").mkdir()
     backbone = _backbone(tmp_path / "run-1", "resnet18")
     own = fingerprint(load_backbone(backbone).state)
@@ -115,7 +113,7 @@ def test_a_folder_may_be_called_like_a_single_run(tmp_path: Path) -> None:
     assert "50.00 %" in main(Card(backbone)).read_text()
 
 
-def test_what_says_too_little_is_refused(tmp_path: Path) -> None:
+def test_incomplete_files_are_refused(tmp_path: Path) -> None:
     backbone = _backbone(tmp_path, "resnet18")
     strange = tmp_path / "strange.json"
     own = fingerprint(load_backbone(backbone).state)

@@ -57,11 +57,11 @@ def test_labels_out_of_range_are_named() -> None:
 
 
 # ======================================================================================================
-# Health
+# Health of a contrastive run
 # ======================================================================================================
 
 
-def test_orthogonal_directions_used_alike_have_full_rank() -> None:
+def test_equally_used_orthogonal_directions_have_full_rank() -> None:
     assert effective_rank(torch.eye(16) * 3) == pytest.approx(16)
     assert effective_rank(torch.eye(16)[:5]) == pytest.approx(5, rel=1e-4)
 
@@ -84,7 +84,7 @@ def test_features_without_content_are_refused() -> None:
 
 
 @given(st.integers(0, 30), st.integers(1, 20), st.integers(1, 50))
-def test_the_queue_is_as_old_as_its_oldest_key(steps: int, keys_per_step: int, queue_len: int) -> None:
+def test_the_queues_age_is_that_of_its_oldest_key(steps: int, keys_per_step: int, queue_len: int) -> None:
     queue: deque[int] = deque(maxlen=queue_len)
     for step in range(steps):
         queue.extend([step] * keys_per_step)
@@ -99,7 +99,7 @@ def test_the_queue_is_as_old_as_its_oldest_key(steps: int, keys_per_step: int, q
 
 
 def _clusters(seed: int, samples: int) -> Features:
-    """Overlapping classes, so that the vote matters and accuracy is neither 0 nor 1."""
+    """Overlapping classes, so that the votes matter and the accuracy is neither 0 nor 1."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(5, (samples,), generator=generator)
     centres = torch.eye(5, 12) * 1.5
@@ -143,7 +143,7 @@ def test_sharp_temperatures_do_not_overflow() -> None:
     assert knn_top1(bank, bank, k=10, temperature=1e-3) == 1
 
 
-def test_more_neighbours_than_there_are_are_all_of_them() -> None:
+def test_a_larger_k_than_the_bank_uses_all_neighbours() -> None:
     bank, test = _clusters(0, 30), _clusters(1, 40)
     assert knn_top1(bank, test, k=200) == knn_top1(bank, test, k=30)
     assert knn_top1(bank, k=200) == knn_top1(bank, k=29)
@@ -157,7 +157,7 @@ def test_values_out_of_range_are_named(options: dict[str, float], message: str) 
         knn_top1(_clusters(0, 60), **options)
 
 
-def test_sets_that_cannot_be_judged_are_refused() -> None:
+def test_sets_without_labels_or_samples_are_refused() -> None:
     features, labels = _clusters(0, 60)
     unlabelled = Features(features, labels.index_fill(0, torch.tensor(3), -1))
     labelled = Features(features, labels)
@@ -185,7 +185,7 @@ def _bank() -> Features:
 
 
 def _alone(bank: Features, setting: LinearSetting, epochs: int, batch_size: int, seed: int) -> nn.Linear:
-    """The plain way, with torch's default SGD."""
+    """A classifier trained alone, with torch's default SGD."""
     torch.manual_seed(seed)
     head = new_classifier(6, 3)
     optimizer = torch.optim.SGD(
@@ -205,7 +205,7 @@ def _alone(bank: Features, setting: LinearSetting, epochs: int, batch_size: int,
     return head
 
 
-def test_trained_together_as_alone() -> None:
+def test_classifiers_trained_together_equal_those_trained_alone() -> None:
     bank, steps = _bank(), []
     heads = train_linear(
         bank,

@@ -1,4 +1,4 @@
-"""Memory that stays with the process: seen by the page faults of taking and freeing it again."""
+"""Freed memory stays with the process, which shows in the page faults of allocating it again."""
 
 import platform
 import subprocess
@@ -25,12 +25,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_a_step_takes_the_memory_of_the_one_before() -> None:
+def test_a_step_reuses_the_memory_of_the_previous_one() -> None:
     faults = {}
     for way in ("returned", "kept"):
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, way], capture_output=True, text=True, check=True
         )
         faults[way] = int(done.stdout)
-    # 64 MiB, which glibc always maps anew, are 16,384 pages, or 32 of the larger kind.
+    # 64 MiB, which glibc maps again each time, are 16,384 pages, or 32 huge pages.
     assert faults["returned"] >= 4 * 2 * 32 > 10 * faults["kept"]

@@ -30,7 +30,7 @@ def test_steps_are_those_of_plain_sgd(momentum: float) -> None:
     "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
         not torch.cuda.is_available(), reason="needs a CUDA device")])],
 )  # fmt: skip
-def test_a_first_step_that_the_scaler_skips_leaves_nothing_behind(device: str) -> None:
+def test_a_first_step_that_the_scaler_skips_leaves_zero_momentum(device: str) -> None:
     module = nn.Linear(5, 3).to(device)
     before = copy.deepcopy(module.state_dict())
     optimizer = sgd(module, 0.1, 0.9, 0.0)
@@ -71,11 +71,11 @@ def test_steps_drop_exactly_at_their_share(total: int) -> None:
 
 
 @pytest.mark.parametrize(("epochs", "per_epoch"), [(200, 5004), (7, 3), (1000, 97), (3, 1)])
-def test_milestones_in_epochs_drop_with_the_first_step_of_theirs(epochs: int, per_epoch: int) -> None:
+def test_milestones_in_epochs_drop_at_the_first_step_of_their_epoch(epochs: int, per_epoch: int) -> None:
     milestones = (1, epochs - 1)
     total, at = epochs * per_epoch, milestone_shares(milestones, epochs)
     for step in {*range(per_epoch + 1), *range(total - per_epoch - 1, total)}:
-        # Written out: a tenth for every milestone that the step's epoch has reached.
+        # The definition: a tenth for each milestone that the step's epoch has reached.
         want = 0.1 ** sum(step // per_epoch >= milestone for milestone in milestones)
         assert lr_at(step, total, 1.0, kind="step", milestones=at) == pytest.approx(want)
 
