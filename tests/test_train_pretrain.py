@@ -252,7 +252,7 @@ def test_mistakes_are_one_sentence(
     empty.mkdir()
     run = tmp_path / "run"
     assert "larger than the set of 40" in _refusal(_argv(beton, run, "--batch-size", "64"), capsys)
-    assert "no pictures" in _refusal(_argv(empty, run), capsys)
+    assert "no images" in _refusal(_argv(empty, run), capsys)
     assert "make convert" in _refusal(_argv(tmp_path / "absent.beton", run), capsys)
     assert "resnet50" in _refusal(_argv(beton, run, "--arch", "resnet51"), capsys)
     assert "mask_lam" in _refusal(_argv(beton, run, "--mask-lam", "0.01"), capsys)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.batch import Batch, tensors_of
 from pipelines import build_loader
-from pipelines.batch import Batch, tensors_of
 from pipelines.device import Uploads, one_ahead
 from pipelines.recipe import Mixing, moco_v2
 

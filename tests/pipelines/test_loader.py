@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines.decode.decoder import BadPicturesError
 
 from dataset_tools.beton_writer import BetonWriter
 from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
-from pipelines.decode.decoder import BadPicturesError
 from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
 from pipelines.sets.beton import open_beton
 
@@ -444,11 +444,11 @@ def test_wrong_paths_are_refused(beton: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         _load(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         _load(tmp_path / "empty")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "readme.txt").write_text("hello")
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         _load(tmp_path / "notes")
 
 

@@ -168,7 +168,7 @@ def test_more_shards_than_open_files_are_refused_with_the_mend(
 
 def test_few_tars_stay_open_and_the_others_are_closed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(build_loader(shards, RECIPE, "dali", batch_size=8))
-    monkeypatch.setattr("pipelines.sets.stores._MOST_OPEN", 2)
+    monkeypatch.setattr("pipelines.sets.stores._MAX_OPEN_FILES", 2)
     loader = build_loader(shards, RECIPE, "dali", batch_size=8)
     before = len(list(Path("/proc/self/fd").iterdir()))
     batches = list(loader)
@@ -215,10 +215,10 @@ def _spoil_index(copy: Path) -> None:
     ("damage", "message"),
     [
         (_drop_index, r"000002\.idx is missing, which DALI's reader needs; index the shards"),
-        (_swap_indices, "is no picture by the index of .* file does not fit its tar"),
-        (_shift_index, "is no picture by the index of .* file does not fit its tar"),
-        (_lengthen_picture, "is no picture by the index of .* file does not fit its tar"),
-        (_shorten_index, r"name 39 pictures, its manifest 40"),
+        (_swap_indices, "is not an image by the index of .* file does not fit its tar"),
+        (_shift_index, "is not an image by the index of .* file does not fit its tar"),
+        (_lengthen_picture, "is not an image by the index of .* file does not fit its tar"),
+        (_shorten_index, r"list 39 images, its manifest 40"),
         (_spoil_index, "DALI cannot open the shards"),
     ],
 )
