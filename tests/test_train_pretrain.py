@@ -201,7 +201,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     """In the middle of the first epoch, at its very end, and in the middle of the second; as on GPUs, where a
     batch is ready ahead of the stop, too."""
     if one_ahead:
-        monkeypatch.setattr("pipelines.loader._RUN_BESIDE_THE_HOST", {"cpu"})
+        monkeypatch.setattr("pipelines.loader._ASYNC_DEVICES", {"cpu"})
     pictures, more = request.getfixturevalue(data), ("--method", "both", *flags)
     main(parse(_argv(pictures, tmp_path / "whole", *more)))
 

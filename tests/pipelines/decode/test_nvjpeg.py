@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines.decode.nvjpeg import ARCH_MISMATCH, BACKEND_HARDWARE, SUCCESS, JpegUnit, find_jpeg_unit
+
+from pipelines.decode import choose
+from pipelines.decode.choose import (
+    ARCH_MISMATCH,
+    BACKEND_HARDWARE,
+    SUCCESS,
+    JpegUnit,
+    find_jpeg_unit,
+    nvjpeg_libraries,
+)
 
 GPU = torch.device("cuda", 0)
 HANDLE = 0x7F0000001234
