@@ -11,7 +11,7 @@ from benchmarks.peers.contract import FixedCrops, Job, Peer
 from benchmarks.sample_sets import read_with_pil
 from pipelines.augment.crops import draw_boxes
 from pipelines.decode.pillow import FORMATS
-from pipelines.sets.listing import FolderListing
+from pipelines.sets.folder import FolderListing
 
 
 def choose_crops(job: Job, num: int) -> FixedCrops:

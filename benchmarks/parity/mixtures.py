@@ -15,9 +15,9 @@ from torch.nn.functional import interpolate
 from benchmarks.parity.chances import EVERYBODY, add_distance
 from benchmarks.parity.limits import GRID_CELL_DRAWS, MEASURES, NUM_DRAWS, NUM_UNMIX
 from benchmarks.parity.measures import Errors, Row
+from models.batch import Mixture
 from pipelines.augment.masks import block_masks, draw_masks, grid_masks
 from pipelines.augment.mixing import blend, draw_mixtures
-from pipelines.batch import Mixture
 from pipelines.recipe import Mixing, Recipe, moco_v2
 
 Mix = Callable[[Recipe, int, int, Tensor, Tensor], tuple[Mixture, ...]]

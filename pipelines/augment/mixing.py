@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.batch import Mixture
 from pipelines.augment.masks import cell_of_pixel, draw_masks, kept_share
-from pipelines.batch import Mixture
 from pipelines.randomness import Purpose, bits, uniform
 from pipelines.recipe import Mixing, Recipe
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.batch import Mixture
 from pipelines.augment.mixing import blend, draw_mixtures, draw_partner
-from pipelines.batch import Mixture
 from pipelines.recipe import Mixing, moco_v2
 
 
