@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import draw_parameters
+from pipelines.augment.draws import draw_boxes, draw_parameters
 from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.decode.turbo import FFCVEngine
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
 from pipelines.sets.stores import open_store
 
@@ -72,14 +72,14 @@ def _tasks(engine: FFCVEngine, recipe: Recipe) -> dict[str, Callable[[NDArray[np
 
     def crop(index: NDArray[np.int64]) -> None:
         fetched = engine.fetch(index)
-        engine.crop(fetched, draw_boxes(recipe, 0, 0, index, fetched.size_N2), views)
+        engine.crop(fetched, draw_boxes(recipe, Draw(0, 0, index), fetched.size_N2), views)
 
     def draw(index: NDArray[np.int64]) -> None:
-        draw_boxes(recipe, 0, 0, index, engine.fetch(index).size_N2)
-        draw_parameters(recipe, 0, 0, index)
+        draw_boxes(recipe, Draw(0, 0, index), engine.fetch(index).size_N2)
+        draw_parameters(recipe, Draw(0, 0, index))
 
     def augment(what: Recipe) -> Callable[[NDArray[np.int64]], None]:
-        return lambda index: augment_on_cpu(views, draw_parameters(what, 0, 0, index), what, floats)
+        return lambda index: augment_on_cpu(views, draw_parameters(what, Draw(0, 0, index)), what, floats)
 
     sharp = dataclasses.replace(recipe, blur_prob=0.0)
     plain = dataclasses.replace(sharp, jitter_prob=0.0, grey_prob=0.0, solarize_prob=0.0)

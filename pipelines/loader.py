@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment.crops import draw_boxes
+from pipelines.augment.draws import draw_boxes
 from pipelines.augment.mixing import blend, draw_mixtures
 from pipelines.augment.photometric import augment
 from pipelines.batch import Batch, tensors_of
 from pipelines.decode.decoder import BadPicturesError, DeviceEngine, Engine, Fault
 from pipelines.device import Uploads, one_ahead
-from pipelines.randomness import NUM_EPOCHS, EpochOrder, key_of
+from pipelines.randomness import NUM_EPOCHS, Draw, EpochOrder, key_of
 from pipelines.recipe import Recipe
 from pipelines.sets.manifest import verify_hint
 from pipelines.sets.stream import BUFFER, ShardStream
@@ -290,8 +290,8 @@ class ViewLoader:
         self._stream_state = made.stream_state
 
     def boxes(self, epoch: int, index_N: NDArray[np.int64]) -> NDArray[np.int32]:
-        """(N, V, 5) crop boxes of the pictures asked for; see :mod:`pipelines.augment.crops`."""
-        return draw_boxes(self.recipe, self.seed, epoch, index_N, self.engine.fetch(index_N).size_N2)
+        """(N, V, 5) crop boxes of the pictures asked for; see :mod:`pipelines.augment.draws`."""
+        return draw_boxes(self.recipe, Draw(self.seed, epoch, index_N), self.engine.fetch(index_N).size_N2)
 
     def _on_host(self, epoch: int, pixels_VNSS3: Tensor, made: Made) -> Batch:
         """Finished views, and their mixtures."""
@@ -314,7 +314,7 @@ class ViewLoader:
 
     def _mixed(self, epoch: int, views: list[Tensor], index: Tensor, label: Tensor) -> Batch:
         key = views[1] if len(views) > 1 else views[0][:0]
-        on_host = draw_mixtures(self.recipe, self.seed, epoch, index.numpy())
+        on_host = draw_mixtures(self.recipe, Draw(self.seed, epoch, index.numpy()))
         drawn = [one.to(self._upload) for one in on_host]
         # Both directions of a symmetric loss take the same masks and partners.
         mixed = views if self.recipe.mixing.symmetric else views[:1]

@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import draw_parameters
+from pipelines.augment.draws import draw_boxes, draw_parameters
 from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.decode.decoder import MAX_TRIES, BadPicturesError, DeviceEngine, Engine
 from pipelines.decode.payloads import Payloads
 from pipelines.memory import Lender
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
 from pipelines.sets.manifest import verify_hint
 
@@ -168,7 +168,7 @@ class Workers:
         num = len(wanted_N)
         views_NVSS3 = self._scratch_views(num) if augmented else pixels[start : start + num]
         index_N = self._crop(epoch, wanted_N, fetch(), views_NVSS3)
-        params_VNP = draw_parameters(self._recipe, self._seed, epoch, index_N)
+        params_VNP = draw_parameters(self._recipe, Draw(self._seed, epoch, index_N))
         if augmented:
             augment_on_cpu(views_NVSS3.numpy(), params_VNP, self._recipe, pixels.numpy(), start)
         return Made(index_N, self._engine.labels(index_N), params_VNP)
@@ -212,7 +212,8 @@ class Workers:
 
     def _cut(self, epoch: int, fetched: Any, views_NVSS3: Tensor) -> NDArray[np.bool_]:
         """Have the engine write the crops of some pictures; which of them could be decoded."""
-        boxes_NV5 = draw_boxes(self._recipe, self._seed, epoch, fetched.index_N, fetched.size_N2)
+        draw = Draw(self._seed, epoch, fetched.index_N)
+        boxes_NV5 = draw_boxes(self._recipe, draw, fetched.size_N2)
         if self._device_engine:
             return self._device_engine.crop_on_device(fetched, boxes_NV5, views_NVSS3)
         return self._engine.crop(fetched, boxes_NV5, views_NVSS3.numpy())

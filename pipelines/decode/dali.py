@@ -33,7 +33,7 @@ from pipelines.decode.dali_operators import (
     import_dali,
 )
 from pipelines.decode.payloads import Payloads
-from pipelines.kernels.jpeg_markers import missing_table
+from pipelines.kernels.jpeg_crops import missing_table
 from pipelines.kernels.resample import crop_picture
 from pipelines.sets.beton import MODE_JPEG
 from pipelines.sets.stores import Store, StoreEngine

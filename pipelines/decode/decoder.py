@@ -58,7 +58,7 @@ class Engine(Protocol):
     def crop(
         self, fetched: Any, boxes_NV5: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
-        """Decode each picture once, write its crops into ``out_NVSS3``; boxes as in `augment.crops`.
+        """Decode each picture once, write its crops into ``out_NVSS3``; boxes as in `augment.draws`.
 
         Returns:
             (N,) which pictures could be decoded; the crops of the others are left undefined.

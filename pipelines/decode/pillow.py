@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipelines.kernels.jpeg_markers import EXIF_ORIENTATION, TABLE_MISSING, missing_table
+from pipelines.kernels.jpeg_crops import EXIF_ORIENTATION, TABLE_MISSING, missing_table
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 """Pillow's names of the formats that pictures may have. It knows others, some of which run programs: a file

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.decode.payloads import Payloads
-from pipelines.kernels.jpeg_crops import NO_DECODER, crop_pictures, functions
+from pipelines.kernels.jpeg_crops import NO_DECODER, crop_pictures
+from pipelines.kernels.turbojpeg import functions
 from pipelines.sets.stores import Store, StoreEngine
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.decode.decoder import Reading
+from pipelines.decode.jpeg import check_jpeg
 from pipelines.decode.payloads import Payloads
 from pipelines.decode.pillow import is_jpeg, planes_to_rgb, read_rgb
 from pipelines.kernels.resample import crop_picture
-from pipelines.kernels.turbojpeg import check_jpeg
 from pipelines.sets.beton import MODE_JPEG, MODE_RAW, matching_manifest, open_beton
 from pipelines.sets.manifest import read_source_path, read_source_paths
 from pipelines.sets.shards import open_shards
