@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import PictureSet, open_set
-from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import draw_parameters
+from pipelines.augment.draws import draw_boxes, draw_parameters
 from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.decode.turbo import TurboDecoder
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
 
 _REPEATS = 7
@@ -74,14 +74,14 @@ def _tasks(
 
     def crop(index: NDArray[np.int64]) -> None:
         encoded = images.fetch(index)
-        decoder.crop(encoded, draw_boxes(recipe, 0, 0, index, encoded.size_N2), views)
+        decoder.crop(encoded, draw_boxes(recipe, Draw(0, 0, index), encoded.size_N2), views)
 
     def draw(index: NDArray[np.int64]) -> None:
-        draw_boxes(recipe, 0, 0, index, images.fetch(index).size_N2)
-        draw_parameters(recipe, 0, 0, index)
+        draw_boxes(recipe, Draw(0, 0, index), images.fetch(index).size_N2)
+        draw_parameters(recipe, Draw(0, 0, index))
 
     def augment(what: Recipe) -> Callable[[NDArray[np.int64]], None]:
-        return lambda index: augment_on_cpu(views, draw_parameters(what, 0, 0, index), what, floats)
+        return lambda index: augment_on_cpu(views, draw_parameters(what, Draw(0, 0, index)), what, floats)
 
     sharp = dataclasses.replace(recipe, blur_prob=0.0)
     plain = dataclasses.replace(sharp, jitter_prob=0.0, grey_prob=0.0, solarize_prob=0.0)

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.decode.jpeg import Jpeg, check_jpeg, encode_planes, read_header
 from pipelines.decode.pillow import JPEG_START, open_image, upright_rgb
-from pipelines.kernels.jpeg_markers import EXIF_ORIENTATION
-from pipelines.kernels.turbojpeg import Jpeg, check_jpeg, encode_planes, read_header
+from pipelines.kernels.jpeg_crops import EXIF_ORIENTATION
 from pipelines.sets.beton import MAX_SIDE_PX
 from pipelines.sets.manifest import TIERS, Tier
 

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.batch import Batch, tensors_of
-from pipelines.augment.crops import draw_boxes
+from pipelines.augment.draws import draw_boxes
 from pipelines.augment.mixing import blend, draw_mixtures
 from pipelines.augment.photometric import augment
 from pipelines.decode import Decoder, DeviceDecoder
 from pipelines.device import RunAhead, keep_freed_memory, prefetch, upload
-from pipelines.randomness import NUM_EPOCHS, EpochOrder
+from pipelines.randomness import NUM_EPOCHS, Draw, EpochOrder
 from pipelines.recipe import Recipe
 from pipelines.sets import PictureSet
 from pipelines.sets.stream import BUFFER, ShardStream
@@ -232,9 +232,9 @@ class ViewLoader:
         self._rewind()
 
     def boxes(self, epoch: int, index_N: NDArray[np.int64]) -> NDArray[np.int32]:
-        """(N, V, 5) crop boxes of images; see :mod:`pipelines.augment.crops`."""
+        """(N, V, 5) crop boxes of images; see :mod:`pipelines.augment.draws`."""
         size_N2 = self.set.fetch(index_N).size_N2
-        return draw_boxes(self.recipe, self.config.seed, epoch, index_N, size_N2)
+        return draw_boxes(self.recipe, Draw(self.config.seed, epoch, index_N), size_N2)
 
     def take_waited_s(self) -> float:
         """Seconds spent waiting for batches since the last call: the workers were too slow."""
@@ -270,7 +270,7 @@ class ViewLoader:
     def _mix(self, views: list[Tensor], made: MadeBatch) -> Batch:
         """Draw the mixtures on the host and blend them on the training device."""
         index, label = torch.from_numpy(made.index_N), torch.from_numpy(made.label_N)
-        draws = draw_mixtures(self.recipe, self.config.seed, made.request.epoch, made.index_N)
+        draws = draw_mixtures(self.recipe, Draw(self.config.seed, made.request.epoch, made.index_N))
         if self.config.device.type != "cpu":
             send = partial(upload, device=self.config.device)
             index, label, draws = send(index), send(label), tuple(draw.to(send) for draw in draws)

@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import draw_parameters
+from pipelines.augment.draws import draw_boxes, draw_parameters
 from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.decode import Decoder, DeviceDecoder
 from pipelines.device import queued_work, synchronize
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
 from pipelines.sets import Encoded, PictureSet, RankShare
 from pipelines.sets.manifest import verify_hint
@@ -270,7 +270,7 @@ class Workers:
             # The decoder writes on a stream of its own, and earlier work may still use this memory.
             free.synchronize()
         used_N = self._crop(epoch, index_N, encoded, views_NVSS3)
-        params_VNP = draw_parameters(self._recipe, seed, epoch, used_N)
+        params_VNP = draw_parameters(self._recipe, Draw(seed, epoch, used_N))
         if request.augmented:
             augment_on_cpu(views_NVSS3.numpy(), params_VNP, self._recipe, pixels.numpy(), start)
         return _Slice(used_N, self._set.labels(used_N), params_VNP)
@@ -315,7 +315,7 @@ class Workers:
 
     def _decode(self, epoch: int, encoded: Encoded, views_NVSS3: Tensor) -> NDArray[np.bool_]:
         """Draw the boxes and write the crops; returns which images could be decoded."""
-        boxes_NV5 = draw_boxes(self._recipe, self._config.seed, epoch, encoded.index_N, encoded.size_N2)
+        boxes_NV5 = draw_boxes(self._recipe, Draw(self._config.seed, epoch, encoded.index_N), encoded.size_N2)
         if self._device_decoder:
             return self._device_decoder.crop_on_device(encoded, boxes_NV5, views_NVSS3)
         return self._decoder.crop(encoded, boxes_NV5, views_NVSS3.numpy())

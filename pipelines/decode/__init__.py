@@ -28,7 +28,7 @@ class Decoder(Protocol):
 
         Args:
             encoded: the images.
-            boxes_NV5: crop boxes of :func:`pipelines.augment.crops.draw_boxes`.
+            boxes_NV5: crop boxes of :func:`pipelines.augment.draws.draw_boxes`.
             out_NVSS3: becomes the views; undefined for images that cannot be decoded.
 
         Returns:

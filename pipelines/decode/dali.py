@@ -33,7 +33,7 @@ from pipelines.decode.dali_operators import (
     decoding_graph,
     import_dali,
 )
-from pipelines.kernels.jpeg_markers import missing_table
+from pipelines.kernels.jpeg_crops import missing_table
 from pipelines.kernels.resample import crop_picture
 from pipelines.sets import Encoded, PictureSet
 from pipelines.sets.beton import MODE_JPEG

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import InterpolationMode, hflip, resized_crop
 
-from pipelines.kernels.jpeg_markers import EXIF_ORIENTATION, TABLE_MISSING, missing_table
+from pipelines.kernels.jpeg_crops import EXIF_ORIENTATION, TABLE_MISSING, missing_table
 from pipelines.sets import Encoded
 from pipelines.sets.beton import MODE_JPEG, MODE_RAW
 

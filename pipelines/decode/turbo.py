@@ -12,10 +12,11 @@ Shape letters: N images, V views, S side in pixels.
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.decode.jpeg import check_jpeg
 from pipelines.decode.pillow import decode_image, is_jpeg
-from pipelines.kernels.jpeg_crops import NO_DECODER, crop_pictures, functions
+from pipelines.kernels.jpeg_crops import NO_DECODER, crop_pictures
 from pipelines.kernels.resample import crop_picture
-from pipelines.kernels.turbojpeg import check_jpeg
+from pipelines.kernels.turbojpeg import functions
 from pipelines.sets import Encoded
 
 

@@ -14,8 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.kernels.compiled import kernel
-from pipelines.kernels.native import address_of, call_word
+from pipelines.kernels.compiled import address_of, call_int64, kernel
 from pipelines.kernels.resample import SLACK
 from pipelines.sets.manifest import verify_hint
 
@@ -157,7 +156,7 @@ def _read_ranges(
         done, num_bytes = 0, int(num_bytes_N[n])
         while done < num_bytes:
             target = np.int64(data_C.ctypes.data) + start_N[n] + done
-            got = call_word(pread, (file_N[n], target, num_bytes - done, int(address_N[n]) + done))
+            got = call_int64(pread, (file_N[n], target, num_bytes - done, int(address_N[n]) + done))
             if got <= 0:
                 return n
             done += got
