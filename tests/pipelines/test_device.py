@@ -16,7 +16,6 @@ from pipelines import build_loader
 from pipelines.device import RunAhead, prefetch
 from pipelines.recipe import Mixing, moco_v2
 
-
 PROGRAM = """
 import resource, sys
 from pipelines.device import keep_freed_memory
