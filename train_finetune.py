@@ -27,8 +27,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from pipelines import build_loader
-from pipelines.recipe import Recipe, evaluation
+from pipelines import open_set
 from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
 from training import cli
 from training.cli import console
@@ -117,7 +116,7 @@ def choose_images(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.in
         names for all images.
     """
     path, _ = config.sets()
-    engine = build_loader(path, evaluation(Recipe()), batch_size=1, drop_last=False).engine
+    images = open_set(path)
     try:
         share = float(config.labels)
     except ValueError:
@@ -126,12 +125,12 @@ def choose_images(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.in
             raise FileNotFoundError(
                 f"--labels {config.labels} is neither a share in (0, 1] nor a file of image names"
             ) from None
-        subset = listed_subset(engine.names, engine.count, listed)
+        subset = listed_subset(images.names, images.count, listed)
     else:
         if share == 1:
             return None, []
-        subset = balanced_subset(engine.labels(np.arange(engine.count)), share, config.seed)
-    lines = lines_of(engine.names, subset)
+        subset = balanced_subset(images.labels(np.arange(images.count)), share, config.seed)
+    lines = lines_of(images.names, subset)
     if lines is None:
         print_once(launch, f"{path} has no image names; labels.txt holds positions instead")
         lines = [f"#{position}" for position in subset]

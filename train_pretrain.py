@@ -30,10 +30,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from models.batch import tensors_of
 from models.encoders import build_encoder
 from models.moco import MoCo
-from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batches
-from pipelines.batch import tensors_of
+from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batches, open_set
 from pipelines.kernels.compiled import compiled_before
 from pipelines.recipe import evaluation
 from presets import PRESETS, PretrainConfig, training_set
@@ -177,9 +177,8 @@ def open_data(config: PretrainConfig, launch: Launch, precision: Precision) -> V
         dtype=precision.dtype if launch.device.type == "cuda" else torch.float32,
     )
     if config.val:
-        held_out = build_loader(config.val, evaluation(config.recipe()), batch_size=1, drop_last=False)
-        for path, engine in ((config.data, loader.engine), (config.val, held_out.engine)):
-            if engine.labels(np.arange(engine.count)).min() < 0:
+        for path, images in ((config.data, loader.set), (config.val, open_set(config.val))):
+            if images.labels(np.arange(images.count)).min() < 0:
                 raise ValueError(f"{path} has no labels, which the online kNN needs; leave out --val")
     return loader
 
@@ -257,7 +256,7 @@ def announce(run: PretrainRun) -> None:
     print_once(
         launch,
         f"{config.mixing.method}{', symmetric' if config.mixing.symmetric else ''} on {config.data}: "
-        f"{loader.engine.count} images by {loader.engine.name}, {config.arch} of {millions:.1f} M "
+        f"{loader.set.count} images by {loader.decoder.name}, {config.arch} of {millions:.1f} M "
         f"parameters, {config.epochs} epochs of {len(loader)} steps, "
         f"{run.precision.name} on {launch.device} × {launch.world_size}, "
         f"{config.batch_statistics(launch.world_size)}",

@@ -8,7 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["moco", "mixmask", "unmix", "both", "erase"]
+from models.batch import Method
+
 MaskType = Literal["block", "grid"]
 MaskPer = Literal["batch", "image"]
 Partner = Literal["reverse", "random"]

@@ -234,7 +234,7 @@ def test_errors_of_the_user_are_one_message(
     assert "differ" in refusal(beton, "--val", other, *good)
     empty = tmp_path / "empty"
     (empty / "cat").mkdir(parents=True)
-    assert "no pictures in" in refusal(beton, "--val", empty, *good)
+    assert "no images in" in refusal(beton, "--val", empty, *good)
     assert "torchrun starts the processes" in refusal(beton, *good, "--world-size", 1)
 
 

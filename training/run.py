@@ -28,7 +28,6 @@ from training.checkpoint import (
 from training.cli import console
 from training.distributed import Launch, StopRequest, check_agreement
 from training.logs import NonFiniteLoss, RunLog, last_good_state
-from training.memory import keep_freed_memory
 from training.optim import ScheduleKind, lr_at, scale_lr
 from training.precision import Precision, PrecisionName
 
@@ -115,8 +114,6 @@ def prepare(config: RunConfig, launch: Launch) -> tuple[Precision, Path | None]:
             "give a multiple of their number"
         )
     checkpoint = to_resume(config.out, config.resume)
-    if launch.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(config.seed)
     return Precision.choose(config.precision, launch.device), checkpoint
 

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.sets.blocks import blocks
-from pipelines.sets.manifest import HASH_AT, HASH_BYTES, Manifest, Tier
+from pipelines.sets.manifest import HASH_AT, HASH_BYTES, Manifest, Tier, blocks
 
 VERSION = 2
 """Of the layout; the first number of every file."""

@@ -22,6 +22,14 @@ arguments of its second field, label, of which FFCV makes no use."""
 Tier = Literal["jpeg", "yuv420", "raw"]
 """In what form pictures are stored: JPEG files, planes Y, U, V at 4:2:0, or (H, W, 3) uint8 pixels."""
 TIERS: tuple[Tier, ...] = get_args(Tier)
+_BLOCK = 1 << 18
+"""Entries of an index that are checked at a time."""
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Slices that cover ``range(count)``: checks need memory for one block, not for the whole index."""
+    for start in range(0, count, _BLOCK):
+        yield slice(start, min(start + _BLOCK, count))
 
 
 @dataclass(frozen=True)

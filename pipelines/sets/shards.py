@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.sets.blocks import blocks
-from pipelines.sets.manifest import Manifest, Shard, manifest_path, verify_hint
+from pipelines.sets.manifest import Manifest, Shard, blocks, manifest_path, verify_hint
 
 INDEX_NAME = "index.npy"
 PENDING_INDEX_NAME = "index.npy.next"

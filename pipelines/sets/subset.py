@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.randomness import Purpose, bits
+from pipelines.randomness import Draw, Purpose, bits
 
 _MOST_NAMED = 3
 _POSITION = re.compile(r"#\d+")
@@ -32,7 +32,7 @@ def balanced_subset(label_N: NDArray[np.int64], share: float, seed: int) -> NDAr
             f"{int((label_N < 0).sum())} of {len(label_N)} pictures have no label; give a set that was made "
             "from folders of classes"
         )
-    lots_N = bits(seed, 0, np.arange(len(label_N)), Purpose.SUBSET, 1)[:, 0]
+    lots_N = bits(Draw(seed, 0, np.arange(len(label_N))), Purpose.SUBSET, 1)[:, 0]
     order_N = np.lexsort((lots_N, label_N))
     count_C = np.bincount(label_N)
     wanted_C = np.maximum(np.minimum(count_C, 1), np.floor(count_C * share + 0.5).astype(np.int64))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dataset_tools.beton_writer import BetonWriter
 from pipelines.sets import beton as layout
-from pipelines.sets import blocks as module
+from pipelines.sets import manifest as module
 from pipelines.sets.beton import (
     FIELD_DTYPE,
     HEADER_DTYPE,

@@ -9,7 +9,7 @@ import pytest
 
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
-from pipelines.sets import blocks as module
+from pipelines.sets import manifest as module
 from pipelines.sets.manifest import Manifest
 from pipelines.sets.shards import (
     INDEX_DTYPE,

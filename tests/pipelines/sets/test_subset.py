@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import build_loader, evaluation_batches
+from pipelines import build_loader, evaluation_batches, open_set
 from pipelines.recipe import Recipe, evaluation
 from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
 
@@ -56,15 +56,15 @@ def test_pictures_without_label() -> None:
 
 @pytest.mark.parametrize("kind", ["beton", "shards", "picture_folder"])
 def test_lists_go_out_and_come_in_again(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    engine = build_loader(request.getfixturevalue(kind), VIEW, batch_size=1, drop_last=False).engine
-    names = list(engine.names())
-    assert len(set(names)) == engine.count == 40
-    subset = balanced_subset(engine.labels(np.arange(40)), 0.3, 5)
+    images = open_set(request.getfixturevalue(kind))
+    names = list(images.names())
+    assert len(set(names)) == images.count == 40
+    subset = balanced_subset(images.labels(np.arange(40)), 0.3, 5)
     path = tmp_path / "labels.txt"
-    lines = lines_of(engine.names, subset)
+    lines = lines_of(images.names, subset)
     assert lines == [names[index] for index in subset]
     path.write_text("\n".join(lines) + "\n")
-    assert np.array_equal(listed_subset(engine.names, engine.count, path), subset)
+    assert np.array_equal(listed_subset(images.names, images.count, path), subset)
 
 
 def test_names_of_files_as_published(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_names_that_are_not_recorded(beton: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.beton"
     alone.write_bytes(beton.read_bytes())
     with pytest.raises(ValueError, match=r"alone.paths names 0 of the 40 pictures"):
-        list(build_loader(alone, VIEW, batch_size=1).engine.names())
+        list(open_set(alone).names())
 
 
 def test_a_loader_of_a_subset(beton: Path) -> None:
