@@ -137,15 +137,12 @@ class PretrainConfig:
     """Seconds between rows of the log."""
 
     def __post_init__(self) -> None:
-        for name in ("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("epochs", "bn_splits", "num_threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.batch_size < 1 or self.lr < 0:
-            raise ValueError(f"batch_size is {self.batch_size}, lr {self.lr}; take at least 1 and 0")
+        limits = dict.fromkeys(("epochs", "lr", "bn_splits", "num_threads"), 0)
+        limits |= dict.fromkeys(("batch_size", "save_every_epochs", "keep_checkpoints"), 1)
+        limits |= dict.fromkeys(("knn_every_epochs", "knn_bank", "knn_k"), 1)
+        for name, limit in limits.items():
+            if getattr(self, name) < limit:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
         if self.schedule and self.cos:
             raise ValueError("schedule has no effect on a cosine; add --no-cos, or leave out --schedule")
         if self.schedule:

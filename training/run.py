@@ -33,6 +33,8 @@ from training.precision import Precision, PrecisionName
 
 CHANGEABLE = ("lr", "head_lr", "precision")
 """Settings that may change on resume, with a message: what one changes after a loss that is not finite."""
+Metrics = Mapping[str, Tensor | float]
+"""Of one step: numbers or 0-d tensors by name."""
 
 # ======================================================================================================
 # Parts of a run
@@ -129,7 +131,7 @@ class Run:
 
     config: RunConfig
     settings: dict[str, Any]
-    """Decide the run's numbers, as JSON values; a resumed run must have the same, except for `CHANGEABLE`."""
+    """The options that decide the run's numbers, as JSON values; fixed on resume, except for `CHANGEABLE`."""
     launch: Launch
     precision: Precision
     loader: Loader
@@ -237,7 +239,7 @@ class Run:
 
     def train(
         self,
-        train_step: Callable[[Any], Mapping[str, Tensor | float]],
+        train_step: Callable[[Any], Metrics],
         after_epoch: Callable[[RunLog, bool], None],
         before: Callable[[RunLog], None] = lambda _: None,
     ) -> bool:
@@ -255,7 +257,15 @@ class Run:
         Raises:
             NonFiniteLoss: for a loss or weights that are not finite.
         """
-        with StopRequest() as stop, self._open_log() as log:
+        log = RunLog(
+            self.config.out,
+            self.launch.is_main,
+            total_steps=self.total_steps,
+            first_step=self.step,
+            every_s=self.config.log_every_s,
+            about=self.about,
+        )
+        with StopRequest() as stop, log:
             self.model.train()
             before(log)
             while self.epoch < self.config.epochs and not stop.requested:
@@ -266,9 +276,7 @@ class Run:
             print_once(self.launch, f"stopped after step {self.step} of {self.total_steps}; {command}")
         return not stop.requested
 
-    def _train_epoch(
-        self, train_step: Callable[[Any], Mapping[str, Tensor | float]], log: RunLog, stop: StopRequest
-    ) -> None:
+    def _train_epoch(self, train_step: Callable[[Any], Metrics], log: RunLog, stop: StopRequest) -> None:
         self.loader.set_epoch(self.epoch)
         for batch in self.loader:
             metrics = train_step(batch)
@@ -281,21 +289,11 @@ class Run:
             self.epoch += 1
             stop.agreed(self.launch, ask=True)
         log.flush()
-        # The last step may have spoilt the weights although its loss was finite.
+        # The last step may have made the weights non-finite although its loss was finite.
         trained = list[Tensor](p for p in self.model.parameters() if p.requires_grad)
         if not torch.stack(torch._foreach_norm(trained)).isfinite().all():
             good = last_good_state(self.config.out)
             raise NonFiniteLoss(f"the weights are not finite after step {self.step}; {good}")
-
-    def _open_log(self) -> RunLog:
-        return RunLog(
-            self.config.out,
-            self.launch.is_main,
-            total_steps=self.total_steps,
-            first_step=self.step,
-            every_s=self.config.log_every_s,
-            about=self.about,
-        )
 
 
 def due(epoch: int, every: int, last: int) -> bool:
