@@ -172,7 +172,7 @@ class PretrainConfig:
         plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return {key: value for key, value in plain.items() if key not in free}
 
-    def backbone_meta(self, feature_dim: int, num_pictures: int) -> BackboneMeta:
+    def backbone_meta(self, feature_dim: int, num_images: int) -> BackboneMeta:
         """The description of the finished backbone for its file."""
         views = self.views
         return BackboneMeta(
@@ -180,7 +180,7 @@ class PretrainConfig:
             feature_dim=feature_dim,
             small_stem=self.small_stem,
             method=self.mixing.method,
-            trained_on=f"{self.data.name}, {num_pictures:,} pictures",
+            trained_on=f"{self.data.name}, {num_images:,} pictures",
             recipe=json.dumps(self.as_json()),
             crop_px=views.crop_px,
             eval_center_share=views.eval_center_share,
