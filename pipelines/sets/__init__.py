@@ -3,19 +3,16 @@
 Shape letters: N images of a call, M some of them, C bytes.
 """
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.kernels.compiled import kernel
-from pipelines.kernels.native import address_of, call_word
+from pipelines.kernels.jpeg_crops import pread_address, read_pieces
 from pipelines.kernels.resample import SLACK
 from pipelines.sets.manifest import verify_hint
 
@@ -119,7 +116,7 @@ class Encoded:
         while done < len(rows_M):
             rest_M = rows_M[done:]
             ranges = address_M[done:], self.num_bytes_N[rest_M], self.start_N[rest_M]
-            failed = _read_ranges(_pread_address(), file_M[done:], *ranges, self.data_C)
+            failed = read_pieces(pread_address(), file_M[done:], *ranges, self.data_C)
             if failed < 0:
                 return
             done += failed
@@ -141,33 +138,6 @@ class Encoded:
         if len(content) < num_bytes:
             raise OSError(f"{path} was cut short while it was read: {image}; {advice}")
         self.data_C[self.start_N[row] :][:num_bytes] = np.frombuffer(content, np.uint8)
-
-
-@kernel
-def _read_ranges(
-    pread: int,
-    file_N: NDArray[np.int32],
-    address_N: NDArray[np.int64],
-    num_bytes_N: NDArray[np.int64],
-    start_N: NDArray[np.int64],
-    data_C: NDArray[np.uint8],
-) -> int:
-    """Read byte ranges of open files one after the other; returns −1, or the first that failed."""
-    for n in range(len(address_N)):
-        done, num_bytes = 0, int(num_bytes_N[n])
-        while done < num_bytes:
-            target = np.int64(data_C.ctypes.data) + start_N[n] + done
-            got = call_word(pread, (file_N[n], target, num_bytes - done, int(address_N[n]) + done))
-            if got <= 0:
-                return n
-            done += got
-    return -1
-
-
-@cache
-def _pread_address() -> int:
-    """Address of the C library's ``pread``."""
-    return address_of(ctypes.CDLL(None, use_errno=True).pread)
 
 
 class PictureSet(Protocol):
