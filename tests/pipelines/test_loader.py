@@ -371,7 +371,7 @@ def test_raw_pictures_must_have_their_size(tmp_path: Path) -> None:
     sound = record.tobytes()
     record["f0"]["width"] = 6
     path.write_bytes(path.read_bytes().replace(sound, record.tobytes()))
-    with pytest.raises(ValueError, match=r"picture 1 of 6 × 4 px, mode 1, cannot have 60 bytes"):
+    with pytest.raises(ValueError, match=r"image 1 of 6 × 4 px, mode 1, cannot have 60 bytes"):
         _load(path, batch_size=2)
 
 
