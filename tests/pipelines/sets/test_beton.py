@@ -165,7 +165,7 @@ def test_errors_name_the_right_image_in_any_block(
     _, records, table = parts(path)
     assert len(open_beton(path)) == 4
     table["size"][index] += 1
-    with pytest.raises(ValueError, match=rf"picture {index} of .* cannot have"):
+    with pytest.raises(ValueError, match=rf"image {index} of .* cannot have"):
         open_beton(path)
     table["size"][index] -= 1
     records["f0"]["data_ptr"][index] += 1 << 40
