@@ -181,7 +181,7 @@ def test_planes_of_another_size_are_refused(make: Callable[[Tier], Path], width:
     path = make("yuv420")
     _, records, _ = parts(path)
     records["f0"]["width"][3] = width
-    with pytest.raises(ValueError, match=r"picture 3 of .* mode 2, cannot have 17 bytes"):
+    with pytest.raises(ValueError, match=r"image 3 of .* mode 2, cannot have 17 bytes"):
         open_beton(path)
 
 
