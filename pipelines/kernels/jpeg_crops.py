@@ -13,7 +13,6 @@ bytes between a segment and the next marker are skipped, which includes the code
 Shape letters: N images, V views, S side in pixels, C bytes.
 """
 
-
 import numpy as np
 from numpy.typing import NDArray
 
