@@ -214,7 +214,7 @@ def _plain_batches(setting: EpochSetting, images: SampleSet) -> Callable[[int], 
 
     def batches(epoch: int) -> Iterable[Batch]:
         rng = random.Random(epoch)
-        return (plain_mixmask(*views, setting.recipe.mixing, rng) for views, _ in loader)
+        return (plain_mixmask(query, key, setting.recipe.mixing, rng) for (query, key), _ in loader)
 
     return batches
 
@@ -256,11 +256,11 @@ def _measure(setting: EpochSetting, images: SampleSet, bars: Bars) -> dict[str, 
 def print_epochs(epoch: dict[str, Any]) -> None:
     """A table of each setting."""
     for setting in epoch["settings"]:
-        rows = {}
+        rows: dict[str, dict[str, str]] = {}
         for name, row in setting["rows"].items():
             total = f"{row['median']:.2f}\n[dim]{row['low']:.2f} … {row['high']:.2f}[/]"
-            split = {part: f"{row['split'][part]:.2f}" for part in PARTS}
-            rows[name] = {"epoch": total, **split, "loss value": f"{row['loss']:.3f}"}
+            rows[name] = {"epoch": total} | {part: f"{row['split'][part]:.2f}" for part in PARTS}
+            rows[name]["loss value"] = f"{row['loss']:.3f}"
         print_table(
             f"An epoch of {setting['arch']} at {setting['crop_px']} px, {setting['pictures']} pictures in "
             f"batches of {setting['batch_size']}; s, medians of {setting['epochs']}",

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import nn
 
 from benchmarks.programs import fashion_sets
@@ -131,7 +131,7 @@ def main(config: Race) -> dict[str, Any]:
     evaluate = functools.partial(knn, test_set=test_set, limit=QUICK_IMAGES if config.quick else None)
     runs: dict[str, list[dict[str, float]]] = {}
     words: dict[str, str] = {}
-    with _progress() as progress:
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         trials = {} if config.hands else _try_divisions(peer, preset, min(10.0, seconds / 4), progress)
         best = config.hands or max(trials, key=trials.__getitem__)
         builds: dict[str, Callable[[int], Entry]] = {
@@ -165,12 +165,6 @@ def _import_lightly() -> ModuleType:
     return race_lightly
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"))
-    shown = console.is_terminal
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown, transient=True)
-
-
 # --------------------------------------------------------------------------------------------- the entries
 
 
@@ -179,20 +173,19 @@ def with_method(preset: PretrainConfig, method: Method) -> PretrainConfig:
     return dataclasses.replace(preset, mixing=dataclasses.replace(preset.mixing, method=method))
 
 
+def _model_settings(preset: PretrainConfig) -> dict[str, Any]:
+    """The preset's values by their names in `MoCo`."""
+    names = {"dim": "moco_dim", "queue_len": "moco_k", "momentum": "moco_m", "temperature": "moco_t"}
+    return {key: getattr(preset, name) for key, name in names.items()} | {"bn_splits": preset.splits(1)}
+
+
 def ours(preset: PretrainConfig, seed: int) -> Entry:
     """Our training of a preset, as `train_pretrain` runs it."""
     torch.manual_seed(seed)
     method = preset.mixing.method
-    model = MoCo(
-        functools.partial(build_encoder, preset.arch),
-        method=method,
-        dim=preset.moco_dim,
-        queue_len=preset.moco_k,
-        momentum=preset.moco_m,
-        temperature=preset.moco_t,
-        bn_splits=preset.bn_splits,
-        queue_seed=seed,
-    ).to(memory_format=torch.channels_last)
+    build = functools.partial(build_encoder, preset.arch)
+    model = MoCo(build, method=method, queue_seed=seed, **_model_settings(preset))
+    model.to(memory_format=torch.channels_last)
 
     def batches() -> Batches:
         loader = build_loader(preset.data, preset.recipe(), batch_size=preset.batch_size, seed=seed)
@@ -235,7 +228,7 @@ def _try_divisions(
     peer: ModuleType, preset: PretrainConfig, seconds: float, progress: Progress
 ) -> dict[tuple[int, int], float]:
     """Samples/s of lightly by division; processes and threads compete for cores, so fewer may be faster."""
-    cores, task = usable_cores(0), progress.add_task("", total=None, rate="")
+    cores, task = usable_cores(0), progress.add_task("", total=None)
     rates = {}
     for division in dict.fromkeys([documented_division(), (cores, 1), (1, 1), (0, cores)]):
         progress.update(task, description="trying lightly with {} workers and {} threads".format(*division))
@@ -251,14 +244,14 @@ def _run(
     name: str, entry: Entry, seconds: float, evaluate: Callable[[Entry], dict[str, float]], progress: Progress
 ) -> dict[str, float]:
     """Evaluate, train, evaluate; the figures of one entry and seed."""
-    task = progress.add_task(name, total=seconds, rate="evaluating")
+    task = progress.add_task(f"{name}: evaluating", total=seconds)
 
     def show(now: Trained) -> None:
-        progress.update(task, completed=now.seconds, rate=f"{now.rate:,.0f} samples/s")
+        progress.update(task, completed=now.seconds, description=f"{name}: {now.rate:,.0f} samples/s")
 
     before = evaluate(entry)
     done = train(entry, seconds, show)
-    progress.update(task, rate="evaluating")
+    progress.update(task, description=f"{name}: evaluating")
     after = evaluate(entry)
     progress.remove_task(task)
     gain = f"{100 * before['knn']:.1f} → {100 * after['knn']:.1f} %"
@@ -337,14 +330,13 @@ def figures(runs: dict[str, list[dict[str, float]]], configured: dict[str, str])
 
 
 _SPREAD = ("samples_per_s", "knn_after")
-_PRESET_NAMES = {"dim": "moco_dim", "queue_len": "moco_k", "momentum": "moco_m", "temperature": "moco_t"}
 
 
 def _facts(
     config: Race, preset: PretrainConfig, seconds: float, trials: dict[tuple[int, int], float]
 ) -> dict[str, Any]:
     """The JSON's ``config``."""
-    same = ("arch", "bn_splits", "batch_size", "lr", "sgd_momentum", "weight_decay")
+    same = ("arch", "batch_size", "lr", "sgd_momentum", "weight_decay")
     return {
         "seconds": seconds,
         "seeds": list(config.seeds),
@@ -364,7 +356,8 @@ def _facts(
         "precision": "fp32",
         "recipe": dataclasses.asdict(with_method(preset, "moco").recipe()),
         "mixing": dataclasses.asdict(preset.mixing),
-        **{key: getattr(preset, name) for key, name in ({n: n for n in same} | _PRESET_NAMES).items()},
+        **_model_settings(preset),
+        **{name: getattr(preset, name) for name in same},
     }
 
 

@@ -72,7 +72,8 @@ class RunOptions:
 def given_or(options: object, usual: _Amounts) -> _Amounts:
     """``usual``, with those of its fields that are not None in ``options``."""
     given = {name: getattr(options, name) for name in usual._fields}
-    return usual._replace(**{name: value for name, value in given.items() if value is not None})
+    filled: _Amounts = usual._replace(**{name: value for name, value in given.items() if value is not None})
+    return filled
 
 
 def keep_full_figures(quick: bool, file: Path | None) -> None:

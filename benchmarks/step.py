@@ -178,7 +178,7 @@ def build_step(formulation: Formulation, method: Method, size: Size) -> Callable
     def step() -> Tensor:
         for leaf in leaves:
             leaf.grad = None
-        loss = loss_of(batch)
+        loss: Tensor = loss_of(batch)
         loss.backward()
         return loss
 
@@ -246,7 +246,7 @@ def peak_memory_mib(formulation: Formulation, method: Method, size: Size) -> flo
 
 
 def _print(figures: dict[Method, dict[str, Any]], facts: dict[str, Any]) -> None:
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     for method, row in figures.items():
         each = {name: row[name] for name in _FORMULATIONS}
         rows[method] = {
