@@ -1,10 +1,11 @@
 """What the measuring programs share: options, progress bars, and the result file."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from rich.progress import Progress
 from rich.table import Table
@@ -18,7 +19,8 @@ CROP_PX = 224
 _Amounts = TypeVar("_Amounts", bound=Any)
 
 
-class Scale(NamedTuple):
+@dataclass(frozen=True)
+class Scale:
     """How much is measured."""
 
     pictures: int
@@ -28,7 +30,7 @@ class Scale(NamedTuple):
 
     def config(self, threads: int) -> dict[str, float]:
         """The JSON's ``config``."""
-        amounts = self._asdict()
+        amounts = dataclasses.asdict(self)
         del amounts["pictures"]
         return {"threads": threads, "crop_px": CROP_PX, **amounts}
 
@@ -70,10 +72,9 @@ class RunOptions:
 
 
 def given_or(options: object, usual: _Amounts) -> _Amounts:
-    """``usual``, with those of its fields that are not None in ``options``."""
-    given = {name: getattr(options, name) for name in usual._fields}
-    filled: _Amounts = usual._replace(**{name: value for name, value in given.items() if value is not None})
-    return filled
+    """The dataclass ``usual``, with those of its fields that are not None in ``options``."""
+    given = {name: getattr(options, name) for name in vars(usual)}
+    return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
 def keep_full_figures(quick: bool, file: Path | None) -> None:

@@ -20,9 +20,9 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from rich.progress import Progress
@@ -45,7 +45,8 @@ _FORMULATIONS: tuple[Formulation, ...] = get_args(Formulation)
 _ARCH, _TEMPERATURE, _PEAK_STEPS = "resnet18", 0.2, 4
 
 
-class Size(NamedTuple):
+@dataclass(frozen=True)
+class Size:
     """How large a step is, and how long it is measured."""
 
     batch_size: int
@@ -107,7 +108,7 @@ def main(config: StepBenchmark) -> dict[str, Any]:
         figures = {method: _measure(method, size, bars) for method in methods}
         epoch = {"epoch": measure_epochs(settings, config.data, bars)} if settings else {}
     facts = {
-        **size._asdict(),
+        **asdict(size),
         "arch": _ARCH,
         "temperature": _TEMPERATURE,
         "steps_at_peak": _PEAK_STEPS,
