@@ -1,4 +1,4 @@
-"""Whole MixMask epochs on the CPU: ours beside the published recipe in plain PyTorch.
+"""Whole MixMask epochs on the CPU: ours against the published recipe in plain PyTorch.
 
 Images, architecture, initial weights, optimizer and threads are the same. Ours reads the compiled set and
 trains as `train_pretrain` does, but with torch's default SGD and without keeping freed memory, from which
@@ -119,9 +119,6 @@ def measure_epochs(settings: list[EpochSetting], data: Path, bars: Bars) -> dict
     }
 
 
-# ------------------------------------------------------------------------------------------------ one epoch
-
-
 class Training:
     """A model, its optimizer and its batches, with a clock on the parts of its steps."""
 
@@ -170,9 +167,6 @@ class Training:
         self._part, self._since = part, now
 
 
-# ---------------------------------------------------------------------------------------------- both recipes
-
-
 def trainings(setting: EpochSetting, images: SampleSet) -> dict[str, Training]:
     """The published recipe, and ours with and without split BN; all start from the same weights."""
     torch.manual_seed(_SEED)
@@ -217,9 +211,6 @@ def _plain_batches(setting: EpochSetting, images: SampleSet) -> Callable[[int], 
         return (plain_mixmask(query, key, setting.recipe.mixing, rng) for (query, key), _ in loader)
 
     return batches
-
-
-# --------------------------------------------------------------------------------------------- measurement
 
 
 def _measure(setting: EpochSetting, images: SampleSet, bars: Bars) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A training step without its encoders, ours beside the published formulation; then whole epochs.
+"""A training step without its encoders, ours against the published formulation; then whole epochs.
 
     python -m benchmarks.step --quick           a look, in about two minutes
     python -m benchmarks.step --json FILE       the figures, in about half an hour on two cores
@@ -123,9 +123,6 @@ def main(config: StepBenchmark) -> dict[str, Any]:
     return finish("step", config.quick, config.json, config=facts, step=step, **epoch)
 
 
-# ------------------------------------------------------------------------------------------------ the step
-
-
 class GivenFeatures(nn.Module):
     """Passes features on to its head; its unused trunk gives the key encoder parameters to update."""
 
@@ -186,30 +183,25 @@ def build_step(formulation: Formulation, method: Method, size: Size) -> Callable
     return step
 
 
-# --------------------------------------------------------------------------------------------- measurement
-
-
 def _measure(method: Method, size: Size, bars: Bars) -> dict[str, Any]:
     """Time and memory of both formulations, and ours over the other's."""
     bars.next_part(f"{method}: time")
-    runners = {
-        name: Runner(functools.partial(_steps, name, method, size), items=1) for name in get_args(Formulation)
+    runners: dict[str, Runner] = {
+        name: Runner(functools.partial(_steps, name, method, size), items=1) for name in _FORMULATIONS
     }
     turns = Turns(size.turns, size.seconds)
     rates = take_turns(runners, turns, bars.steps(num_steps(runners, turns)))
-    times_ms = {name: [1e3 / rate for rate in each] for name, each in rates.items()}
     bars.next_part(f"{method}: memory")
     bars.steps(1)("in fresh processes")
     peaks_mib = _in_fresh_processes(method, size)
-    medians = {name: statistics.median(times) for name, times in times_ms.items()}
-    return {
-        **{
-            name: summary(times_ms[name]) | {"peak_memory_mib": round(peak, 1)}
-            for name, peak in peaks_mib.items()
-        },
-        "time_vs_naive": round(medians["ours"] / medians["naive"], 4),
-        "peak_memory_vs_naive": round(peaks_mib["ours"] / peaks_mib["naive"], 4),
-    }
+    found: dict[str, Any] = {}
+    medians = {}
+    for name, peak_mib in peaks_mib.items():
+        times_ms = [1e3 / rate for rate in rates[name]]
+        medians[name] = statistics.median(times_ms)
+        found[name] = summary(times_ms) | {"peak_memory_mib": round(peak_mib, 1)}
+    time, memory = (each["ours"] / each["naive"] for each in (medians, peaks_mib))
+    return {**found, "time_vs_naive": round(time, 4), "peak_memory_vs_naive": round(memory, 4)}
 
 
 def _steps(formulation: Formulation, method: Method, size: Size) -> Iterator[Tensor]:
@@ -247,18 +239,15 @@ def peak_memory_mib(formulation: Formulation, method: Method, size: Size) -> flo
 
 
 def _print(figures: dict[Method, dict[str, Any]], facts: dict[str, Any]) -> None:
-    rows: dict[str, dict[str, str]] = {}
+    rows: dict[str, dict[str, str]] = {method: {} for method in figures}
     for method, row in figures.items():
-        each = {name: row[name] for name in _FORMULATIONS}
-        rows[method] = {
-            **{
-                name: f"{times['median']:.0f}\n[dim]{times['low']:.0f} … {times['high']:.0f}[/]"
-                for name, times in each.items()
-            },
-            "time": f"{row['time_vs_naive']:.2f} ×",
-            **{f"{name}, MiB": f"{found['peak_memory_mib']:.0f}" for name, found in each.items()},
-            "memory": f"{row['peak_memory_vs_naive']:.2f} ×",
-        }
+        for name in _FORMULATIONS:
+            median, low, high, peak_mib = (
+                f"{row[name][key]:.0f}" for key in ("median", "low", "high", "peak_memory_mib")
+            )
+            rows[method] |= {name: f"{median}\n[dim]{low} … {high}[/]", f"{name}, MiB": peak_mib}
+        for ratio in ("time", "peak_memory"):
+            rows[method][ratio.replace("_", " ")] = f"{row[f'{ratio}_vs_naive']:.2f} ×"
     print_table(
         f"A step without its encoders, N {facts['batch_size']}, K {facts['queue_len']:,}, "
         f"{facts['threads']} threads; ms, lowest … highest of {facts['turns']} turns, and MiB at the peak",
