@@ -1,4 +1,4 @@
-"""The race: all start alike, what is written follows from what was measured, a missing rival is named."""
+"""The race: all entries start from the same weights, and the JSON follows from what was measured."""
 
 import dataclasses
 import importlib
@@ -30,16 +30,16 @@ def _write_idx(path: Path, content: NDArray[np.uint8]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both compiled sets: stripes whose width tells the class, and noise."""
+    """A folder with both compiled sets: stripes with a width per class, and noise."""
     folder = tmp_path_factory.mktemp("fashion")
     rng = np.random.default_rng(0)
     pairs = {}
     for split, count in (("train", 300), ("test", 60)):
         labels = (np.arange(count) % 4).astype(np.uint8)
         stripes = (np.arange(28) // (1 + labels[:, None]) % 2)[:, None, :] * 160
-        pictures = (stripes + rng.integers(0, 90, (count, 28, 28))).astype(np.uint8)
+        images = (stripes + rng.integers(0, 90, (count, 28, 28))).astype(np.uint8)
         pairs[split] = IdxPair(
-            _write_idx(folder / f"{split}-images", pictures), _write_idx(folder / f"{split}-labels", labels)
+            _write_idx(folder / f"{split}-images", images), _write_idx(folder / f"{split}-labels", labels)
         )
     compile_fashion_mnist(folder, pairs, workers=1)
     return folder
@@ -88,7 +88,7 @@ def _check_preset(config: dict[str, Any]) -> None:
     assert config["recipe"]["crop_px"] == 32
 
 
-def test_both_models_start_alike_and_minimise_the_same_loss(tiny_fashion: Path) -> None:
+def test_both_models_start_from_the_same_weights_and_compute_the_same_loss(tiny_fashion: Path) -> None:
     pytest.importorskip("lightly")
     from benchmarks import race_lightly
 
@@ -110,7 +110,7 @@ def test_both_models_start_alike_and_minimise_the_same_loss(tiny_fashion: Path) 
         torch.testing.assert_close(loss, expected)
 
 
-def test_lightly_is_given_the_recipe() -> None:
+def test_lightly_gets_the_numbers_of_the_recipe() -> None:
     pytest.importorskip("lightly")
     from benchmarks.race_lightly import transform_of
 
@@ -127,7 +127,7 @@ def test_lightly_is_given_the_recipe() -> None:
     assert tuple(normalise.mean) == recipe.mean and tuple(normalise.std) == recipe.std
 
 
-def test_documented_views_are_those_of_the_transform_as_it_comes() -> None:
+def test_documented_views_are_the_defaults_of_the_transform() -> None:
     pytest.importorskip("lightly")
     from lightly.transforms import MoCoV2Transform
 
@@ -173,7 +173,9 @@ def test_figures_over_seeds() -> None:
     assert found["runners"][OURS]["spread"]["knn_after"] == pytest.approx(0.02 / 2**0.5)
 
 
-def test_refuses_what_is_no_race(tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_measure_nothing_are_refused(
+    tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for config in (Race(seconds=0.0), Race(seeds=()), Race(hands=(-1, 1))):
         with pytest.raises(ValueError, match="make no race"):
             race.main(config)
