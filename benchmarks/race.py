@@ -135,7 +135,7 @@ def main(config: Race) -> dict[str, Any]:
         trials = {} if config.hands else _try_divisions(peer, preset, min(10.0, seconds / 4), progress)
         best = config.hands or max(trials, key=trials.__getitem__)
         builds: dict[str, Callable[[int], Entry]] = {
-            LIGHTLY: functools.partial(lightly, peer, peer.documented(preset), documented_division()),
+            LIGHTLY: functools.partial(lightly, peer, peer.documented(preset), peer.documented_division()),
             LIGHTLY_AT_BEST: functools.partial(lightly, peer, preset, best),
             OURS: functools.partial(ours, with_method(preset, "moco")),
             MIXMASK: functools.partial(ours, preset),
@@ -209,19 +209,8 @@ def lightly(peer: ModuleType, preset: PretrainConfig, division: tuple[int, int],
     torch.manual_seed(seed)
     model = peer.LightlyMoCo(preset)
     batches = functools.partial(peer.endless_batches, preset, workers)
-    views = "as it comes" if preset == peer.documented(preset) else "with the numbers of our views"
-    words = (
-        f"MoCoV2Transform {views}, MoCoProjectionHead, NTXentLoss with its memory bank, "
-        "update_momentum, as in the documentation's example; PIL images made from pixels in memory, a "
-        f"DataLoader with {workers} lasting worker(s), {torch_threads} thread(s) in torch, contiguous memory,"
-        " BN over the whole batch (the example has no other)"
-    )
+    words = peer.in_words(preset, workers, torch_threads)
     return Entry(preset, model, model.encoder, batches, model, torch_threads, words)
-
-
-def documented_division() -> tuple[int, int]:
-    """What the documentation's example amounts to: a worker for each core, and torch's default of threads."""
-    return usable_cores(0), usable_cores(0)
 
 
 def _try_divisions(
@@ -230,7 +219,7 @@ def _try_divisions(
     """Samples/s of lightly by division; processes and threads compete for cores, so fewer may be faster."""
     cores, task = usable_cores(0), progress.add_task("", total=None)
     rates = {}
-    for division in dict.fromkeys([documented_division(), (cores, 1), (1, 1), (0, cores)]):
+    for division in dict.fromkeys([peer.documented_division(), (cores, 1), (1, 1), (0, cores)]):
         progress.update(task, description="trying lightly with {} workers and {} threads".format(*division))
         rates[division] = train(lightly(peer, preset, division, 0), seconds, lambda _: None).rate
     progress.remove_task(task)

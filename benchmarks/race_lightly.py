@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from models.encoders import build_encoder
 from pipelines import build_loader
+from pipelines.cores import usable_cores
 from pipelines.recipe import Recipe
 from presets import PretrainConfig, Views
 
@@ -66,6 +67,22 @@ def documented(preset: PretrainConfig) -> PretrainConfig:
     views = preset.views
     return dataclasses.replace(
         preset, views=Views(crop_px=views.crop_px, eval_center_share=views.eval_center_share)
+    )
+
+
+def documented_division() -> tuple[int, int]:
+    """What the documentation's example amounts to: a worker per core, and torch's default of threads."""
+    return usable_cores(0), usable_cores(0)
+
+
+def in_words(preset: PretrainConfig, workers: int, torch_threads: int) -> str:
+    """How lightly is set up."""
+    views = "as it comes" if preset == documented(preset) else "with the numbers of our views"
+    return (
+        f"MoCoV2Transform {views}, MoCoProjectionHead, NTXentLoss with its memory bank, "
+        "update_momentum, as in the documentation's example; PIL images made from pixels in memory, a "
+        f"DataLoader with {workers} lasting worker(s), {torch_threads} thread(s) in torch, contiguous memory,"
+        " BN over the whole batch (the example has no other)"
     )
 
 

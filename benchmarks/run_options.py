@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks.environment import environment, write_figures
 from benchmarks.sample_sets import PHOTOGRAPHS
@@ -93,7 +93,7 @@ def finish(name: str, quick: bool, file: Path | None, **figures: Any) -> dict[st
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
     """Print rows by name; the columns are the keys of the rows, which are the same for all."""
-    table = Table("", title=title)
+    table = Table(Column(no_wrap=True), title=title)
     for column in next(iter(rows.values())):
         table.add_column(column, justify="right")
     for name, row in rows.items():

@@ -239,15 +239,15 @@ def peak_memory_mib(formulation: Formulation, method: Method, size: Size) -> flo
 
 
 def _print(figures: dict[Method, dict[str, Any]], facts: dict[str, Any]) -> None:
-    rows: dict[str, dict[str, str]] = {method: {} for method in figures}
+    rows: dict[str, dict[str, str]] = {}
     for method, row in figures.items():
-        for name in _FORMULATIONS:
-            median, low, high, peak_mib = (
-                f"{row[name][key]:.0f}" for key in ("median", "low", "high", "peak_memory_mib")
-            )
-            rows[method] |= {name: f"{median}\n[dim]{low} … {high}[/]", f"{name}, MiB": peak_mib}
-        for ratio in ("time", "peak_memory"):
-            rows[method][ratio.replace("_", " ")] = f"{row[f'{ratio}_vs_naive']:.2f} ×"
+        both: list[tuple[str, dict[str, float]]] = [(name, row[name]) for name in _FORMULATIONS]
+        rows[method] = (
+            {name: f"{t['median']:.0f}\n[dim]{t['low']:.0f} … {t['high']:.0f}[/]" for name, t in both}
+            | {"time": f"{row['time_vs_naive']:.2f} ×"}
+            | {f"{name}, MiB": f"{t['peak_memory_mib']:.0f}" for name, t in both}
+            | {"memory": f"{row['peak_memory_vs_naive']:.2f} ×"}
+        )
     print_table(
         f"A step without its encoders, N {facts['batch_size']}, K {facts['queue_len']:,}, "
         f"{facts['threads']} threads; ms, lowest … highest of {facts['turns']} turns, and MiB at the peak",

@@ -54,7 +54,7 @@ def test_learning_rate_follows_the_wall_time() -> None:
 def test_tiny_race(tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightly")
     # Processes of a DataLoader take seconds to start.
-    monkeypatch.setattr("benchmarks.race.documented_division", lambda: (0, 2))
+    monkeypatch.setattr("benchmarks.race_lightly.documented_division", lambda: (0, 2))
     out = tmp_path / "race.json"
     race.main(Race(seconds=0.5, data=tiny_fashion, json=out, hands=(0, 1)))
     result = json.loads(out.read_text())
