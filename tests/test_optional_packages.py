@@ -20,8 +20,7 @@ NEEDING: dict[str, list[str]] = {
     "detectron2": [
         "detection.config",
         "detection.datasets",
-        "detection.heads",
-        "detection.training",
+        "detection.trainer",
         "detection.weights",
     ],
     "spdl": ["benchmarks.peers.with_spdl"],
