@@ -58,7 +58,7 @@ def _register_voc(name: str, folder: Path, split: str) -> None:
     MetadataCatalog.get(name).set(evaluator_type="pascal_voc")
 
 
-def check(train: Sequence[str], test: Sequence[str], num_classes: int, *, masks: bool = False) -> None:
+def check_sets(train: Sequence[str], test: Sequence[str], num_classes: int, *, masks: bool = False) -> None:
     """Check that a detector can be trained and evaluated on these sets.
 
     Args:

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     args = trainer.parse(argv, __doc__)
     trainer.prepare(args)
     trainer.launch(
-        trainer.run,
+        trainer.train_and_evaluate,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,

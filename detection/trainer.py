@@ -25,22 +25,22 @@ from detection.config import check_config, configure, parse, resumes
 from training.cli import console
 from training.files import write_json
 
-__all__ = ["launch", "parse", "prepare", "run"]
+__all__ = ["launch", "parse", "prepare", "train_and_evaluate"]
 
-FORMATS = ("JPEG", "PNG")
+IMAGE_FORMATS = ("JPEG", "PNG")
 """Image formats that a set may contain."""
 BEGUN_FROM = "begun_from.json"
 """File in a run's folder that records its initial weights."""
 
 
 class Mapper(DatasetMapper):
-    """Detectron2's mapper, restricted to FORMATS: Pillow runs Ghostscript on PostScript files."""
+    """Detectron2's mapper, restricted to IMAGE_FORMATS: Pillow runs Ghostscript on PostScript files."""
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
         """Read an image with its boxes. Raises UnidentifiedImageError for another format."""
         for name in ("file_name", "sem_seg_file_name"):
             if name in dataset_dict:
-                Image.open(dataset_dict[name], formats=FORMATS).close()
+                Image.open(dataset_dict[name], formats=IMAGE_FORMATS).close()
         return super().__call__(dataset_dict)
 
 
@@ -86,14 +86,14 @@ def prepare(args: argparse.Namespace) -> None:
     cfg = configure(args, verbose=True)
     check_config(cfg, args)
     train, test = _register_sets(cfg, args)
-    datasets.check(train, test, cfg.MODEL.ROI_HEADS.NUM_CLASSES, masks=cfg.MODEL.MASK_ON)
+    datasets.check_sets(train, test, cfg.MODEL.ROI_HEADS.NUM_CLASSES, masks=cfg.MODEL.MASK_ON)
     if resumes(cfg, args):
         _check_same_encoder(cfg)
     else:
-        weights.check(cfg, whole=args.eval_only)
+        weights.check_weights(cfg, whole=args.eval_only)
 
 
-def run(args: argparse.Namespace) -> None:
+def train_and_evaluate(args: argparse.Namespace) -> None:
     """Train and evaluate, or only evaluate, after :func:`prepare` has checked the arguments.
 
     Writes the figures to result.json, or to evaluation.json with --eval-only.

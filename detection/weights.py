@@ -62,7 +62,7 @@ def read_metadata(file: str) -> dict[str, Any]:
     return {name: content[name] for name in _METADATA if name in content}
 
 
-def check(cfg: CfgNode, *, whole: bool = False) -> None:
+def check_weights(cfg: CfgNode, *, whole: bool = False) -> None:
     """Check that MODEL.WEIGHTS fit the detector and its pixel normalisation.
 
     Args:

@@ -25,7 +25,7 @@ def nt_xent(a_ND: Tensor, b_ND: Tensor, temperature: float = 0.5) -> Tensor:
     return F.cross_entropy(logits, other_view)
 
 
-def train(
+def train_simclr(
     data: tyro.conf.Positional[Path],
     out: Path = Path("runs/own_loop.pt"),
     steps: int = 1000,
@@ -62,4 +62,4 @@ def train(
 
 
 if __name__ == "__main__":
-    tyro.cli(train)
+    tyro.cli(train_simclr)

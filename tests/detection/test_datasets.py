@@ -28,7 +28,7 @@ def _changed(name: str, path: Path, **content: object) -> str:
 
 def _check(train: list[str], test: list[str]) -> None:
     datasets.register((*train, *test))
-    datasets.check(train, test, len(CLASSES))
+    datasets.check_sets(train, test, len(CLASSES))
 
 
 def test_splits_of_a_folder_have_the_same_classes(sets: dict[str, str]) -> None:
@@ -122,7 +122,7 @@ def test_invalid_images_and_boxes_are_refused(sets: dict[str, str], tmp_path: Pa
     bare = _changed(sets["coco"], tmp_path / "no-outline.json", annotations=content["annotations"])
     _check([bare], [sets["coco"]])
     with pytest.raises(ValueError, match=r"has no outline \(segmentation\).*give MODEL.MASK_ON False"):
-        datasets.check([bare], [sets["coco"]], len(CLASSES), masks=True)
+        datasets.check_sets([bare], [sets["coco"]], len(CLASSES), masks=True)
     absent = f"coco:{file}:{tmp_path}"
     with pytest.raises(FileNotFoundError, match=r"000000\.png of coco:\S+ does not exist; check the folder"):
         _check([absent], [sets["coco"]])
@@ -130,4 +130,4 @@ def test_invalid_images_and_boxes_are_refused(sets: dict[str, str], tmp_path: Pa
     with pytest.raises(ValueError, match="fewer than two images"):
         _check([], [f"voc:{voc}:test"])
     with pytest.raises(ValueError, match=r"has class 3, MODEL.ROI_HEADS.NUM_CLASSES 3 allows 0 … 2"):
-        datasets.check([], [sets["coco"]], 3)
+        datasets.check_sets([], [sets["coco"]], 3)

@@ -121,7 +121,7 @@ def test_code_in_weights_is_not_run(tmp_path: Path) -> None:
     torch.save({"model": {"a": Trap(mark)}}, tmp_path / "w.pth")
     cfg = _configure("--config-file", str(CONFIGS / f"{C4}.yaml"), "MODEL.WEIGHTS", str(tmp_path / "w.pth"))
     with pytest.raises(CheckpointError, match=r"mkdir, which could run code"):
-        weights.check(cfg)
+        weights.check_weights(cfg)
     assert not mark.exists()
 
 
@@ -210,7 +210,7 @@ def test_weights_of_an_unknown_layout_are_refused(tmp_path: Path) -> None:
             "--config-file", str(CONFIGS / f"{C4}.yaml"), "MODEL.WEIGHTS", str(tmp_path / "w.pyth")
         )
         with pytest.raises(CheckpointError, match=r"w\.pyth has an unknown layout: found"):
-            weights.check(cfg)
+            weights.check_weights(cfg)
 
 
 @given(

@@ -89,9 +89,9 @@ def test_a_detector_trains_and_is_evaluated(
     layout: str, sets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = []
-    check = datasets.check
+    check = datasets.check_sets
     monkeypatch.setattr(
-        datasets, "check", lambda *given, **more: checked.append(given) or check(*given, **more)
+        datasets, "check_sets", lambda *given, **more: checked.append(given) or check(*given, **more)
     )
     if layout == "coco":
         name, train, test, tasks = "coco_R_50_C4_1x", sets["coco"], sets["coco"], {"bbox", "segm"}
@@ -157,11 +157,11 @@ def test_an_evaluation_without_figures_fails(
     """The started process does not repeat the checks."""
     monkeypatch.setattr(trainer, "default_setup", lambda cfg, args: None)
     monkeypatch.setattr(trainer, "_evaluate", lambda cfg, resume: {})
-    monkeypatch.setattr(datasets, "check", lambda *given: pytest.fail("checked again"))
+    monkeypatch.setattr(datasets, "check_sets", lambda *given: pytest.fail("checked again"))
     test = ("DATASETS.TEST", f"('{sets['test']}',)")
     args = _args("--eval-only", *_file("pascal_voc_R_50_C4_24k"), *test, "OUTPUT_DIR", str(tmp_path))
     with pytest.raises(ValueError, match=r"evaluation on voc:\S+:test gave no figures; \S+log\.txt says why"):
-        trainer.run(args)
+        trainer.train_and_evaluate(args)
     assert not (tmp_path / "result.json").exists()
 
 

@@ -22,7 +22,7 @@ C4, FPN = "coco_R_50_C4_1x", "coco_R_50_FPN_1x"
 
 def _check(path: Path, name: str, *options: str) -> None:
     argv = ["--config-file", str(CONFIGS / f"{name}.yaml"), "MODEL.WEIGHTS", str(path), *options]
-    weights.check(config.configure(config.parse(argv, None)))
+    weights.check_weights(config.configure(config.parse(argv, None)))
 
 
 def _num_tensors_of_101_alone() -> int:

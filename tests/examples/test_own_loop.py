@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from examples.own_loop import nt_xent, train
+from examples.own_loop import nt_xent, train_simclr
 
 
 def test_loss_is_cross_entropy_over_all_other_views() -> None:
@@ -27,10 +27,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     """Forty images in batches of 16 are two steps per epoch, so the first part ends in mid-epoch."""
     options = {"batch_size": 16, "crop_px": 32}
     torch.manual_seed(0)
-    train(beton, tmp_path / "whole.pt", steps=5, **options)
+    train_simclr(beton, tmp_path / "whole.pt", steps=5, **options)
     torch.manual_seed(0)
-    train(beton, tmp_path / "parts.pt", steps=3, **options)
-    train(beton, tmp_path / "parts.pt", steps=5, **options)
+    train_simclr(beton, tmp_path / "parts.pt", steps=3, **options)
+    train_simclr(beton, tmp_path / "parts.pt", steps=5, **options)
     whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "parts"))
     assert whole["step"] == resumed["step"] == 5
     assert whole["loader"] == resumed["loader"]

@@ -35,7 +35,7 @@ class PackError(ValueError):
 def main(root: Path) -> int:
     """Print lines for the shell; returns the exit status."""
     try:
-        variables, summary = environment(root)
+        variables, summary = prepare_environment(root)
     except PackError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -48,7 +48,7 @@ def main(root: Path) -> int:
     return 0
 
 
-def environment(root: Path) -> tuple[dict[str, str], str]:
+def prepare_environment(root: Path) -> tuple[dict[str, str], str]:
     """Unpack what this machine lacks.
 
     Args:

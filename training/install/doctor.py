@@ -27,10 +27,10 @@ try:
 except ImportError as error:
     sys.exit(f"{error.name} is not installed, the set-up did not finish; run make setup again")
 
-Verdict = Literal["ok", "absent", "broken"]
+Status = Literal["ok", "absent", "broken"]
 
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-_COLORS: dict[Verdict, str] = {"ok": "green", "absent": "yellow", "broken": "red"}
+_COLORS: dict[Status, str] = {"ok": "green", "absent": "yellow", "broken": "red"}
 _SETUP = "make setup"
 _INSTALL_FFCV = (
     "apt install libopencv-dev libturbojpeg0-dev pkg-config && pip install -e '.[ffcv]' (for benchmarks only)"
@@ -60,7 +60,7 @@ class Finding:
 
     name: str
     """What was checked."""
-    verdict: Verdict
+    status: Status
     """absent: not installed; broken: installed but unusable."""
     detail: str
     """Version, size, or why it does not work."""
@@ -78,10 +78,10 @@ def main(console: Console | None = None, examine: Callable[[], list[Finding]] | 
     for column in ("what", "state", "found", "to fix it"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        state = f"[{_COLORS[finding.verdict]}]{finding.verdict}[/]"
-        table.add_row(finding.name, state, escape(finding.detail), escape(finding.fix))
+        colored = f"[{_COLORS[finding.status]}]{finding.status}[/]"
+        table.add_row(finding.name, colored, escape(finding.detail), escape(finding.fix))
     console.print(table)
-    missing = [finding.name for finding in findings if finding.needed and finding.verdict != "ok"]
+    missing = [finding.name for finding in findings if finding.needed and finding.status != "ok"]
     if missing:
         console.print(f"[red]The demo cannot run here:[/] first fix {', '.join(missing)}.")
         return 1
@@ -186,7 +186,7 @@ def check_decoder() -> Finding:
 
 
 def _check_backend(name: str, requirements: list[Finding], fix: str) -> Finding:
-    missing = [finding.name for finding in requirements if finding.verdict != "ok"]
+    missing = [finding.name for finding in requirements if finding.status != "ok"]
     if missing:
         return Finding(f"backend {name}", "absent", f"lacks {', '.join(missing)}", fix)
     return Finding(f"backend {name}", "ok", "ready")

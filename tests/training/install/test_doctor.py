@@ -20,17 +20,17 @@ def test_absent_and_broken_packages_differ(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "falls_over.py").write_text("raise OSError('libopencv.so: cannot open')\n")
     (tmp_path / "greedy.py").write_text("import torch\ntorch.set_num_threads(1)\n")
     absent = doctor.check_package("not_there", "not-there", "pip install not-there")
-    assert (absent.verdict, absent.fix) == ("absent", "pip install not-there")
+    assert (absent.status, absent.fix) == ("absent", "pip install not-there")
     nested = doctor.check_package("not_there.inner", "not-there", "pip install not-there")
-    assert nested.verdict == "absent"
+    assert nested.status == "absent"
     needy = doctor.check_package("needs_more", "needs-more", "fix")
-    assert needy.verdict == "broken" and "needs not_there_either" in needy.detail
+    assert needy.status == "broken" and "needs not_there_either" in needy.detail
     broken = doctor.check_package("falls_over", "falls-over", "fix")
-    assert broken.verdict == "broken" and "libopencv.so: cannot open" in broken.detail
+    assert broken.status == "broken" and "libopencv.so: cannot open" in broken.detail
     num_threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert doctor.check_package("greedy", "greedy", "fix").verdict == "ok"
+        assert doctor.check_package("greedy", "greedy", "fix").status == "ok"
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(num_threads)
@@ -43,32 +43,32 @@ def test_the_decoder_is_the_one_that_the_loader_uses(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(turbojpeg, "library", turbojpeg.library.__wrapped__)
     monkeypatch.setenv("LIBTURBOJPEG", "libm.so.6")
     wrong = doctor.check_decoder()
-    assert wrong.verdict == "broken" and "LIBTURBOJPEG is 'libm.so.6'" in wrong.detail and wrong.fix
+    assert wrong.status == "broken" and "LIBTURBOJPEG is 'libm.so.6'" in wrong.detail and wrong.fix
     monkeypatch.delenv("LIBTURBOJPEG")
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setattr(turbojpeg, "_SYSTEM_NAME", "libnowhere.so.0")
     absent = doctor.check_decoder()
-    assert absent.verdict == "absent" and "apt install libturbojpeg0" in absent.fix and absent.needed
+    assert absent.status == "absent" and "apt install libturbojpeg0" in absent.fix and absent.needed
 
 
 def test_an_old_torch_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_torch("make setup").verdict == "ok"
+    assert doctor.check_torch("make setup").status == "ok"
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.7.1")
     old = doctor.check_torch("make setup")
-    assert (old.verdict, old.fix, old.needed) == ("broken", "make setup", True) and "2.7.1" in old.detail
+    assert (old.status, old.fix, old.needed) == ("broken", "make setup", True) and "2.7.1" in old.detail
 
 
 def test_low_memory_and_missing_images_are_found(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16777216 kB\nMemFree: 1 kB\nMemAvailable:    1048576 kB\n")
     memory = doctor.check_memory(meminfo)
-    assert memory.verdict == "broken" and memory.detail == "1.0 of 16.0 GiB free" and memory.fix
-    assert doctor.check_memory(tmp_path / "none").verdict == "absent"
+    assert memory.status == "broken" and memory.detail == "1.0 of 16.0 GiB free" and memory.fix
+    assert doctor.check_memory(tmp_path / "none").status == "absent"
     images = doctor.check_fashion_mnist(tmp_path)
-    assert images.verdict == "absent" and images.fix == "apt install dataset-fashion-mnist"
+    assert images.status == "absent" and images.fix == "apt install dataset-fashion-mnist"
     for name in "abcd":
         (tmp_path / f"{name}-idx1-ubyte.gz").touch()
-    assert doctor.check_fashion_mnist(tmp_path).verdict == "ok"
+    assert doctor.check_fashion_mnist(tmp_path).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -101,5 +101,5 @@ def test_every_problem_on_this_machine_has_a_fix() -> None:
     names = {finding.name for finding in findings}
     assert {"torch", "ffcv", "nvidia.dali", "detectron2", "libturbojpeg", "backend folder", "cores"} <= names
     for finding in findings:
-        if finding.verdict != "ok" and finding.name != "gpu":
+        if finding.status != "ok" and finding.name != "gpu":
             assert finding.fix, finding

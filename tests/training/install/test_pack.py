@@ -240,7 +240,7 @@ def test_only_missing_packages_are_unpacked(tmp_path: Path, monkeypatch: pytest.
     (machine / "nvidia/cu13/lib").mkdir(parents=True)
     (machine / "nvidia/cu13/lib/libcufft.so.12").touch()
     sys.path.append(str(machine))
-    variables, line = activate.environment(tmp_path)
+    variables, line = activate.prepare_environment(tmp_path)
     root, theirs, site = variables["PYTHONPATH"].split(":")
     assert (root, theirs) == (str(tmp_path), "/theirs")
     names = {str(f.relative_to(site)) for f in Path(site).rglob("*") if f.is_file()}
@@ -248,7 +248,7 @@ def test_only_missing_packages_are_unpacked(tmp_path: Path, monkeypatch: pytest.
     assert "extend_path" in (Path(site) / "nvidia/__init__.py").read_text()
     assert str(machine / "nvidia/cu13/lib") in variables["LD_LIBRARY_PATH"].split(":")
     assert "torch 2.11.0+cu130, 2 packages added" in line
-    assert activate.environment(tmp_path)[0]["PYTHONPATH"] == variables["PYTHONPATH"]
+    assert activate.prepare_environment(tmp_path)[0]["PYTHONPATH"] == variables["PYTHONPATH"]
     assert [f.name for f in (tmp_path / FOLDER).glob("*site-*")] == [Path(site).name]
 
 
@@ -288,10 +288,10 @@ def test_a_damaged_or_missing_piece_names_its_archive(
     damaged[len(damaged) // 2] ^= 1
     piece.write_bytes(damaged)
     with pytest.raises(activate.PackError, match=rf"not match its hash; copy maskmix-{number + 1}\.tar\.gz"):
-        activate.environment(tmp_path)
+        activate.prepare_environment(tmp_path)
     piece.unlink()
     with pytest.raises(activate.PackError, match=rf"not exist; unpack maskmix-{number + 1}\.tar\.gz"):
-        activate.environment(tmp_path)
+        activate.prepare_environment(tmp_path)
     assert not list((tmp_path / FOLDER).glob("*site-*"))
 
 
@@ -302,7 +302,7 @@ def test_an_unmet_requirement_of_a_wheel_is_noted(
     content["wheels"]["missing"]["requires"] = ["numpy>=2"]
     (tmp_path / FOLDER / "1-programs.json").write_text(json.dumps(content))
     _set_installed(monkeypatch, torch="2.11", numpy="1.26.4")
-    activate.environment(tmp_path)
+    activate.prepare_environment(tmp_path)
     note = capsys.readouterr().err
     assert note.startswith("note: numpy 1.26.4 is installed") and "missing of the pack may not work" in note
 
@@ -311,11 +311,11 @@ def test_the_users_libturbojpeg_is_kept_if_it_works(tmp_path: Path, monkeypatch:
     _write_pack(tmp_path)
     _set_installed(monkeypatch, torch="2.11")
     monkeypatch.setenv("LIBTURBOJPEG", str(_turbojpeg()))
-    assert activate.environment(tmp_path)[0]["LIBTURBOJPEG"] == str(_turbojpeg())
+    assert activate.prepare_environment(tmp_path)[0]["LIBTURBOJPEG"] == str(_turbojpeg())
     monkeypatch.setenv("LIBTURBOJPEG", "nowhere.so")
     message = r"nowhere\.so is not a libturbojpeg that can be loaded .*; export LIBTURBOJPEG with the path"
     with pytest.raises(activate.PackError, match=message):
-        activate.environment(tmp_path)
+        activate.prepare_environment(tmp_path)
 
 
 def test_the_first_distribution_of_a_name_counts(tmp_path: Path) -> None:
