@@ -58,7 +58,7 @@ def main(config: Demo) -> None:
     preview = config.out / "preview.png"
     run_python(console, "-m", "dataset_tools", "preview", photographs, preview)
 
-    summary = {
+    summary: dict[str, Any] = {
         **{f"{metric}_{name}": probes[name][metric] for metric in _METRICS for name in probes},
         "loader_samples_per_s": rates[OURS]["median"],
         "torchvision_samples_per_s": rates[TORCHVISION_PIL]["median"],

@@ -163,7 +163,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_arrays_come_out_as_they_went_in(protocol: int, tmp_path: Path) -> None:
+def test_arrays_are_read_unchanged(protocol: int, tmp_path: Path) -> None:
     path = tmp_path / "w.pkl"
     ours = {"model": OrderedDict(ARRAYS), "__author__": "x", "matching_heuristics": True, "more": [1.5, None]}
     path.write_bytes(pickle.dumps(ours, protocol))
@@ -180,7 +180,7 @@ def test_arrays_come_out_as_they_went_in(protocol: int, tmp_path: Path) -> None:
             assert model[name].dtype == array.dtype.newbyteorder("=") and model[name].flags.writeable
 
 
-def test_a_pickle_of_python_2() -> None:
+def test_a_pickle_of_python_2_is_read() -> None:
     """Written by Python 2.7's pickle, protocol 2, of {'conv1_w': numpy.array([1, -2], 'float32')}."""
     payload = (
         b"\x80\x02}q\x01U\x07conv1_wq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04"
