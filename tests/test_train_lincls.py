@@ -124,6 +124,7 @@ def test_a_stopped_probe_resumes_to_the_same_weights(
     stop_after: int, run: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the first epoch, at its last step, at the ends of both, before they are measured."""
+
     more = "--epochs 2 --batch-size 8 --no-knn --num-threads 1"
 
     def argv(name: str) -> list[str]:

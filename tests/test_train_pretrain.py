@@ -198,10 +198,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In the middle of the first epoch, at its end, and in the middle of the second.
-
-    Also with a batch prefetched at the stop, as on GPUs.
-    """
+    """In the middle of the first epoch, at its very end, and in the middle of the second; as on GPUs, where a
+    batch is ready ahead of the stop, too."""
     if one_ahead:
         monkeypatch.setattr("pipelines.loader._RUN_BESIDE_THE_HOST", {"cpu"})
     pictures, more = request.getfixturevalue(data), ("--method", "both", *flags)
