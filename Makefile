@@ -143,7 +143,7 @@ detector: $(READY)  ## [ARGS=--help]|a detector from pretrained and from random 
 scale: samples  ## [ARGS="--count 1281167"]|cost of opening, shuffling and resuming at 1.28 and 10 million images
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)
 
-parity: $(READY)  ## [ARGS=--check]|compare every backend and operation with torchvision, for docs/parity.md
+parity: $(READY)  ## [ARGS=--check]|how near every backend and operation is to torchvision, for docs/parity.md
 	@$(BIN)/python -m benchmarks.parity --json benchmarks/results/parity.json $(ARGS)
 
 half-hour: $(READY)  ## [ARGS="step --minutes 15"]|all GPU measurements in half an hour: tests, limits, loaders, steps, runs
