@@ -287,7 +287,7 @@ def _next_segment(jpeg_C: NDArray[np.uint8], at: int) -> tuple[int, int, int]:
 def _missing_in_scan(
     jpeg_C: NDArray[np.uint8], at: int, frame: int, frame_at: int, defined: tuple[int, int, int]
 ) -> int:
-    """The kind of table that the scan whose header begins at ``at`` lacks; 0 for none."""
+    """The kind of table that a scan lacks, 0 for none; its header begins at ``at``."""
     quantisation, dc, ac = defined
     huffman, progressive = frame <= 0xC2, frame in (0xC2, 0xCA)
     spectrum_at = at + 1 + 2 * int(jpeg_C[at])

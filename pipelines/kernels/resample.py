@@ -45,31 +45,23 @@ SLACK = 64
 class Axis(NamedTuple):
     """Which input pixels make each output pixel of one axis, and with what weights."""
 
-    first_S: NDArray[np.int32]
-    """The first input pixel of each output pixel."""
-    taps_S: NDArray[np.int32]
-    """How many input pixels follow from there."""
-    weight_ST: NDArray[np.uint16]
-    """Their weights, times 2¹⁶."""
+    first_S: NDArray[np.int32]  # first input pixel of each output pixel
+    taps_S: NDArray[np.int32]  # number of input pixels from there on
+    weight_ST: NDArray[np.uint16]  # their weights, times 2¹⁶
 
 
 class Scratch(NamedTuple):
-    """Memory of one thread, enough for the largest box it was made for."""
+    """Memory of one thread, enough for boxes of up to the size it was made for."""
 
-    rows: Axis
-    columns: Axis
-    chroma_rows: Axis
-    chroma_columns: Axis
-    strip_C: NDArray[np.uint16]
-    """Sixteen rows between the passes."""
-    turned_C: NDArray[np.uint16]
-    """The strip, transposed."""
-    planes_C: NDArray[np.uint16]
-    """Three planes of (S, 16): sixteen rows of the view, transposed."""
-    bytes_C: NDArray[np.uint8]
-    """The planes as RGB bytes."""
-    block_C: NDArray[np.uint8]
-    """Three blocks of 16 × 16 bytes, and one row of them with its colours interleaved."""
+    rows: Axis  # how rows of Y or RGB are resampled
+    columns: Axis  # the same for columns
+    chroma_rows: Axis  # the same for rows of chroma, if they are halved
+    chroma_columns: Axis  # the same for columns of chroma, if they are halved
+    strip_C: NDArray[np.uint16]  # sixteen rows between the passes
+    turned_C: NDArray[np.uint16]  # the strip, transposed
+    planes_C: NDArray[np.uint16]  # three planes of (S, 16): sixteen rows of the view, transposed
+    bytes_C: NDArray[np.uint8]  # the planes as RGB bytes
+    block_C: NDArray[np.uint8]  # three blocks of 16 × 16 bytes, and one row with its colours interleaved
 
 
 @kernel

@@ -20,7 +20,7 @@ from torch import nn
 from models.batchnorm import (
     NormArguments,
     SplitBatchNorm2d,
-    _hand_sizes,
+    _send_sizes,
     _SplitBatchNorm,
     deal_over_splits,
     missing_for_kernels,
@@ -173,7 +173,7 @@ def test_the_kernels_for_gpus_compute_what_the_cpu_does() -> None:
         check=False,
     )
     if "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("this Triton's interpreter is older than this NumPy, whose arrays it takes for numbers")
+        pytest.skip("this Triton's interpreter is older than this NumPy and takes its arrays for numbers")
     assert done.returncode == 0, done.stderr
 
 
@@ -276,7 +276,7 @@ def test_deal_over_splits_is_undone_and_even(num_splits: int, per_split: int) ->
 
 @given(st.integers(0, 50), st.integers(1, 9))
 def test_every_rank_hands_out_and_receives_as_many_rows_as_it_has(num_rows: int, world_size: int) -> None:
-    table = [_hand_sizes(num_rows, rank, world_size) for rank in range(world_size)]
+    table = [_send_sizes(num_rows, rank, world_size) for rank in range(world_size)]
     assert all(sum(row) == num_rows for row in table)
     assert all(sum(column) == num_rows for column in zip(*table, strict=True))
     assert max(map(max, table)) - min(map(min, table)) <= 1

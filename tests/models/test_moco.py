@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from models.batch import NUM_MIXTURES, Method
-from models.batchnorm import join_branches, part_branches
+from models.batchnorm import join_branches, separate_branches
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, Mixture
@@ -191,7 +191,7 @@ def test_a_joint_forward_gives_every_split_its_share_of_every_branch() -> None:
     assert joint.is_contiguous(memory_format=torch.channels_last)
     for part, half in zip(joint.chunk(2), (slice(0, 4), slice(4, 8)), strict=True):
         assert torch.equal(part, torch.cat([images[half] for images in branches]))
-    for back, images in zip(part_branches(joint.flatten(1), 3, 2), branches, strict=True):
+    for back, images in zip(separate_branches(joint.flatten(1), 3, 2), branches, strict=True):
         assert torch.equal(back, images.flatten(1))
 
 
@@ -208,7 +208,7 @@ def test_the_whole_forward_is_one_graph() -> None:
 
 
 def test_identical_views_at_the_start_give_similarity_one() -> None:
-    """Query and key encoder are equal, so without BN company the pair must coincide."""
+    """Query and key encoder are equal, so without batch statistics the pair must coincide."""
     moco = _moco().eval()
     images = _images(0, 8)
     _, metrics = moco(_batch_of(images, images))

@@ -209,7 +209,7 @@ def test_every_position_of_the_queue(batch_size: int, symmetric: bool) -> None:
 
 
 class _HandOn(nn.Module):
-    """An encoder whose embeddings are its inputs, so that gradients by the embeddings can be read."""
+    """An encoder that returns its inputs as embeddings, so that gradients by the embeddings can be read."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -145,7 +145,7 @@ def test_masks_that_cannot_be_are_refused(grid_size: int, lam: float) -> None:
 
 
 def _queries(num: int, side: int = 16) -> Tensor:
-    """Image n is the constant n + 1, so that every pixel of a mixture tells where it came from."""
+    """Image n is the constant n + 1, so every pixel of a mixture shows which image it came from."""
     return torch.arange(1.0, num + 1).view(num, 1, 1, 1).expand(num, 3, side, side).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Damaged JPEGs change nothing but themselves: verdicts and bytes are the same in any company and order."""
+"""Damaged JPEGs do not affect others: verdicts and bytes are the same with any other images, in any order."""
 
 import io
 import itertools
@@ -189,11 +189,11 @@ def findings(payload: bytes) -> object:
 
 def test_a_verdict_does_not_depend_on_the_pictures_before() -> None:
     payloads = mutations(300)
-    wanted = [alone(payload) for payload in payloads]
-    states = [verdict.state for verdict, *_ in wanted]  # type: ignore[misc]
+    expected = [alone(payload) for payload in payloads]
+    states = [verdict.state for verdict, *_ in expected]  # type: ignore[misc]
     assert min(states.count("whole"), states.count("damaged")) > 50
-    assert [findings(payload) for payload in payloads] == wanted
-    assert [findings(payload) for payload in reversed(payloads)] == wanted[::-1]
+    assert [findings(payload) for payload in payloads] == expected
+    assert [findings(payload) for payload in reversed(payloads)] == expected[::-1]
 
 
 def _cropped(payloads: list[bytes], side: int = 16) -> tuple[list[int], list[bytes]]:
@@ -297,9 +297,9 @@ def test_views_depend_on_no_damaged_picture(
         assert set(loader.faults) == set(bad) or (backend == "dali" and set(loader.faults) < set(bad))
         return found
 
-    wanted = views(1, 64, 1)
+    expected = views(1, 64, 1)
     for batch_size, num_threads in ((64, 2), (8, 1), (8, 4), (13, 2)):
-        assert views(1, batch_size, num_threads) == wanted
+        assert views(1, batch_size, num_threads) == expected
 
 
 def test_a_folder_refuses_what_lacks_a_table(tmp_path: Path) -> None:

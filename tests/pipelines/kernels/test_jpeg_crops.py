@@ -43,7 +43,7 @@ def _kinds() -> dict[str, bytes]:
 
 
 def _encode_440(photo: Image.Image) -> bytes:
-    """Rows halved, columns whole: a 4:2:2 whose sampling factors are exchanged is such a JPEG turned."""
+    """A JPEG at 4:4:0: chroma rows are halved, columns are not. Pillow cannot write one; libturbojpeg can."""
     import ctypes
 
     from pipelines.kernels.turbojpeg import TJPF_RGB, TJSAMP_440, library
