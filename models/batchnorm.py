@@ -253,7 +253,7 @@ def _channels_last_to_first(x: Tensor) -> Tensor:
     return x.movedim(-1, 1) if x.dim() == 4 else x
 
 
-def deal_over_splits(x: Tensor, num_splits: int) -> Tensor:
+def shuffle_across_splits(x: Tensor, num_splits: int) -> Tensor:
     """Reorder rows so that each of ``num_splits`` consecutive parts has rows of all former parts, evenly.
 
     Args:
@@ -268,12 +268,12 @@ def deal_over_splits(x: Tensor, num_splits: int) -> Tensor:
     """
     _check_divisible(len(x), num_splits)
     rows = _channels_first_to_last(x)
-    dealt = rows.unflatten(0, (num_splits, -1)).transpose(0, 1).flatten(0, 1)
-    return _channels_last_to_first(dealt)
+    shuffled = rows.unflatten(0, (num_splits, -1)).transpose(0, 1).flatten(0, 1)
+    return _channels_last_to_first(shuffled)
 
 
-def undeal_over_splits(x: Tensor, num_splits: int) -> Tensor:
-    """Undo `deal_over_splits`."""
+def unshuffle_across_splits(x: Tensor, num_splits: int) -> Tensor:
+    """Undo `shuffle_across_splits`."""
     rows = _channels_first_to_last(x)
     gathered = rows.unflatten(0, (-1, num_splits)).transpose(0, 1).flatten(0, 1)
     return _channels_last_to_first(gathered)

@@ -18,12 +18,12 @@ from models import losses
 from models.batch import NUM_MIXTURES, BatchLike, Method, MixtureLike, directions_of
 from models.batchnorm import (
     SplitBatchNorm2d,
-    deal_over_splits,
     join_branches,
     separate_branches,
     shuffle_across_ranks,
-    undeal_over_splits,
+    shuffle_across_splits,
     unshuffle_across_ranks,
+    unshuffle_across_splits,
 )
 from models.encoders import EncoderFactory, NormLayer, backbone_features
 
@@ -196,10 +196,10 @@ class MoCo(nn.Module):
                 images_N3SS = images_N3SS.to(torch.get_autocast_dtype(images_N3SS.device.type))
             images_N3SS = shuffle_across_ranks(images_N3SS)
         if across_splits:
-            images_N3SS = deal_over_splits(images_N3SS, self.bn_splits)
+            images_N3SS = shuffle_across_splits(images_N3SS, self.bn_splits)
         k_ND = self._embed(self.encoder_k, images_N3SS)
         if across_splits:
-            k_ND = undeal_over_splits(k_ND, self.bn_splits)
+            k_ND = unshuffle_across_splits(k_ND, self.bn_splits)
         return unshuffle_across_ranks(k_ND) if across_ranks else k_ND
 
     def _embed_queries(self, branches: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Planes against Pillow's own libjpeg and NumPy transcriptions; the checker against every kind of JPEG."""
+"""Planes against Pillow's libjpeg and NumPy transcriptions; verdicts for every kind of JPEG."""
 
 import io
 from typing import Any
@@ -16,12 +16,12 @@ from tests.dataset_tools.conftest import unusual_jpeg
 
 Pixels = npt.NDArray[np.uint8]
 TJPF_RGB, TJSAMP_420 = 0, 2
-# Around the blocks of 8 and 16 px that JPEG is made of, and everything small.
+# Small sides, and sides around multiples of JPEG's blocks of 8 and 16 px.
 sides = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 47, 48, 49, 127, 128, 129]))
 
 
 def colourful(width: int, height: int) -> Pixels:
-    """Coloured structure in all directions, the same for the same size."""
+    """An image with coloured structure in all directions, the same for the same size."""
     rng = np.random.default_rng(width * 1000 + height)
     small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -35,7 +35,7 @@ def jpeg(pixels: Pixels, **options: Any) -> bytes:
 
 
 def ycbcr_by_pillow(payload: bytes) -> Pixels:
-    """(H, W, 3) what Pillow's libjpeg decodes without converting colours, chroma enlarged."""
+    """(H, W, 3) Y, Cb, Cr as Pillow's libjpeg decodes them, chroma enlarged."""
     with Image.open(io.BytesIO(payload)) as image:
         image.draft("YCbCr", image.size)
         assert image.mode == "YCbCr"
@@ -121,7 +121,7 @@ def test_packed_is_y_then_u_then_v(width: int, height: int) -> None:
 @given(width=sides.filter(lambda n: n > 4), height=sides)
 @settings(max_examples=40, deadline=None)
 def test_planes_become_the_pixels_that_pillow_decodes(width: int, height: int) -> None:
-    """Narrower pictures are enlarged by repeating in libjpeg; here all are by its fancy upsampling."""
+    """Wider than 4 px, because libjpeg enlarges the chroma of narrower images by repeating it."""
     file = io.BytesIO()
     Image.fromarray(colourful(width, height)).save(file, "JPEG", quality=90, subsampling="4:2:0")
     packed = Jpeg(file.getvalue()).planes().packed()
@@ -160,7 +160,7 @@ def test_header_and_check_know_every_kind(options: dict[str, Any], is_colour: bo
             Jpeg(payload).planes()
 
 
-def test_subsampling_without_a_name_hinders_no_check() -> None:
+def test_subsampling_without_a_name_can_be_checked() -> None:
     payload = unusual_jpeg()
     found = read_header(payload)
     assert found is not None
@@ -170,7 +170,7 @@ def test_subsampling_without_a_name_hinders_no_check() -> None:
 
 
 @pytest.mark.parametrize("payload", [b"", b"hello", b"\xff\xd8\xff"])
-def test_no_jpeg_has_no_header(payload: bytes) -> None:
+def test_other_content_has_no_header(payload: bytes) -> None:
     assert read_header(payload) is None
     with pytest.raises(ValueError, match="4:2:0"):
         Jpeg(payload).planes()
