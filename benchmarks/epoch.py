@@ -43,8 +43,8 @@ from benchmarks.timing import summary
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, build_loader
-from pipelines.cores import usable_cores
 from pipelines.recipe import Mixing, Recipe, moco_v2
+from pipelines.workers import usable_cores
 
 Part = Literal["data", "encoder", "loss"]
 PLAIN, OURS, OURS_ONE_BN = "published, plain", "ours", "ours, BN over the whole batch"

@@ -12,7 +12,7 @@ from benchmarks.sample_sets import read_with_pil
 from pipelines.augment.draws import draw_boxes
 from pipelines.decode.pillow import FORMATS
 from pipelines.randomness import Draw
-from pipelines.sets.listing import FolderListing
+from pipelines.sets.folder import FolderListing
 
 
 def choose_crops(job: Job, num: int) -> FixedCrops:

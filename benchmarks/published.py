@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.batch import BatchLike, Method, MixtureLike
+from models.batch import Batch, Method, Mixture
 from models.encoders import EncoderFactory
 from models.moco import MoCo
-from pipelines import Batch, Mixture
 from pipelines.recipe import Mixing
 
 _MIN_RECTANGLE_CELLS = 4
@@ -48,7 +47,7 @@ def plain_objective(
     q_ND: Tensor,
     k_ND: Tensor,
     mixed_ND: Sequence[Tensor],
-    mixtures: Sequence[MixtureLike],
+    mixtures: Sequence[Mixture],
     queue_DK: Tensor,
     temperature: float,
 ) -> Tensor:
@@ -112,7 +111,7 @@ class PlainMoCo(nn.Module):
         self.queue_ptr = int(moco.queue_ptr)
         return self
 
-    def forward(self, batch: BatchLike) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Loss, a scalar, of one batch; for a symmetric loss the sum of both directions."""
         directions = [(batch.query, batch.key, batch.mixtures)]
         if self.symmetric:

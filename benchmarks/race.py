@@ -25,10 +25,9 @@ from benchmarks.programs import fashion_sets
 from benchmarks.race_figures import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, OURS, configured, figures, print_race
 from benchmarks.race_ours import FEW, Runner, Setting, Stint, knn, ours, train
 from benchmarks.run_options import RunOptions
-from pipelines.cores import usable_cores
+from pipelines.workers import usable_cores
 from training import cli
 from training.cli import console
-from training.memory import keep_freed_memory
 
 Build = Callable[[int], Runner]
 """A fresh runner of a seed."""
@@ -76,7 +75,7 @@ def main(config: Race) -> dict[str, Any]:
             LIGHTLY: (theirs.documented(setting), theirs.documented_hands()),
             LIGHTLY_AT_BEST: (setting, best),
         }
-        # First, because what our trainer asks of the C library stays with the process.
+        # First, because our loader changes a setting of the C library for the whole process.
         builds: dict[str, tuple[Setting, Build]] = {
             **{
                 name: (own, functools.partial(theirs.lightly, own, train_set, hands))
@@ -87,8 +86,6 @@ def main(config: Race) -> dict[str, Any]:
         }
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in builds}
         for name, (own, build) in builds.items():
-            if name == OURS:
-                keep_freed_memory()
             for seed in config.seeds:
                 told = f"{name}, seed {seed}" if len(config.seeds) > 1 else name
                 runs[name].append(_run(build(seed), own, seconds, judge, progress, told))

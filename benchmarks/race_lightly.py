@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.race_ours import Batches, Runner, Setting, train
 from models.encoders import build_encoder
-from pipelines import build_loader
-from pipelines.cores import usable_cores
+from pipelines import open_set
+from pipelines.decode.pillow import decode_image
 from pipelines.recipe import Recipe, moco_v2
+from pipelines.workers import usable_cores
 
 
 class Pictures(Dataset[list[Tensor]]):
@@ -90,8 +91,9 @@ def lightly(setting: Setting, data: Path, hands: tuple[int, int], seed: int) -> 
     model = LightlyMoCo(setting)
 
     def batches() -> Batches:
-        engine = build_loader(data, setting.recipe, batch_size=setting.batch_size).engine
-        pictures = [picture for i in range(engine.count) if (picture := engine.picture(i)) is not None]
+        images = open_set(data)
+        decoded = (decode_image(images.fetch(np.array([i]))) for i in range(images.count))
+        pictures = [picture for picture in decoded if picture is not None]
         loader = DataLoader(
             Pictures(np.stack(pictures), transform_of(setting.recipe)),
             batch_size=setting.batch_size,

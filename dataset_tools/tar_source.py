@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tar_members import Member, Window, tar_members
-from pipelines.sets.listing import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
+from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
 
 Folder = tuple[str, ...]
 """The parts of a folder's path."""

@@ -17,7 +17,7 @@ from dataset_tools.shard_set import unfinished
 from dataset_tools.tar_members import Member, scan_tar
 from pipelines.decode.jpeg import check_jpeg
 from pipelines.decode.pillow import is_jpeg, read_rgb, read_size
-from pipelines.sets.listing import PICTURE_SUFFIXES
+from pipelines.sets.folder import PICTURE_SUFFIXES
 from pipelines.sets.manifest import Shard, of_kind
 from pipelines.sets.shards import (
     check_tar,

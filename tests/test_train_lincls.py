@@ -232,7 +232,7 @@ def test_mistakes_are_one_sentence(
     assert "differ" in refusal(beton, "--val", other, *good)
     empty = tmp_path / "empty"
     (empty / "cat").mkdir(parents=True)
-    assert "no pictures in" in refusal(beton, "--val", empty, *good)
+    assert "no images in" in refusal(beton, "--val", empty, *good)
     assert "torchrun starts the processes" in refusal(beton, *good, "--world-size", 1)
 
 

@@ -15,8 +15,8 @@ from torch.nn.functional import interpolate
 from benchmarks.parity.chances import EVERYBODY, add_distance
 from benchmarks.parity.limits import GRID_CELL_DRAWS, MEASURES, NUM_DRAWS, NUM_UNMIX
 from benchmarks.parity.measures import Errors, Row
+from models.batch import Mixture
 from pipelines.augment.mixing import blend, block_masks, draw_masks, draw_mixtures, grid_masks
-from pipelines.batch import Mixture
 from pipelines.randomness import Draw
 from pipelines.recipe import Mixing, Recipe, moco_v2
 

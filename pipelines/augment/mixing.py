@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import Mixture
+from models.batch import Mixture
 from pipelines.kernels.compiled import kernel
 from pipelines.randomness import Draw, Purpose, bits, uniform
 from pipelines.recipe import Mixing, Recipe

@@ -13,13 +13,10 @@ bytes between a segment and the next marker are skipped, which includes the code
 Shape letters: N images, V views, S side in pixels, C bytes.
 """
 
-import ctypes
-from functools import cache
-
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.kernels.compiled import address_of, call_int, call_int64, kernel
+from pipelines.kernels.compiled import call_int, call_int64, kernel
 from pipelines.kernels.resample import SLACK, crop_planes, crop_rgb, make_scratch
 from pipelines.kernels.turbojpeg import (
     TJCS_YCBCR,
@@ -348,43 +345,3 @@ def _number(bytes_C: NDArray[np.uint8], start: int, num: int, little: bool) -> i
     for i in range(num):
         value = value << 8 | int(bytes_C[start + num - 1 - i if little else start + i])
     return value
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-@kernel
-def read_pieces(
-    pread: int,
-    file_N: NDArray[np.int32],
-    address_N: NDArray[np.int64],
-    num_bytes_N: NDArray[np.int64],
-    start_N: NDArray[np.int64],
-    data_C: NDArray[np.uint8],
-) -> int:
-    """Read pieces of open files, one after the other; returns −1, or the first piece that failed.
-
-    Args:
-        pread: of :func:`pread_address`.
-        file_N: file descriptors.
-        address_N: offsets of the pieces in their files.
-        num_bytes_N: their lengths.
-        start_N: where each piece goes in ``data_C``.
-        data_C: memory that is filled.
-    """
-    for n in range(len(address_N)):
-        done, num_bytes = 0, int(num_bytes_N[n])
-        while done < num_bytes:
-            target = np.int64(data_C.ctypes.data) + start_N[n] + done
-            got = call_int64(pread, (file_N[n], target, num_bytes - done, int(address_N[n]) + done))
-            if got <= 0:
-                return n
-            done += got
-    return -1
-
-
-@cache
-def pread_address() -> int:
-    """The address of the C library's ``pread``."""
-    return address_of(ctypes.CDLL(None, use_errno=True).pread)

@@ -1,17 +1,49 @@
-"""Uploads and prefetching: what a CPU can show of them."""
+"""Prefetching, the bound on running ahead, and kept memory, as far as a CPU can show them."""
 
 import dataclasses
 import itertools
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from models.batch import Batch, tensors_of
 from pipelines import build_loader
-from pipelines.batch import Batch, tensors_of
-from pipelines.device import Uploads, one_ahead
+from pipelines.device import RunAhead, prefetch
 from pipelines.recipe import Mixing, moco_v2
+
+PROGRAM = """
+import resource, sys
+from pipelines.device import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+import torch
+def step():
+    for _ in range(2):
+        torch.ones(2 ** 24)
+for _ in range(6):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    faults = {}
+    for way in ("returned", "kept"):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, way], capture_output=True, text=True, check=True
+        )
+        faults[way] = int(done.stdout)
+    # 64 MiB, which glibc always maps anew, are 16,384 pages, or 32 of the larger kind.
+    assert faults["returned"] >= 4 * 2 * 32 > 10 * faults["kept"]
 
 
 class _Event:
@@ -31,14 +63,16 @@ class _Event:
 
 
 @pytest.mark.parametrize("over", [True, False])
-def test_uploads_hold_their_memory_until_they_are_over(over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploads = Uploads(torch.device("cuda", 0), most=4)
+def test_the_host_waits_for_the_oldest_batch_beyond_the_limit(
+    over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ahead = RunAhead(torch.device("cuda", 0), limit=4)
     waited: list[_Event] = []
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: _Event(over, waited))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     for _ in range(10):
-        uploads.hold(torch.empty(1))
-    assert len(uploads) == (0 if over else 4)
+        run_ahead.mark()
+    assert len(run_ahead) == (0 if over else 4)
     assert over or len(waited) == 6
 
 
@@ -56,12 +90,12 @@ def test_each_is_asked_for_before_the_one_before_it_is_used() -> None:
     def use(number: int) -> None:
         seen.append(f"used {number}")
 
-    for number in one_ahead(numbers(), lambda _: [], torch.device("cpu")):
+    for number in prefetch(numbers(), lambda _: [], torch.device("cpu")):
         use(number)
     assert seen == ["made 0", "made 1", "used 0", "made 2", "used 1", "closed", "used 2"]
 
     seen.clear()
-    for number in one_ahead(numbers(), lambda _: [], torch.device("cpu")):
+    for number in prefetch(numbers(), lambda _: [], torch.device("cpu")):
         use(number)
         break
     assert seen == ["made 0", "made 1", "used 0", "closed"]
@@ -82,7 +116,7 @@ def test_a_loader_that_is_one_ahead_gives_the_same_batches_and_resumes_behind_th
 
     expected = list(loader())
     assert len(tensors_of(expected[0])) == 4 + 4 * 3
-    monkeypatch.setattr("pipelines.loader._RUN_BESIDE_THE_HOST", {"cpu"})
+    monkeypatch.setattr("pipelines.loader._ASYNC_DEVICES", {"cpu"})
     ahead = loader()
     assert all(_same(a, b) for a, b in zip(ahead, expected, strict=True))
     assert ahead.state_dict()["batches_done"] == 0

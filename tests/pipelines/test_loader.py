@@ -12,9 +12,9 @@ from PIL import Image
 
 from dataset_tools.beton_writer import BetonWriter
 from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
-from pipelines.decode.decoder import BadPicturesError
 from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
 from pipelines.sets.beton import open_beton
+from pipelines.workers import BadImagesError
 
 NEEDS_DALI = pytest.mark.needs("nvidia.dali")
 DALI = pytest.param("dali", marks=NEEDS_DALI)
@@ -55,7 +55,7 @@ def test_batch_is_what_the_contract_says(beton: Path) -> None:
         assert len(batch.mixtures) == 2
         assert (batch.label == (batch.index >= 20).long()).all()
     assert sorted(int(i) for b in batches for i in b.index) == list(range(40))
-    assert loader.classes == ("bird", "cat")
+    assert loader.set.classes == ("bird", "cat")
 
 
 def test_a_symmetric_recipe_mixes_both_views_alike(beton: Path) -> None:
@@ -201,28 +201,18 @@ def test_a_batch_that_cannot_be_finished_is_not_counted(beton: Path, monkeypatch
     assert loader.state_dict()["batches_done"] == 0
 
 
-def test_memory_is_free_again_while_the_loader_waits(beton: Path) -> None:
-    loader = _load(beton)
-    batches = iter(loader)
-    for batch in batches:
-        del batch
-    del batches
-    # Never more blocks than batches that are under way at a time.
-    assert len(loader._workers._floats._storages) == 4
-
-
 @pytest.mark.parametrize("backend", ["ffcv", DALI])
 def test_backends_equal_folder_on_the_same_boxes(backend: str, beton: Path, picture_folder: Path) -> None:
-    compiled, files = _load(beton, backend=backend).engine, _load(picture_folder).engine
-    assert (compiled.name, files.name) == (backend, "folder")
+    compiled, files = _load(beton, backend=backend), _load(picture_folder)
+    assert (compiled.decoder.name, files.decoder.name) == (backend, "folder")
     index = np.arange(40)
-    fetched, read = compiled.fetch(index), files.fetch(index)
-    assert np.array_equal(fetched.size_N2, read.size_N2)
-    assert np.array_equal(compiled.labels(index), files.labels(index))
+    encoded, read = compiled.set.fetch(index), files.set.fetch(index)
+    assert np.array_equal(encoded.size_N2, read.size_N2)
+    assert np.array_equal(compiled.set.labels(index), files.set.labels(index))
     boxes = _load(beton).boxes(5, index)
     got, expected = (np.zeros((40, 2, 48, 48, 3), np.uint8) for _ in range(2))
-    assert compiled.crop(fetched, boxes, got).all()
-    assert files.crop(read, boxes, expected).all()
+    assert compiled.decoder.crop(encoded, boxes, got).all()
+    assert files.decoder.crop(read, boxes, expected).all()
     off = np.abs(got.astype(int) - expected)
     if backend == "dali":  # which decodes to PIL's own pixels
         assert off.max() <= 1
@@ -252,8 +242,8 @@ def test_a_file_that_cannot_be_read_any_more_is_an_error(beton: Path, tmp_path: 
     loader = _load(beton, reading="read")
     (tmp_path / "empty").touch()
     with (tmp_path / "empty").open("rb") as empty:
-        os.dup2(empty.fileno(), loader.engine.store._file)
-    with pytest.raises(OSError, match=r"pictures\.beton was cut short while it was read: picture \d+"):
+        os.dup2(empty.fileno(), loader.set._file)
+    with pytest.raises(OSError, match=r"pictures\.beton was cut short while it was read: image \d+"):
         list(loader)
 
 
@@ -381,7 +371,7 @@ def test_raw_pictures_must_have_their_size(tmp_path: Path) -> None:
     sound = record.tobytes()
     record["f0"]["width"] = 6
     path.write_bytes(path.read_bytes().replace(sound, record.tobytes()))
-    with pytest.raises(ValueError, match=r"picture 1 of 6 × 4 px, mode 1, cannot have 60 bytes"):
+    with pytest.raises(ValueError, match=r"image 1 of 6 × 4 px, mode 1, cannot have 60 bytes"):
         _load(path, batch_size=2)
 
 
@@ -390,7 +380,7 @@ def test_too_many_bad_pictures_stop_the_run(picture_folder: Path, tmp_path: Path
     shutil.copytree(picture_folder, root)
     for i in range(0, 20):
         (root / "bird" / f"{i:02}.JPEG").write_bytes(b"broken")
-    with pytest.raises(BadPicturesError, match=r"pictures .*cannot be decoded"):
+    with pytest.raises(BadImagesError, match=r"images .*cannot be decoded"):
         list(_load(root))
 
 
@@ -415,7 +405,7 @@ def test_stopping_early_leaves_no_thread_behind(beton: Path) -> None:
         ({"num_threads": 4096}, "4096 threads"),
         ({"backend": "folder"}, "is a compiled set"),
         ({"backend": "webdataset"}, "known are"),
-        ({"reading": "slowly"}, "know auto, map, read, stream"),
+        ({"reading": "slowly"}, "known are auto, map, read, stream"),
         ({"reading": "stream"}, "takes a folder of shards"),
     ],
 )
@@ -425,7 +415,7 @@ def test_wrong_options_are_refused(beton: Path, options: dict[str, object], mess
 
 
 def test_a_folder_has_one_way_of_reading(picture_folder: Path) -> None:
-    with pytest.raises(ValueError, match="reads files ahead in any case"):
+    with pytest.raises(ValueError, match="folder of images, which are always read ahead"):
         _load(picture_folder, reading="map")
 
 
@@ -444,11 +434,11 @@ def test_wrong_paths_are_refused(beton: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         _load(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         _load(tmp_path / "empty")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "readme.txt").write_text("hello")
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         _load(tmp_path / "notes")
 
 

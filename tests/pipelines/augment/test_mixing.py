@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.batch import Mixture
 from pipelines.augment.mixing import (
     blend,
     block_masks,
@@ -21,7 +22,6 @@ from pipelines.augment.mixing import (
     grid_masks,
     kept_share,
 )
-from pipelines.batch import Mixture
 from pipelines.randomness import Draw, Purpose, uniform
 from pipelines.recipe import Mixing, moco_v2
 

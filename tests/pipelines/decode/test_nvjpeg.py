@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.decode import nvjpeg
-from pipelines.decode.nvjpeg import ARCH_MISMATCH, BACKEND_HARDWARE, SUCCESS, JpegUnit, find_jpeg_unit
+from pipelines.decode import choose
+from pipelines.decode.choose import (
+    ARCH_MISMATCH,
+    BACKEND_HARDWARE,
+    SUCCESS,
+    JpegUnit,
+    find_jpeg_unit,
+    nvjpeg_libraries,
+)
 
 GPU = torch.device("cuda", 0)
 HANDLE = 0x7F0000001234
@@ -71,7 +78,7 @@ def test_a_unit_is_asked_for_on_its_device_and_given_back(current: list[torch.de
 def test_any_other_answer_is_no_with_the_status(current: list[torch.device], status: int, says: str) -> None:
     library = FakeNvjpeg(status)
     unit = find_jpeg_unit(GPU, lambda _: library)
-    assert not unit.present and unit.why_not.endswith(says)
+    assert not unit.present and unit.reason.endswith(says)
     assert library.made and not library.destroyed, "there is nothing to destroy"
 
 
@@ -95,7 +102,7 @@ def test_wheels_come_first_and_the_newest_before_all(
         (tmp_path / folder / "lib").mkdir(parents=True)
         (tmp_path / folder / "lib" / name).touch()
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(nvjpeg.importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
+    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
     tried: list[str] = []
 
     def load(name: str) -> FakeNvjpeg:
@@ -115,13 +122,13 @@ def test_a_cpu_is_not_asked() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, which may have a unit")
 def test_the_real_library_reports_no_unit_without_a_gpu(current: list[torch.device]) -> None:
-    if not any(Path(name).exists() for name in nvjpeg._candidates()):
+    if not any(Path(name).exists() for name in nvjpeg_libraries()):
         pytest.skip("nvJPEG is not installed")
-    assert re.search(r"JPEG unit \(status [1-9]\d*\)$", find_jpeg_unit(GPU).why_not)
+    assert re.search(r"JPEG unit \(status [1-9]\d*\)$", find_jpeg_unit(GPU).reason)
 
 
 def test_the_constants_are_those_of_the_header() -> None:
-    libraries = [Path(name) for name in nvjpeg._candidates() if Path(name).exists()]
+    libraries = [Path(name) for name in nvjpeg_libraries() if Path(name).exists()]
     headers = [file.parents[1] / "include" / "nvjpeg.h" for file in libraries]
     header = next((file for file in headers if file.exists()), None)
     if header is None:

@@ -21,7 +21,7 @@ from dataset_tools.sources import FolderSource
 from dataset_tools.verify import verify
 from pipelines import build_loader
 from pipelines.decode.jpeg import Jpeg, check_jpeg, read_header
-from pipelines.decode.pillow import open_picture, read_rgb, read_size
+from pipelines.decode.pillow import open_image, read_rgb, read_size
 from pipelines.kernels import jpeg_crops
 from pipelines.kernels.jpeg_crops import HUFFMAN, QUANTISATION, crop_pictures, missing_table
 from pipelines.kernels.resample import SLACK
@@ -310,6 +310,6 @@ def test_a_folder_refuses_jpegs_without_a_table(tmp_path: Path) -> None:
 def test_other_formats_are_not_opened_whatever_their_name() -> None:
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
     with pytest.raises(UnidentifiedImageError):
-        open_picture(eps)
+        open_image(eps)
     assert Image.open(io.BytesIO(eps)).format == "EPS"  # Pillow would open it
     assert read_rgb(eps) is None and read_size(eps) is None

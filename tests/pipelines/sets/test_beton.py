@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dataset_tools.beton_writer import BetonWriter
 from pipelines.sets import beton as layout
-from pipelines.sets import blocks as module
+from pipelines.sets import manifest as module
 from pipelines.sets.beton import (
     FIELD_DTYPE,
     HEADER_DTYPE,
@@ -169,10 +169,10 @@ def test_the_picture_named_is_the_right_one_in_any_block(
         open_beton(path)
     table["size"][index] -= 1
     records["f0"]["data_ptr"][index] += 1 << 40
-    with pytest.raises(ValueError, match=rf"picture {index} at byte .* not in the allocation table"):
+    with pytest.raises(ValueError, match=rf"image {index} at byte .* not in the allocation table"):
         open_beton(path)
     table["ptr"][index] += 1 << 40
-    with pytest.raises(ValueError, match=rf"picture {index} lies at bytes .* outside the payloads"):
+    with pytest.raises(ValueError, match=rf"image {index} lies at bytes .* outside the payloads"):
         open_beton(path)
 
 
@@ -196,7 +196,7 @@ def test_a_mode_belongs_to_its_field_type(
     fields, _, _ = parts(path)
     assert fields["type_id"].tolist() == [TYPE_PLANES if tier == "yuv420" else TYPE_IMAGE, TYPE_INT]
     fields["type_id"][0] = other_type
-    with pytest.raises(ValueError, match=rf"picture 0 of 1 × 1 px, mode {mode}, cannot have"):
+    with pytest.raises(ValueError, match=rf"image 0 of 1 × 1 px, mode {mode}, cannot have"):
         open_beton(path)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
-from pipelines.sets import blocks as module
+from pipelines.sets import manifest as module
 from pipelines.sets.manifest import Manifest
 from pipelines.sets.shards import (
     INDEX_DTYPE,
@@ -81,16 +81,16 @@ def shard_with(folder: Path, **changes: Any) -> list[dict[str, Any]]:
     ("harm", "words"),
     [
         (lambda s: (s / "set.json").unlink(), "has no set.json; index the shards with"),
-        (lambda s: (s / "set.json").rename(s / "convert.json"), "half made, .* run the conversion again"),
+        (lambda s: (s / "set.json").rename(s / "convert.json"), "incomplete, .* run the conversion again"),
         (lambda s: (s / "000002.tar").unlink(), "000002.tar is missing"),
         (lambda s: (s / "000002.tar").write_bytes(b""), "has 0 bytes, the manifest says"),
         (lambda s: (s / "index.npy").unlink(), "index.npy is missing"),
-        (lambda s: (s / "index.npy").write_bytes(b""), "is not a whole index"),
-        (lambda s: np.save(s / "index.npy", np.array([{}], object)), "is not a whole index"),
-        (lambda s: np.save(s / "index.npy", np.zeros((2, 2))), "no index"),
+        (lambda s: (s / "index.npy").write_bytes(b""), "is not a complete index"),
+        (lambda s: np.save(s / "index.npy", np.array([{}], object)), "is not a complete index"),
+        (lambda s: np.save(s / "index.npy", np.zeros((2, 2))), "not an index"),
         (
             lambda s: np.save(s / "index.npy", np.load(s / "index.npy")[:-1]),
-            "has 39 pictures, the manifest says 40",
+            "has 39 images, the manifest says 40",
         ),
         (lambda s: change(s, format="beton"), "names no shards"),
         (lambda s: change(s, shards=[]), "names no shards"),
@@ -119,7 +119,7 @@ def test_faults_are_a_sentence(copy: Path, harm: Callable[[Path], object], words
 def test_counts_that_only_add_up_are_refused(copy: Path) -> None:
     first, second, *others = json.loads((copy / "set.json").read_text())["shards"]
     change(copy, shards=[first | {"count": 10}, second | {"count": 12}, *others])
-    with pytest.raises(ValueError, match=r"has 11 pictures in 000000\.tar, the manifest says 10"):
+    with pytest.raises(ValueError, match=r"has 11 images in 000000\.tar, the manifest says 10"):
         open_shards(copy)
 
 
@@ -133,7 +133,7 @@ def test_a_record_that_does_not_fit_is_named(copy: Path, field: str, value: int,
     index = np.load(copy / "index.npy")
     index[field][picture] = value
     np.save(copy / "index.npy", index)
-    with pytest.raises(ValueError, match=rf"the record of picture {picture} is .* does not fit the shards"):
+    with pytest.raises(ValueError, match=rf"the record of image {picture} is .* does not fit the shards"):
         open_shards(copy)
 
 
@@ -143,7 +143,7 @@ def test_a_tar_cut_after_opening_is_a_read_error(copy: Path) -> None:
     (copy / "000000.tar").write_bytes(
         (copy / "000000.tar").read_bytes()[: int(shards.index["offset"][last]) + 9]
     )
-    with pytest.raises(OSError, match=rf"000000\.tar ends within picture {last}; see what is whole with"):
+    with pytest.raises(OSError, match=rf"000000\.tar ends within image {last}; see what is whole with"):
         shards.payload(last)
 
 

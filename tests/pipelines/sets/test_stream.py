@@ -14,6 +14,7 @@ import torch
 from dataset_tools.index_shards import index_shards
 from pipelines import Backend, Batch, Recipe, ViewLoader, build_loader
 from pipelines.recipe import Mixing
+from pipelines.sets.shards import open_shards
 
 pytestmark = pytest.mark.needs("nvidia.dali")
 RECIPE = Recipe(crop_px=32, mixing=Mixing(method="mixmask"))
@@ -122,7 +123,7 @@ def test_the_epoch_after_a_whole_one_begins_at_its_start(shards: Path) -> None:
 
 def test_pictures_are_shuffled_across_shards(shards: Path) -> None:
     loader = _stream(shards)
-    index = loader.engine.store.shard_set.index  # type: ignore[attr-defined]
+    index = loader.set.shard_set.index  # type: ignore[attr-defined]
     orders = []
     for epoch in range(2):
         loader.set_epoch(epoch)
@@ -168,7 +169,7 @@ def test_more_shards_than_open_files_are_refused_with_the_mend(
 
 def test_few_tars_stay_open_and_the_others_are_closed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(build_loader(shards, RECIPE, "dali", batch_size=8))
-    monkeypatch.setattr("pipelines.sets.stores._MOST_OPEN", 2)
+    monkeypatch.setattr("pipelines.sets.stores._MAX_OPEN_FILES", 2)
     loader = build_loader(shards, RECIPE, "dali", batch_size=8)
     before = len(list(Path("/proc/self/fd").iterdir()))
     batches = list(loader)
@@ -177,7 +178,7 @@ def test_few_tars_stay_open_and_the_others_are_closed(shards: Path, monkeypatch:
 
 
 def test_in_order_without_shuffling(shards: Path) -> None:
-    index = build_loader(shards, RECIPE, "dali", batch_size=6).engine.store.shard_set.index  # type: ignore[attr-defined]
+    index = open_shards(shards).index
     indices = _indices(list(_stream(shards, shuffle=False)))
     places = [(int(index[i]["shard"]), int(index[i]["offset"])) for i in indices]
     assert places == sorted(places)
@@ -215,10 +216,10 @@ def _spoil_index(copy: Path) -> None:
     ("damage", "message"),
     [
         (_drop_index, r"000002\.idx is missing, which DALI's reader needs; index the shards"),
-        (_swap_indices, "is no picture by the index of .* file does not fit its tar"),
-        (_shift_index, "is no picture by the index of .* file does not fit its tar"),
-        (_lengthen_picture, "is no picture by the index of .* file does not fit its tar"),
-        (_shorten_index, r"name 39 pictures, its manifest 40"),
+        (_swap_indices, "is not an image by the index of .* file does not fit its tar"),
+        (_shift_index, "is not an image by the index of .* file does not fit its tar"),
+        (_lengthen_picture, "is not an image by the index of .* file does not fit its tar"),
+        (_shorten_index, r"list 39 images, its manifest 40"),
         (_spoil_index, "DALI cannot open the shards"),
     ],
 )
@@ -258,9 +259,9 @@ def test_a_tar_cut_short_or_gone_before_is_refused(reading: str, shards: Path, t
 
 def test_a_damaged_picture_in_a_shard_is_replaced_and_named(shards: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(shards, tmp_path / "copy.shards")
-    store = build_loader(copy, RECIPE, "dali", batch_size=6).engine.store  # type: ignore[attr-defined]
-    record = store.shard_set.index[11]
-    with store.shard_set.tar_path(int(record["shard"])).open("r+b") as file:
+    opened = open_shards(copy)
+    record = opened.index[11]
+    with opened.tar_path(int(record["shard"])).open("r+b") as file:
         file.seek(int(record["offset"]))
         file.write(bytes(300))
     for reading in ("read", "stream"):

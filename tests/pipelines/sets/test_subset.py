@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import build_loader, evaluation_batches
+from pipelines import build_loader, evaluation_batches, open_set
 from pipelines.recipe import Recipe, evaluation
 from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
 
@@ -50,21 +50,21 @@ def test_shares_out_of_range(share: float) -> None:
 
 
 def test_pictures_without_label() -> None:
-    with pytest.raises(ValueError, match="1 of 2 pictures have no label"):
+    with pytest.raises(ValueError, match="1 of 2 images have no label"):
         balanced_subset(np.array([0, -1]), 0.5, 0)
 
 
 @pytest.mark.parametrize("kind", ["beton", "shards", "picture_folder"])
 def test_lists_go_out_and_come_in_again(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    engine = build_loader(request.getfixturevalue(kind), VIEW, batch_size=1, drop_last=False).engine
-    names = list(engine.names())
-    assert len(set(names)) == engine.count == 40
-    subset = balanced_subset(engine.labels(np.arange(40)), 0.3, 5)
+    images = open_set(request.getfixturevalue(kind))
+    names = list(images.names())
+    assert len(set(names)) == images.count == 40
+    subset = balanced_subset(images.labels(np.arange(40)), 0.3, 5)
     path = tmp_path / "labels.txt"
-    lines = lines_of(engine.names, subset)
+    lines = lines_of(images.names, subset)
     assert lines == [names[index] for index in subset]
     path.write_text("\n".join(lines) + "\n")
-    assert np.array_equal(listed_subset(engine.names, engine.count, path), subset)
+    assert np.array_equal(listed_subset(images.names, images.count, path), subset)
 
 
 def test_names_of_files_as_published(tmp_path: Path) -> None:
@@ -81,12 +81,10 @@ def test_names_of_files_as_published(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks 1"):
         listed_subset(lambda: names, len(names), path)
     path.write_text("n01_1.JPEG\nn03_1.JPEG")
-    with pytest.raises(
-        ValueError, match=r"names 2 pictures, of which the set lacks 1 \(such as n03_1.JPEG\)"
-    ):
+    with pytest.raises(ValueError, match=r"names 2 images, of which the set lacks 1 \(such as n03_1.JPEG\)"):
         listed_subset(lambda: names, len(names), path)
     path.write_text("same.png")
-    with pytest.raises(ValueError, match="several pictures of this name"):
+    with pytest.raises(ValueError, match="several images of this name"):
         listed_subset(lambda: names, len(names), path)
     names = ["a/one.jpg", "a/one.png", "b/two.jpg"]
     path.write_text("a/one.png\ntwo.png")
@@ -98,15 +96,15 @@ def test_names_of_files_as_published(tmp_path: Path) -> None:
     path.write_text("a/one.jpg")
     assert listed_subset(lambda: nested, 2, path).tolist() == [1]
     path.write_text("a/one.webp")
-    with pytest.raises(ValueError, match="several pictures of this name"):
+    with pytest.raises(ValueError, match="several images of this name"):
         listed_subset(lambda: names, len(names), path)
     path.write_text("#2\n#0\n")
     assert listed_subset(lambda: names, len(names), path).tolist() == [0, 2]
     path.write_text("#3")
-    with pytest.raises(ValueError, match=r"has #3, the set's pictures are #0 … #2"):
+    with pytest.raises(ValueError, match=r"has #3, the set's images are #0 … #2"):
         listed_subset(lambda: names, len(names), path)
     path.write_text("\n")
-    with pytest.raises(ValueError, match="names 0 pictures"):
+    with pytest.raises(ValueError, match="names 0 images"):
         listed_subset(lambda: names, len(names), path)
 
 
@@ -131,8 +129,8 @@ def test_a_name_that_is_not_utf8_is_read_back(tmp_path: Path) -> None:
 def test_names_that_are_not_recorded(beton: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.beton"
     alone.write_bytes(beton.read_bytes())
-    with pytest.raises(ValueError, match=r"alone.paths names 0 of the 40 pictures"):
-        list(build_loader(alone, VIEW, batch_size=1).engine.names())
+    with pytest.raises(ValueError, match=r"alone.paths names 0 of the 40 images"):
+        list(open_set(alone).names())
 
 
 def test_a_loader_of_a_subset(beton: Path) -> None:
