@@ -165,7 +165,7 @@ def _vertical(
         taps = rows.taps_S[out]
         row = start + rows.first_S[out] * pitch
         for x in range(0, width, LANES):
-            # mul_high rounds down, by half a unit on average; the sum starts with what that will cost.
+            # mul_high rounds down. Half a unit for each tap makes up for that on average.
             total = simd.splat(taps >> 1)
             at = row + x
             for tap in range(taps):
