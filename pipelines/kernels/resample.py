@@ -165,7 +165,7 @@ def _vertical(
         taps = rows.taps_S[out]
         row = start + rows.first_S[out] * pitch
         for x in range(0, width, LANES):
-            # mul_high rounds down, by half a unit on average; the sum starts with what that will cost.
+            # mul_high rounds down. Half a unit for each tap makes up for that on average.
             total = simd.splat(taps >> 1)
             at = row + x
             for tap in range(taps):
@@ -352,11 +352,11 @@ def _crop_views(
 
 
 def crop_picture(
-    picture_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
+    image_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
 ) -> None:
     """Write all views of a decoded RGB image. Memory behind the image is not read."""
-    height, width, _ = picture_HW3.shape
-    pixels_C = np.ascontiguousarray(picture_HW3).reshape(-1)
+    height, width, _ = image_HW3.shape
+    pixels_C = np.ascontiguousarray(image_HW3).reshape(-1)
     # Copy the image where the kernels' reads of up to SLACK bytes past a box would leave its memory.
     if 3 * width < SLACK or (boxes_V5[:, 0] + boxes_V5[:, 2] >= height).any():
         pixels_C = np.concatenate([pixels_C, np.zeros(SLACK, np.uint8)])

@@ -89,5 +89,5 @@ def test_epoch_orders_look_random() -> None:
 def test_an_epoch_cannot_be_read_backwards_nor_be_empty() -> None:
     with pytest.raises(ValueError, match="slices of an epoch's order must have step 1, got -1"):
         EpochOrder(0, 0, 10)[::-1]
-    with pytest.raises(ValueError, match="set of 0 pictures"):
+    with pytest.raises(ValueError, match="set of 0 images cannot be ordered"):
         EpochOrder(0, 0, 0)
