@@ -42,12 +42,10 @@ _READERS_PER_THREAD = 4
 """Threads that wait for the disk, for each thread that decodes."""
 _MAX_TRIES = 16
 """Neighbours that are tried in place of an image that cannot be decoded."""
-
-
 _MAX_BAD_SHARE, _MIN_BAD_LIMIT = 0.01, 10
 """The run stops if more images than this share of an epoch are bad; up to the limit they never stop it."""
 _MAX_NAMED = 1000
-"""Bad images whose names are looked up; of more only the index is reported."""
+"""Bad images that are reported by name; of more only the index is reported."""
 
 
 class BadImagesError(ValueError):
