@@ -49,7 +49,7 @@ _MIN_PLANE_SIDE = 8
 
 
 @kernel
-def crop_pictures(
+def crop_images(
     functions: Functions,
     data_C: NDArray[np.uint8],
     address_N: NDArray[np.int64],

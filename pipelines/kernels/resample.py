@@ -351,7 +351,7 @@ def _crop_views(
         crop_rgb(pixels_C, width, box, out_VSS3[v].reshape(-1), scratch)
 
 
-def crop_picture(
+def crop_image(
     image_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
 ) -> None:
     """Write all views of a decoded RGB image. Memory behind the image is not read."""

@@ -23,7 +23,7 @@ from pipelines import build_loader
 from pipelines.decode.jpeg import Jpeg, check_jpeg, read_header
 from pipelines.decode.pillow import open_image, read_rgb, read_size
 from pipelines.kernels import jpeg_crops
-from pipelines.kernels.jpeg_crops import HUFFMAN, QUANTISATION, crop_pictures, missing_table
+from pipelines.kernels.jpeg_crops import HUFFMAN, QUANTISATION, crop_images, missing_table
 from pipelines.kernels.resample import SLACK
 from pipelines.kernels.turbojpeg import functions
 from pipelines.recipe import moco_v2
@@ -204,7 +204,7 @@ def _cropped(payloads: list[bytes], side: int = 16) -> tuple[list[int], list[byt
     status = np.empty(len(payloads), np.int64)
     modes = np.zeros(len(payloads), np.uint8)
     starts = np.cumsum(num_bytes) - num_bytes
-    crop_pictures(functions(), data, starts, num_bytes, modes, np.array(sizes), boxes, out, status)
+    crop_images(functions(), data, starts, num_bytes, modes, np.array(sizes), boxes, out, status)
     return status.tolist(), [view.tobytes() for view in out]
 
 
