@@ -123,7 +123,8 @@ class _Scan:
 
     def folders(self, progress: Callable[[], None] | None) -> list[_Folder]:
         """Find all pictures; return their folders in the order of a listing, a folder's pictures before its
-        folders."""
+        folders.
+        """
         folders: dict[Folder, _Folder] = {}
         for parts, member in self._pictures():
             folder = folders.setdefault(parts[:-1], _Folder(parts[:-1]))

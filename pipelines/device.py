@@ -48,7 +48,7 @@ class RunAhead:
         self._pending: deque[torch.cuda.Event] = deque()
 
     def __len__(self) -> int:
-        """Batches whose work is not known to be over."""
+        """Number of batches with work that is not known to be over."""
         return len(self._pending)
 
     def mark(self) -> None:

@@ -36,7 +36,7 @@ from pipelines.workers import BatchRequest, LoaderConfig, MadeBatch, PendingBatc
 _AHEAD = 4
 """Batches in the making or ready, including the one that is returned next."""
 _ASYNC_DEVICES = {"cuda"}
-"""Device types whose batches are prepared one ahead of their use."""
+"""Device types for which batches are prepared one ahead of their use."""
 _STATE_VERSION = 3
 
 

@@ -42,12 +42,10 @@ _READERS_PER_THREAD = 4
 """Threads that wait for the disk, for each thread that decodes."""
 _MAX_TRIES = 16
 """Neighbours that are tried in place of an image that cannot be decoded."""
-
-
 _MAX_BAD_SHARE, _MIN_BAD_LIMIT = 0.01, 10
 """The run stops if more images than this share of an epoch are bad; up to the limit they never stop it."""
 _MAX_NAMED = 1000
-"""Bad images whose names are looked up; of more only the index is reported."""
+"""Bad images that are reported by name; of more only the index is reported."""
 
 
 class BadImagesError(ValueError):
@@ -315,7 +313,8 @@ class Workers:
 
     def _decode(self, epoch: int, encoded: Encoded, views_NVSS3: Tensor) -> NDArray[np.bool_]:
         """Draw the boxes and write the crops; returns which images could be decoded."""
-        boxes_NV5 = draw_boxes(self._recipe, Draw(self._config.seed, epoch, encoded.index_N), encoded.size_N2)
+        draw = Draw(self._config.seed, epoch, encoded.index_N)
+        boxes_NV5 = draw_boxes(self._recipe, draw, encoded.size_N2)
         if self._device_decoder:
             return self._device_decoder.crop_on_device(encoded, boxes_NV5, views_NVSS3)
         return self._decoder.crop(encoded, boxes_NV5, views_NVSS3.numpy())

@@ -1,35 +1,14 @@
 """The files that one batch passes on its way from a ``.beton`` file to the loss, on a CPU."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PATH_OF_A_BATCH = {
-    "models/batch.py",
-    "models/batchnorm.py",
-    "models/losses.py",
-    "models/moco.py",
-    "pipelines/augment/draws.py",
-    "pipelines/augment/mixing.py",
-    "pipelines/augment/photometric_cpu.py",
-    "pipelines/decode/turbo.py",
-    "pipelines/kernels/jpeg_crops.py",
-    "pipelines/kernels/jpeg_markers.py",
-    "pipelines/kernels/resample.py",
-    "pipelines/loader.py",
-    "pipelines/randomness.py",
-    "pipelines/sets/stores.py",
-    "pipelines/workers.py",
-}
+DOCUMENT = ROOT / "docs" / "architecture.md"
 MOST_FILES = 15
-# Until these files are merged into the others.
-MERGED_INTO = {
-    "pipelines/augment/crops.py": "pipelines/augment/draws.py",
-    "pipelines/augment/parameters.py": "pipelines/augment/draws.py",
-    "pipelines/augment/masks.py": "pipelines/augment/mixing.py",
-}
 
 PROGRAM = """
 import functools, json, pathlib, sys, threading
@@ -85,6 +64,9 @@ def test_a_batch_passes_few_files(beton: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, ROOT, beton], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    files = {MERGED_INTO.get(file, file) for file in json.loads(done.stdout)}
-    assert files == PATH_OF_A_BATCH
+    files = json.loads(done.stdout)
+    table = re.search(r"<!-- path: begin -->(.*)<!-- path: end -->", DOCUMENT.read_text(), re.DOTALL)
+    assert table is not None
+    documented = re.findall(r"^\| \d+ \| `(.*?)`", table.group(1), re.MULTILINE)
+    assert sorted(documented) == files, "name the files of a batch's way in docs/architecture.md"
     assert len(files) <= MOST_FILES

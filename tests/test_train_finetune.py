@@ -154,6 +154,6 @@ def test_errors_of_the_user_are_one_message(
     assert "absent.txt is neither a share in (0, 1] nor a file" in refusal(
         "--labels", tmp_path / "absent.txt"
     )
-    assert "larger than the set of 4 pictures" in refusal("--labels", 0.1, "--batch-size", 8)
+    assert "larger than the set of 4 images" in refusal("--labels", 0.1, "--batch-size", 8)
     assert "needs GPUs" in refusal("--sync-bn", "--device", "cpu", "--batch-size", 8)
     assert "head_lr -1" in refusal("--head-lr", -1)

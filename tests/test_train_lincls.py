@@ -126,7 +126,6 @@ def test_a_stopped_probe_resumes_to_the_same_weights(
     stop_after: int, run: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the first epoch, at its last step, and at the end of both epochs before measuring."""
-
     more = "--epochs 2 --batch-size 8 --no-knn --num-threads 1"
 
     def argv(name: str) -> list[str]:

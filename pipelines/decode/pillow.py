@@ -87,7 +87,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(upright).astype(np.float32)
         return Image.fromarray(np.clip(grey / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if upright.mode == "F":
-        raise ValueError("floating-point pixels, whose range is unknown; convert them to 8 bits first")
+        raise ValueError("floating-point pixels of unknown range; convert them to 8 bits first")
     return upright.convert("RGB")
 
 

@@ -107,8 +107,8 @@ class FolderListing(PictureList):
     Classes are the sub-folders that hold images at any depth, sorted by name. Within a class, files are
     sorted, and the files of a folder come before those of its sub-folders. Names that start with a dot are
     ignored. A root with images both in itself and in sub-folders is an error, because the labels of the
-    former are unknown; so is a root whose sub-folders are splits (train, val, …). With ``labelled=False``
-    everything below ``root`` is one unlabelled set.
+    former are unknown. So is a root in which all sub-folders are splits (train, val, …). With
+    ``labelled=False`` everything below ``root`` is one unlabelled set.
     """
 
     def __init__(self, root: str | Path, *, labelled: bool = True) -> None:

@@ -223,7 +223,7 @@ def test_a_set_beside_another_ones_manifest_is_told(tmp_path: Path) -> None:
     make(old, out)
     manifest = out.with_suffix(".json")
     manifest.write_text(manifest.read_text().replace(open_beton(out).sha256, "0" * 64))
-    with pytest.raises(ValueError, match=r"of the hash \w+…, its manifest promises 0000\w+…: one of the two"):
+    with pytest.raises(ValueError, match=r"of the hash \w+…, its manifest says 0000\w+…: one of the two"):
         matching_manifest(open_beton(out))
 
 

@@ -42,12 +42,12 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
             [sys.executable, "-c", PROGRAM, way], capture_output=True, text=True, check=True
         )
         faults[way] = int(done.stdout)
-    # 64 MiB, which glibc always maps anew, are 16,384 pages, or 32 of the larger kind.
+    # 64 MiB, which glibc always maps anew, are 16,384 small pages, or 32 large ones.
     assert faults["returned"] >= 4 * 2 * 32 > 10 * faults["kept"]
 
 
 class _Event:
-    """A GPU's event: over at once, or never before it is waited for."""
+    """A GPU's event that has occurred, or that occurs only when it is waited for."""
 
     def __init__(self, over: bool, waited: list["_Event"]) -> None:
         self._over, self._waited = over, waited
@@ -76,7 +76,7 @@ def test_the_host_waits_for_the_oldest_batch_beyond_the_limit(
     assert over or len(waited) == 6
 
 
-def test_each_is_asked_for_before_the_one_before_it_is_used() -> None:
+def test_each_batch_is_made_before_the_one_before_it_is_used() -> None:
     seen: list[str] = []
 
     def numbers() -> Iterator[int]:
@@ -108,7 +108,7 @@ def _same(first: Batch, second: Batch) -> bool:
     return all(torch.equal(a, b) for a, b in zip(tensors_of(first), tensors_of(second), strict=True))
 
 
-def test_a_loader_that_is_one_ahead_gives_the_same_batches_and_resumes_behind_those_handed_out(
+def test_prefetching_changes_neither_batches_nor_the_cursor(
     beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loader() -> object:
@@ -133,9 +133,7 @@ def test_a_loader_that_is_one_ahead_gives_the_same_batches_and_resumes_behind_th
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_batches_made_beside_the_present_stream_are_whole_when_they_are_used(
-    compiled: bool, beton: Path
-) -> None:
+def test_batches_made_on_a_side_stream_are_complete_when_they_are_used(compiled: bool, beton: Path) -> None:
     expected = list(build_loader(beton, RECIPE, batch_size=8, seed=3))
     busy = torch.randn(4096, 4096, device="cuda")
     on_gpu = build_loader(beton, RECIPE, batch_size=8, seed=3, device="cuda", compiled=compiled)
@@ -143,7 +141,7 @@ def test_batches_made_beside_the_present_stream_are_whole_when_they_are_used(
     for batch in on_gpu:
         for _ in range(8):
             busy = (busy @ busy).clamp_(-1, 1)
-        # Read late, behind what keeps the present stream busy, when the batch itself is long let go of.
+        # Reads are queued behind other work on the current stream, long after the batch is deleted.
         used.append([tensor + 0 * busy[0, 0] for tensor in tensors_of(batch)])
         del batch
     for gpu, cpu in zip(used, expected, strict=True):
@@ -161,5 +159,5 @@ def test_memory_of_a_gpu_does_not_grow_with_the_epochs(beton: Path) -> None:
         for _ in loader:
             pass
         reserved.append(torch.cuda.memory_reserved())
-    # What is freed when depends on the GPU's pace, so some epochs may need a block more; a leak shows in all.
+    # The GPU's speed decides when memory is freed, so an epoch may need another block; a leak shows in all.
     assert any(after <= before for before, after in itertools.pairwise(reserved[1:]))
