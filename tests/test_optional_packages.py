@@ -113,7 +113,7 @@ folder, out = map(pathlib.Path, sys.argv[1:])
 assert main(["convert", str(folder), str(out)]) == 0
 assert main(["verify", str(out)]) == 0
 loader = build_loader(out, Recipe(crop_px=32), batch_size=8, seed=3)
-assert loader.engine.name == "ffcv"
+assert loader.decoder.name == "ffcv"
 torch.save([batch.query for batch in loader], out.with_suffix(".pt"))
 """
 _CONVERT_WITHOUT_DECODER = """
