@@ -32,11 +32,6 @@ def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
 class MoCo(nn.Module):
     """Momentum contrast; ``forward(batch)`` returns the loss to minimise and the metrics of the step.
 
@@ -83,12 +78,17 @@ class MoCo(nn.Module):
         queue_seed: int = 0,
     ) -> None:
         super().__init__()
-        _check(method in NUM_MIXTURES, f"method is {method!r}; choose one of {', '.join(NUM_MIXTURES)}")
-        _check(dim >= 1, f"dim is {dim}; it must be at least 1")
-        _check(queue_len >= 1, f"queue_len is {queue_len}; it must be at least 1")
-        _check(0 <= momentum <= 1, f"momentum is {momentum}; it must lie in [0, 1]")
-        _check(temperature > 0, f"temperature is {temperature}; it must be above 0")
-        _check(bn_splits >= 1, f"bn_splits is {bn_splits}; it must be at least 1 (1 is plain BatchNorm)")
+        checks = {
+            f"method is {method!r}; choose one of {', '.join(NUM_MIXTURES)}": method in NUM_MIXTURES,
+            f"dim is {dim}; it must be at least 1": dim >= 1,
+            f"queue_len is {queue_len}; it must be at least 1": queue_len >= 1,
+            f"momentum is {momentum}; it must lie in [0, 1]": 0 <= momentum <= 1,
+            f"temperature is {temperature}; it must be above 0": temperature > 0,
+            f"bn_splits is {bn_splits}; it must be at least 1 (1 is plain BatchNorm)": bn_splits >= 1,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(message)
         self.method: Method = method
         self.momentum = momentum
         self.temperature = temperature
