@@ -5,16 +5,15 @@ FFCV's own writer encodes every JPEG anew and waits for ever once one of its wor
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.disk import BackgroundSync, Lock, open_alone
+from dataset_tools.disk import Lock, PartialFile, write_manifest
 from pipelines.sets.beton import (
     FIELD_DTYPE,
     HEADER_DTYPE,
@@ -73,39 +72,6 @@ def settle(path: Path) -> None:
         pending.unlink()
 
 
-class _SideFile:
-    """Lines of text beside a set, under a temporary name until the set is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
-        self._file: BinaryIO | None = None
-
-    def write(self, line: str) -> None:
-        """Add a line."""
-        self._opened().write(source_path_line(line))
-
-    def finish(self) -> None:
-        """Bring the lines to the disk under the pending name; no lines are an empty file."""
-        with self._opened() as file:
-            file.flush()
-            os.fsync(file.fileno())
-        self._partial.replace(pending_path(self._path))
-        self._file = None
-
-    def discard(self) -> None:
-        """Close and remove what is not finished."""
-        if self._file is not None:
-            self._partial.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a full disk, reported already
-                self._file.close()
-
-    def _opened(self) -> BinaryIO:
-        if self._file is None:
-            self._file = self._partial.open("wb")
-        return self._file
-
-
 class BetonWriter:
     """Writes samples one after the other; the file appears under its name at ``commit`` and not before.
 
@@ -149,18 +115,15 @@ class BetonWriter:
         self._descriptors = self._field_descriptors()
         self._metadata_at = HEADER_DTYPE.itemsize + self._descriptors.nbytes
         self._end: int = self._metadata_at + self._metadata.nbytes
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        self._paths, self._skipped = _SideFile(paths_path(self.path)), _SideFile(skipped_path(self.path))
-        self._committed = False
-        self._lock = Lock(self.path.with_name(f".{self.path.name}.lock"), self.path)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(Lock(self.path.with_name(f".{self.path.name}.lock"), self.path))
             settle(self.path)
-            self._file = open_alone(self._partial)
-        except BaseException:
-            self._lock.release()
-            raise
-        self._file.seek(self._end)
-        self._sync = BackgroundSync(self._file, self._end)
+            stack.callback(settle, self.path)
+            self._out = stack.enter_context(PartialFile(self.path))
+            self._out.skip_to(self._end)
+            self._paths = stack.enter_context(PartialFile(paths_path(self.path)))
+            self._skipped = stack.enter_context(PartialFile(skipped_path(self.path)))
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "BetonWriter":
         return self
@@ -199,22 +162,22 @@ class BetonWriter:
             raise ValueError(f"{source_path} has {size} bytes; a page holds at most {MAX_PAGE_BYTES}")
         pointer = self._place(size)
         if pointer != self._end:  # a seek would empty the buffer of small pictures each time
-            self._file.seek(pointer)
-        self._file.write(data)
+            self._out.file.seek(pointer)
+        self._out.file.write(data)
         self._hasher.update(data)
         self._end = pointer + size
         image = self._metadata["f0"]
         image["mode"][index], image["width"][index] = self._mode, width
         image["height"][index], image["data_ptr"][index] = height, pointer
         self._metadata["f1"][index], self._sizes[index] = label, size
-        self._paths.write(source_path)
+        self._paths.file.write(source_path_line(source_path))
         self.count += 1
-        self._sync.written(self._end)
+        self._out.sync_behind(self._end)
         return index
 
     def skip(self, line: str) -> None:
         """Name a picture that is not in the set, with the reason, in the list at ``skipped_path``."""
-        self._skipped.write(line)
+        self._skipped.file.write(source_path_line(line))
 
     def commit(
         self,
@@ -237,42 +200,33 @@ class BetonWriter:
         manifest = Manifest(
             tier=self.tier,
             count=self.count,
-            num_bytes=self._file.tell(),
+            num_bytes=self._out.file.tell(),
             sha256=digest,
             source=source,
             classes=tuple(classes),
             replaced=dict(replaced or {}),
             settings=dict(settings or {}),
         )
-        self._sync.finish()
+        self._out.sync()
         for side in (self._paths, self._skipped):
-            side.finish()
-        manifest.write(self.path, pending=True)
-        written = open_beton(self._partial)
+            side.sync()
+            side.rename(pending_path(side.path))
+        write_manifest(manifest, self.path, pending=True)
+        written = open_beton(self._out.partial)
         assert (len(written), written.sha256) == (manifest.count, manifest.sha256), (
             "the file read back is another"
         )
         sync_folder(self.path.parent)
-        self._partial.replace(self.path)
-        self._committed = True
+        self._out.rename()
         sync_folder(self.path.parent)
         settle(self.path)
         sync_folder(self.path.parent)
-        self._lock.release()
+        self._stack.close()
         return manifest
 
     def discard(self) -> None:
-        """Close and remove the temporary files; after ``commit`` only closes."""
-        for side in (self._paths, self._skipped):
-            side.discard()
-        if not self._committed:
-            self._partial.unlink(missing_ok=True)
-            settle(self.path)
-        self._sync.close()
-        with contextlib.suppress(OSError):
-            # Closing writes what waits in the buffer, which fails again where the disk is full.
-            self._file.close()
-        self._lock.release()
+        """Close and remove the temporary files; after ``commit`` do nothing."""
+        self._stack.close()
 
     def _place(self, size: int) -> int:
         """Return the next address where ``size`` bytes stay within one page.
@@ -296,11 +250,12 @@ class BetonWriter:
         header["alloc_table_ptr"] = self._end
         recorded = self._descriptors[1]["arguments"]
         recorded[:HASH_BYTES] = np.frombuffer(digest.encode("ascii"), np.uint8)
-        self._file.seek(0)
-        self._file.write(header.tobytes() + self._descriptors.tobytes())
-        self._file.write(self._metadata[: self.count].data.cast("B"))
-        self._file.seek(self._end)
-        self._file.write(table.data.cast("B"))
+        file = self._out.file
+        file.seek(0)
+        file.write(header.tobytes() + self._descriptors.tobytes())
+        file.write(self._metadata[: self.count].data.cast("B"))
+        file.seek(self._end)
+        file.write(table.data.cast("B"))
 
     def _field_descriptors(self) -> npt.NDArray[np.void]:
         fields = (("image", TYPE_PLANES if self.tier == "yuv420" else TYPE_IMAGE), ("label", TYPE_INT))

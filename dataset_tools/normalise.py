@@ -14,7 +14,8 @@ from pipelines.sets.beton import MAX_SIDE_PX
 from pipelines.sets.manifest import TIERS, Tier
 
 _JPEG_FORMATS = ("JPEG", "MPO")
-_MARKER, _APP1, _SOS = 0xFF, 0xE1, 0xDA
+_APP1 = b"\xff\xe1"
+"""The marker of EXIF and XMP, which may request a rotation. Coded data never contain it."""
 
 
 class BadPicture(Exception):
@@ -115,7 +116,7 @@ def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
 
     Most JPEGs of a set go this way, which costs them nothing but the one decode that checks them.
     """
-    if how.tier == "raw" or how.recompress or not _is_plain_jpeg(payload):
+    if how.tier == "raw" or how.recompress or not payload.startswith(JPEG_START) or _APP1 in payload:
         return None
     jpeg = Jpeg(payload)
     header = jpeg.header
@@ -130,18 +131,6 @@ def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
     if how.verify and jpeg.check().state != "whole":
         return None
     return Normal(payload, header.width, header.height)
-
-
-def _is_plain_jpeg(payload: bytes) -> bool:
-    """Is this a JPEG without EXIF and XMP, which may ask for a rotation, before its first scan?"""
-    if not payload.startswith(JPEG_START):
-        return False
-    at = len(JPEG_START)
-    while at + 4 <= len(payload) and payload[at] == _MARKER and payload[at + 1] != _APP1:
-        if payload[at + 1] == _SOS:
-            return True
-        at += 2 + int.from_bytes(payload[at + 2 : at + 4])
-    return False
 
 
 def _own_planes(jpeg: Jpeg, width: int, height: int) -> Normal:

@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dataset_tools.parallel import ordered_map
+from dataset_tools.work import Progress, ordered_map
 from pipelines.decode.pillow import FORMATS
 
 RECIPE_VERSION = 1
@@ -85,7 +84,7 @@ def make_photographs(
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
-    progress: Callable[[], None] | None = None,
+    progress: Progress | None = None,
 ) -> Made:
     """Make the tree ``out/{train,val}/<source>/<nnnn>.JPEG``; the source is the class.
 
@@ -137,7 +136,7 @@ def _write_tree(
     counts: tuple[int, int],
     seed: int,
     workers: int | None,
-    progress: Callable[[], None] | None,
+    progress: Progress | None,
 ) -> int:
     """Write all pictures of both splits; return the sum of their sizes."""
     names = list(sources)
@@ -152,13 +151,9 @@ def _write_tree(
         picture = draw_photograph(sources[name], np.random.default_rng((seed, split, index)))
         return (root / SPLITS[split] / name / f"{index:04d}.JPEG").write_bytes(picture)
 
-    total = 0
-    with contextlib.closing(ordered_map(make, sum(counts), workers=workers, chunk=4)) as made:
-        for num_bytes in made:
-            total += num_bytes
-            if progress is not None:
-                progress()
-    return total
+    sizes = ordered_map(make, sum(counts), workers=workers, progress=progress, chunk=4)
+    with contextlib.closing(sizes):
+        return sum(sizes)
 
 
 def _open_source(file: Path) -> Image.Image:

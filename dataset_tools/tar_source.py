@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.sources import ListedSource, Sample
-from dataset_tools.tar_members import Member, Window, tar_members
+from dataset_tools.tars import Member, Window, tar_members
 from pipelines.sets.listing import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
 
 Folder = tuple[str, ...]

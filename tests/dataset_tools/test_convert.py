@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from dataset_tools.convert import convert
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource, Sample
-from dataset_tools.verify import stats, verify
+from dataset_tools.stats import stats
+from dataset_tools.verify import verify
 from pipelines.kernels.turbojpeg import Jpeg, encode_planes
 from pipelines.sets.beton import MODE_YUV420, open_beton
 from pipelines.sets.manifest import Manifest, Tier, read_source_path, skipped_path
@@ -48,7 +50,7 @@ def test_planes_come_back_as_they_decode(tree: Path, tmp_path: Path, encode: Cal
     """Folder → set → payload, and its luma against what Pillow decodes."""
     (tree / "dogs" / "png.png").write_bytes(encode(33, 21, kind="PNG"))
     (tree / "dogs" / "one.jpg").write_bytes(encode(1, 1, subsampling=2))
-    converted = convert(FolderSource(tree), tmp_path / "set.beton", tier="yuv420", workers=2)
+    converted = convert(FolderSource(tree), tmp_path / "set.beton", Normalising(tier="yuv420"), workers=2)
     assert converted.manifest.tier == "yuv420"
     assert converted.manifest.replaced == {"transcoded: PNG": 1}
     beton = open_beton(tmp_path / "set.beton")
@@ -71,7 +73,7 @@ def test_planes_come_back_as_they_decode(tree: Path, tmp_path: Path, encode: Cal
 
 def test_settings_tell_how_it_was_made(tree: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"short_side": 30, "recompress": True, "quality": 70}
-    made = convert(FolderSource(tree), tmp_path / "set.beton", **options).manifest
+    made = convert(FolderSource(tree), tmp_path / "set.beton", Normalising(**options)).manifest
     assert made.settings == {
         "tier": "jpeg", "verify": True, "max_side": None, "max_bad": 0.01, **options
     }  # fmt: skip
@@ -83,9 +85,8 @@ def test_settings_tell_how_it_was_made(tree: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tier", ["jpeg", "yuv420", "raw"])
 def test_workers_change_no_tier(tree: Path, tmp_path: Path, tier: Tier) -> None:
     for workers in (1, 3):
-        convert(
-            FolderSource(tree), tmp_path / f"set.{workers}.beton", workers=workers, tier=tier, short_side=35
-        )
+        how = Normalising(tier, short_side=35)
+        convert(FolderSource(tree), tmp_path / f"set.{workers}.beton", how, workers=workers)
     assert (tmp_path / "set.1.beton").read_bytes() == (tmp_path / "set.3.beton").read_bytes()
 
 
@@ -211,7 +212,7 @@ class Failing:
 @pytest.mark.parametrize("error", [RuntimeError("defect"), KeyboardInterrupt()])
 def test_error_in_a_worker_ends_the_conversion(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)):
-        convert(Failing(error), tmp_path / "set.beton", tier="raw", workers=2)
+        convert(Failing(error), tmp_path / "set.beton", Normalising(tier="raw"), workers=2)
     assert outputs(tmp_path) == []
 
 

@@ -52,7 +52,7 @@ def test_planes_on_the_command_line(tree: Path, tmp_path: Path, capsys: Capture)
     assert f"{path}: 5 pictures, tier yuv420, " in out
     assert open_beton(path).metadata["f0"]["height"].tolist() == [21] * 5
     assert main(["verify", str(path)]) == 0
-    assert f"{path} is whole, tier yuv420, as its manifest says" in capsys.readouterr().out
+    assert f"{path} is undamaged, tier yuv420, matches its manifest" in capsys.readouterr().out
     assert main(["stats", str(path)]) == 0
     assert "yuv420" in capsys.readouterr().out
 
@@ -124,7 +124,7 @@ def test_verify_and_stats_report(tree: Path, tmp_path: Path, capsys: Capture) ->
     main(["convert", str(tree), str(path)])
     capsys.readouterr()
     assert main(["verify", str(path)]) == 0
-    assert f"{path} is whole, tier jpeg, as its manifest says" in capsys.readouterr().out
+    assert f"{path} is undamaged, tier jpeg, matches its manifest" in capsys.readouterr().out
     assert main(["stats", str(path)]) == 0
     out = capsys.readouterr().out
     assert "cats" in out

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from dataset_tools import fashion_mnist
-from dataset_tools.fashion_mnist import DEBIAN_FOLDER, compile_fashion_mnist, find_split, locate
-from dataset_tools.sources import IdxSource
+from dataset_tools.fashion_mnist import (
+    DEBIAN_FOLDER,
+    IdxSource,
+    compile_fashion_mnist,
+    find_split,
+    locate,
+)
 from dataset_tools.verify import verify
 from pipelines.sets.beton import open_beton
 

@@ -12,8 +12,7 @@ from dataset_tools import index_shards as module
 from dataset_tools.__main__ import main
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.index_shards import index_shards
-from dataset_tools.shard_source import ShardSource
-from dataset_tools.sources import FolderSource
+from dataset_tools.sources import FolderSource, ShardSource
 from dataset_tools.verify import verify
 from pipelines.decode.pillow import EXIF_ORIENTATION
 from pipelines.sets.shards import open_shards
@@ -122,11 +121,11 @@ def test_a_converted_set_is_renumbered_and_says_so(tree: Path, tmp_path: Path, c
     (out / "set.json").write_text("{")
     (out / "index.npy").unlink()
     assert main(["index", str(out)]) == 0
-    assert "numbered as they lie" not in capsys.readouterr().out, "the manifest that told it is lost"
+    assert "in the order of the tars" not in capsys.readouterr().out, "the manifest that told it is lost"
     convert(FolderSource(tree), tmp_path / "y.shards", sharding=Sharding(2, 3))
     assert main(["index", str(tmp_path / "y.shards")]) == 0
     told = capsys.readouterr().out
-    assert "its pictures are now numbered as they lie in the tars" in told
+    assert "its pictures are now numbered in the order of the tars" in told
     assert f"Next: make pretrain DATA={tmp_path / 'y.shards'}" in told
     for folder, classes in ((out, ("0", "1")), (tmp_path / "y.shards", ("cats", "dogs"))):
         again = open_shards(folder)
@@ -166,7 +165,7 @@ def test_a_label_that_is_none_names_the_sample(
     tmp_path: Path, encode: Encode, label: tuple[str, bytes]
 ) -> None:
     pack(tmp_path / "x.tar", [("k.jpg", encode()), (f"k.{label[0]}", label[1])])
-    with pytest.raises(ValueError, match=rf"x\.tar: k\.{label[0]} of the sample k gives no class number"):
+    with pytest.raises(ValueError, match=rf"x\.tar: k\.{label[0]} of the sample k holds no class number"):
         index_shards(tmp_path)
     assert not (tmp_path / "set.json").exists()
 
@@ -234,7 +233,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     monkeypatch.setattr(module.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(module, "_read_tar", None)
     with pytest.raises(
-        OSError, match=r"cannot be written \(Permission denied\); indices lie beside the tars"
+        OSError, match=r"cannot be written \(Permission denied\); indices are stored next to the tars"
     ):
         index_shards(foreign)
 

@@ -4,8 +4,8 @@ import re
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dataset_tools.dali_index import split_name
-from dataset_tools.keys import Keys, decode_key, encode_key, without_suffix
+from dataset_tools.shard_writer import Keys, decode_key, encode_key, without_suffix
+from dataset_tools.tars import split_name
 
 PARTS = st.text("aB.% /_-~ü\udcff\n\\", min_size=1, max_size=6).filter(
     lambda path: all(part not in ("", ".", "..") for part in path.split("/"))

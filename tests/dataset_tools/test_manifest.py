@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataset_tools.disk import write_manifest
 from pipelines.sets.manifest import Manifest, read_source_path, source_path_line
 
 MANIFEST = Manifest(
@@ -15,7 +16,7 @@ MANIFEST = Manifest(
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    written = MANIFEST.write(tmp_path / "set.beton")
+    written = write_manifest(MANIFEST, tmp_path / "set.beton")
     assert written == tmp_path / "set.json"
     assert Manifest.read(tmp_path / "set.beton") == MANIFEST
     assert [p.name for p in tmp_path.iterdir()] == ["set.json"]

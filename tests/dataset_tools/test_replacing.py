@@ -186,7 +186,7 @@ def test_a_replacement_that_fails_changes_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Manifest, "write", full)
+        patch.setattr(disk, "write_json", full)
         with pytest.raises(OSError, match="No space"):
             make(new, out)
     assert facts(out) == before and verify(out).ok
@@ -338,7 +338,7 @@ def test_what_took_the_place_of_a_set_that_was_set_aside_is_not_believed(tmp_pat
     out.mkdir()
     (out / "notes").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match=rf"whose old set is in {set_aside(out)}"):
+        with pytest.raises(FileExistsError, match=rf"the old set is in {set_aside(out)}"):
             convert(new, out, sharding=Sharding(2), overwrite=overwrite)
     assert facts(set_aside(out)) == before and (out / "notes").read_text() == "mine"
 

@@ -21,11 +21,10 @@ from dataset_tools import convert as conversion
 from dataset_tools import shard_writer
 from dataset_tools.__main__ import main
 from dataset_tools.convert import Sharding, make_shards
-from dataset_tools.keys import decode_key
 from dataset_tools.normalise import Normalising
-from dataset_tools.shard_plan import Plan
-from dataset_tools.shard_source import ShardSource
-from dataset_tools.sources import FolderSource
+from dataset_tools.shard_plan import FACTS_KEY, Plan
+from dataset_tools.shard_writer import decode_key
+from dataset_tools.sources import FolderSource, ShardSource
 from dataset_tools.tar_source import TarSource
 from dataset_tools.work import Work
 from pipelines.randomness import EpochOrder
@@ -221,7 +220,7 @@ def test_ranges_in_any_order_give_the_same_set(
     for first, stop in ranges:
         asked = set(range(first, stop))
         done = make_shards(Work(source, Normalising(), 0.5), out, Sharding(3, 5, (first, stop)))
-        assert (done.made, done.asked, done.num_shards) == (len(asked - made), len(asked), 4)
+        assert (done.made, done.requested, done.num_shards) == (len(asked - made), len(asked), 4)
         made |= asked
         assert not is_shard_set(out)
         assert {int(p.stem) for p in out.glob("*.tar")} == made
@@ -265,7 +264,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         (os, "fsync"), (Path, "replace"), (Path, "unlink"), (shard_writer.TarWriter, "_write"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
-    monkeypatch.setattr(shard_writer.TarWriter, "close", lambda self: self._file.flush())
+    monkeypatch.setattr(shard_writer.TarWriter, "close", lambda self: self._out.file.flush())
 
     def arm(after: int) -> None:
         limit[0] = next(steps) + after
@@ -338,7 +337,7 @@ def test_a_shard_that_is_not_whole_is_made_again(
         path.unlink()
     elif what == "foreign":
         (out / "000000.part.npz").replace(path)
-        np.savez(out / "000000.part.npz", records=np.zeros(3), told=np.zeros(2, np.uint8))
+        np.savez(out / "000000.part.npz", records=np.zeros(3), **{FACTS_KEY: np.zeros(2, np.uint8)})
     else:
         content = path.read_bytes()
         path.write_bytes({"cut": content[:-100], "changed": content[:-2] + b"x\n", "empty": b""}[what])
@@ -405,7 +404,7 @@ def test_other_peoples_tars_are_never_replaced(photos: Path, tmp_path: Path, cap
             convert(FolderSource(photos), out, overwrite=overwrite)
     assert main(["index", str(out)]) == 0
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="was indexed where it lay"):
+        with pytest.raises(FileExistsError, match="was indexed in place"):
             convert(FolderSource(photos), out, overwrite=overwrite)
     assert (out / "000000.tar").read_bytes() == mine
 
@@ -456,11 +455,13 @@ def test_the_commands_tell_what_they_made(photos: Path, whole: Path, tmp_path: P
     out = tmp_path / "sets" / "photos.shards"
     command = ["convert", str(photos), str(out), "--shard-size", "3", "--seed", "5", "--max-bad", "0.5"]
     assert main([*command, "--shards", "1:3"]) == 0
-    assert "2 shards made, 0 were whole, the set has 4. Next: when all are here" in capsys.readouterr().out
+    assert "2 shards made, 0 were complete, the set has 4. Next: when all exist" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 1
-    assert "is half made, 2 of 4 shards are whole; run the same conversion again" in capsys.readouterr().out
+    assert (
+        "is incomplete: 2 of 4 shards are complete; run the same conversion again" in capsys.readouterr().out
+    )
     assert main(["index", str(out)]) == 2
-    assert "half made" in capsys.readouterr().err
+    assert "is incomplete: 2 of 4" in capsys.readouterr().err
     assert main([*command, "--shards", "0:4"]) == 0
     told = capsys.readouterr().out
     assert "1 skipped: not a picture" in told
@@ -514,6 +515,6 @@ def test_ctrl_c_says_that_whole_shards_are_kept(
         main(["convert", str(photos), str(out), "--shard-size", "1", "--workers", "1", "--max-bad", "1"])
         == 130
     )
-    assert "interrupted; whole shards are kept" in capsys.readouterr().err
+    assert "interrupted; complete shards are kept" in capsys.readouterr().err
     assert not list(out.glob("*.partial"))
     assert 1 <= len(list(out.glob("*.tar"))) <= 9

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_tools.sources import FolderSource, IdxSource, read_idx
+from dataset_tools.fashion_mnist import IdxSource, read_idx
+from dataset_tools.sources import FolderSource
 
 
 def listing(source: FolderSource) -> list[tuple[str, int]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset_tools.open_source import open_source
+from dataset_tools.commands import open_source
 from dataset_tools.sources import FolderSource, Source
-from dataset_tools.tar_members import scan_tar
 from dataset_tools.tar_source import TarSource
+from dataset_tools.tars import scan_tar
 
 Encode = Callable[..., bytes]
 
@@ -163,10 +163,10 @@ def test_a_cut_inner_tar_is_named(tmp_path: Path) -> None:
 def test_compressed_tars_and_other_files_are_refused(tmp_path: Path) -> None:
     plain = pack(tmp_path / "x.tar", [("a.jpg", b"x")])
     (tmp_path / "y.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    with pytest.raises(ValueError, match=r"compressed with gzip, .* unpack it to a plain \.tar"):
+    with pytest.raises(ValueError, match=r"compressed with gzip: .* unpack it to a plain \.tar"):
         open_source(tmp_path / "y.tar.gz")
     (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"is a file, but no \.tar"):
+    with pytest.raises(ValueError, match=r"is a file but not a \.tar"):
         open_source(tmp_path / "a.zip")
     with pytest.raises(ValueError, match=r"tars .* without an index"):
         open_source(tmp_path)

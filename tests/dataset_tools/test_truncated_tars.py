@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from dataset_tools.__main__ import main
 from dataset_tools.index_shards import index_shards
 from dataset_tools.sources import FolderSource
-from dataset_tools.tar_members import scan_tar
 from dataset_tools.tar_source import TarSource
+from dataset_tools.tars import scan_tar
 from dataset_tools.verify import verify
 from pipelines.sets.manifest import Manifest
 from pipelines.sets.shards import open_shards

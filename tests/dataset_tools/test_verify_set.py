@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from dataset_tools.convert import convert
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource
-from dataset_tools.verify import stats, verify
+from dataset_tools.stats import stats
+from dataset_tools.verify import verify
 from pipelines.sets.beton import open_beton
 
 
@@ -49,7 +51,7 @@ def test_broken_picture_is_named_with_its_source(beton: Path) -> None:
 
 def test_damage_to_planes_is_found(tree: Path, tmp_path: Path) -> None:
     path = tmp_path / "set.beton"
-    convert(FolderSource(tree), path, tier="yuv420")
+    convert(FolderSource(tree), path, Normalising(tier="yuv420"))
     opened = open_beton(path)
     flip(path, int(opened.pointers[1]))
     (problem,) = verify(path).problems
@@ -124,7 +126,7 @@ def test_foreign_manifest_is_found(beton: Path) -> None:
     for change, words in (
         ({"count": 4}, "holds 5 pictures, the manifest says 4"),
         ({"num_bytes": 7}, "the manifest says 7"),
-        ({"sha256": "0" * 64}, "hash to"),
+        ({"sha256": "0" * 64}, "the hash of the contents is"),
         ({"classes": ["cats"]}, "names 1 classes"),
     ):
         beton.with_suffix(".json").write_text(json.dumps(manifest | change))

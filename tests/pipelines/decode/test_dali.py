@@ -15,6 +15,7 @@ from PIL import Image
 
 from dataset_tools.convert import convert
 from dataset_tools.index_shards import index_shards
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource
 from pipelines import DALIOptions, Recipe, build_loader
 from pipelines.decode.dali import DALIEngine
@@ -258,7 +259,7 @@ def test_views_are_cut_without_a_look_behind_the_picture() -> None:
 
 def test_sets_without_jpegs_are_refused(picture_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "raw.beton"
-    convert(FolderSource(picture_folder), path, tier="raw", short_side=32)
+    convert(FolderSource(picture_folder), path, Normalising(tier="raw", short_side=32))
     with pytest.raises(ValueError, match=r"DALI decodes only the tier jpeg .*choose backend ffcv"):
         build_loader(path, RECIPE, "dali", batch_size=8)
 
