@@ -1,6 +1,6 @@
-"""A writer of FFCV ``.beton`` files that leaves encoded pictures as they are and never a half-written file.
+"""Writes FFCV's ``.beton`` files. Encoded pictures are stored as they are, and no incomplete file is left.
 
-FFCV's own writer encodes every JPEG anew and waits for ever once one of its workers has raised.
+FFCV's own writer encodes every JPEG again, and waits forever if one of its workers raises.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ DEFAULT_PAGE_BYTES = 8 << 20
 
 
 def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -> str:
-    """Finish the hash of a set: after all payloads come the columns mode, width, height and label.
+    """Finish the hash of a set: after all payloads, the columns mode, width, height and label are hashed.
 
-    Addresses stay out, so two files of the same pictures have the same hash whatever their pages.
+    Addresses are not, so files of the same pictures have the same hash for any page size.
     """
     for column in (metadata["f0"]["mode"], metadata["f0"]["width"], metadata["f0"]["height"], metadata["f1"]):
         hasher.update(np.ascontiguousarray(column).data)
@@ -56,28 +56,26 @@ def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -
 
 
 def settle(path: Path) -> None:
-    """Give pending side files their names where the set at ``path`` is theirs, and remove them where not."""
+    """Rename pending side files if they belong to the set at ``path``; remove them otherwise."""
     manifest = manifest_path(path)
-    theirs = in_force(path, manifest) != manifest
-    # The manifest goes last: it tells which set the others belong to.
+    belong = in_force(path, manifest) != manifest
+    # The manifest is last, because it identifies the set that the others belong to.
     for side in (paths_path(path), skipped_path(path), manifest):
         pending = pending_path(side)
         if not pending.exists():
             continue
-        if theirs and pending.stat().st_size:
+        if belong and pending.stat().st_size:
             pending.replace(side)
             continue
-        if theirs:
+        if belong:
             side.unlink(missing_ok=True)
         pending.unlink()
 
 
 class BetonWriter:
-    """Writes samples one after the other; the file appears under its name at ``commit`` and not before.
+    """Writes pictures one after the other; the file gets its name in :meth:`commit`.
 
-    Use it as a context manager: leaving it without ``commit``, by an error or Ctrl-C, removes what was
-    written. ``capacity`` is the greatest number of samples; fewer may be added, and the place of the others
-    in the metadata stays empty.
+    A context manager: leaving it without ``commit``, by an error or Ctrl-C, removes what was written.
     """
 
     def __init__(
@@ -89,10 +87,19 @@ class BetonWriter:
         page_bytes: int = DEFAULT_PAGE_BYTES,
         overwrite: bool = False,
     ) -> None:
-        """Check the options and open the temporary file ``<name>.partial``.
+        """Check the options and open the temporary files.
 
-        Raises ValueError for an unusable option, FileExistsError where ``path`` exists and ``overwrite`` is
-        off or where another process is writing it, FileNotFoundError where its folder does not exist.
+        Args:
+            path: the set to write, with the suffix .beton.
+            capacity: maximal number of pictures; the file has space in its tables for all of them.
+            tier: form in which pictures are stored.
+            page_bytes: size of a page, a power of two from 4096 on; grows if a picture is larger.
+            overwrite: replace an existing set in ``commit``.
+
+        Raises:
+            ValueError: if an option is unusable.
+            FileExistsError: if ``path`` exists and ``overwrite`` is off, or another process is writing it.
+            FileNotFoundError: if its folder does not exist.
         """
         self.path = Path(path)
         if self.path.suffix != ".beton":
@@ -144,9 +151,16 @@ class BetonWriter:
     ) -> int:
         """Append one picture and return its index.
 
-        ``payload`` is a whole JPEG file; in the raw tier contiguous (height, width, 3) uint8 pixels; in the
-        yuv420 tier what ``Planes.packed`` gives.
-        Raises ValueError where it is empty or of another size, or a side is outside 1 … 65,535 px.
+        Args:
+            payload: a complete JPEG file; in the raw tier contiguous (height, width, 3) uint8 pixels; in the
+                yuv420 tier the result of ``Planes.packed``.
+            label: class number; −1 without classes.
+            width: in px, 1 … 65,535.
+            height: in px, 1 … 65,535.
+            source_path: path within the source, for the list of paths.
+
+        Raises:
+            ValueError: if the payload is empty or of another size, or a side is out of range.
         """
         data = memoryview(payload if isinstance(payload, bytes) else payload.data).cast("B")
         index, size = self.count, data.nbytes
@@ -161,7 +175,7 @@ class BetonWriter:
         if size > MAX_PAGE_BYTES:
             raise ValueError(f"{source_path} has {size} bytes; a page holds at most {MAX_PAGE_BYTES}")
         pointer = self._place(size)
-        if pointer != self._end:  # a seek would empty the buffer of small pictures each time
+        if pointer != self._end:  # a seek flushes the buffer, which is slow for small pictures
             self._out.file.seek(pointer)
         self._out.file.write(data)
         self._hasher.update(data)
@@ -176,7 +190,7 @@ class BetonWriter:
         return index
 
     def skip(self, line: str) -> None:
-        """Name a picture that is not in the set, with the reason, in the list at ``skipped_path``."""
+        """Write the path of a picture that is left out, and the reason, into the list at ``skipped_path``."""
         self._skipped.file.write(source_path_line(line))
 
     def commit(
@@ -187,14 +201,22 @@ class BetonWriter:
         replaced: Mapping[str, int] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Write tables and header, fsync, check, and give the set and its side files their names.
+        """Write tables and header, sync, check, and rename the set and its side files.
 
-        An old set stands until the new one is whole on the disk, and then is replaced in one step: a process
+        An old set stays until the new one is complete on the disk, and is replaced in one step. A process
         that is killed at any moment leaves one of the two, see ``in_force``.
-        Raises ValueError where no picture was added.
+
+        Args:
+            source: name of the source.
+            classes: class names in label order.
+            replaced: reason → number of pictures, as in the manifest.
+            settings: options of the conversion.
+
+        Raises:
+            ValueError: if no picture was added.
         """
         if self.count == 0:
-            raise ValueError(f"no picture is left to put into {self.path}")
+            raise ValueError(f"no picture is left to write to {self.path}")
         digest = contents_hash_end(self._hasher, self._metadata[: self.count])
         self._write_tables(digest)
         manifest = Manifest(
@@ -214,7 +236,7 @@ class BetonWriter:
         write_manifest(manifest, self.path, pending=True)
         written = open_beton(self._out.partial)
         assert (len(written), written.sha256) == (manifest.count, manifest.sha256), (
-            "the file read back is another"
+            "the file that was read back differs"
         )
         sync_folder(self.path.parent)
         self._out.rename()
@@ -229,10 +251,10 @@ class BetonWriter:
         self._stack.close()
 
     def _place(self, size: int) -> int:
-        """Return the next address where ``size`` bytes stay within one page.
+        """Return the next address at which ``size`` bytes are within one page.
 
-        A payload larger than a page doubles the page for the whole file. What is already written stays valid:
-        every page of the old size lies within one of the new.
+        A payload larger than a page doubles the page size of the whole file. The addresses already used stay
+        valid: every old page is within one new page.
         """
         while size > self.page_bytes:
             self.page_bytes *= 2

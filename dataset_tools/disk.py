@@ -64,7 +64,7 @@ class Lock:
     def __init__(self, path: Path, target: Path, *, shared: bool = False) -> None:
         """Lock the file ``path``; arguments and errors as in :func:`lock`."""
         self.path = path
-        """Path of the lock file; must be set anew when its folder is renamed."""
+        """Path of the lock file; must be updated when its folder is renamed."""
         self._descriptor = lock(path, shared=shared, target=target)
 
     def __enter__(self) -> "Lock":

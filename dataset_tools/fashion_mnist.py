@@ -1,4 +1,4 @@
-"""Fashion-MNIST, seventy thousand small pictures with real labels, as two compiled sets of the raw tier."""
+"""Fashion-MNIST, seventy thousand small pictures with labels, as two compiled sets of the raw tier."""
 
 import gzip
 import hashlib
@@ -20,7 +20,7 @@ CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts its files."""
+"""Folder of Debian's package dataset-fashion-mnist."""
 _PREFIXES = {"train": "train", "test": "t10k"}
 
 
@@ -33,7 +33,7 @@ class IdxPair:
 
 
 def find_split(folder: str | Path, split: str) -> IdxPair | None:
-    """Return the idx files of ``split`` (train, test) in ``folder``, gzipped or plain; None without both."""
+    """Return the idx files of ``split`` (train, test) in ``folder``, gzipped or plain; None if missing."""
     if split not in _PREFIXES:
         raise ValueError(f"split is {split!r}; known are {', '.join(_PREFIXES)}")
     for suffix in (".gz", ""):
@@ -45,9 +45,10 @@ def find_split(folder: str | Path, split: str) -> IdxPair | None:
 
 
 def locate(download_to: str | Path = "data", *, folder: str | Path = DEBIAN_FOLDER) -> dict[str, IdxPair]:
-    """Return the files of both splits: from ``folder``, else from torchvision's download in ``download_to``.
+    """Return the files of both splits: from ``folder``, or from torchvision's download in ``download_to``.
 
-    Raises RuntimeError naming the mend where neither is there and the download fails.
+    Raises:
+        RuntimeError: if neither exists and the download fails.
     """
     downloaded = Path(download_to) / "FashionMNIST" / "raw"
     if (pairs := _both(Path(folder))) or (pairs := _both(downloaded)):
@@ -69,7 +70,7 @@ def locate(download_to: str | Path = "data", *, folder: str | Path = DEBIAN_FOLD
 
 
 def _both(folder: Path) -> dict[str, IdxPair]:
-    """Return both splits of ``folder``, or nothing."""
+    """Return both splits of ``folder``, or an empty dictionary."""
     found = {split: pair for split in _PREFIXES if (pair := find_split(folder, split))}
     return found if len(found) == len(_PREFIXES) else {}
 
@@ -85,9 +86,21 @@ def compile_fashion_mnist(
 ) -> dict[Path, Converted]:
     """Write ``fashion-mnist-train.beton`` and ``fashion-mnist-test.beton`` into ``out_dir``.
 
-    ``limit`` takes only the first training pictures, and a sixth as many of the test set, as in the whole.
-    ``progress`` is called once a picture. Raises FileExistsError, before any work, where one of the two
-    exists and ``overwrite`` is off, and ValueError where a file of ``pairs`` is not what it should be.
+    Args:
+        out_dir: folder for the sets.
+        pairs: split → its idx files.
+        workers: number of threads; None takes all cores.
+        overwrite: replace existing sets.
+        limit: number of training pictures to take; of the test set a sixth of it is taken, as in the whole
+            set.
+        progress: called once per picture.
+
+    Returns:
+        Path of the set → result of its conversion.
+
+    Raises:
+        FileExistsError: before any work, if one of the sets exists and ``overwrite`` is off.
+        ValueError: if a file of ``pairs`` is not a correct idx file.
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,10 +123,10 @@ def compile_fashion_mnist(
 
 
 class IdxSource:
-    """Grey pictures of a pair of idx files (the MNIST format), plain or gzipped, as RGB pixels."""
+    """The grey pictures of a pair of idx files (the MNIST format), plain or gzipped, as RGB pixels."""
 
     def __init__(self, images: str | Path, labels: str | Path, *, classes: Sequence[str] = CLASSES) -> None:
-        """Read both files. Raises ValueError, naming the file, where one is not idx or they do not match."""
+        """Read both files. Raises ValueError if one is not an idx file or they do not match."""
         self._images = read_idx(images, num_dims=3)
         self._labels = read_idx(labels, num_dims=1)
         self._file, self._classes, self.passed_over = Path(images), tuple(classes), PassedOver()
@@ -130,12 +143,12 @@ class IdxSource:
 
     @property
     def name(self) -> str:
-        """The name of the file of pictures."""
+        """Name of the file of pictures."""
         return self._file.name
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names given."""
+        """Class names."""
         return self._classes
 
     def __len__(self) -> int:
@@ -150,19 +163,20 @@ class IdxSource:
         return f"{self._file.name}#{index}"
 
     def read(self, index: int) -> Sample:
-        """Return picture ``index`` as (H, W, 3) uint8, the grey value in all three channels."""
+        """Return picture ``index`` as (H, W, 3) uint8 with three equal channels."""
         grey = self._images[index]
         return Sample(np.repeat(grey[:, :, None], 3, axis=2), int(self._labels[index]), self.path(index))
 
 
 def read_idx(path: str | Path, *, num_dims: int) -> npt.NDArray[np.uint8]:
-    """Read an idx file of unsigned bytes, gzipped where its name ends in .gz.
+    """Read an idx file of unsigned bytes, gzipped if its name ends in .gz.
 
-    Raises ValueError, naming the file, where the magic number, the number of dimensions or the size is wrong.
+    Raises:
+        ValueError: if the magic number, the number of dimensions or the size is wrong.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"the idx file {path} does not exist")
+        raise ValueError(f"the idx file {path} does not exist; fetch it")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -171,12 +185,13 @@ def read_idx(path: str | Path, *, num_dims: int) -> npt.NDArray[np.uint8]:
     magic = bytes((0, 0, 8, num_dims))
     if len(content) < header or content[:4] != magic:
         raise ValueError(
-            f"{path} starts with {content[:4].hex()}, an idx file of {num_dims} dimensions with {magic.hex()}"
+            f"{path} starts with {content[:4].hex()}, an idx file of {num_dims} dimensions with "
+            f"{magic.hex()}; fetch it again"
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", num_dims, offset=4))
-    wanted = header + int(np.prod(shape, dtype=np.int64))
-    if len(content) != wanted:
+    expected = header + int(np.prod(shape, dtype=np.int64))
+    if len(content) != expected:
         raise ValueError(
-            f"{path} has {len(content)} bytes, its header {shape} asks for {wanted}; fetch it again"
+            f"{path} has {len(content)} bytes, its header {shape} requires {expected}; fetch it again"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

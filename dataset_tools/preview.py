@@ -1,4 +1,4 @@
-"""A sheet that shows at a glance what the loader does to pictures: crops, views, masks and mixtures."""
+"""Draws a sheet of what the loader makes of pictures: crops, views, masks and mixtures."""
 
 from pathlib import Path
 from typing import Any
@@ -37,29 +37,29 @@ def preview(
         rows: pictures on the sheet, at least 2.
         crop_px: side of the views.
         grid_size: cells along a side of the mask.
-        seed: of the run.
+        seed: seed of the run.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: for fewer than two rows, or more than the set has pictures.
+        ValueError: if ``rows`` is less than 2 or more than the number of pictures in the set.
     """
     if rows < 2:
-        raise ValueError(f"{rows} rows cannot be mixed with each other; take at least 2")
+        raise ValueError(f"rows is {rows}; mixtures need at least 2 pictures")
     mixing = Mixing(method="both", grid_size=grid_size, mask_per="image")
     loader = build_loader(data, moco_v2(crop_px, mixing), batch_size=rows, seed=seed)
     batch = next(iter(loader))
     cell_S = cell_of_pixel(grid_size, crop_px)
     masks = torch.from_numpy(draw_masks(mixing, seed, 0, batch.index.numpy()))[:, cell_S][:, :, cell_S]
 
-    # A figure without a window, drawn straight into the file.
+    # A figure without a window, for the file alone.
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(rows, len(_TITLES), figsize=(2.1 * len(_TITLES), 2.25 * rows), dpi=80)
     figure.suptitle(
-        "What the loader hands to the model: two augmented views of each picture, and mixtures of queries. "
+        "What the model receives: two augmented views of each picture, and mixtures of queries. "
         "λ is the share of the row's own picture.",
         fontsize=13,
     )

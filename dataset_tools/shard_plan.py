@@ -36,7 +36,7 @@ PLAN_KEY = "plan"
 PART_DTYPE = np.dtype([("source", "<u8"), *((name, INDEX_DTYPE[name]) for name in INDEX_DTYPE.names or ())])
 """A record of the index, and the index of the picture in its source."""
 FACTS_KEY = "told"
-"""The array in a side file that holds everything but the records, as JSON."""
+"""Name of the array in a side file that holds everything but the records, as JSON. Existing files have it."""
 _OURS = re.compile(r"\.?(\d{6,})\.(tar|idx|part\.npz)(\.partial)?")
 
 

@@ -61,7 +61,9 @@ def tar_members(
         yield from _members(file, name)
     except ValueError as error:
         if on_damage is None:
-            raise ValueError(f"{error}, or take what lies before with --accept-truncated") from error
+            raise ValueError(
+                f"{error}, or take the files before that place with --accept-truncated"
+            ) from error
         on_damage(str(error).replace(name, Path(name).name, 1))
 
 
@@ -130,8 +132,8 @@ def _refuse_compressed(file: IO[bytes], name: str) -> None:
 def _check_end(file: IO[bytes], end: int, size: int, name: str) -> None:
     """Check the end of a tar: a block of zeros, then at most a few more zeros.
 
-    The library also stops where it cannot read on, and takes any block of zeros for the end. An unfinished
-    download contains such blocks.
+    The library also stops at bytes that it cannot read, and takes any block of zeros for the end. An
+    unfinished download contains such blocks.
     """
     file.seek(end)
     block = file.read(TAR_BLOCK)

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -83,6 +83,15 @@ def verify(path: str | Path, *, workers: int | None = None, progress: Progress |
     return (_verify_shards if path.is_dir() else _verify_file)(path, workers, progress)
 
 
+def _faults(
+    fault: Callable[[int], str], count: int, workers: int | None, progress: Progress | None
+) -> Iterator[tuple[int, str]]:
+    """Yield (i, what is wrong with picture i, or "") in order; ``fault`` runs in threads."""
+    results = ordered_map(fault, count, workers=workers, progress=progress, chunk=16)
+    with contextlib.closing(results):
+        yield from enumerate(results)
+
+
 def _label_problems(labels: NDArray[np.int64] | NDArray[np.int32], manifest: Manifest) -> list[str]:
     if not len(labels):
         return []
@@ -123,20 +132,12 @@ def _check_file_pictures(
     beton: BetonFile, workers: int | None, progress: Progress | None
 ) -> tuple[list[tuple[int, str]], str]:
     """Decode and hash all pictures; return (index, reason) of the damaged ones and the hash."""
-    bad: list[tuple[int, str]] = []
     hasher = hashlib.sha256()
-    results = ordered_map(
-        lambda index: _fault_in_file(beton, index),
-        len(beton),
-        workers=workers,
-        progress=progress,
-        chunk=16,
-    )
-    with contextlib.closing(results):
-        for index, fault in enumerate(results):
-            hasher.update(beton.payload(index).data)
-            if fault:
-                bad.append((index, fault))
+    bad = []
+    for index, reason in _faults(lambda i: _fault_in_file(beton, i), len(beton), workers, progress):
+        hasher.update(beton.payload(index).data)
+        if reason:
+            bad.append((index, reason))
     return bad, contents_hash_end(hasher, beton.metadata)
 
 
@@ -223,14 +224,8 @@ def _check_shard(
 ) -> tuple[list[str], list[DamagedPicture]]:
     """Return what is wrong with a tar and its DALI index, and its damaged pictures.
 
-    Args:
-        path: folder of the set.
-        shard: the tar.
-        accepted: sentences on damage that was known, and passed over, when the set was made.
-        index: (N,) of INDEX_DTYPE, of the set.
-        rows: (n,) positions in the index of the pictures of this tar, in the order of the tar.
-        workers: number of threads.
-        progress: called once per picture.
+    ``accepted``: sentences on damage that was accepted when the set was made. ``rows``: (n,) positions in the
+    index of the pictures of this tar, in the order of the tar.
     """
     problems = []
     try:
@@ -301,23 +296,15 @@ def _check_shard_pictures(
     The records are in the order of the tar.
     """
     data = np.memmap(tar, np.uint8, mode="r") if tar.stat().st_size else np.zeros(0, np.uint8)
-    bad: list[tuple[int, str]] = []
-    hasher, hashed = hashlib.sha256(), 0
-    results = ordered_map(
-        lambda n: _fault_in_shard(data, records[n], by_offset),
-        len(records),
-        workers=workers,
-        progress=progress,
-        chunk=16,
-    )
-    with contextlib.closing(results):
-        for n, reason in enumerate(results):
-            # The threads have just read these bytes, so they are still in memory.
-            stop = int(records["offset"][n]) + int(records["num_bytes"][n])
-            hasher.update(data[hashed:stop].data)
-            hashed = max(hashed, stop)
-            if reason:
-                bad.append((n, reason))
+    hasher, hashed, bad = hashlib.sha256(), 0, []
+    faults = _faults(lambda i: _fault_in_shard(data, records[i], by_offset), len(records), workers, progress)
+    for n, reason in faults:
+        # The threads have just read these bytes, so they are still in memory.
+        stop = int(records["offset"][n]) + int(records["num_bytes"][n])
+        hasher.update(data[hashed:stop].data)
+        hashed = max(hashed, stop)
+        if reason:
+            bad.append((n, reason))
     hasher.update(data[hashed:].data)
     return bad, hasher.hexdigest()
 

@@ -56,7 +56,7 @@ class Writer(Protocol):
     """Stores pictures. The same loop fills both kinds of set."""
 
     def add(self, index: int, picture: Normal, label: int, path: str) -> None:
-        """Store picture ``index`` of the source, whose path there is ``path``."""
+        """Store picture ``index`` of the source, which has the path ``path`` there."""
 
     def skip(self, index: int, path: str, fault: BadPicture) -> None:
         """Leave picture ``index`` out; count it and record its name."""

@@ -1,4 +1,4 @@
-"""Small pictures of every kind, made on the spot."""
+"""Makes small pictures of every kind."""
 
 import io
 from collections.abc import Callable
@@ -26,13 +26,13 @@ def encode(
 
 
 def unusual_jpeg() -> bytes:
-    """A mid-grey JPEG of 32 × 16 px, 4 × 2 luma blocks a chroma block: TurboJPEG has no name for that."""
+    """A mid-grey JPEG of 32 × 16 px with 4 × 2 luma blocks per chroma block, unknown to TurboJPEG."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 16), (128, 128, 128)).save(buffer, "JPEG", subsampling=0)
     head, scan = buffer.getvalue().split(b"\xff\xda")
     one, four_by_two = bytes([1, 0x11, 0, 2, 0x11, 1]), bytes([1, 0x42, 0, 2, 0x11, 1])
     assert one in head
-    # Eight blocks of luma and two of chroma, each "no difference, end of block", filled up with ones.
+    # Eight blocks of luma and two of chroma, each "no difference, end of block", padded with ones.
     blocks = int(("001010" * 8 + "0000" * 2).ljust(56, "1"), 2).to_bytes(7)
     return head.replace(one, four_by_two) + b"\xff\xda" + scan[:12] + blocks + b"\xff\xd9"
 

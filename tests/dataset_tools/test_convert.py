@@ -46,8 +46,8 @@ def test_tree_is_stored_byte_for_byte(tree: Path, tmp_path: Path) -> None:
     assert outputs(tmp_path) == ["set.beton", "set.json", "set.paths"]
 
 
-def test_planes_come_back_as_they_decode(tree: Path, tmp_path: Path, encode: Callable[..., bytes]) -> None:
-    """Folder → set → payload, and its luma against what Pillow decodes."""
+def test_planes_are_stored_as_decoded(tree: Path, tmp_path: Path, encode: Callable[..., bytes]) -> None:
+    """Folder → set → payload; the luma is compared with Pillow's."""
     (tree / "dogs" / "png.png").write_bytes(encode(33, 21, kind="PNG"))
     (tree / "dogs" / "one.jpg").write_bytes(encode(1, 1, subsampling=2))
     converted = convert(FolderSource(tree), tmp_path / "set.beton", Normalising(tier="yuv420"), workers=2)
@@ -61,17 +61,17 @@ def test_planes_come_back_as_they_decode(tree: Path, tmp_path: Path, encode: Cal
         with Image.open(io.BytesIO(payload)) as image:
             image.draft("YCbCr", image.size)
             width, height = image.size
-            wanted = np.asarray(image.convert("YCbCr"))[:, :, 0].astype(int)
+            expected = np.asarray(image.convert("YCbCr"))[:, :, 0].astype(int)
             exact = image.format == "JPEG"
             planes = Jpeg(payload).planes() if exact else encode_planes(np.asarray(image))
         record = beton.metadata["f0"][i]
         assert (record["mode"], record["width"], record["height"]) == (MODE_YUV420, width, height)
         assert beton.payload(i).tobytes() == planes.packed().tobytes()
         luma = beton.payload(i)[: width * height].reshape(height, width)
-        assert np.abs(luma - wanted).max() <= (0 if exact else 1)
+        assert np.abs(luma - expected).max() <= (0 if exact else 1)
 
 
-def test_settings_tell_how_it_was_made(tree: Path, tmp_path: Path) -> None:
+def test_settings_record_the_options(tree: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"short_side": 30, "recompress": True, "quality": 70}
     made = convert(FolderSource(tree), tmp_path / "set.beton", Normalising(**options)).manifest
     assert made.settings == {
@@ -83,7 +83,7 @@ def test_settings_tell_how_it_was_made(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tier", ["jpeg", "yuv420", "raw"])
-def test_workers_change_no_tier(tree: Path, tmp_path: Path, tier: Tier) -> None:
+def test_workers_do_not_change_a_byte_of_any_tier(tree: Path, tmp_path: Path, tier: Tier) -> None:
     for workers in (1, 3):
         how = Normalising(tier, short_side=35)
         convert(FolderSource(tree), tmp_path / f"set.{workers}.beton", how, workers=workers)
@@ -91,7 +91,7 @@ def test_workers_change_no_tier(tree: Path, tmp_path: Path, tier: Tier) -> None:
 
 
 def spoil(tree: Path, encode: Callable[..., bytes]) -> None:
-    """One of each kind of trouble, among the five good pictures."""
+    """Add one picture of each bad or unusual kind to the five good ones."""
     (tree / "cats" / "b1.jpg").write_bytes(encode()[:-40])
     (tree / "cats" / "b2.jpg").write_bytes(b"hello")
     (tree / "dogs" / "png.JPEG").write_bytes(encode(kind="PNG"))
@@ -101,7 +101,9 @@ def spoil(tree: Path, encode: Callable[..., bytes]) -> None:
     (tree / "dogs" / "gone.jpg").symlink_to("nowhere")
 
 
-def test_trouble_is_counted_and_named(tree: Path, tmp_path: Path, encode: Callable[..., bytes]) -> None:
+def test_bad_and_unusual_pictures_are_counted_and_listed(
+    tree: Path, tmp_path: Path, encode: Callable[..., bytes]
+) -> None:
     spoil(tree, encode)
     converted = convert(FolderSource(tree), tmp_path / "set.beton", max_bad=0.5)
     assert converted.manifest.replaced == {
@@ -133,7 +135,7 @@ def test_more_than_twenty_skipped_are_all_in_the_file(tree: Path, tmp_path: Path
     assert len(skipped_path(tmp_path / "set.beton").read_text().splitlines()) == 25
 
 
-def test_no_list_of_skipped_outlives_its_set(tree: Path, tmp_path: Path) -> None:
+def test_the_list_of_skipped_pictures_goes_with_its_set(tree: Path, tmp_path: Path) -> None:
     (tree / "cats" / "bad.jpg").write_bytes(b"bad")
     convert(FolderSource(tree), tmp_path / "set.beton", max_bad=1)
     (tree / "cats" / "bad.jpg").unlink()
@@ -189,7 +191,7 @@ def test_options_are_checked(tree: Path, tmp_path: Path, options: dict[str, Any]
 
 
 class Failing:
-    """Raises at the third picture, as a defect or Ctrl-C would."""
+    """Raises at the third picture, like a defect or Ctrl-C."""
 
     name = "failing"
     classes = ()
@@ -266,6 +268,6 @@ def test_stock_ffcv_loader_reads_it(tree: Path, tmp_path: Path) -> None:
     images, labels = zip(*((image.copy(), label.copy()) for image, label in loader), strict=True)
     assert np.concatenate(labels).ravel().tolist() == [0, 0, 0, 1, 1]
     with Image.open(tree / "cats" / "a.jpg") as first:
-        wanted = np.asarray(first.crop((10, 0, 50, 40)), np.int16)
-    # Pillow and FFCV bring two builds of libjpeg-turbo, whose inverse transforms round differently.
-    assert np.abs(np.concatenate(images)[0] - wanted).max() <= 4
+        expected = np.asarray(first.crop((10, 0, 50, 40)), np.int16)
+    # Pillow and FFCV use two builds of libjpeg-turbo with different rounding in the inverse transform.
+    assert np.abs(np.concatenate(images)[0] - expected).max() <= 4

@@ -14,18 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 Capture = pytest.CaptureFixture[str]
 
 
-def test_convert_says_where_how_many_and_what_next(tree: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_convert_prints_path_count_and_next_step(tree: Path, tmp_path: Path, capsys: Capture) -> None:
     output = tmp_path / "sets" / "pictures.beton"
     assert main(["convert", str(tree), str(output)]) == 0
     out, err = capsys.readouterr()
-    assert err == "", "no bar where nobody looks"
+    assert err == "", "no bar without a terminal"
     (line,) = out.splitlines()
     assert line.startswith(f"{output}: 5 pictures, tier jpeg, 0.0 MB, 5 in ")
     assert line.endswith(f"Next: make pretrain DATA={output}")
     assert len(open_beton(output)) == 5
 
 
-def test_convert_names_what_it_left_out(tree: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_convert_lists_pictures_left_out(tree: Path, tmp_path: Path, capsys: Capture) -> None:
     for i in range(21):
         (tree / "cats" / f"x[red]{i:02d}.jpg").write_bytes(b"bad")
     assert main(["convert", str(tree), str(tmp_path / "set.beton"), "--max-bad", "1"]) == 0
@@ -104,7 +104,7 @@ def test_existing_output_is_refused(tree: Path, tmp_path: Path, capsys: Capture)
 
 
 @pytest.mark.parametrize("args", [["convert", "a", "b.beton", "--colour", "red"], ["compile"], []])
-def test_unknown_words_are_errors(args: list[str], capsys: Capture) -> None:
+def test_unknown_options_are_errors(args: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(args)
     assert caught.value.code == 2
@@ -112,7 +112,7 @@ def test_unknown_words_are_errors(args: list[str], capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_command_explains_itself(command: str, capsys: Capture) -> None:
+def test_every_command_has_help(command: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0

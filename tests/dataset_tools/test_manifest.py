@@ -39,7 +39,7 @@ def test_missing_is_none(tmp_path: Path) -> None:
         ({"sha256": None}, "sha256 is None"),
     ],
 )
-def test_bad_content_is_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_bad_content_is_an_error_with_the_file(tmp_path: Path, change: dict[str, object], words: str) -> None:
     content = json.loads(json.dumps(dataclasses.asdict(MANIFEST))) | change
     (tmp_path / "set.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=words) as caught:
@@ -48,7 +48,7 @@ def test_bad_content_is_named(tmp_path: Path, change: dict[str, object], words: 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"version": 1}', b"\xff\xfe"])
-def test_malformed_is_a_sentence(tmp_path: Path, text: str | bytes) -> None:
+def test_malformed_files_are_errors(tmp_path: Path, text: str | bytes) -> None:
     (tmp_path / "set.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=r"set\.json"):
         Manifest.read(tmp_path / "set.beton")

@@ -80,14 +80,14 @@ def test_circular_link_ends(tree: Path) -> None:
         ),
     ],
 )
-def test_unusable_folder_is_a_sentence(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
+def test_unusable_folder_is_an_error(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
     make(tmp_path / "root")
     with pytest.raises(ValueError, match=words) as caught:
         FolderSource(tmp_path / "root")
     assert str(tmp_path / "root") in str(caught.value)
 
 
-def test_loose_and_filed_pictures_are_refused(tree: Path) -> None:
+def test_pictures_in_folders_and_outside_are_refused(tree: Path) -> None:
     (tree / "loose.jpg").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"1 pictures of its own \(first: loose.jpg\) and 2 sub-folders"):
         FolderSource(tree)
@@ -136,18 +136,18 @@ def test_idx_becomes_rgb(tmp_path: Path, suffix: str) -> None:
     [
         (b"", "starts with"),
         (b"\x89PNG" + bytes(40), "starts with 89504e47"),
-        (idx(GREY)[:-1], "asks for 76"),
+        (idx(GREY)[:-1], "requires 76"),
         (idx(GREY) + b"x", "has 77 bytes"),
         (idx(GREY[0]), "idx file of 3 dimensions"),
     ],
 )
-def test_bad_idx_is_a_sentence(tmp_path: Path, content: bytes, words: str) -> None:
+def test_bad_idx_is_an_error(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "i").write_bytes(content)
     with pytest.raises(ValueError, match=words):
         read_idx(tmp_path / "i", num_dims=3)
 
 
-def test_cut_gzip_is_a_sentence(tmp_path: Path) -> None:
+def test_truncated_gzip_is_an_error(tmp_path: Path) -> None:
     whole = gzip.compress(idx(GREY))
     for name, content in (
         ("cut", whole[:-9]),
