@@ -52,7 +52,7 @@ def main(config: MemoryBenchmark) -> dict[str, Any]:
     for epoch in track(range(config.epochs), "epochs", console=console, disable=not console.is_terminal):
         loader.set_epoch(epoch)
         peaks_mib.append(max(status_mib("RssAnon") for _ in loader))
-    # The first epoch compiles, and takes the memory that is lent again ever after.
+    # The first epoch compiles, and takes memory that the process keeps.
     growth = peaks_mib[-1] / peaks_mib[1] - 1
     result = {
         "benchmark": "memory",
@@ -61,7 +61,7 @@ def main(config: MemoryBenchmark) -> dict[str, Any]:
             "crop_px": config.crop_px,
             "batch_size": config.batch_size,
             "reading": config.reading,
-            "pictures": loader.engine.count,
+            "pictures": loader.set.count,
         },
         "peaks_mib": [round(peak, 1) for peak in peaks_mib],
         "growth": round(growth, 4),

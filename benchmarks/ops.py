@@ -41,9 +41,10 @@ from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, Mixing, Mixture
-from pipelines.augment.mixing import Drawn, blend, draw_mixtures
-from pipelines.augment.parameters import NUM_PARAMETERS
+from pipelines.augment.draws import NUM_PARAMETERS
+from pipelines.augment.mixing import DrawnMixture, blend, draw_mixtures
 from pipelines.augment.photometric import augment
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe, moco_v2
 from training import cli
 from training.cli import console
@@ -270,9 +271,9 @@ def count_step(config: OpsBenchmark, method: Method, bn_splits: int) -> dict[str
     return counted.figures()
 
 
-def _drawn(config: OpsBenchmark, method: Method) -> tuple[Drawn, ...]:
+def _drawn(config: OpsBenchmark, method: Method) -> tuple[DrawnMixture, ...]:
     recipe = Recipe(crop_px=config.crop_px, mixing=Mixing(method=method))
-    return draw_mixtures(recipe, 0, 0, np.arange(config.batch_size))
+    return draw_mixtures(recipe, Draw(0, 0, np.arange(config.batch_size)))
 
 
 # ------------------------------------------------------------------------------------------ compiled steps
@@ -320,7 +321,7 @@ def count_compiled(config: OpsBenchmark, method: Method) -> dict[str, Any]:
     return {"parts": parts}
 
 
-def _graph_of_mixing(query: Tensor, drawn: Drawn) -> fx.Graph:
+def _graph_of_mixing(query: Tensor, drawn: DrawnMixture) -> fx.Graph:
     def images(query: Tensor) -> Tensor:
         return blend(query, drawn).images
 

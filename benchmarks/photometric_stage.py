@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from benchmarks.ratios import COMPILED, EAGER, FUSED
 from benchmarks.timing import Runner
-from pipelines.augment.parameters import draw_parameters
+from pipelines.augment.draws import draw_parameters
 from pipelines.augment.photometric import augment
 from pipelines.augment.photometric_cpu import augment_on_cpu
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
 
 CONFIGURED = {
@@ -34,7 +35,7 @@ def runners(views: NDArray[np.uint8], recipe: Recipe, num_threads: int) -> dict[
         recipe: what is done to them.
         num_threads: of our kernel and of torch.
     """
-    params_VNP = draw_parameters(recipe, 0, 0, np.arange(len(views)))
+    params_VNP = draw_parameters(recipe, Draw(0, 0, np.arange(len(views))))
     on_torch = torch.from_numpy(views), torch.from_numpy(params_VNP[0]), recipe
     compiled = torch.compile(augment, fullgraph=True)
     ways = {

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines.decode.pillow import FORMATS
-from pipelines.sets.listing import FolderListing
+from pipelines.sets.folder import FolderListing
 from pipelines.sets.manifest import Manifest, manifest_path
 
 QUALITY = 86

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import draw_parameters
+from pipelines import PictureSet, open_set
+from pipelines.augment.draws import draw_boxes, draw_parameters
 from pipelines.augment.photometric_cpu import augment_on_cpu
-from pipelines.decode.turbo import FFCVEngine
+from pipelines.decode.turbo import TurboDecoder
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
-from pipelines.sets.stores import open_store
 
 _REPEATS = 7
 _AT_ONCE = 16
@@ -40,13 +40,13 @@ def measure(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
     Raises:
         ValueError: if the set has fewer than 16 pictures.
     """
-    engine = FFCVEngine(open_store(Path(path), "map"))
-    num = min(num, engine.count) // _AT_ONCE * _AT_ONCE
+    images, decoder = open_set(path, "map"), TurboDecoder()
+    num = min(num, images.count) // _AT_ONCE * _AT_ONCE
     if num == 0:
-        raise ValueError(f"{path} has {engine.count} pictures; {_AT_ONCE} at least are needed")
+        raise ValueError(f"{path} has {images.count} pictures; {_AT_ONCE} at least are needed")
     times: dict[str, list[float]] = {}
     for repeat in range(_REPEATS + 1):
-        for name, task in _tasks(engine, recipe).items():
+        for name, task in _tasks(images, decoder, recipe).items():
             started = time.perf_counter()
             for first in range(0, num, _AT_ONCE):
                 task(np.arange(first, first + _AT_ONCE))
@@ -63,7 +63,9 @@ def measure(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
     }
 
 
-def _tasks(engine: FFCVEngine, recipe: Recipe) -> dict[str, Callable[[NDArray[np.int64]], object]]:
+def _tasks(
+    images: PictureSet, decoder: TurboDecoder, recipe: Recipe
+) -> dict[str, Callable[[NDArray[np.int64]], object]]:
     """What is timed, each over the pictures of one index array."""
     shape = (_AT_ONCE, recipe.num_views, recipe.crop_px, recipe.crop_px, 3)
     views = np.zeros(shape, np.uint8)
@@ -71,21 +73,21 @@ def _tasks(engine: FFCVEngine, recipe: Recipe) -> dict[str, Callable[[NDArray[np
     no_boxes = np.zeros((_AT_ONCE, 0, 5), np.int32)
 
     def crop(index: NDArray[np.int64]) -> None:
-        fetched = engine.fetch(index)
-        engine.crop(fetched, draw_boxes(recipe, 0, 0, index, fetched.size_N2), views)
+        encoded = images.fetch(index)
+        decoder.crop(encoded, draw_boxes(recipe, Draw(0, 0, index), encoded.size_N2), views)
 
     def draw(index: NDArray[np.int64]) -> None:
-        draw_boxes(recipe, 0, 0, index, engine.fetch(index).size_N2)
-        draw_parameters(recipe, 0, 0, index)
+        draw_boxes(recipe, Draw(0, 0, index), images.fetch(index).size_N2)
+        draw_parameters(recipe, Draw(0, 0, index))
 
     def augment(what: Recipe) -> Callable[[NDArray[np.int64]], None]:
-        return lambda index: augment_on_cpu(views, draw_parameters(what, 0, 0, index), what, floats)
+        return lambda index: augment_on_cpu(views, draw_parameters(what, Draw(0, 0, index)), what, floats)
 
     sharp = dataclasses.replace(recipe, blur_prob=0.0)
     plain = dataclasses.replace(sharp, jitter_prob=0.0, grey_prob=0.0, solarize_prob=0.0)
     return {
         "drawing": draw,
-        "decoding": lambda index: engine.crop(engine.fetch(index), no_boxes, views[:, :0]),
+        "decoding": lambda index: decoder.crop(images.fetch(index), no_boxes, views[:, :0]),
         "crops": crop,
         "photometric": augment(recipe),
         "without blur": augment(sharp),

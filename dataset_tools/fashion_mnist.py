@@ -14,7 +14,7 @@ from dataset_tools.convert import Converted, convert_work
 from dataset_tools.normalise import Normalising
 from dataset_tools.sources import Sample
 from dataset_tools.work import Progress, Work
-from pipelines.sets.listing import PassedOver
+from pipelines.sets.folder import PassedOver
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

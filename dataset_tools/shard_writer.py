@@ -16,7 +16,7 @@ from dataset_tools.disk import PartialFile
 from dataset_tools.normalise import BadPicture, Normal
 from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, tar_name
 from dataset_tools.tars import Member, dali_index, tar_samples
-from pipelines.sets.listing import NO_LABEL, PICTURE_SUFFIXES
+from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES
 from pipelines.sets.manifest import Shard
 from pipelines.sets.shards import TAR_BLOCK, dali_index_path
 from training.files import sync_folder, write_atomically

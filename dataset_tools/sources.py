@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dataset_tools.shard_plan import PLAN_KEY
 from dataset_tools.shard_writer import decode_key
 from dataset_tools.tars import scan_tar, split_name
-from pipelines.sets.listing import FolderListing, PassedOver, PictureList
+from pipelines.sets.folder import FolderListing, PassedOver, PictureList
 from pipelines.sets.manifest import verify_hint
 from pipelines.sets.shards import open_shards, pictures_on_disk
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tars import Member, Window, tar_members
-from pipelines.sets.listing import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
+from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
 
 Folder = tuple[str, ...]
 """The parts of a folder's path."""
@@ -130,8 +130,7 @@ class _Scan:
         self._on_damage = self.passed_over.count_damage if accept_truncated else None
 
     def folders(self, progress: Callable[[], None] | None) -> list[_Folder]:
-        """Find all pictures; return their folders in the order of a listing, a folder's pictures before its
-        folders."""
+        """Return the folders of all pictures in the order of a listing, a folder before its subfolders."""
         folders: dict[Folder, _Folder] = {}
         for parts, member in self._pictures():
             folder = folders.setdefault(parts[:-1], _Folder(parts[:-1]))

@@ -16,10 +16,10 @@ from dataset_tools.shard_set import unfinished
 from dataset_tools.stats import tiers
 from dataset_tools.tars import Member, dali_index, scan_tar, tar_samples, with_pictures_at
 from dataset_tools.work import NUM_NAMED, Progress, ordered_map
+from pipelines.decode.jpeg import check_jpeg
 from pipelines.decode.pillow import is_jpeg, read_rgb, read_size
-from pipelines.kernels.turbojpeg import check_jpeg
 from pipelines.sets.beton import MODE_JPEG, BetonFile, open_beton, pixel_bytes
-from pipelines.sets.listing import PICTURE_SUFFIXES
+from pipelines.sets.folder import PICTURE_SUFFIXES
 from pipelines.sets.manifest import Manifest, Shard, of_kind, read_source_path
 from pipelines.sets.shards import (
     INDEX_DTYPE,

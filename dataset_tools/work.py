@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 
 from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
 from dataset_tools.sources import Source
-from pipelines.cores import usable_cores
-from pipelines.sets.listing import NO_LABEL
+from pipelines.sets.folder import NO_LABEL
+from pipelines.workers import usable_cores
 
 Progress = Callable[[], None]
 """Called once for each item that is done."""

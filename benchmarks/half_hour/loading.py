@@ -32,10 +32,10 @@ from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.timing import Closing
 from pipelines import ViewLoader, build_loader
-from pipelines.cores import usable_cores
-from pipelines.decode.choose import look_around
+from pipelines.decode.choose import describe_machine
 from pipelines.decode.dali_operators import INSTALL_DALI
 from pipelines.recipe import moco_v2
+from pipelines.workers import usable_cores
 from training.precision import Precision
 
 _THREADS = (4, 8, 16)
@@ -115,7 +115,7 @@ def _ours(
 def _peer(setup: Setup, source: Any, name: str | None, work: WorkName, threads: int) -> dict[str, Any]:
     """A loader of `benchmarks.peers`; of several from one source the one of this name."""
     images, size = setup.images, setup.size
-    if source != "torchvision" and not look_around(setup.on, threads).dali:
+    if source != "torchvision" and not describe_machine(setup.on, threads).dali:
         raise ImportError(f"DALI is not installed; {INSTALL_DALI}")
     peers = load_gpu_peers([source], setup.on)
     (peer,) = (peer for peer in peers if name in (None, peer.name))

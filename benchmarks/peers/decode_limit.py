@@ -6,7 +6,7 @@ from itertools import cycle
 import simplejpeg
 
 from benchmarks.peers.contract import DECODE_LIMIT, Job, Peer, Work
-from pipelines.sets.listing import FolderListing
+from pipelines.sets.folder import FolderListing
 
 
 def open_decode(job: Job) -> Iterator[object]:

@@ -25,9 +25,9 @@ from benchmarks.peers.contract import (
     Work,
     settle,
 )
-from pipelines import Backend, DALIOptions, Reading, ViewLoader, build_loader
-from pipelines.decode.dali import DALIEngine
-from pipelines.decode.decoder import Engine
+from pipelines import Backend, DALIOptions, PictureSet, Reading, ViewLoader, build_loader
+from pipelines.decode import Decoder, DeviceDecoder
+from pipelines.decode.dali import DALIDeviceDecoder
 from pipelines.recipe import Recipe, moco_v2
 from pipelines.sets.stream import BUFFER
 
@@ -76,7 +76,7 @@ def crops_on_device(loader: ViewLoader) -> Iterator[Tensor]:
     """The views of crops() on the loader's device; what is copied is held until its copy is over."""
     held: tuple[torch.cuda.Event, Tensor] | None = None
     for batch in loader.crops():
-        views = batch.views.to(loader.device, non_blocking=True)
+        views = batch.views.to(loader.config.device, non_blocking=True)
         if views.device != batch.views.device:
             copied = torch.cuda.Event()
             copied.record()
@@ -88,35 +88,40 @@ def crops_on_device(loader: ViewLoader) -> Iterator[Tensor]:
         held[0].synchronize()
 
 
-def engine_crops(
-    engine: Engine,
+def decoder_crops(
+    images: PictureSet,
+    decoder: Decoder,
     index_N: NDArray[np.int64],
     boxes_NV5: NDArray[np.int32],
     crop_px: int,
-    operators_on: torch.device | None = None,
+    device: torch.device | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """(N, V, S, S, 3) crops of the boxes, and (N,) which pictures could be decoded.
+    """(N, V, S, S, 3) crops of the boxes, and (N,) which images could be decoded.
 
-    By DALI's operators where a device for them is given, else as the engine crops on the host.
+    With a device, the decoder must be a :class:`pipelines.decode.DeviceDecoder`, and crops there.
     """
     crops_NVSS3 = np.zeros((*boxes_NV5.shape[:2], crop_px, crop_px, 3), np.uint8)
-    fetched = engine.fetch(index_N)
-    if operators_on is None:
-        return crops_NVSS3, engine.crop(fetched, boxes_NV5, crops_NVSS3)
-    assert isinstance(engine, DALIEngine)
-    on_device = torch.from_numpy(crops_NVSS3).to(operators_on)
-    ok_N = engine.crop_on_device(fetched, boxes_NV5, on_device)
+    encoded = images.fetch(index_N)
+    if device is None:
+        return crops_NVSS3, decoder.crop(encoded, boxes_NV5, crops_NVSS3)
+    assert isinstance(decoder, DeviceDecoder)
+    on_device = torch.from_numpy(crops_NVSS3).to(device)
+    ok_N = decoder.crop_on_device(encoded, boxes_NV5, on_device)
     return on_device.cpu().numpy(), ok_N
 
 
 def _fixed_crops(way: _Way, asked: FixedCrops) -> NDArray[np.uint8]:
-    """Crops by the loader's engine; see :class:`FixedCrops`."""
+    """Crops by the loader's decoder; see :class:`FixedCrops`."""
     num, num_views = asked.boxes_NV4.shape[:2]
     recipe = replace(moco_v2(asked.crop_px), num_views=num_views)
-    engine = way.open(asked, recipe, batch_size=num, threads=1).engine
+    loader = way.open(asked, recipe, batch_size=num, threads=1)
     unflipped_NV5 = np.pad(asked.boxes_NV4, ((0, 0), (0, 0), (0, 1)))
-    crops_NVSS3, ok_N = engine_crops(
-        engine, asked.index_N, unflipped_NV5, asked.crop_px, way.device if way.operators else None
+    decoder, device = loader.decoder, None
+    if way.operators:
+        device = way.device
+        decoder = DALIDeviceDecoder(loader.set, device, 1, way.options or DALIOptions())
+    crops_NVSS3, ok_N = decoder_crops(
+        loader.set, decoder, asked.index_N, unflipped_NV5, asked.crop_px, device
     )
     if not ok_N.all():
         path = asked.shards if way.on_shards else asked.beton

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.sets.listing import FolderListing
+from pipelines.sets.folder import FolderListing
 
 
 def shuffled_batches(folder: Path, batch_size: int) -> Iterator[list[Path]]:

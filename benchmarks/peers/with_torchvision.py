@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional
 
 from benchmarks.peers.contract import TORCHVISION_PIL, TORCHVISION_V2, FixedCrops, Job, Peer, Work
 from benchmarks.sample_sets import read_with_pil
-from pipelines.augment.parameters import blur_radius_px
+from pipelines.augment.draws import blur_radius_px
 from pipelines.recipe import Recipe
 
 _BATCHES_PER_WORKER = 2

@@ -16,7 +16,7 @@ from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource, Sample
 from dataset_tools.stats import stats
 from dataset_tools.verify import verify
-from pipelines.kernels.turbojpeg import Jpeg, encode_planes
+from pipelines.decode.jpeg import Jpeg, encode_planes
 from pipelines.sets.beton import MODE_YUV420, open_beton
 from pipelines.sets.manifest import Manifest, Tier, read_source_path, skipped_path
 from tests.processes import started
