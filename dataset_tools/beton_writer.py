@@ -1,4 +1,4 @@
-"""Writes FFCV's ``.beton`` files. Encoded pictures are stored as they are, and no incomplete file is left.
+"""Writes FFCV's ``.beton`` files. Encoded images are stored as they are, and no incomplete file is left.
 
 FFCV's own writer encodes every JPEG again, and waits forever if one of its workers raises.
 """
@@ -48,7 +48,7 @@ DEFAULT_PAGE_BYTES = 8 << 20
 def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -> str:
     """Finish the hash of a set: after all payloads, the columns mode, width, height and label are hashed.
 
-    Addresses are not, so files of the same pictures have the same hash for any page size.
+    Addresses are not, so files of the same images have the same hash for any page size.
     """
     for column in (metadata["f0"]["mode"], metadata["f0"]["width"], metadata["f0"]["height"], metadata["f1"]):
         hasher.update(np.ascontiguousarray(column).data)
@@ -73,7 +73,7 @@ def settle(path: Path) -> None:
 
 
 class BetonWriter:
-    """Writes pictures one after the other; the file gets its name in :meth:`commit`.
+    """Writes images one after the other; the file gets its name in :meth:`commit`.
 
     A context manager: leaving it without ``commit``, by an error or Ctrl-C, removes what was written.
     """
@@ -91,9 +91,9 @@ class BetonWriter:
 
         Args:
             path: the set to write, with the suffix .beton.
-            capacity: maximal number of pictures; the file has space in its tables for all of them.
-            tier: form in which pictures are stored.
-            page_bytes: size of a page, a power of two from 4096 on; grows if a picture is larger.
+            capacity: maximal number of images; the file has space in its tables for all of them.
+            tier: form in which images are stored.
+            page_bytes: size of a page, a power of two from 4096 on; grows if an image is larger.
             overwrite: replace an existing set in ``commit``.
 
         Raises:
@@ -107,7 +107,7 @@ class BetonWriter:
         if tier not in TIER_MODES:
             raise ValueError(f"tier is {tier!r}; known are {', '.join(TIER_MODES)}")
         if capacity < 1:
-            raise ValueError(f"capacity is {capacity}; a compiled set holds at least one picture")
+            raise ValueError(f"capacity is {capacity}; a compiled set holds at least one image")
         if not 4096 <= page_bytes <= MAX_PAGE_BYTES or page_bytes & (page_bytes - 1):
             raise ValueError(f"page_bytes is {page_bytes}; choose a power of two in [4096, {MAX_PAGE_BYTES}]")
         if self.path.exists() and not overwrite:
@@ -149,7 +149,7 @@ class BetonWriter:
         height: int,
         source_path: str,
     ) -> int:
-        """Append one picture and return its index.
+        """Append one image and return its index.
 
         Args:
             payload: a complete JPEG file; in the raw tier contiguous (height, width, 3) uint8 pixels; in the
@@ -165,7 +165,7 @@ class BetonWriter:
         data = memoryview(payload if isinstance(payload, bytes) else payload.data).cast("B")
         index, size = self.count, data.nbytes
         if index == len(self._metadata):
-            raise ValueError(f"the set was opened for {index} pictures and is full")
+            raise ValueError(f"the set was opened for {index} images and is full")
         if not (1 <= width <= MAX_SIDE_PX and 1 <= height <= MAX_SIDE_PX):
             raise ValueError(f"{source_path} is {width} × {height} px; sides must lie in 1 … {MAX_SIDE_PX}")
         if size == 0 or (self.tier != "jpeg" and size != pixel_bytes(self._mode, width, height)):
@@ -175,7 +175,7 @@ class BetonWriter:
         if size > MAX_PAGE_BYTES:
             raise ValueError(f"{source_path} has {size} bytes; a page holds at most {MAX_PAGE_BYTES}")
         pointer = self._place(size)
-        if pointer != self._end:  # a seek flushes the buffer, which is slow for small pictures
+        if pointer != self._end:  # a seek flushes the buffer, which is slow for small images
             self._out.file.seek(pointer)
         self._out.file.write(data)
         self._hasher.update(data)
@@ -190,7 +190,7 @@ class BetonWriter:
         return index
 
     def skip(self, line: str) -> None:
-        """Write the path of a picture that is left out, and the reason, into the list at ``skipped_path``."""
+        """Write the path of an image that is left out, and the reason, into the list at ``skipped_path``."""
         self._skipped.file.write(source_path_line(line))
 
     def commit(
@@ -209,14 +209,14 @@ class BetonWriter:
         Args:
             source: name of the source.
             classes: class names in label order.
-            replaced: reason → number of pictures, as in the manifest.
+            replaced: reason → number of images, as in the manifest.
             settings: options of the conversion.
 
         Raises:
-            ValueError: if no picture was added.
+            ValueError: if no image was added.
         """
         if self.count == 0:
-            raise ValueError(f"no picture is left to write to {self.path}")
+            raise ValueError(f"no image is left to write to {self.path}")
         digest = contents_hash_end(self._hasher, self._metadata[: self.count])
         self._write_tables(digest)
         manifest = Manifest(

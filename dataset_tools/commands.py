@@ -24,7 +24,7 @@ from dataset_tools.work import MAX_BAD, Progress, Work
 from pipelines.sets.manifest import Tier, skipped_path
 from pipelines.sets.shards import index_hint, is_shard_set
 
-_FASHION_MNIST_PICTURES = 70_000
+_FASHION_MNIST_IMAGES = 70_000
 _TAR_SUFFIXES = (".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".zst")
 """Of files that are opened as tars; a compressed one is an error that says so."""
 
@@ -38,44 +38,44 @@ class Command(Protocol):
 
 @dataclass(frozen=True)
 class Convert:
-    """Compile pictures into a .beton file or, if OUTPUT ends in .shards, into a folder of shards.
+    """Compile images into a .beton file or, if OUTPUT ends in .shards, into a folder of shards.
 
-    SOURCE is a folder of class folders or a flat folder; a tar of pictures or of one tar per class, as
+    SOURCE is a folder of class folders or a flat folder; a tar of images or of one tar per class, as
     ImageNet is downloaded, which is not unpacked; or a set of shards. A stopped conversion to shards keeps
     its complete shards, and the same command continues it. Several machines can share the work with --shards.
     """
 
     source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
-    """Folder or .tar of pictures, or set of shards."""
+    """Folder or .tar of images, or set of shards."""
     output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUTPUT")]]
     """The .beton file to write, or the .shards folder."""
     workers: int | None = None
     """Threads; all cores by default."""
     tier: Tier = "jpeg"
     """jpeg: keep JPEG files as they are. yuv420: store decoded planes, fast to load, 1.5 bytes per pixel,
-    best with --short-side. raw: store pixels, for tiny pictures. Shards are always jpeg."""
+    best with --short-side. raw: store pixels, for tiny images. Shards are always jpeg."""
     quality: int = 95
-    """JPEG quality of pictures that must be encoded again."""
+    """JPEG quality of images that must be encoded again."""
     max_side: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """Reduce pictures to this longer side in px; by default sizes stay. Pictures are never enlarged."""
+    """Reduce images to this longer side in px; by default sizes stay. Images are never enlarged."""
     short_side: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """Reduce pictures to this shorter side in px, instead of --max-side."""
+    """Reduce images to this shorter side in px, instead of --max-side."""
     recompress: bool = False
     """Encode every JPEG again at --quality, even one that could stay as it is."""
     verify: bool = True
     """Decode every JPEG once to find truncated and damaged ones."""
     labels: bool = True
-    """Take folders as classes; --no-labels takes all pictures of SOURCE as unlabelled."""
+    """Take folders as classes; --no-labels takes all images of SOURCE as unlabelled."""
     labels_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Class names, one per line in the order of the sorted pictures, for a tar without class folders."""
+    """Class names, one per line in the order of the sorted images, for a tar without class folders."""
     max_bad: Annotated[float, tyro.conf.arg(metavar="SHARE")] = MAX_BAD
-    """Leave out pictures that cannot be decoded, up to this share of all; 0 stops at the first."""
+    """Leave out images that cannot be decoded, up to this share of all; 0 stops at the first."""
     accept_truncated: bool = False
-    """Take the pictures of a damaged tar up to the place where it cannot be read any further."""
+    """Take the images of a damaged tar up to the place where it cannot be read any further."""
     shard_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Pictures per shard; 2000 by default."""
+    """Images per shard; 2000 by default."""
     seed: int | None = None
-    """Seed of the order of the pictures in the shards, 0 by default. They are shuffled once."""
+    """Seed of the order of the images in the shards, 0 by default. They are shuffled once."""
     shards: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
     """Make only the shards A … B − 1. When all exist, the command without this option finishes the set."""
     overwrite: bool = False
@@ -154,25 +154,25 @@ def open_source(
     accept_truncated: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> Source:
-    """Open a folder of pictures, a tar of pictures or of tars, or a set of shards.
+    """Open a folder of images, a tar of images or of tars, or a set of shards.
 
     Args:
         path: the folder or file.
-        labelled: False takes the pictures of a folder or a tar as one unlabelled set.
+        labelled: False takes the images of a folder or a tar as one unlabelled set.
         labels_file: for tars, see TarSource.
         accept_truncated: take what can be read of a damaged tar or set of shards.
-        progress: called once per picture of a tar and once per shard.
+        progress: called once per image of a tar and once per shard.
 
     Raises:
         ValueError: if ``path`` is anything else or an option does not apply to it; also as the classes of the
             sources do.
     """
     if labels_file is not None and not path.is_file():
-        raise ValueError(f"the labels in {labels_file} are for a tar of pictures, and {path} is not a tar")
+        raise ValueError(f"the labels in {labels_file} are for a tar of images, and {path} is not a tar")
     if path.is_file():
         if path.suffix.lower() not in _TAR_SUFFIXES:
             raise ValueError(
-                f"the source {path} is a file but not a .tar; give a folder of pictures, a tar of pictures "
+                f"the source {path} is a file but not a .tar; give a folder of images, a tar of images "
                 "or a set of shards"
             )
         return TarSource(
@@ -216,11 +216,11 @@ class Photographs:
     output: tyro.conf.Positional[Path]
     """Folder to make, with the folders train and val in it."""
     count: int = 2000
-    """Pictures in train."""
+    """Images in train."""
     val: int = 200
-    """Pictures in val."""
+    """Images in val."""
     seed: int = 0
-    """The same seed gives the same pictures."""
+    """The same seed gives the same images."""
     workers: int | None = None
     """Threads; all cores by default."""
     overwrite: bool = False
@@ -240,7 +240,7 @@ class Photographs:
                 progress=progress,
             )
         total = sum(made.counts)
-        mean = f"{total:,} pictures, {made.num_bytes / total / 1e3:.0f} KB on average"
+        mean = f"{total:,} images, {made.num_bytes / total / 1e3:.0f} KB on average"
         done = "already complete" if made.already_there else pace(total, time.monotonic() - started)
         next_step = f"python -m dataset_tools convert {made.root / 'train'} {made.root}-train.beton"
         print_line(f"{made.root}: {mean}, {done}. Next: {next_step}")
@@ -258,7 +258,7 @@ class FashionMnist:
     workers: int | None = None
     """Threads; all cores by default."""
     limit: int | None = None
-    """Take only this number of pictures of the training set, and a sixth of it of the test set."""
+    """Take only this number of images of the training set, and a sixth of it of the test set."""
     overwrite: bool = False
     """Replace existing sets."""
 
@@ -266,7 +266,7 @@ class FashionMnist:
         """Compile both splits and report."""
         pairs = locate(self.download_to)
         started = time.monotonic()
-        expected = _FASHION_MNIST_PICTURES if self.limit is None else self.limit + self.limit // 6
+        expected = _FASHION_MNIST_IMAGES if self.limit is None else self.limit + self.limit // 6
         with track(expected, "compiling Fashion-MNIST") as progress:
             outcome = compile_fashion_mnist(
                 self.output,
@@ -284,17 +284,15 @@ class FashionMnist:
 
 
 def _report(path: Path, converted: Converted, seconds: float) -> None:
-    """Print what became of the pictures, and what to do next."""
+    """Print what became of the images, and what to do next."""
     manifest = converted.manifest
     num_shards = len(manifest.shards)
     next_step = f"Next: make pretrain DATA={path}"
     if converted.already_there:
-        print_line(
-            f"{path}: {manifest.count:,} pictures in {num_shards} shards, already complete. {next_step}"
-        )
+        print_line(f"{path}: {manifest.count:,} images in {num_shards} shards, already complete. {next_step}")
         return
     print_left_out(skipped_path(path), manifest.replaced, converted.skipped, converted.num_skipped)
     listed = f" of {manifest.count + converted.num_skipped:,} listed" if converted.num_skipped else ""
-    size = f"{manifest.count:,} pictures{listed}, tier {manifest.tier}, {manifest.num_bytes / 1e6:,.1f} MB"
+    size = f"{manifest.count:,} images{listed}, tier {manifest.tier}, {manifest.num_bytes / 1e6:,.1f} MB"
     shards = f" in {num_shards} shards" if num_shards else ""
     print_line(f"{path}: {size}{shards}, {pace(manifest.count, seconds)}. {next_step}")

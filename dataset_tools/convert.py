@@ -1,11 +1,11 @@
-"""Converts a source of pictures to a compiled set: one ``.beton`` file, or a folder of shards."""
+"""Converts a source of images to a compiled set: one ``.beton`` file, or a folder of shards."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dataset_tools.beton_writer import BetonWriter
-from dataset_tools.normalise import BadPicture, Normal, Normalising
+from dataset_tools.normalise import BadImage, Normal, Normalising
 from dataset_tools.shard_claim import claimed, replacing
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan
 from dataset_tools.shard_set import SUFFIX, finish, missing, remove_sides
@@ -23,9 +23,9 @@ class Converted:
 
     manifest: Manifest
     skipped: tuple[str, ...]
-    """"path: reason" of the first twenty pictures left out."""
+    """"path: reason" of the first twenty images left out."""
     num_skipped: int
-    """Number of pictures left out."""
+    """Number of images left out."""
     already_there: bool = False
     """True if the set was complete before and nothing was done."""
 
@@ -35,9 +35,9 @@ class Sharding:
     """How a set is divided into tars."""
 
     shard_size: int = DEFAULT_SHARD_SIZE
-    """Pictures of the source per shard."""
+    """Images of the source per shard."""
     seed: int = 0
-    """Seed of the order of the pictures in the shards."""
+    """Seed of the order of the images in the shards."""
     shards: tuple[int, int] | None = None
     """Make only the shards [first, stop); None makes all."""
 
@@ -72,9 +72,9 @@ def convert(
 def convert_work(
     work: Work, out: str | Path, *, sharding: Sharding | None = None, overwrite: bool = False
 ) -> Converted:
-    """Write the compiled set of the pictures that ``work`` describes.
+    """Write the compiled set of the images that ``work`` describes.
 
-    The bytes depend on the source and the options, not on the number of threads. Pictures that cannot be
+    The bytes depend on the source and the options, not on the number of threads. Images that cannot be
     decoded are left out, counted in the manifest and listed in the file ``skipped_path``. After an error no
     new ``.beton`` file is left. Complete shards stay, unless they were to replace others, and the next call
     continues.
@@ -86,10 +86,10 @@ def convert_work(
         overwrite: replace an existing set when the new one is complete.
 
     Raises:
-        ValueError: if an option is unusable, or too few pictures are usable.
+        ValueError: if an option is unusable, or too few images are usable.
         FileExistsError: if ``out`` exists and ``overwrite`` is off. A complete set of shards of the same
             source and options is kept and is not an error.
-        ImportError: if libturbojpeg, which finds damaged pictures, is missing.
+        ImportError: if libturbojpeg, which finds damaged images, is missing.
     """
     if Path(out).suffix != SUFFIX:
         if sharding is not None:
@@ -121,7 +121,7 @@ def make_shards(work: Work, folder: str | Path, sharding: Sharding) -> ShardsMad
     first, stop = sharding.shards or (0, plan.num_shards)
     if not 0 <= first < stop <= plan.num_shards:
         raise ValueError(
-            f"shards is {first}:{stop}; the set has 0:{plan.num_shards}, of {plan.shard_size} pictures each"
+            f"shards is {first}:{stop}; the set has 0:{plan.num_shards}, of {plan.shard_size} images each"
         )
     with claimed(folder, plan) as finished:
         made = 0 if finished else _make_missing(work, folder, plan, range(first, stop))
@@ -162,7 +162,7 @@ def _shards_folder(folder: str | Path) -> Path:
 def _plan(work: Work, sharding: Sharding) -> Plan:
     if work.how.tier != "jpeg":
         raise ValueError(
-            f"shards hold encoded pictures, tier jpeg; for the tier {work.how.tier} name the output x.beton"
+            f"shards hold encoded images, tier jpeg; for the tier {work.how.tier} name the output x.beton"
         )
     source = work.source.fingerprint()
     return Plan(source, work.count, sharding.seed, sharding.shard_size, asdict(work.how))
@@ -196,7 +196,7 @@ def _convert_to_file(work: Work, out: Path, overwrite: bool) -> Converted:
         work.fill(writer, lambda place: place, work.count)
         if beton.count == 0:
             raise work.nothing_usable(writer.first_skipped)
-        assert beton.count + writer.num_skipped == work.count, "pictures were lost"
+        assert beton.count + writer.num_skipped == work.count, "images were lost"
         manifest = beton.commit(
             source=work.source.name,
             classes=work.source.classes,
@@ -207,7 +207,7 @@ def _convert_to_file(work: Work, out: Path, overwrite: bool) -> Converted:
 
 
 class _FileWriter:
-    """Writes pictures into one file, and the reasons of those left out into the list next to it."""
+    """Writes images into one file, and the reasons of those left out into the list next to it."""
 
     def __init__(self, beton: BetonWriter) -> None:
         self.replaced: Counter[str] = Counter()
@@ -215,16 +215,14 @@ class _FileWriter:
         self.num_skipped = 0
         self._beton = beton
 
-    def add(self, index: int, picture: Normal, label: int, path: str) -> None:  # noqa: ARG002 – in order
-        """Write one picture."""
-        if picture.changed:
-            self.replaced[f"transcoded: {picture.changed}"] += 1
-        self._beton.add(
-            picture.payload, label=label, width=picture.width, height=picture.height, source_path=path
-        )
+    def add(self, index: int, image: Normal, label: int, path: str) -> None:  # noqa: ARG002 – in order
+        """Write one image."""
+        if image.changed:
+            self.replaced[f"transcoded: {image.changed}"] += 1
+        self._beton.add(image.payload, label=label, width=image.width, height=image.height, source_path=path)
 
-    def skip(self, index: int, path: str, fault: BadPicture) -> None:  # noqa: ARG002
-        """Count one picture as left out and record its name."""
+    def skip(self, index: int, path: str, fault: BadImage) -> None:  # noqa: ARG002
+        """Count one image as left out and record its name."""
         line = f"{path}: {fault}"
         self.replaced[f"skipped: {fault.reason}"] += 1
         self._beton.skip(line)

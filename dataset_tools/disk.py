@@ -124,7 +124,7 @@ class PartialFile:
     def sync_behind(self, end: int) -> None:
         """Start a sync in the background if there is enough new data; ``end`` bytes are written.
 
-        So the disk works while pictures are added, and the final :meth:`sync` is short. Raises the OSError of
+        So the disk works while images are added, and the final :meth:`sync` is short. Raises the OSError of
         an earlier sync.
         """
         if end - self._synced_to >= _SYNC_EVERY_BYTES and (self._running is None or self._running.done()):

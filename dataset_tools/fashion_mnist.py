@@ -1,4 +1,4 @@
-"""Fashion-MNIST, seventy thousand small pictures with labels, as two compiled sets of the raw tier."""
+"""Fashion-MNIST, seventy thousand small images with labels, as two compiled sets of the raw tier."""
 
 import gzip
 import hashlib
@@ -91,9 +91,9 @@ def compile_fashion_mnist(
         pairs: split → its idx files.
         workers: number of threads; None takes all cores.
         overwrite: replace existing sets.
-        limit: number of training pictures to take; of the test set a sixth of it is taken, as in the whole
+        limit: number of training images to take; of the test set a sixth of it is taken, as in the whole
             set.
-        progress: called once per picture.
+        progress: called once per image.
 
     Returns:
         Path of the set → result of its conversion.
@@ -123,7 +123,7 @@ def compile_fashion_mnist(
 
 
 class IdxSource:
-    """The grey pictures of a pair of idx files (the MNIST format), plain or gzipped, as RGB pixels."""
+    """The grey images of a pair of idx files (the MNIST format), plain or gzipped, as RGB pixels."""
 
     def __init__(self, images: str | Path, labels: str | Path, *, classes: Sequence[str] = CLASSES) -> None:
         """Read both files. Raises ValueError if one is not an idx file or they do not match."""
@@ -132,7 +132,7 @@ class IdxSource:
         self._file, self._classes, self.passed_over = Path(images), tuple(classes), PassedOver()
         if len(self._images) != len(self._labels):
             raise ValueError(
-                f"{images} holds {len(self._images)} pictures, {labels} {len(self._labels)} labels; "
+                f"{images} holds {len(self._images)} images, {labels} {len(self._labels)} labels; "
                 "give the two files of the same split"
             )
         if len(self._labels) and int(self._labels.max()) >= len(self._classes):
@@ -143,7 +143,7 @@ class IdxSource:
 
     @property
     def name(self) -> str:
-        """Name of the file of pictures."""
+        """Name of the file of images."""
         return self._file.name
 
     @property
@@ -155,7 +155,7 @@ class IdxSource:
         return len(self._images)
 
     def fingerprint(self) -> str:
-        """Return a hash of all pictures and labels."""
+        """Return a hash of all images and labels."""
         return hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
 
     def path(self, index: int) -> str:
@@ -163,7 +163,7 @@ class IdxSource:
         return f"{self._file.name}#{index}"
 
     def read(self, index: int) -> Sample:
-        """Return picture ``index`` as (H, W, 3) uint8 with three equal channels."""
+        """Return image ``index`` as (H, W, 3) uint8 with three equal channels."""
         grey = self._images[index]
         return Sample(np.repeat(grey[:, :, None], 3, axis=2), int(self._labels[index]), self.path(index))
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from dataset_tools.shard_plan import PLAN_KEY
 from dataset_tools.shard_set import finished_before, save_set, unfinished
-from dataset_tools.shard_writer import MAX_PICTURE_BYTES
-from dataset_tools.tars import Component, TarSample, dali_index, scan_tar, tar_samples, with_pictures_at
+from dataset_tools.shard_writer import MAX_IMAGE_BYTES
+from dataset_tools.tars import Component, TarSample, dali_index, scan_tar, tar_samples, with_images_at
 from dataset_tools.work import MAX_BAD, Progress, check_bad, check_share, num_workers, ordered_map
 from pipelines.decode.pillow import read_size
 from pipelines.sets.beton import MAX_SIDE_PX
@@ -27,7 +27,8 @@ from training.files import write_atomically
 
 LABEL_SUFFIX, JSON_SUFFIX, JSON_KEY = "cls", "json", "label"
 """A sample's label is the number in its ``cls`` file, or this key of its ``json`` file."""
-_NO_PICTURE = "no picture"
+_NO_IMAGE = "no picture"
+"""The reason in manifests, which keep their words."""
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,10}\s*")
 MAX_NUMBERED_CLASSES = 1_000_000
 """Larger labels that have no class names are taken for a mistake."""
@@ -43,7 +44,7 @@ class Indexed:
     idx_written: int
     """Number of DALI indices written; the others were correct."""
     was_converted: bool
-    """True if a conversion made the set. Its pictures were in the order of their source; now they are in the
+    """True if a conversion made the set. Its images were in the order of their source; now they are in the
     order of the tars."""
 
 
@@ -58,18 +59,18 @@ def index_shards(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Indexed:
-    """Index the tars of a folder, sorted by name; picture i is the i-th on the disk.
+    """Index the tars of a folder, sorted by name; image i is the i-th on the disk.
 
-    Adds index.npy, set.json and one DALI index per tar, and changes no tar. Samples without a picture, or
-    with a picture of unknown size, are left out and listed.
+    Adds index.npy, set.json and one DALI index per tar, and changes no tar. Samples without an image, or
+    with an image of unknown size, are left out and listed.
 
     Args:
         folder: holds the tars.
         labelled: take the label of a sample from its ``cls`` or ``json`` file; −1 if it has neither.
         classes: names of the labels; by default those of an earlier manifest, or else 0, 1, ….
-        extensions: suffixes of pictures, without a dot, in any case; a sample's picture is the file with the
-            first one that it has. By default the suffix of the picture in the first sample.
-        max_bad: share of the pictures that may have an unknown size.
+        extensions: suffixes of images, without a dot, in any case; a sample's image is the file with the
+            first one that it has. By default the suffix of the image in the first sample.
+        max_bad: share of the images that may have an unknown size.
         accept_truncated: take the samples of a damaged tar before the damage, and count it in the manifest.
         workers: tars that are read at the same time; None takes all cores.
         progress: called once per tar.
@@ -78,7 +79,7 @@ def index_shards(
         ValueError: if the folder has no tars, compressed tars or an unfinished conversion; if a tar is
         damaged;
             if too many samples are left out; if a label is not a number or has no name; if samples have
-            pictures of another kind.
+            images of another kind.
         OSError: if the folder cannot be written.
     """
     folder = Path(folder)
@@ -99,10 +100,10 @@ def index_shards(
     kept = [tar for tar in found if len(tar.records)]
     skipped = tuple(line for tar in found for line in tar.skipped)
     if not kept:
-        raise ValueError(f"{folder} holds no picture that can be used: {'; '.join(skipped[:3])}")
+        raise ValueError(f"{folder} holds no image that can be used: {'; '.join(skipped[:3])}")
     index = _join(kept)
     replaced = sum((tar.replaced for tar in found), Counter[str]())
-    bad = {reason: count for reason, count in of_kind("skipped", replaced).items() if reason != _NO_PICTURE}
+    bad = {reason: count for reason, count in of_kind("skipped", replaced).items() if reason != _NO_IMAGE}
     check_bad(bad, len(index) + sum(bad.values()), max_bad, str(folder), skipped[-1] if skipped else "")
     manifest = save_set(
         folder,
@@ -146,7 +147,7 @@ def write_dali_indices(
         tar = shards.tar_path(number)
         offsets = shards.index["offset"][rows_by_shard[number]]
         samples = _samples(tar, PassedOver() if accept_truncated else None)
-        return _write_idx(tar, dali_index(with_pictures_at(offsets, samples)))
+        return _write_idx(tar, dali_index(with_images_at(offsets, samples)))
 
     return sum(ordered_map(write, len(shards.shards), workers=workers, progress=progress))
 
@@ -160,7 +161,7 @@ def _find_tars(folder: Path) -> list[Path]:
     packed = sorted(p for p in folder.iterdir() if p.name.lower().endswith((".tgz", ".tar.gz", ".tar.zst")))
     if packed:
         raise ValueError(
-            f"{packed[0]} is compressed ({len(packed)} such files): no picture can be read without unpacking "
+            f"{packed[0]} is compressed ({len(packed)} such files): no image can be read without unpacking "
             "everything before it; unpack them to plain .tar files first"
         )
     if not tars:
@@ -183,10 +184,10 @@ def _check_writable(folder: Path) -> None:
 def _first_kind(tars: Sequence[Path], accept_truncated: bool) -> tuple[str, ...]:
     for tar in tars:
         for sample in _samples(tar, PassedOver() if accept_truncated else None):
-            if found := _pictures(sample):
+            if found := _images(sample):
                 return (found[0].suffix.lower(),)
     raise ValueError(
-        f"no pictures in the tars of {tars[0].parent}: looked for {' '.join(PICTURE_SUFFIXES)}; name their "
+        f"no images in the tars of {tars[0].parent}: looked for {' '.join(PICTURE_SUFFIXES)}; name their "
         "suffix with --ext"
     )
 
@@ -197,7 +198,7 @@ def _samples(tar: Path, passed_over: PassedOver | None) -> list[TarSample]:
     return list(tar_samples(member for member in members if not member.link))
 
 
-def _pictures(sample: TarSample) -> list[Component]:
+def _images(sample: TarSample) -> list[Component]:
     return [c for c in sample.components if "." + c.suffix.lower() in PICTURE_SUFFIXES]
 
 
@@ -231,30 +232,30 @@ def _read_tar(path: Path, suffixes: tuple[str, ...], labelled: bool, accept_trun
                 records.append(record)
         tar.records = np.array(records, INDEX_DTYPE)
         tar.shard = Shard(path.name, len(records), len(content), hashlib.sha256(content).hexdigest())
-    tar.idx_written = _write_idx(path, dali_index(with_pictures_at(tar.records["offset"], samples)))
+    tar.idx_written = _write_idx(path, dali_index(with_images_at(tar.records["offset"], samples)))
     return tar
 
 
 def _record(
     path: Path, sample: TarSample, suffixes: tuple[str, ...], labelled: bool, content: mmap.mmap
 ) -> tuple[int, ...] | str:
-    """Return the record of a sample's picture, or the reason why it is left out."""
+    """Return the record of a sample's image, or the reason why it is left out."""
     by_suffix = {component.suffix.lower(): component for component in reversed(sample.components)}
-    picture = next((by_suffix[suffix] for suffix in suffixes if suffix in by_suffix), None)
-    if picture is None:
-        if others := _pictures(sample):
+    image = next((by_suffix[suffix] for suffix in suffixes if suffix in by_suffix), None)
+    if image is None:
+        if others := _images(sample):
             raise ValueError(
-                f"{path}: the sample {sample.key} has the picture {others[0].name}, others have "
+                f"{path}: the sample {sample.key} has the image {others[0].name}, others have "
                 f"{' or '.join(suffixes)}; name all kinds with --ext {' '.join(suffixes)} {others[0].suffix}"
             )
-        return _NO_PICTURE
-    size = read_size(content[picture.offset : picture.offset + picture.num_bytes])
+        return _NO_IMAGE
+    size = read_size(content[image.offset : image.offset + image.num_bytes])
     if size is None:
         return "no readable size"
-    if max(size) > MAX_SIDE_PX or picture.num_bytes > MAX_PICTURE_BYTES:
+    if max(size) > MAX_SIDE_PX or image.num_bytes > MAX_IMAGE_BYTES:
         return "too large"
     label = _label(path, sample, by_suffix, content) if labelled else NO_LABEL
-    return picture.offset, picture.num_bytes, 0, label, size[1], size[0]
+    return image.offset, image.num_bytes, 0, label, size[1], size[0]
 
 
 def _label(path: Path, sample: TarSample, by_suffix: dict[str, Component], content: mmap.mmap) -> int:
@@ -287,7 +288,7 @@ def _join(tars: Sequence[_Tar]) -> npt.NDArray[np.void]:
 def _class_names(
     folder: Path, labels: npt.NDArray[np.int32], given: Sequence[str] | None, before: Manifest | None
 ) -> tuple[str, ...]:
-    """Return the names of all labels, or () if no picture has a label."""
+    """Return the names of all labels, or () if no image has a label."""
     num_needed = int(labels.max()) + 1
     if num_needed == 0:
         return ()

@@ -1,4 +1,4 @@
-"""Converts any picture to what a compiled set stores: its own JPEG, a new JPEG, planes, or raw pixels."""
+"""Converts any image to what a compiled set stores: its own JPEG, a new JPEG, planes, or raw pixels."""
 
 import io
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ _JPEG_FORMATS = ("JPEG", "MPO")
 _MARKER, _APP1, _SOS = 0xFF, 0xE1, 0xDA
 
 
-class BadPicture(Exception):
-    """A picture that is unusable; ``reason`` groups it in the report, ``detail`` is specific.
+class BadImage(Exception):
+    """An image that is unusable; ``reason`` groups it in the report, ``detail`` is specific.
 
-    Both are stored in users' files: manifests count the reasons, and lists of skipped pictures hold both.
+    Both are stored in users' files: manifests count the reasons, and lists of skipped images hold both.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -31,13 +31,13 @@ class BadPicture(Exception):
 
 @dataclass(frozen=True)
 class Normalising:
-    """How pictures are converted. Raises ValueError for unusable values."""
+    """How images are converted. Raises ValueError for unusable values."""
 
     tier: Tier = "jpeg"
     """jpeg: store JPEG files, plain RGB ones unchanged. yuv420: store planes, those of a 4:2:0 JPEG exactly
     as it decodes. raw: store (H, W, 3) uint8 pixels."""
     quality: int = 95
-    """JPEG quality, 1 … 100, of pictures that must be encoded again."""
+    """JPEG quality, 1 … 100, of images that must be encoded again."""
     max_side: int | None = None
     """Reduce the longer side to this number of px if it is larger; None keeps sizes."""
     short_side: int | None = None
@@ -63,7 +63,7 @@ class Normalising:
             raise ValueError(f"recompress encodes JPEGs, the tier {self.tier} has none; choose tier jpeg")
 
     def reduced(self, width: int, height: int) -> tuple[int, int] | None:
-        """Return the (width, height) to reduce a picture to, or None if it keeps its size."""
+        """Return the (width, height) to reduce an image to, or None if it keeps its size."""
         side, limit = (
             (max(width, height), self.max_side)
             if self.short_side is None
@@ -76,7 +76,7 @@ class Normalising:
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """A picture in the form in which it is stored."""
+    """An image in the form in which it is stored."""
 
     payload: bytes | npt.NDArray[np.uint8]
     width: int
@@ -86,40 +86,40 @@ class Normal:
 
 
 def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> Normal:
-    """Convert one picture to the form that ``how`` describes.
+    """Convert one image to the form that ``how`` describes.
 
     In the jpeg tier, an RGB JPEG stays unchanged if it is upright and small enough. In the yuv420 tier, such
-    a JPEG with 4:2:0 chroma gives its own planes. Any other picture is decoded, turned upright, converted to
-    RGB, reduced, and stored as the tier requires; JPEGs are encoded at 4:2:0, other pictures at 4:4:4.
+    a JPEG with 4:2:0 chroma gives its own planes. Any other image is decoded, turned upright, converted to
+    RGB, reduced, and stored as the tier requires; JPEGs are encoded at 4:2:0, other images at 4:4:4.
 
     Args:
         payload: an encoded file of a format that Pillow reads, or (H, W, 3) uint8 RGB pixels.
         how: the options.
 
     Raises:
-        BadPicture: if the picture cannot be decoded completely or has a side over 65,535 px.
+        BadImage: if the image cannot be decoded completely or has a side over 65,535 px.
     """
     if isinstance(payload, np.ndarray):
         return _normalise_pixels(payload, how)
-    # For arbitrary bytes Pillow raises nearly any exception; each of them means a bad picture.
+    # For arbitrary bytes Pillow raises nearly any exception; each of them means a bad image.
     try:
         if (normal := _as_it_is(payload, how)) is not None:
             return normal
         with open_image(payload) as image:
             return _normalise_opened(payload, image, how)
-    except (BadPicture, MemoryError, ImportError):
+    except (BadImage, MemoryError, ImportError):
         raise
     except UnidentifiedImageError as error:
-        raise BadPicture("not a picture") from error
+        raise BadImage("not a picture") from error
     except Image.DecompressionBombError as error:
-        raise BadPicture("too large", str(error)) from error
+        raise BadImage("too large", str(error)) from error
     except Exception as error:
         reason = "truncated" if "truncated" in str(error).lower() else "damaged"
-        raise BadPicture(reason, str(error)) from error
+        raise BadImage(reason, str(error)) from error
 
 
 def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
-    """Return a picture that can be stored unchanged, or None if Pillow must examine it.
+    """Return an image that can be stored unchanged, or None if Pillow must examine it.
 
     Most JPEGs of a set take this path, which costs only the decode that checks them.
     """
@@ -160,14 +160,14 @@ def _own_planes(jpeg: Jpeg, width: int, height: int) -> Normal:
         raise _damaged(str(error)) from error
 
 
-def _damaged(message: str) -> BadPicture:
+def _damaged(message: str) -> BadImage:
     """The error for a decoder's message about missing pixels."""
-    return BadPicture("truncated" if "remature end" in message else "damaged", message)
+    return BadImage("truncated" if "remature end" in message else "damaged", message)
 
 
 def _normalise_pixels(pixels: npt.NDArray[np.uint8], how: Normalising) -> Normal:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise BadPicture(
+        raise BadImage(
             "not a picture", f"pixels are {pixels.dtype} of shape {pixels.shape}, not (H, W, 3) uint8"
         )
     height, width, _ = pixels.shape
@@ -179,7 +179,7 @@ def _normalise_pixels(pixels: npt.NDArray[np.uint8], how: Normalising) -> Normal
 
 def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> Normal:
     if max(image.size) > MAX_SIDE_PX:
-        raise BadPicture(
+        raise BadImage(
             "too large", f"{image.width} × {image.height} px; the limit is {MAX_SIDE_PX} px a side"
         )
     kind = image.format or "unknown"
@@ -218,7 +218,7 @@ def _why_not_as_is(payload: bytes, image: Image.Image, kind: str, how: Normalisi
 
 
 def _reduction(how: Normalising) -> str:
-    """The reason that is recorded for a reduced picture."""
+    """The reason that is recorded for a reduced image."""
     if how.short_side is not None:
         return f"reduced to a short side of {how.short_side} px"
     return f"reduced to {how.max_side} px"
@@ -229,7 +229,7 @@ def _store(image: Image.Image, kind: str, how: Normalising, changed: str) -> Nor
     if (size := how.reduced(*image.size)) is not None:
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
     if max(image.size) > MAX_SIDE_PX:
-        raise BadPicture(
+        raise BadImage(
             "too large", f"{image.width} × {image.height} px; the limit is {MAX_SIDE_PX} px a side"
         )
     if how.tier == "raw":

@@ -1,6 +1,6 @@
 """The sample set: ImageNet-like JPEGs made of the photographs inside scikit-image and scikit-learn.
 
-Nothing is downloaded. Picture i of a split is a function of (seed, split, i): a crop of one source, resized
+Nothing is downloaded. Image i of a split is a function of (seed, split, i): a crop of one source, resized
 to one of ImageNet's common sizes, recoloured, with sensor noise, stored as a 4:2:0 JPEG.
 """
 
@@ -21,9 +21,9 @@ from dataset_tools.work import Progress, ordered_map
 from pipelines.decode.pillow import FORMATS
 
 RECIPE_VERSION = 1
-"""Increased when the same seed would give other pictures."""
+"""Increased when the same seed would give other images."""
 SPLITS = ("train", "val")
-# Drawings, texts, logos, masks and pictures under 300 px are left out.
+# Drawings, texts, logos, masks and images under 300 px are left out.
 _SKIMAGE_FILES = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png",
     "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
@@ -33,7 +33,7 @@ _SKLEARN_FILES = ("china.jpg", "flower.jpg")
 _SIZES_PX = ((500, 375), (375, 500), (500, 333), (333, 500), (500, 500), (500, 400), (640, 480), (400, 300))
 _SIZE_SHARES = (0.46, 0.14, 0.16, 0.06, 0.06, 0.04, 0.05, 0.03)
 _QUALITIES = (93, 98)
-"""Range of the JPEG quality, both ends included; chosen for a mean of about 110 KB per picture."""
+"""Range of the JPEG quality, both ends included; chosen for a mean of about 110 KB per image."""
 _MARKER = "photographs.json"
 
 
@@ -43,7 +43,7 @@ class Made:
 
     root: Path
     counts: tuple[int, int]
-    """Numbers of pictures in train and val."""
+    """Numbers of images in train and val."""
     num_bytes: int
     """Total size of the JPEG files."""
     already_there: bool
@@ -93,12 +93,12 @@ def make_photographs(
 
     Args:
         out: root of the tree.
-        count: number of pictures in train.
-        val: number of pictures in val.
-        seed: determines the pictures.
+        count: number of images in train.
+        val: number of images in val.
+        seed: determines the images.
         workers: number of threads; None takes all cores.
         overwrite: replace a tree made with other options.
-        progress: called once per picture.
+        progress: called once per image.
 
     Raises:
         ValueError: if ``count`` or ``val`` is too small.
@@ -151,7 +151,7 @@ def _write_tree(
     workers: int | None,
     progress: Progress | None,
 ) -> int:
-    """Write all pictures of both splits; return their total size."""
+    """Write all images of both splits; return their total size."""
     names = list(sources)
     for split, count in zip(SPLITS, counts, strict=True):
         for name in names[:count]:
@@ -161,8 +161,8 @@ def _write_tree(
         split = 0 if position < counts[0] else 1
         index = position - split * counts[0]
         name = names[index % len(names)]
-        picture = draw_photograph(sources[name], np.random.default_rng((seed, split, index)))
-        return (root / SPLITS[split] / name / f"{index:04d}.JPEG").write_bytes(picture)
+        image = draw_photograph(sources[name], np.random.default_rng((seed, split, index)))
+        return (root / SPLITS[split] / name / f"{index:04d}.JPEG").write_bytes(image)
 
     sizes = ordered_map(make, sum(counts), workers=workers, progress=progress, chunk=4)
     with contextlib.closing(sizes):
@@ -176,7 +176,7 @@ def _open_source(file: Path) -> Image.Image:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# One picture
+# One image
 
 
 def draw_photograph(source: Image.Image, rng: np.random.Generator) -> bytes:
@@ -208,7 +208,7 @@ def _crop_box(
 
 
 def _recolour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change gains, gamma and hue slightly; a grey picture is first coloured with a ramp of three colours."""
+    """Change gains, gamma and hue slightly; a grey image is first coloured with a ramp of three colours."""
     if image.mode == "L":
         dark, light = rng.integers(0, 60, 3), rng.integers(170, 256, 3)
         middle = (dark + light) / 2 + rng.uniform(-45, 45, 3)

@@ -58,7 +58,7 @@ def _finished_by(plan: Plan, folder: Path) -> Manifest | None:
         raise _indexed(folder)
     if made_by != plan.digest:
         raise FileExistsError(
-            f"{folder} exists already, made of other pictures or with other options; choose another name or "
+            f"{folder} exists already, made of other images or with other options; choose another name or "
             "add --overwrite"
         )
     open_shards(folder)  # raises if a file is missing

@@ -28,13 +28,13 @@ from pipelines.sets.shards import INDEX_DTYPE, PLAN_NAME, dali_index_path
 from training.files import write_atomically, write_json
 
 DEFAULT_SHARD_SIZE = 2000
-"""Pictures per shard: some 220 MB of ImageNet's JPEGs. Large enough for a disk or an object store to read
-long runs, and 1.28 million pictures give 641 files. Small enough to divide a thousand shards evenly among
+"""Images per shard: some 220 MB of ImageNet's JPEGs. Large enough for a disk or an object store to read
+long runs, and 1.28 million images give 641 files. Small enough to divide a thousand shards evenly among
 machines, and a stopped conversion loses seconds."""
 PLAN_KEY = "plan"
 """The setting in a manifest that holds the plan's hash; only a converted set has it."""
 PART_DTYPE = np.dtype([("source", "<u8"), *((name, INDEX_DTYPE[name]) for name in INDEX_DTYPE.names or ())])
-"""A record of the index, and the index of the picture in its source."""
+"""A record of the index, and the index of the image in its source."""
 FACTS_KEY = "told"
 """Name of the array in a side file that holds everything but the records, as JSON. Existing files have it."""
 _OURS = re.compile(r"\.?(\d{6,})\.(tar|idx|part\.npz)(\.partial)?")
@@ -45,19 +45,19 @@ class Plan:
     """Everything that determines the bytes of a set of shards. Raises ValueError for unusable values."""
 
     source: str
-    """Fingerprint of the source: which pictures it has, not what they contain."""
+    """Fingerprint of the source: which images it has, not what they contain."""
     count: int
-    """Number of pictures to convert, from the first on."""
+    """Number of images to convert, from the first on."""
     seed: int
-    """Seed of the order of the pictures in the shards."""
+    """Seed of the order of the images in the shards."""
     shard_size: int
-    """Pictures of the source per shard, including those that are left out."""
+    """Images of the source per shard, including those that are left out."""
     settings: Mapping[str, Any]
-    """How pictures are normalised."""
+    """How images are normalised."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.shard_size < 1 << 32:
-            raise ValueError(f"shard_size is {self.shard_size}; a shard holds at least one picture")
+            raise ValueError(f"shard_size is {self.shard_size}; a shard holds at least one image")
         EpochOrder(self.seed, 0, self.count)  # raises for an unusable seed or count
 
     @property
@@ -71,7 +71,7 @@ class Plan:
         return _sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
 
     def places(self, shard: int) -> range:
-        """Positions of a shard's pictures in the shuffled order."""
+        """Positions of a shard's images in the shuffled order."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
     def write(self, folder: Path) -> None:
@@ -102,7 +102,7 @@ class Plan:
         theirs |= theirs.pop("settings")
         differ = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         return ", ".join(
-            "other pictures" if name == "source" else f"{name} {theirs.get(name)}, now {mine.get(name)}"
+            "other images" if name == "source" else f"{name} {theirs.get(name)}, now {mine.get(name)}"
             for name in differ
         )
 
@@ -114,13 +114,13 @@ class Part:
     records: npt.NDArray[np.void]
     """(n,) of PART_DTYPE, in the order of the tar."""
     tar: Shard | None
-    """None if all pictures of the shard are unusable: then it has no tar."""
+    """None if all images of the shard are unusable: then it has no tar."""
     idx_sha256: str
     """Hash of DALI's index."""
     replaced: Mapping[str, int]
     """As in the manifest."""
     skipped: tuple[tuple[int, str], ...]
-    """(index in the source, "path: reason") of the pictures left out."""
+    """(index in the source, "path: reason") of the images left out."""
 
     def write(self, folder: Path, shard: int, digest: str) -> None:
         """Write the side file of a shard; ``digest`` is the plan's."""

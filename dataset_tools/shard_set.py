@@ -34,7 +34,7 @@ class Finished:
 
     manifest: Manifest
     skipped: tuple[str, ...]
-    """"path: reason" of every picture left out, in the order of the source."""
+    """"path: reason" of every image left out, in the order of the source."""
 
 
 def finished_before(folder: Path, *, replaced: bool) -> Manifest | None:
@@ -51,9 +51,9 @@ def finished_before(folder: Path, *, replaced: bool) -> Manifest | None:
 
 
 def missing(folder: Path, plan: Plan, shards: range, work: Work) -> tuple[list[int], Counter[str]]:
-    """Return the shards to make, and reason → number of pictures left out of the other shards.
+    """Return the shards to make, and reason → number of images left out of the other shards.
 
-    A shard is made if it is incomplete, or if a picture that was left out of it has become usable.
+    A shard is made if it is incomplete, or if an image that was left out of it has become usable.
     """
     todo, bad, digest = list[int](), Counter[str](), plan.digest
     for shard in shards:
@@ -69,8 +69,8 @@ def finish(folder: Path, plan: Plan, work: Work) -> Finished:
     """Write the index and the manifest of a set when all of its shards are complete; side files stay.
 
     Raises:
-        ValueError: if none of the pictures is usable.
-        TooManyBadError: if too many pictures are bad.
+        ValueError: if none of the images is usable.
+        TooManyBadError: if too many images are bad.
         FileNotFoundError: if a shard has disappeared.
     """
     source = work.source
@@ -88,7 +88,7 @@ def finish(folder: Path, plan: Plan, work: Work) -> Finished:
         raise work.nothing_usable(lines)
     if lines:
         work.check_bad(of_kind("skipped", replaced), lines[-1])
-    assert int(kept.sum()) + len(lines) == plan.count, "pictures were lost"
+    assert int(kept.sum()) + len(lines) == plan.count, "images were lost"
     settings = {**plan.settings, "seed": plan.seed, "shard_size": plan.shard_size, PLAN_KEY: plan.digest}
     manifest = save_set(
         folder,
@@ -114,7 +114,7 @@ def save_set(
     replaced: Mapping[str, int],
     settings: Mapping[str, Any],
 ) -> Manifest:
-    """Write the index, the list of pictures left out and the manifest of a set, replacing existing ones.
+    """Write the index, the list of images left out and the manifest of a set, replacing existing ones.
 
     The index is renamed after the manifest. Until then the index with the hash that the manifest records is
     the valid one, see ``index_in_force``.
@@ -123,10 +123,10 @@ def save_set(
         folder: of the set.
         index: (N,) of INDEX_DTYPE.
         shards: in the order in which the index counts them.
-        skipped: a line for each picture left out.
+        skipped: a line for each image left out.
         source: as in the manifest, like the arguments that follow.
         classes: class names in label order.
-        replaced: reason → number of pictures.
+        replaced: reason → number of images.
         settings: options of the conversion.
     """
     settle_index(folder, finished_before(folder, replaced=True))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.disk import PartialFile
-from dataset_tools.normalise import BadPicture, Normal
+from dataset_tools.normalise import BadImage, Normal
 from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, tar_name
 from dataset_tools.tars import Member, dali_index, tar_samples
 from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES
@@ -21,8 +21,8 @@ from pipelines.sets.manifest import Shard
 from pipelines.sets.shards import TAR_BLOCK, dali_index_path
 from training.files import sync_folder, write_atomically
 
-MAX_PICTURE_BYTES = (1 << 32) - 1
-"""The index stores the size of a picture in 32 bits."""
+MAX_IMAGE_BYTES = (1 << 32) - 1
+"""The index stores the size of an image in 32 bits."""
 
 
 class TarWriter:
@@ -56,7 +56,7 @@ class TarWriter:
         return offset
 
     def seal(self, count: int) -> Shard:
-        """Write the end mark, sync, rename; ``count`` is the number of pictures in the tar."""
+        """Write the end mark, sync, rename; ``count`` is the number of images in the tar."""
         self._write(bytes(2 * TAR_BLOCK))
         self._write(bytes(-self._end % tarfile.RECORDSIZE))
         self._out.sync()
@@ -86,13 +86,13 @@ class _OpenShard:
 
 
 class ShardsWriter:
-    """Receives the pictures of some shards in order and writes these shards.
+    """Receives the images of some shards in order and writes these shards.
 
     Leaving the context removes an incomplete shard and keeps the complete ones.
     """
 
     def __init__(self, folder: Path, plan: Plan, shards: list[int], keys: "Keys") -> None:
-        """Prepare to receive the pictures of ``shards``, one shard after the other."""
+        """Prepare to receive the images of ``shards``, one shard after the other."""
         self._folder, self._plan, self._keys, self._digest = folder, plan, keys, plan.digest
         self._shards = iter(shards)
         self._number = -1
@@ -105,31 +105,31 @@ class ShardsWriter:
         if self._open is not None:
             self._open.tar.close()
 
-    def add(self, index: int, picture: Normal, label: int, path: str) -> None:
-        """Write picture ``index`` of the source. Raises ValueError if it has 4 GiB or more."""
-        payload = picture.payload
+    def add(self, index: int, image: Normal, label: int, path: str) -> None:
+        """Write image ``index`` of the source. Raises ValueError if it has 4 GiB or more."""
+        payload = image.payload
         content = memoryview(payload if isinstance(payload, bytes) else payload.data).cast("B")
-        if content.nbytes > MAX_PICTURE_BYTES:
-            raise ValueError(f"{path} has {content.nbytes} bytes; the limit is {MAX_PICTURE_BYTES}")
+        if content.nbytes > MAX_IMAGE_BYTES:
+            raise ValueError(f"{path} has {content.nbytes} bytes; the limit is {MAX_IMAGE_BYTES}")
         with self._next_place() as shard:
             key = self._keys(index, path)
             offset = shard.tar.add(f"{key}.jpg", content)
             if label != NO_LABEL:
                 shard.tar.add(f"{key}.cls", memoryview(b"%d" % label))
-            size = (picture.width, picture.height)
+            size = (image.width, image.height)
             shard.records.append((index, offset, content.nbytes, self._number, label, *size))
-            if picture.changed:
-                shard.replaced[f"transcoded: {picture.changed}"] += 1
+            if image.changed:
+                shard.replaced[f"transcoded: {image.changed}"] += 1
 
-    def skip(self, index: int, path: str, fault: BadPicture) -> None:
-        """Leave picture ``index`` out and record why."""
+    def skip(self, index: int, path: str, fault: BadImage) -> None:
+        """Leave image ``index`` out and record why."""
         with self._next_place() as shard:
             shard.replaced[f"skipped: {fault.reason}"] += 1
             shard.skipped.append((index, f"{path}: {fault}"))
 
     @contextlib.contextmanager
     def _next_place(self) -> Iterator[_OpenShard]:
-        """Yield the shard of the next picture; seal it after its last one."""
+        """Yield the shard of the next image; seal it after its last one."""
         if self._open is None:
             self._number = next(self._shards)
             self._open = _OpenShard(self._folder / tar_name(self._number))
@@ -166,8 +166,8 @@ class ShardsWriter:
 # Keys: the names of samples in shards
 #
 # WebDataset splits a name at the first dot after the last slash, DALI splits the lines of its index at white
-# space, and tar programs print other characters in different ways. So a key is the path of the picture in its
-# source, percent-encoded as in URLs except for letters, digits and ``_ - ~ / .``. The dots in the picture's
+# space, and tar programs print other characters in different ways. So a key is the path of the image in its
+# source, percent-encoded as in URLs except for letters, digits and ``_ - ~ / .``. The dots in the image's
 # own name are encoded too. All keys differ.
 
 
@@ -189,16 +189,16 @@ def _encode_part(part: str) -> str:
 
 
 def without_suffix(path: str) -> str:
-    """Remove the suffix of a picture file from a path, unless the name consists of nothing else."""
+    """Remove the suffix of an image file from a path, unless the name consists of nothing else."""
     folder, slash, name = path.rpartition("/")
     stem, dot, suffix = name.rpartition(".")
     return f"{folder}{slash}{stem}" if stem and f"{dot}{suffix}".lower() in PICTURE_SUFFIXES else path
 
 
 class Keys:
-    """The key of every picture: its path without the suffix, or with it if two paths differ only there.
+    """The key of every image: its path without the suffix, or with it if two paths differ only there.
 
-    Stores one bit per picture: whether the key keeps the suffix.
+    Stores one bit per image: whether the key keeps the suffix.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -211,7 +211,7 @@ class Keys:
         self._keeps: npt.NDArray[np.uint8] = np.packbits(shared[inverse])
 
     def __call__(self, index: int, path: str) -> str:
-        """Return the key of picture ``index``, which has the path ``path``."""
+        """Return the key of image ``index``, which has the path ``path``."""
         keeps = self._keeps[index >> 3] >> (7 - (index & 7)) & 1
         return encode_key(path if keeps else without_suffix(path))
 

@@ -1,7 +1,7 @@
-"""Where pictures come from. A source has a number of pictures and reads one by its index, from any thread.
+"""Where images come from. A source has a number of images and reads one by its index, from any thread.
 
-A new source needs the members of ``Source``. Sets of a hundred million pictures must fit into memory, so a
-source keeps no Python object per picture. ``tar_source`` reads tars; ``commands.open_source`` chooses a
+A new source needs the members of ``Source``. Sets of a hundred million images must fit into memory, so a
+source keeps no Python object per image. ``tar_source`` reads tars; ``commands.open_source`` chooses a
 source by its path.
 """
 
@@ -23,7 +23,7 @@ from pipelines.sets.shards import open_shards, pictures_on_disk
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture as its source holds it."""
+    """One image as its source holds it."""
 
     payload: bytes | npt.NDArray[np.uint8]
     """A complete encoded file, or (H, W, 3) uint8 RGB pixels."""
@@ -34,7 +34,7 @@ class Sample:
 
 
 class Source(Protocol):
-    """A numbered collection of pictures."""
+    """A numbered collection of images."""
 
     @property
     def name(self) -> str:
@@ -42,26 +42,26 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in label order; empty for unlabelled pictures."""
+        """Class names in label order; empty for unlabelled images."""
 
     @property
     def passed_over(self) -> PassedOver:
-        """Counts of the files that are not pictures, and of the places that cannot be read."""
+        """Counts of the files that are not images, and of the places that cannot be read."""
 
     def __len__(self) -> int: ...
 
     def path(self, index: int) -> str:
-        """Return the path of picture ``index`` within the source, for reports."""
+        """Return the path of image ``index`` within the source, for reports."""
 
     def fingerprint(self) -> str:
         """Return a hash that identifies the source, so that a stopped conversion can be continued."""
 
     def read(self, index: int) -> Sample:
-        """Read picture ``index``; called from several threads. Raises OSError if it cannot be read."""
+        """Read image ``index``; called from several threads. Raises OSError if it cannot be read."""
 
 
 class FolderSource(FolderListing):
-    """Picture files in class folders or in one flat folder; see FolderListing."""
+    """Image files in class folders or in one flat folder; see FolderListing."""
 
     @property
     def name(self) -> str:
@@ -69,13 +69,13 @@ class FolderSource(FolderListing):
         return self.root.resolve().name
 
     def read(self, index: int) -> Sample:
-        """Read the file of picture ``index``."""
+        """Read the file of image ``index``."""
         path = self.path(index)
         return Sample((self.root / path).read_bytes(), self.label(index), path)
 
 
 class ListedSource(PictureList):
-    """Base of sources that list their pictures themselves."""
+    """Base of sources that list their images themselves."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class ListedSource(PictureList):
             root: the file or folder.
             classes: class names in label order.
             labels: (N,) class numbers.
-            paths: (prefix, names) in order; a picture's path is ``prefix + name``, N in all.
+            paths: (prefix, names) in order; an image's path is ``prefix + name``, N in all.
             passed_over: counts of what is not listed.
         """
         super().__init__(root, classes, passed_over)
@@ -106,7 +106,7 @@ class ListedSource(PictureList):
 
 
 class ShardSource(ListedSource):
-    """The pictures of a set of shards, in the order of its index.
+    """The images of a set of shards, in the order of its index.
 
     In a set that was converted, the paths are those of the original source with the suffix .jpg. In other
     sets, a path is the name of the shard and the name of the member.
@@ -119,7 +119,7 @@ class ShardSource(ListedSource):
 
         Args:
             path: folder of the set.
-            accept_truncated: count damage behind the pictures of a tar instead of raising.
+            accept_truncated: count damage behind the images of a tar instead of raising.
             progress: called once per shard.
 
         Raises:
@@ -133,12 +133,12 @@ class ShardSource(ListedSource):
         on_damage = passed_over.count_damage if accept_truncated else None
         names = self._names(rows_by_shard, on_damage, progress)
         super().__init__(Path(path), self._set.manifest.classes, labels, names, passed_over)
-        # The names are in disk order; picture i is the place_N[i]-th on the disk.
+        # The names are in disk order; image i is the place_N[i]-th on the disk.
         self._place_N = np.empty(len(labels), np.int64)
         self._place_N[np.concatenate(rows_by_shard)] = np.arange(len(labels))
 
     def path(self, index: int) -> str:
-        """Return the name of picture ``index``."""
+        """Return the name of image ``index``."""
         return super().path(int(self._place_N[index]))
 
     def fingerprint(self) -> str:
@@ -146,7 +146,7 @@ class ShardSource(ListedSource):
         return self._set.manifest.sha256
 
     def read(self, index: int) -> Sample:
-        """Read picture ``index``. Raises OSError if its tar ends before the end of the picture."""
+        """Read image ``index``. Raises OSError if its tar ends before the end of the image."""
         return Sample(self._set.payload(index).tobytes(), self.label(index), self.path(index))
 
     def _names(
@@ -155,7 +155,7 @@ class ShardSource(ListedSource):
         on_damage: Callable[[str], None] | None,
         progress: Callable[[], None] | None,
     ) -> Iterator[tuple[str, list[str]]]:
-        """Yield (prefix, names) for the pictures of each shard."""
+        """Yield (prefix, names) for the images of each shard."""
         converted = PLAN_KEY in self._set.manifest.settings
         for number, rows in enumerate(rows_by_shard):
             tar = self._set.tar_path(number)
@@ -163,7 +163,7 @@ class ShardSource(ListedSource):
             offsets = self._set.index["offset"][rows].tolist()
             if not by_offset.keys() >= set(offsets):
                 raise ValueError(
-                    f"the pictures of {tar} are not where the index says; {verify_hint(self._set.path)}"
+                    f"the images of {tar} are not where the index says; {verify_hint(self._set.path)}"
                 )
             names = [by_offset[offset] for offset in offsets]
             if converted:

@@ -1,4 +1,4 @@
-"""Figures of a compiled set: pictures, classes, sizes. Nothing is decoded."""
+"""Figures of a compiled set: images, classes, sizes. Nothing is decoded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,13 @@ class Stats:
     path: Path
     count: int
     tier: str
-    """jpeg, yuv420, raw, or "jpeg and raw" in a set that another program wrote; "" without pictures."""
+    """jpeg, yuv420, raw, or "jpeg and raw" in a set that another program wrote; "" without images."""
     num_bytes: int
     """Size of the file, or of all shards."""
     layout: str
-    """How the pictures are divided: "pages of 8 MiB", "5 shards"."""
+    """How the images are divided: "pages of 8 MiB", "5 shards"."""
     per_class: tuple[tuple[str, int], ...]
-    """(class name, number of pictures) in label order; the label −1 is "unlabelled"."""
+    """(class name, number of images) in label order; the label −1 is "unlabelled"."""
     width_px: tuple[int, float, int]
     """Minimum, median, maximum."""
     height_px: tuple[int, float, int]
@@ -38,8 +38,8 @@ def stats(path: str | Path) -> Stats:
     return _stats_of_shards(Path(path)) if Path(path).is_dir() else _stats_of_file(Path(path))
 
 
-def count_pictures(path: str | Path) -> int:
-    """Return the number of pictures; 0 if the tables are too damaged to know it."""
+def count_images(path: str | Path) -> int:
+    """Return the number of images; 0 if the tables are too damaged to know it."""
     try:
         return len(open_shards(path)) if Path(path).is_dir() else len(open_beton(path))
     except ValueError:
@@ -60,7 +60,7 @@ def _stats_of_file(path: Path) -> Stats:
     beton = open_beton(path)
     manifest = Manifest.read(path)
     if not len(beton):
-        raise ValueError(f"{path} holds no pictures; compile it again")
+        raise ValueError(f"{path} holds no images; compile it again")
     image = beton.metadata["f0"]
     return Stats(
         path=beton.path,
@@ -96,7 +96,7 @@ def _stats_of_shards(path: Path) -> Stats:
 def _per_class(
     labels: npt.NDArray[np.int64] | npt.NDArray[np.int32], classes: tuple[str, ...]
 ) -> tuple[tuple[str, int], ...]:
-    """Count the labels; classes without pictures have the count 0."""
+    """Count the labels; classes without images have the count 0."""
     found, counts = np.unique(labels, return_counts=True)
     by_label = dict.fromkeys(range(len(classes)), 0) | dict(zip(found.tolist(), counts.tolist(), strict=True))
 

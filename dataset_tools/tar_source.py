@@ -1,4 +1,4 @@
-"""Pictures in a tar. Nothing is unpacked: every picture is read from its offset."""
+"""Images in a tar. Nothing is unpacked: every image is read from its offset."""
 
 import io
 import os
@@ -18,10 +18,10 @@ Folder = tuple[str, ...]
 
 
 class TarSource(ListedSource):
-    """Pictures of one tar, in the order of a FolderSource of the unpacked tar.
+    """Images of one tar, in the order of a FolderSource of the unpacked tar.
 
     Either a tar of one tar per class (as ILSVRC2012_img_train.tar: the class is the name of the inner tar),
-    or a tar of pictures: all in folders, then the first folder is the class, or all without folders and
+    or a tar of images: all in folders, then the first folder is the class, or all without folders and
     classes. Names that start with a dot are ignored. The last of several members with the same name counts,
     as in unpacking.
     """
@@ -35,19 +35,19 @@ class TarSource(ListedSource):
         accept_truncated: bool = False,
         progress: Callable[[], None] | None = None,
     ) -> None:
-        """Read all headers; only the name, offset, size and label of each picture are kept.
+        """Read all headers; only the name, offset, size and label of each image are kept.
 
         Args:
             path: the tar.
-            labelled: False takes all pictures as unlabelled.
-            labels_file: one class name per line, in the order of the sorted pictures, for tars without
+            labelled: False takes all images as unlabelled.
+            labels_file: one class name per line, in the order of the sorted images, for tars without
                 folders.
-            accept_truncated: take the pictures of a damaged tar before the damage, and count it in
+            accept_truncated: take the images of a damaged tar before the damage, and count it in
                 ``passed_over``.
-            progress: called once per picture.
+            progress: called once per image.
 
         Raises:
-            ValueError: if the tar is compressed, cut short or damaged; if it holds no pictures, pictures both
+            ValueError: if the tar is compressed, cut short or damaged; if it holds no images, images both
                 in folders and outside, or links; if the labels do not match.
         """
         scan = _Scan(Path(path), accept_truncated)
@@ -70,7 +70,7 @@ class TarSource(ListedSource):
             os.close(file)
 
     def read(self, index: int) -> Sample:
-        """Read the bytes of picture ``index``. Raises OSError if the tar ends before its end."""
+        """Read the bytes of image ``index``. Raises OSError if the tar ends before its end."""
         size = int(self._sizes[index])
         content = os.pread(self._file, size, int(self._offsets[index]))
         if len(content) < size:
@@ -79,7 +79,7 @@ class TarSource(ListedSource):
 
 
 class _Folder:
-    """The pictures of one folder of a tar, in the order of the tar until ``sort``."""
+    """The images of one folder of a tar, in the order of the tar until ``sort``."""
 
     def __init__(self, parts: Folder) -> None:
         self.parts = parts
@@ -89,7 +89,7 @@ class _Folder:
         self._order: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
     def add(self, name: str, offset: int, num_bytes: int) -> None:
-        """Add one picture."""
+        """Add one image."""
         self._names += b"\0" + os.fsencode(name)
         self.offsets.append(offset)
         self.sizes.append(num_bytes)
@@ -98,7 +98,7 @@ class _Folder:
         return len(self._order)
 
     def sort(self) -> int:
-        """Sort by name, keep the last picture of each name, and return how many were dropped.
+        """Sort by name, keep the last image of each name, and return how many were dropped.
 
         Names are Python objects only here and in ``names``, for one folder at a time.
         """
@@ -130,17 +130,17 @@ class _Scan:
         self._on_damage = self.passed_over.count_damage if accept_truncated else None
 
     def folders(self, progress: Callable[[], None] | None) -> list[_Folder]:
-        """Return the folders of all pictures in the order of a listing, a folder before its subfolders."""
+        """Return the folders of all images in the order of a listing, a folder before its subfolders."""
         folders: dict[Folder, _Folder] = {}
-        for parts, member in self._pictures():
+        for parts, member in self._images():
             folder = folders.setdefault(parts[:-1], _Folder(parts[:-1]))
             folder.add(parts[-1], member.offset, member.num_bytes)
             if progress is not None:
                 progress()
         if not folders:
             raise ValueError(
-                f"no pictures in {self._path}: looked for {' '.join(PICTURE_SUFFIXES)}, and for tars with "
-                "them; give a tar of pictures, or of one tar per class"
+                f"no images in {self._path}: looked for {' '.join(PICTURE_SUFFIXES)}, and for tars with "
+                "them; give a tar of images, or of one tar per class"
             )
         ordered = [folders[parts] for parts in sorted(folders)]
         for folder in ordered:
@@ -148,9 +148,9 @@ class _Scan:
                 self.passed_over["ignored: earlier files of the same name"] += earlier
         return ordered
 
-    def _pictures(self) -> Iterator[tuple[Folder, Member]]:
-        """Yield (folder and name, member) of every picture of the tar, or of the tars in it."""
-        first_tar = first_picture = ""
+    def _images(self) -> Iterator[tuple[Folder, Member]]:
+        """Yield (folder and name, member) of every image of the tar, or of the tars in it."""
+        first_tar = first_image = ""
         with self._path.open("rb") as file:
             for member in tar_members(file, str(self._path), self._on_damage):
                 parts = self._parts(member, (*PICTURE_SUFFIXES, ".tar"))
@@ -158,20 +158,18 @@ class _Scan:
                     continue
                 if parts[-1].lower().endswith(".tar"):
                     first_tar = first_tar or member.name
-                    yield from self._pictures_of_class(Path(parts[-1]).stem, member, file.fileno())
+                    yield from self._images_of_class(Path(parts[-1]).stem, member, file.fileno())
                 else:
-                    first_picture = first_picture or member.name
+                    first_image = first_image or member.name
                     yield parts, member
-                if first_tar and first_picture:
+                if first_tar and first_image:
                     raise ValueError(
-                        f"{self._path} holds tars (such as {first_tar}) and pictures (such as "
-                        f"{first_picture}); pack only one of the two kinds"
+                        f"{self._path} holds tars (such as {first_tar}) and images (such as "
+                        f"{first_image}); pack only one of the two kinds"
                     )
 
-    def _pictures_of_class(
-        self, name: str, inner: Member, descriptor: int
-    ) -> Iterator[tuple[Folder, Member]]:
-        """Yield the pictures of one class, which are in an inner tar; offsets are those of the outer tar."""
+    def _images_of_class(self, name: str, inner: Member, descriptor: int) -> Iterator[tuple[Folder, Member]]:
+        """Yield the images of one class, which are in an inner tar; offsets are those of the outer tar."""
         window = io.BufferedReader(Window(descriptor, inner.offset, inner.num_bytes))
         for member in tar_members(window, f"{self._path}: {inner.name}", self._on_damage):
             if parts := self._parts(member, PICTURE_SUFFIXES):
@@ -195,14 +193,14 @@ class _Scan:
 
 
 def _label(path: Path, found: list[_Folder], labelled: bool) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Return the class names, and the (N,) labels of the pictures in order."""
+    """Return the class names, and the (N,) labels of the images in order."""
     counts = [len(folder) for folder in found]
     loose = not found[0].parts
     if not labelled or (loose and len(found) == 1):
         return (), np.full(sum(counts), NO_LABEL, np.int64)
     if loose:
         raise ValueError(
-            f"{path} holds {counts[0]} loose pictures (first: {found[0].names()[0]}) and others in folders "
+            f"{path} holds {counts[0]} loose images (first: {found[0].names()[0]}) and others in folders "
             f"(first: {found[1].prefix}); pack all of them in folders or none, or convert with --no-labels "
             "to take all of them as one unlabelled set"
         )
@@ -217,14 +215,14 @@ def _label(path: Path, found: list[_Folder], labelled: bool) -> tuple[tuple[str,
 
 
 def read_labels(file: str | Path, count: int) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Read one class name per line for ``count`` pictures; return the sorted names and (N,) class numbers.
+    """Read one class name per line for ``count`` images; return the sorted names and (N,) class numbers.
 
     Raises:
         ValueError: if the file has another number of lines or an empty line.
     """
     names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     if len(names) != count:
-        raise ValueError(f"{file} has {len(names)} lines for {count} pictures; give one class name per line")
+        raise ValueError(f"{file} has {len(names)} lines for {count} images; give one class name per line")
     if not all(names):
         raise ValueError(f"{file}: line {names.index('') + 1} is empty; give one class name per line")
     classes = tuple(sorted(set(names)))

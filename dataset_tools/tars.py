@@ -124,7 +124,7 @@ def _refuse_compressed(file: IO[bytes], name: str) -> None:
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
             raise ValueError(
-                f"{name} is compressed with {kind}: no picture can be read without unpacking everything "
+                f"{name} is compressed with {kind}: no image can be read without unpacking everything "
                 "before it; unpack it to a plain .tar first"
             )
 
@@ -200,8 +200,8 @@ def tar_samples(members: Iterable[Member]) -> Iterator[TarSample]:
         yield TarSample(key, tuple(components))
 
 
-def with_pictures_at(offsets: NDArray[np.uint64], samples: Iterable[TarSample]) -> Iterator[TarSample]:
-    """Yield the samples that have a file at one of ``offsets``: the samples with a picture in the set."""
+def with_images_at(offsets: NDArray[np.uint64], samples: Iterable[TarSample]) -> Iterator[TarSample]:
+    """Yield the samples that have a file at one of ``offsets``: the samples with an image in the set."""
     known = set(offsets.tolist())
     return (sample for sample in samples if any(part.offset in known for part in sample.components))
 

@@ -36,13 +36,13 @@ def pace(count: int, seconds: float) -> str:
 def print_left_out(
     names: Path, replaced: Mapping[str, int], skipped: Sequence[str], num_skipped: int
 ) -> None:
-    """Print how many pictures were encoded again or left out, and the names of the first ones left out.
+    """Print how many images were encoded again or left out, and the names of the first ones left out.
 
     Args:
-        names: the file that lists all pictures left out.
-        replaced: reason → number of pictures, as in the manifest.
-        skipped: "path: reason" of at least the first ``NUM_NAMED`` pictures left out.
-        num_skipped: number of pictures left out.
+        names: the file that lists all images left out.
+        replaced: reason → number of images, as in the manifest.
+        skipped: "path: reason" of at least the first ``NUM_NAMED`` images left out.
+        num_skipped: number of images left out.
     """
     for reason, count in replaced.items():
         print_line(f"{count:,} {reason}")

@@ -1,4 +1,4 @@
-"""Checks a compiled set, of either format: its manifest and tables, its hashes, and every picture."""
+"""Checks a compiled set, of either format: its manifest and tables, its hashes, and every image."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dataset_tools.beton_writer import contents_hash_end
 from dataset_tools.shard_set import unfinished
 from dataset_tools.stats import tiers
-from dataset_tools.tars import Member, dali_index, scan_tar, tar_samples, with_pictures_at
+from dataset_tools.tars import Member, dali_index, scan_tar, tar_samples, with_images_at
 from dataset_tools.work import NUM_NAMED, Progress, ordered_map
 from pipelines.decode.jpeg import check_jpeg
 from pipelines.decode.pillow import is_jpeg, read_rgb, read_size
@@ -34,8 +34,8 @@ from pipelines.sets.shards import (
 
 
 @dataclass(frozen=True)
-class DamagedPicture:
-    """A picture of a set that cannot be decoded, or differs from its record."""
+class DamagedImage:
+    """An image of a set that cannot be decoded, or differs from its record."""
 
     index: int
     source_path: str | None
@@ -49,7 +49,7 @@ class Report:
 
     path: Path
     count: int
-    """Number of pictures; 0 if the tables cannot be read."""
+    """Number of images; 0 if the tables cannot be read."""
     tier: str
     """As in Stats; "" if the tables cannot be read."""
     num_bytes: int
@@ -57,8 +57,8 @@ class Report:
     """Without a manifest the contents cannot be compared with what was written."""
     problems: tuple[str, ...]
     """Sentences on the set as a whole and on its files."""
-    bad: tuple[DamagedPicture, ...]
-    """All damaged pictures, in order."""
+    bad: tuple[DamagedImage, ...]
+    """All damaged images, in order."""
 
     @property
     def ok(self) -> bool:
@@ -67,14 +67,14 @@ class Report:
 
 
 def verify(path: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> Report:
-    """Check a compiled set: tables, manifest, hash of the contents, and every picture by decoding it.
+    """Check a compiled set: tables, manifest, hash of the contents, and every image by decoding it.
 
     Damage is reported, not raised.
 
     Args:
         path: a .beton file or a folder of shards.
         workers: number of threads; None takes all cores.
-        progress: called once per picture.
+        progress: called once per image.
 
     Raises:
         FileNotFoundError: if there is no set.
@@ -86,7 +86,7 @@ def verify(path: str | Path, *, workers: int | None = None, progress: Progress |
 def _faults(
     fault: Callable[[int], str], count: int, workers: int | None, progress: Progress | None
 ) -> Iterator[tuple[int, str]]:
-    """Yield (i, what is wrong with picture i, or "") in order; ``fault`` runs in threads."""
+    """Yield (i, what is wrong with image i, or "") in order; ``fault`` runs in threads."""
     results = ordered_map(fault, count, workers=workers, progress=progress, chunk=16)
     with contextlib.closing(results):
         yield from enumerate(results)
@@ -116,22 +116,22 @@ def _verify_file(path: Path, workers: int | None, progress: Progress | None) -> 
         beton = open_beton(path)
     except ValueError as error:
         return Report(path, 0, "", path.stat().st_size, manifest is not None, (*problems, str(error)), ())
-    reasons, digest = _check_file_pictures(beton, workers, progress)
+    reasons, digest = _check_file_images(beton, workers, progress)
     if manifest is not None:
         problems += _compare(beton, manifest, digest)
     elif beton.sha256 not in ("", digest):
         problems.append(f"the hash of the contents is {digest}, the file records {beton.sha256}")
     bad = tuple(
-        DamagedPicture(index, read_source_path(path, index) if named < NUM_NAMED else None, reason)
+        DamagedImage(index, read_source_path(path, index) if named < NUM_NAMED else None, reason)
         for named, (index, reason) in enumerate(reasons)
     )
     return Report(path, len(beton), tiers(beton), beton.data.size, manifest is not None, tuple(problems), bad)
 
 
-def _check_file_pictures(
+def _check_file_images(
     beton: BetonFile, workers: int | None, progress: Progress | None
 ) -> tuple[list[tuple[int, str]], str]:
-    """Decode and hash all pictures; return (index, reason) of the damaged ones and the hash."""
+    """Decode and hash all images; return (index, reason) of the damaged ones and the hash."""
     hasher = hashlib.sha256()
     bad = []
     for index, reason in _faults(lambda i: _fault_in_file(beton, i), len(beton), workers, progress):
@@ -142,7 +142,7 @@ def _check_file_pictures(
 
 
 def _fault_in_file(beton: BetonFile, index: int) -> str:
-    """Return what is wrong with a picture, or ""."""
+    """Return what is wrong with an image, or ""."""
     image = beton.metadata["f0"][index]
     mode, width, height = int(image["mode"]), int(image["width"]), int(image["height"])
     payload = beton.payload(index)
@@ -165,11 +165,11 @@ def _compare(beton: BetonFile, manifest: Manifest, digest: str) -> list[str]:
     if manifest.num_bytes != beton.data.size:
         problems.append(f"the file has {beton.data.size} bytes, the manifest says {manifest.num_bytes}")
     if manifest.count != len(beton):
-        problems.append(f"the file holds {len(beton)} pictures, the manifest says {manifest.count}")
+        problems.append(f"the file holds {len(beton)} images, the manifest says {manifest.count}")
     if manifest.sha256 != digest:
         problems.append(f"the hash of the contents is {digest}, the manifest says {manifest.sha256}")
     if manifest.tier != tiers(beton):
-        problems.append(f"the pictures are of tier {tiers(beton)}, the manifest says {manifest.tier}")
+        problems.append(f"the images are of tier {tiers(beton)}, the manifest says {manifest.tier}")
     return problems + _label_problems(beton.labels, manifest)
 
 
@@ -189,12 +189,12 @@ def _verify_shards(path: Path, workers: int | None, progress: Progress | None) -
     if (total := sum(shard.num_bytes for shard in manifest.shards)) != manifest.num_bytes:
         problems.append(f"the shards have {total} bytes, the manifest says {manifest.num_bytes}")
     accepted = of_kind("damaged", manifest.replaced)
-    bad: list[DamagedPicture] = []
+    bad: list[DamagedImage] = []
     for shard, rows in zip(manifest.shards, pictures_on_disk(manifest.shards, index), strict=True):
         of_shard, damaged = _check_shard(path, shard, accepted, index, rows, workers, progress)
         problems += of_shard
         bad += damaged
-    bad.sort(key=lambda picture: picture.index)
+    bad.sort(key=lambda image: image.index)
     return Report(path, manifest.count, manifest.tier, manifest.num_bytes, True, tuple(problems), tuple(bad))
 
 
@@ -221,11 +221,11 @@ def _check_shard(
     rows: NDArray[np.int64],
     workers: int | None,
     progress: Progress | None,
-) -> tuple[list[str], list[DamagedPicture]]:
-    """Return what is wrong with a tar and its DALI index, and its damaged pictures.
+) -> tuple[list[str], list[DamagedImage]]:
+    """Return what is wrong with a tar and its DALI index, and its damaged images.
 
     ``accepted``: sentences on damage that was accepted when the set was made. ``rows``: (n,) positions in the
-    index of the pictures of this tar, in the order of the tar.
+    index of the images of this tar, in the order of the tar.
     """
     problems = []
     try:
@@ -241,12 +241,12 @@ def _check_shard(
     else:
         problems += _check_idx(path, tar, members, records["offset"])
     by_offset = {member.offset: member for member in members}
-    reasons, digest = _check_shard_pictures(tar, records, by_offset, workers, progress)
+    reasons, digest = _check_shard_images(tar, records, by_offset, workers, progress)
     bad = []
     for n, reason in reasons:
         member = by_offset.get(int(records["offset"][n]))
         name = f"{shard.name}: {member.name}" if member else shard.name
-        bad.append(DamagedPicture(int(rows[n]), name, reason))
+        bad.append(DamagedImage(int(rows[n]), name, reason))
     if not problems and digest != shard.sha256:
         problems.append(f"the hash of {tar} is {digest}, the manifest says {shard.sha256}: it was changed")
     return problems, bad
@@ -272,7 +272,7 @@ def _check_idx(path: Path, tar: Path, members: list[Member], offsets: NDArray[np
     except FileNotFoundError:
         return [f"{idx} is missing, and without it DALI reads the whole tar first; {hint}"]
     samples = tar_samples(member for member in members if not member.link)
-    expected = dali_index(with_pictures_at(offsets, samples))
+    expected = dali_index(with_images_at(offsets, samples))
     if not len(offsets) or found == expected:
         return []
     lines = zip_longest(found.split(b"\n"), expected.split(b"\n"))
@@ -284,14 +284,14 @@ def _cut(line: bytes | None) -> str:
     return "missing" if line is None else repr(os.fsdecode(line)[:80])
 
 
-def _check_shard_pictures(
+def _check_shard_images(
     tar: Path,
     records: NDArray[np.void],
     by_offset: dict[int, Member],
     workers: int | None,
     progress: Progress | None,
 ) -> tuple[list[tuple[int, str]], str]:
-    """Decode all pictures of a tar and hash it; return (n, reason) of the damaged ones and the hash.
+    """Decode all images of a tar and hash it; return (n, reason) of the damaged ones and the hash.
 
     The records are in the order of the tar.
     """
@@ -310,7 +310,7 @@ def _check_shard_pictures(
 
 
 def _fault_in_shard(data: NDArray[np.uint8], record: np.void, by_offset: dict[int, Member]) -> str:
-    """Return what is wrong with a picture, or ""."""
+    """Return what is wrong with an image, or ""."""
     offset, num_bytes = int(record["offset"]), int(record["num_bytes"])
     member = by_offset.get(offset)
     if member is None:
@@ -318,7 +318,7 @@ def _fault_in_shard(data: NDArray[np.uint8], record: np.void, by_offset: dict[in
     if member.num_bytes != num_bytes:
         return f"has {member.num_bytes} bytes in the tar, {num_bytes} in the index"
     if not member.name.lower().endswith(PICTURE_SUFFIXES):
-        return "its name is not that of a picture"
+        return "its name is not that of an image"
     payload = data[offset : offset + num_bytes]
     if is_jpeg(payload):
         verdict = check_jpeg(payload)

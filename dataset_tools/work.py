@@ -1,4 +1,4 @@
-"""The loop of every conversion: threads read and normalise pictures, and a writer gets them in order."""
+"""The loop of every conversion: threads read and normalise images, and a writer gets them in order."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
+from dataset_tools.normalise import BadImage, Normal, Normalising, normalise
 from dataset_tools.sources import Source
 from pipelines.sets.folder import NO_LABEL
 from pipelines.workers import usable_cores
@@ -17,49 +17,49 @@ Progress = Callable[[], None]
 """Called once for each item that is done."""
 Result = TypeVar("Result")
 MAX_BAD = 0.01
-"""Default for the share of a source's pictures that may be left out as unusable."""
+"""Default for the share of a source's images that may be left out as unusable."""
 NUM_NAMED = 20
-"""Number of pictures that a report names."""
+"""Number of images that a report names."""
 _CHUNKS_AHEAD_PER_WORKER = 4
 
 
 class TooManyBadError(ValueError):
-    """More pictures of a source are unusable than may be left out."""
+    """More images of a source are unusable than may be left out."""
 
 
 def check_share(max_bad: float) -> None:
     """Raise ValueError if ``max_bad`` is not a share."""
     if not 0 <= max_bad <= 1:
-        raise ValueError(f"max_bad is {max_bad}; it is a share of the pictures, from 0 to 1")
+        raise ValueError(f"max_bad is {max_bad}; it is a share of the images, from 0 to 1")
 
 
 def check_bad(bad: Mapping[str, int], count: int, max_bad: float, source: str, last: str) -> None:
-    """Raise TooManyBadError if more than the share ``max_bad`` of ``count`` pictures are bad.
+    """Raise TooManyBadError if more than the share ``max_bad`` of ``count`` images are bad.
 
     Args:
-        bad: reason → number of bad pictures.
-        count: number of pictures in all.
+        bad: reason → number of bad images.
+        count: number of images in all.
         max_bad: the share allowed, 0 … 1.
         source: name of the source, for the error message.
-        last: "path: reason" of one bad picture, for the error message.
+        last: "path: reason" of one bad image, for the error message.
     """
     if (num_bad := sum(bad.values())) > max_bad * count:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in bad.items())
         raise TooManyBadError(
-            f"{num_bad:,} of {count:,} pictures of {source} cannot be used ({reasons}), --max-bad "
+            f"{num_bad:,} of {count:,} images of {source} cannot be used ({reasons}), --max-bad "
             f"{max_bad:g} allows {int(max_bad * count):,}; the last is {last}; repair or remove them, or "
             "allow more with --max-bad"
         )
 
 
 class Writer(Protocol):
-    """Stores pictures. The same loop fills both kinds of set."""
+    """Stores images. The same loop fills both kinds of set."""
 
-    def add(self, index: int, picture: Normal, label: int, path: str) -> None:
-        """Store picture ``index`` of the source, which has the path ``path`` there."""
+    def add(self, index: int, image: Normal, label: int, path: str) -> None:
+        """Store image ``index`` of the source, which has the path ``path`` there."""
 
-    def skip(self, index: int, path: str, fault: BadPicture) -> None:
-        """Leave picture ``index`` out; count it and record its name."""
+    def skip(self, index: int, path: str, fault: BadImage) -> None:
+        """Leave image ``index`` out; count it and record its name."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +69,29 @@ class Work:
     source: Source
     how: Normalising
     max_bad: float = MAX_BAD
-    """Share of the pictures that may be left out as unusable; more is a TooManyBadError."""
+    """Share of the images that may be left out as unusable; more is a TooManyBadError."""
     limit: int | None = None
-    """Number of pictures to take, from the first on; None takes all."""
+    """Number of images to take, from the first on; None takes all."""
     workers: int | None = None
     """Number of threads; None takes all cores."""
     progress: Progress | None = None
-    """Called once per picture."""
+    """Called once per image."""
 
     def __post_init__(self) -> None:
         check_share(self.max_bad)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
-        num_workers(self.workers)  # raises now for an unusable number, not at the first picture
+        num_workers(self.workers)  # raises now for an unusable number, not at the first image
 
     @property
     def count(self) -> int:
-        """Number of pictures to convert."""
+        """Number of images to convert."""
         return len(self.source) if self.limit is None else min(self.limit, len(self.source))
 
-    def advance(self, num_pictures: int) -> None:
-        """Report pictures that were done before."""
+    def advance(self, num_images: int) -> None:
+        """Report images that were done before."""
         if self.progress is not None:
-            for _ in range(num_pictures):
+            for _ in range(num_images):
                 self.progress()
 
     def fill(
@@ -101,16 +101,16 @@ class Work:
         num_places: int,
         bad_before: Mapping[str, int] | None = None,
     ) -> None:
-        """Normalise pictures and give them to the writer in order.
+        """Normalise images and give them to the writer in order.
 
         Args:
-            writer: receives every picture.
+            writer: receives every image.
             index_of: place → index in the source; called for the places 0 … ``num_places`` − 1.
-            num_places: number of pictures.
-            bad_before: reason → number of bad pictures in the rest of the set.
+            num_places: number of images.
+            bad_before: reason → number of bad images in the rest of the set.
 
         Raises:
-            TooManyBadError: if too many pictures of the set are bad.
+            TooManyBadError: if too many images of the set are bad.
         """
         made = ordered_map(
             lambda place: self._make(index_of(place)),
@@ -121,46 +121,46 @@ class Work:
         )
         bad = Counter(bad_before)
         with contextlib.closing(made):
-            for picture in made:
-                if isinstance(picture.outcome, BadPicture):
-                    bad[picture.outcome.reason] += 1
-                    self.check_bad(bad, f"{picture.path}: {picture.outcome}")
-                    writer.skip(picture.index, picture.path, picture.outcome)
+            for image in made:
+                if isinstance(image.outcome, BadImage):
+                    bad[image.outcome.reason] += 1
+                    self.check_bad(bad, f"{image.path}: {image.outcome}")
+                    writer.skip(image.index, image.path, image.outcome)
                 else:
-                    writer.add(picture.index, picture.outcome, picture.label, picture.path)
+                    writer.add(image.index, image.outcome, image.label, image.path)
 
     def check_bad(self, bad: Mapping[str, int], last: str) -> None:
-        """Raise TooManyBadError if there are too many bad pictures; arguments as in :func:`check_bad`."""
+        """Raise TooManyBadError if there are too many bad images; arguments as in :func:`check_bad`."""
         check_bad(bad, self.count, self.max_bad, self.source.name, last)
 
     def nothing_usable(self, skipped: Sequence[str]) -> ValueError:
-        """The error for a source without a usable picture; ``skipped`` is "path: reason" of each of them."""
+        """The error for a source without a usable image; ``skipped`` is "path: reason" of each of them."""
         return ValueError(
-            f"none of the {self.count} pictures of {self.source.name} can be used: {'; '.join(skipped[:3])}; "
+            f"none of the {self.count} images of {self.source.name} can be used: {'; '.join(skipped[:3])}; "
             "look at them with another program"
         )
 
     def is_bad(self, index: int) -> bool:
-        """Whether a picture, as it is now, is unusable."""
-        return isinstance(self._make(index).outcome, BadPicture)
+        """Whether an image, as it is now, is unusable."""
+        return isinstance(self._make(index).outcome, BadImage)
 
     def _make(self, index: int) -> "_Made":
-        """Read and normalise one picture."""
+        """Read and normalise one image."""
         try:
             sample = self.source.read(index)
         except OSError as error:
-            fault = BadPicture("cannot be read", error.strerror or str(error))
+            fault = BadImage("cannot be read", error.strerror or str(error))
             return _Made(index, fault, NO_LABEL, self.source.path(index))
         try:
             return _Made(index, normalise(sample.payload, self.how), sample.label, sample.path)
-        except BadPicture as error:
+        except BadImage as error:
             return _Made(index, error, sample.label, sample.path)
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
     index: int
-    outcome: Normal | BadPicture
+    outcome: Normal | BadImage
     label: int
     path: str
 

@@ -1,4 +1,4 @@
-"""Makes small pictures of every kind."""
+"""Makes small images of every kind."""
 
 import io
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Encode = Callable[..., bytes]
 def encode(
     width: int = 64, height: int = 48, mode: str = "RGB", kind: str = "JPEG", **options: object
 ) -> bytes:
-    """A smooth picture with some noise, encoded; the same for the same arguments."""
+    """A smooth image with some noise, encoded; the same for the same arguments."""
     rng = np.random.default_rng(width * 1000 + height)
     small = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
     image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -45,7 +45,7 @@ def _encode() -> Encode:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Two classes: cats with three JPEGs, dogs with two, one of them in a nested folder."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for i, name in enumerate(["cats/a.jpg", "cats/b.JPEG", "cats/c.jpeg", "dogs/a.jpg", "dogs/deep/b.JPG"]):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(encode(60 + i, 40 + i))

@@ -116,17 +116,17 @@ def test_ffcv_reads_a_file_with_a_grown_page(tmp_path: Path) -> None:
 
 @pytest.mark.needs("ffcv")
 def test_same_layout_as_the_stock_writer(tmp_path: Path) -> None:
-    """For the same raw pictures, only offsets and our hash differ from ffcv.DatasetWriter's file."""
+    """For the same raw images, only offsets and our hash differ from ffcv.DatasetWriter's file."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.reader import Reader
     from ffcv.writer import DatasetWriter
 
     rng = np.random.default_rng(0)
-    pictures = [(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), label) for label in (3, -1, 2)]
+    images = [(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), label) for label in (3, -1, 2)]
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-    DatasetWriter(str(tmp_path / "stock.beton"), fields, num_workers=1).from_indexed_dataset(pictures)
+    DatasetWriter(str(tmp_path / "stock.beton"), fields, num_workers=1).from_indexed_dataset(images)
     with BetonWriter(tmp_path / "ours.beton", capacity=3, tier="raw") as writer:
-        for pixels, label in pictures:
+        for pixels, label in images:
             writer.add(pixels, label=label, width=7, height=5, source_path="x")
         writer.commit(source="test")
 
@@ -145,7 +145,7 @@ def test_same_layout_as_the_stock_writer(tmp_path: Path) -> None:
     assert stock.metadata["f1"].tolist() == ours.metadata["f1"].tolist()
     assert stock.alloc_table["size"].tolist() == ours.alloc_table["size"].tolist()
     theirs = open_beton(tmp_path / "stock.beton")
-    assert [theirs.payload(i).tobytes() for i in range(3)] == [pixels.tobytes() for pixels, _ in pictures]
+    assert [theirs.payload(i).tobytes() for i in range(3)] == [pixels.tobytes() for pixels, _ in images]
 
 
 def test_manifest_and_paths_are_written_next_to_the_file(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_error_of_the_disk_while_pictures_are_added_is_raised(
+def test_error_of_the_disk_while_images_are_added_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel reports it only once, in the first sync after it; the final sync would succeed."""
@@ -252,7 +252,7 @@ def _add(**changes: Any) -> Callable[[BetonWriter], object]:
         ({"tier": "raw"}, _add(payload=b"xx"), "raw payload of 2 bytes"),
         ({"tier": "yuv420"}, _add(payload=b"xx"), "yuv420 payload of 2 bytes"),
         ({"tier": "yuv420"}, _add(payload=b"xxx", width=2), "yuv420 payload of 3 bytes for 2 × 1 px"),
-        ({}, lambda writer: writer.commit(source="test"), "no picture is left"),
+        ({}, lambda writer: writer.commit(source="test"), "no image is left"),
     ],
 )
 def test_misuse_is_an_error(tmp_path: Path, options: dict[str, Any], act: Any, words: str) -> None:

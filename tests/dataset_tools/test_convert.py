@@ -42,7 +42,7 @@ def test_tree_is_stored_byte_for_byte(tree: Path, tmp_path: Path) -> None:
     assert beton.metadata["f0"]["height"].tolist() == [40, 41, 42, 43, 44]
     manifest = Manifest.read(tmp_path / "set.beton")
     assert manifest == converted.manifest
-    assert (manifest.classes, manifest.source, manifest.replaced) == (("cats", "dogs"), "pictures", {})
+    assert (manifest.classes, manifest.source, manifest.replaced) == (("cats", "dogs"), "images", {})
     assert outputs(tmp_path) == ["set.beton", "set.json", "set.paths"]
 
 
@@ -91,7 +91,7 @@ def test_workers_do_not_change_a_byte_of_any_tier(tree: Path, tmp_path: Path, ti
 
 
 def spoil(tree: Path, encode: Callable[..., bytes]) -> None:
-    """Add one picture of each bad or unusual kind to the five good ones."""
+    """Add one image of each bad or unusual kind to the five good ones."""
     (tree / "cats" / "b1.jpg").write_bytes(encode()[:-40])
     (tree / "cats" / "b2.jpg").write_bytes(b"hello")
     (tree / "dogs" / "png.JPEG").write_bytes(encode(kind="PNG"))
@@ -101,7 +101,7 @@ def spoil(tree: Path, encode: Callable[..., bytes]) -> None:
     (tree / "dogs" / "gone.jpg").symlink_to("nowhere")
 
 
-def test_bad_and_unusual_pictures_are_counted_and_listed(
+def test_bad_and_unusual_images_are_counted_and_listed(
     tree: Path, tmp_path: Path, encode: Callable[..., bytes]
 ) -> None:
     spoil(tree, encode)
@@ -135,7 +135,7 @@ def test_more_than_twenty_skipped_are_all_in_the_file(tree: Path, tmp_path: Path
     assert len(skipped_path(tmp_path / "set.beton").read_text().splitlines()) == 25
 
 
-def test_the_list_of_skipped_pictures_goes_with_its_set(tree: Path, tmp_path: Path) -> None:
+def test_the_list_of_skipped_images_goes_with_its_set(tree: Path, tmp_path: Path) -> None:
     (tree / "cats" / "bad.jpg").write_bytes(b"bad")
     convert(FolderSource(tree), tmp_path / "set.beton", max_bad=1)
     (tree / "cats" / "bad.jpg").unlink()
@@ -151,7 +151,7 @@ def test_workers_do_not_change_a_byte(tree: Path, tmp_path: Path, encode: Callab
     assert all(other == first for other in others)
 
 
-def test_the_first_bad_picture_may_be_an_error(tree: Path, tmp_path: Path) -> None:
+def test_the_first_bad_image_may_be_an_error(tree: Path, tmp_path: Path) -> None:
     (tree / "cats" / "b1.jpg").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"the last is cats/b1\.jpg: not a picture"):
         convert(FolderSource(tree), tmp_path / "set.beton", max_bad=0)
@@ -162,7 +162,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(3):
         (tmp_path / "in" / f"{i}.jpg").write_bytes(b"bad")
-    with pytest.raises(ValueError, match=r"none of the 3 pictures of in can be used: 0\.jpg: not a picture"):
+    with pytest.raises(ValueError, match=r"none of the 3 images of in can be used: 0\.jpg: not a picture"):
         convert(FolderSource(tmp_path / "in"), tmp_path / "set.beton", max_bad=1)
     assert outputs(tmp_path) == []
 
@@ -191,7 +191,7 @@ def test_options_are_checked(tree: Path, tmp_path: Path, options: dict[str, Any]
 
 
 class Failing:
-    """Raises at the third picture, like a defect or Ctrl-C."""
+    """Raises at the third image, like a defect or Ctrl-C."""
 
     name = "failing"
     classes = ()

@@ -19,7 +19,7 @@ from pipelines.sets.beton import open_beton
 
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
-    """Both splits with 7 and 3 pictures of 28 × 28 px."""
+    """Both splits with 7 and 3 images of 28 × 28 px."""
     folder = tmp_path / "idx"
     folder.mkdir()
     rng = np.random.default_rng(0)

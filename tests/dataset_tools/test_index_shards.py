@@ -24,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def foreign(tmp_path: Path, encode: Encode) -> Path:
-    """Two shards of other programs: upper case, json and cls, other files, a sample without a picture."""
+    """Two shards of other programs: upper case, json and cls, other files, a sample without an image."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     rotated = io.BytesIO()
@@ -43,7 +43,7 @@ def foreign(tmp_path: Path, encode: Encode) -> Path:
     return folder
 
 
-def test_pictures_sizes_and_labels_are_found(foreign: Path, encode: Encode) -> None:
+def test_images_sizes_and_labels_are_found(foreign: Path, encode: Encode) -> None:
     before = {path: path.read_bytes() for path in foreign.glob("*.tar")}
     done = index_shards(foreign, workers=2)
     shards = open_shards(foreign)
@@ -65,7 +65,7 @@ def test_pictures_sizes_and_labels_are_found(foreign: Path, encode: Encode) -> N
     ]  # fmt: skip
 
 
-def test_dalis_index_has_only_the_pictures_in_the_set(foreign: Path) -> None:
+def test_dalis_index_has_only_the_images_in_the_set(foreign: Path) -> None:
     index_shards(foreign)
     assert [line.split(b" ")[-1] for line in (foreign / "b.idx").read_bytes().splitlines()] == [
         b"2", b"k1.txt", b"deep/k3.cls",
@@ -84,8 +84,8 @@ def test_correct_indices_are_not_written_again(foreign: Path) -> None:
 
 def test_dali_reads_names_with_white_space(tmp_path: Path, encode: Encode) -> None:
     dali = pytest.importorskip("nvidia.dali")
-    pictures = [encode(30 + i, 20) for i in range(3)]
-    pack(tmp_path / "x.tar", [(f"a {i}.jpg", picture) for i, picture in enumerate(pictures)])
+    images = [encode(30 + i, 20) for i in range(3)]
+    pack(tmp_path / "x.tar", [(f"a {i}.jpg", image) for i, image in enumerate(images)])
     index_shards(tmp_path)
 
     @dali.pipeline_def(batch_size=3, num_threads=1, device_id=None)
@@ -97,7 +97,7 @@ def test_dali_reads_names_with_white_space(tmp_path: Path, encode: Encode) -> No
     pipeline = reader()
     pipeline.build()
     (read,) = pipeline.run()
-    assert [bytes(read.at(i)) for i in range(3)] == pictures
+    assert [bytes(read.at(i)) for i in range(3)] == images
     assert open_shards(tmp_path).member_name(1) is None
 
 
@@ -127,7 +127,7 @@ def test_indexing_a_converted_set_renumbers_it_and_prints_so(
     convert(FolderSource(tree), tmp_path / "y.shards", sharding=Sharding(2, 3))
     assert main(["index", str(tmp_path / "y.shards")]) == 0
     printed = capsys.readouterr().out
-    assert "its pictures are now numbered in the order of the tars" in printed
+    assert "its images are now numbered in the order of the tars" in printed
     assert f"Next: make pretrain DATA={tmp_path / 'y.shards'}" in printed
     for folder, classes in ((out, ("0", "1")), (tmp_path / "y.shards", ("cats", "dogs"))):
         again = open_shards(folder)
@@ -172,13 +172,13 @@ def test_a_label_that_is_not_a_number_is_an_error_with_the_sample(
     assert not (tmp_path / "set.json").exists()
 
 
-def test_other_kinds_of_pictures_must_be_listed(tmp_path: Path, encode: Encode, capsys: Capture) -> None:
+def test_other_kinds_of_images_must_be_listed(tmp_path: Path, encode: Encode, capsys: Capture) -> None:
     pack(
         tmp_path / "x.tar",
         [("a.jpg", encode()), ("b.webp", encode(kind="WEBP")), ("c.PNG", encode(kind="PNG"))],
     )
     assert main(["index", str(tmp_path)]) == 2
-    assert "the sample b has the picture b.webp, others have jpg; name all kinds with --ext jpg webp" in (
+    assert "the sample b has the image b.webp, others have jpg; name all kinds with --ext jpg webp" in (
         capsys.readouterr().err
     )
     assert main(["index", str(tmp_path), "--ext", "jpg", "webp", ".png"]) == 0
@@ -186,13 +186,13 @@ def test_other_kinds_of_pictures_must_be_listed(tmp_path: Path, encode: Encode, 
     assert verify(tmp_path).ok
 
 
-def test_pictures_of_unknown_size_are_left_out_and_listed(
+def test_images_of_unknown_size_are_left_out_and_listed(
     tmp_path: Path, encode: Encode, capsys: Capture
 ) -> None:
     pack(tmp_path / "x.tar", [("a.jpg", b"bad"), ("b.jpg", encode())])
     pack(tmp_path / "y.tar", [("c.jpg", b"bad")])
     assert main(["index", str(tmp_path)]) == 2
-    assert "2 of 3 pictures of " in capsys.readouterr().err
+    assert "2 of 3 images of " in capsys.readouterr().err
     assert not (tmp_path / "set.json").exists()
     assert main(["index", str(tmp_path), "--max-bad", "0.7"]) == 0
     out = capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_pictures_of_unknown_size_are_left_out_and_listed(
         ("x.tar.gz", b"\x1f\x8b", "is compressed"),
         ("x.tar", b"\x1f\x8b" + bytes(1000), "compressed with gzip"),
         ("x.tar", b"", "no whole tar"),
-        ("x.tar", bytes(10240), "no pictures in the tars"),
+        ("x.tar", bytes(10240), "no images in the tars"),
         ("x.tar", b"text" * 1000, "no whole tar"),
     ],
 )

@@ -43,7 +43,7 @@ def test_suffixes_stay_only_where_needed() -> None:
     ]  # fmt: skip
 
 
-def test_keys_of_many_pictures() -> None:
+def test_keys_of_many_images() -> None:
     paths = [f"{i % 7}/{i // 2}.{'jpg' if i % 2 else 'png'}" for i in range(1001)]
     keys = Keys(paths)
     assert len({keys(i, path) for i, path in enumerate(paths)}) == 1001

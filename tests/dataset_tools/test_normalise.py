@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from dataset_tools import normalise as module
-from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
+from dataset_tools.normalise import BadImage, Normal, Normalising, normalise
 from pipelines.decode.jpeg import Jpeg, encode_planes
 from pipelines.sets.manifest import Tier
 from tests.dataset_tools.conftest import unusual_jpeg
@@ -56,7 +56,7 @@ def test_plain_jpeg_stays_unchanged(encode: Callable[..., bytes], options: dict[
         ({"exif": exif(3)}, "EXIF rotation"),
     ],
 )
-def test_other_pictures_are_encoded_again(
+def test_other_images_are_encoded_again(
     encode: Callable[..., bytes], options: dict[str, object], reason: str
 ) -> None:
     payload = encode(**options)
@@ -163,7 +163,7 @@ def test_recompress_encodes_every_jpeg_again(encode: Callable[..., bytes]) -> No
         sizes[quality] = len(normal.payload)
     assert sizes[20] < sizes[90] < len(payload)
     assert normalise(encode(kind="PNG"), Normalising(recompress=True)).changed == "PNG"
-    with pytest.raises(BadPicture, match="truncated"):
+    with pytest.raises(BadImage, match="truncated"):
         normalise(cut(payload), Normalising(recompress=True, verify=False))
 
 
@@ -221,7 +221,7 @@ def test_planes_are_made_after_reducing(encode: Callable[..., bytes]) -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_damage_is_found_when_planes_are_decoded(encode: Callable[..., bytes], verify: bool) -> None:
     for payload in (cut(encode(subsampling=2)), cut(encode(subsampling=2, exif=exif(1)))):
-        with pytest.raises(BadPicture) as caught:
+        with pytest.raises(BadImage) as caught:
             normalise(payload, Normalising(tier="yuv420", verify=verify))
         assert caught.value.reason == "truncated"
 
@@ -241,7 +241,7 @@ def test_unusual_subsampling_is_encoded_again(tier: Tier) -> None:
 def test_the_short_path_gives_the_same_as_pillow(
     encode: Callable[..., bytes], how: Normalising, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The path without Pillow stores the same bytes and accepts no other pictures."""
+    """The path without Pillow stores the same bytes and accepts no other images."""
     whole = encode(subsampling=2)
     payloads = [
         *(encode(subsampling=2, **extra) for extra in ({}, {"progressive": True}, {"exif": exif(6)})),
@@ -259,7 +259,7 @@ def test_the_short_path_gives_the_same_as_pillow(
     def outcome(payload: bytes) -> object:
         try:
             normal = normalise(payload, how)
-        except BadPicture as bad:
+        except BadImage as bad:
             return bad.reason
         stored = normal.payload if isinstance(normal.payload, bytes) else normal.payload.tobytes()
         return stored, normal.width, normal.height, normal.changed
@@ -275,7 +275,7 @@ def test_a_small_file_with_a_huge_size_in_its_header_is_not_decoded(encode: Call
     payload = bytearray(encode(64, 48, progressive=True))
     frame = payload.index(b"\xff\xc2")
     payload[frame + 5 : frame + 9] = (65_000).to_bytes(2) * 2
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         normalise(bytes(payload), JPEG)
     assert caught.value.reason == "too large"
 
@@ -302,7 +302,7 @@ def cut(payload: bytes) -> bytes:
 def test_bad_bytes_have_a_reason(
     encode: Callable[..., bytes], spoil: Callable[[Callable[..., bytes]], bytes], reason: str
 ) -> None:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         normalise(spoil(encode), JPEG)
     assert caught.value.reason == reason
 
@@ -323,7 +323,7 @@ def test_jpegs_with_decoder_warnings_are_encoded_again(encode: Callable[..., byt
 def test_too_large_sides_are_refused() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (70_000, 2)).save(buffer, "PNG")
-    with pytest.raises(BadPicture, match="70000 × 2 px; the limit is 65535"):
+    with pytest.raises(BadImage, match="70000 × 2 px; the limit is 65535"):
         normalise(buffer.getvalue(), JPEG)
 
 

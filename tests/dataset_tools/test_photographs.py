@@ -24,10 +24,10 @@ def test_same_seed_gives_the_same_bytes_for_any_workers(tmp_path: Path) -> None:
     a, c = content(tmp_path / "a"), content(tmp_path / "c")
     assert a.keys() == c.keys()
     assert not set(a.values()) & set(c.values())
-    assert len(set(a.values())) == 24 + 5 + 1, "no two pictures are alike"
+    assert len(set(a.values())) == 24 + 5 + 1, "no two images are alike"
 
 
-def test_a_larger_set_starts_with_the_same_pictures(tmp_path: Path) -> None:
+def test_a_larger_set_starts_with_the_same_images(tmp_path: Path) -> None:
     make_photographs(tmp_path / "few", count=10, val=0)
     make_photographs(tmp_path / "many", count=20, val=3)
     few, many = content(tmp_path / "few"), content(tmp_path / "many")

@@ -178,7 +178,7 @@ def test_a_replacement_that_fails_changes_nothing(
     before = facts(out)
     (tmp_path / "new" / "cow" / "new0.jpg").write_bytes(b"bad")
     assert main(["convert", str(tmp_path / "new"), str(out), "--overwrite"]) == 2
-    assert "1 of 6 pictures of new cannot be used" in capsys.readouterr().err
+    assert "1 of 6 images of new cannot be used" in capsys.readouterr().err
     assert facts(out) == before and verify(out).ok
     assert not list(tmp_path.glob(".*")), "nothing takes up the disk"
 
@@ -196,7 +196,7 @@ def test_a_replacement_that_fails_changes_nothing(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_names_that_are_not_utf8_are_kept(name: str, tmp_path: Path, capsys: Capture) -> None:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     odd = os.fsdecode(b"caf\xe9")
     for label in (odd, "tea"):
         (root / label).mkdir(parents=True)
@@ -217,7 +217,7 @@ def test_names_that_are_not_utf8_are_kept(name: str, tmp_path: Path, capsys: Cap
 
 
 def test_a_set_with_the_manifest_of_another_is_an_error(tmp_path: Path) -> None:
-    """Both have the same numbers of pictures and bytes."""
+    """Both have the same numbers of images and bytes."""
     old, _ = sources(tmp_path)
     out = tmp_path / "set.beton"
     make(old, out)
@@ -320,7 +320,7 @@ def test_a_failed_attempt_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "set.shards"
     make(old, out)
     (tmp_path / "new" / "elk" / "new5.jpg").write_bytes(b"bad")
-    with pytest.raises(ValueError, match="1 of 6 pictures"):
+    with pytest.raises(ValueError, match="1 of 6 images"):
         convert(new, out, sharding=Sharding(2), overwrite=True, max_bad=0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "old", "set.shards"]
     for file in (tmp_path / "new").rglob("*.jpg"):

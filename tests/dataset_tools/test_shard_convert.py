@@ -42,7 +42,7 @@ SMALL = Sharding(shard_size=3, seed=5)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven pictures of two classes and a bad one; two have the same stem, one of them is a PNG."""
+    """Eleven images of two classes and a bad one; two have the same stem, one of them is a PNG."""
     from tests.dataset_tools.conftest import encode
 
     root = tmp_path_factory.mktemp("in") / "photos"
@@ -68,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_picture_is_where_the_index_says(photos: Path, whole: Path) -> None:
+def test_every_image_is_where_the_index_says(photos: Path, whole: Path) -> None:
     source, shards = FolderSource(photos), open_shards(whole)
     kept = [i for i in range(len(source)) if source.path(i) != "bee/bad.jpg"]
     assert len(shards) == len(kept) == 11
@@ -106,10 +106,10 @@ def test_tars_are_plain_and_have_no_times(whole: Path) -> None:
         pairs = list(zip(members[::2], members[1::2], strict=True))
         assert all(p.name[:-4] == c.name[:-4] and c.name.endswith(".cls") for p, c in pairs)
         assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in members} == {(0, 0, 0, 0o644, "")}
-        for picture, label in pairs:
+        for image, label in pairs:
             stored = tar.extractfile(label)
             assert stored is not None
-            assert stored.read() == (b"0" if picture.name.startswith("ape/") else b"1")
+            assert stored.read() == (b"0" if image.name.startswith("ape/") else b"1")
     assert (whole / "000000.tar").stat().st_size % tarfile.RECORDSIZE == 0
     listed = subprocess.run(["tar", "-tf", whole / "000000.tar"], capture_output=True, check=True, text=True)
     assert listed.stderr == ""
@@ -125,7 +125,7 @@ def test_the_dali_index_is_what_wds2idx_writes(whole: Path, tmp_path: Path) -> N
 
 
 def read_by_dali(folder: Path, **options: Any) -> list[tuple[bytes, bytes]]:
-    """All (picture, label) in the order of the tars."""
+    """All (image, label) in the order of the tars."""
     dali = pytest.importorskip("nvidia.dali")
     tars = sorted(folder.glob("*.tar"))
     count = len(open_shards(folder))
@@ -136,12 +136,12 @@ def read_by_dali(folder: Path, **options: Any) -> list[tuple[bytes, bytes]]:
 
     pipeline = reader()
     pipeline.build()
-    pictures, labels = pipeline.run()
-    return [(bytes(pictures.at(i)), bytes(labels.at(i))) for i in range(count)]
+    images, labels = pipeline.run()
+    return [(bytes(images.at(i)), bytes(labels.at(i))) for i in range(count)]
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_dali_reads_every_picture_and_label(
+def test_dali_reads_every_image_and_label(
     photos: Path, tmp_path: Path, encode: Encode, indexed: bool
 ) -> None:
     """Also with names too long for a tar's header, with DALI's index and without."""
@@ -159,7 +159,7 @@ def test_dali_reads_every_picture_and_label(
     assert [shards.payload(i).tobytes() for i in range(3)] == [payload for payload, _ in expected]
 
 
-def test_webdataset_reads_every_picture_and_label(photos: Path, whole: Path) -> None:
+def test_webdataset_reads_every_image_and_label(photos: Path, whole: Path) -> None:
     source = FolderSource(photos)
     expected = {
         source.path(i): source.label(i) for i in range(len(source)) if source.path(i) != "bee/bad.jpg"
@@ -389,7 +389,7 @@ def test_another_plan_is_refused_or_replaces_with_overwrite(
         convert(source, out, sharding=SMALL)
     convert(source, out, sharding=SMALL, overwrite=True)
     assert contents(out) == contents(whole), "nothing is left of the six shards before"
-    with pytest.raises(FileExistsError, match="made of other pictures or with other options"):
+    with pytest.raises(FileExistsError, match="made of other images or with other options"):
         convert(source, out, sharding=Sharding(3, 6))
     convert(source, out, sharding=Sharding(3, 6), overwrite=True)
     convert(source, out, sharding=SMALL, overwrite=True)
@@ -411,7 +411,7 @@ def test_tars_of_other_programs_are_never_replaced(photos: Path, tmp_path: Path,
     assert (out / "000000.tar").read_bytes() == mine
 
 
-def test_a_shard_of_bad_pictures_has_no_tar(tmp_path: Path, encode: Encode) -> None:
+def test_a_shard_of_bad_images_has_no_tar(tmp_path: Path, encode: Encode) -> None:
     root = tmp_path / "in"
     root.mkdir()
     order = EpochOrder(0, 0, 6)[:]
@@ -426,11 +426,11 @@ def test_a_shard_of_bad_pictures_has_no_tar(tmp_path: Path, encode: Encode) -> N
     assert [shards.payload(i).tobytes() for i in range(4)] == [(root / f"{i}.jpg").read_bytes() for i in kept]
     for i in range(6):
         (root / f"{i}.jpg").write_bytes(b"bad")
-    with pytest.raises(ValueError, match=r"none of the 6 pictures of in can be used: 0\.jpg: not a picture"):
+    with pytest.raises(ValueError, match=r"none of the 6 images of in can be used: 0\.jpg: not a picture"):
         convert(FolderSource(root), tmp_path / "y.shards", max_bad=1)
 
 
-def test_a_stop_keeps_complete_shards_and_names_the_picture(photos: Path, tmp_path: Path) -> None:
+def test_a_stop_keeps_complete_shards_and_names_the_image(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "photos.shards"
     with pytest.raises(ValueError, match=r"the last is bee/bad\.jpg: not a picture"):
         convert(FolderSource(photos), out, sharding=Sharding(1, 5), max_bad=0, workers=1)
@@ -469,7 +469,7 @@ def test_the_commands_print_what_they_made(
     assert main([*command, "--shards", "0:4"]) == 0
     printed = capsys.readouterr().out
     assert "1 skipped: not a picture" in printed
-    assert f"{out}: 11 pictures of 12 listed, tier jpeg, 0.0 MB in 4 shards, " in printed
+    assert f"{out}: 11 images of 12 listed, tier jpeg, 0.0 MB in 4 shards, " in printed
     assert f"Next: make pretrain DATA={out}" in printed
     assert contents(out) == contents(whole)
     assert main(command) == 0

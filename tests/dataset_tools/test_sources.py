@@ -21,7 +21,7 @@ def test_classes_are_sorted_folders_with_nested_files(tree: Path) -> None:
     (tree / "notes" / "readme.txt").write_text("no picture")
     source = FolderSource(tree)
     assert source.classes == ("cats", "dogs")
-    assert source.name == "pictures"
+    assert source.name == "images"
     assert listing(source) == [
         ("cats/a.jpg", 0), ("cats/b.JPEG", 0), ("cats/c.jpeg", 0), ("dogs/a.jpg", 1), ("dogs/deep/b.JPG", 1),
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_unusable_folder_is_an_error(tmp_path: Path, make: Callable[[Path], obje
     assert str(tmp_path / "root") in str(caught.value)
 
 
-def test_pictures_in_folders_and_outside_are_refused(tree: Path) -> None:
+def test_images_in_folders_and_outside_are_refused(tree: Path) -> None:
     (tree / "loose.jpg").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"1 images itself \(first: loose.jpg\) and 2 sub-folders"):
         FolderSource(tree)
@@ -164,7 +164,7 @@ def test_truncated_gzip_is_an_error(tmp_path: Path) -> None:
 def test_idx_files_must_match(tmp_path: Path) -> None:
     (tmp_path / "i").write_bytes(idx(GREY))
     (tmp_path / "l").write_bytes(idx(np.array([0, 1])))
-    with pytest.raises(ValueError, match=r"3 pictures.* 2 labels"):
+    with pytest.raises(ValueError, match=r"3 images.* 2 labels"):
         IdxSource(tmp_path / "i", tmp_path / "l")
     (tmp_path / "l").write_bytes(idx(np.array([0, 1, 10])))
     with pytest.raises(ValueError, match="label 10, but 10 classes"):

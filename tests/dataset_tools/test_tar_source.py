@@ -79,7 +79,7 @@ def test_a_tar_of_tars_reads_as_the_unpacked_folders(large_tree: Path, tmp_path:
     assert source.name == "train.tar"
 
 
-def test_loose_pictures_have_the_labels_of_the_labels_file(tmp_path: Path) -> None:
+def test_loose_images_have_the_labels_of_the_labels_file(tmp_path: Path) -> None:
     tar = pack(tmp_path / "val.tar", [(f"val_{i:02}.JPEG", bytes([i])) for i in (3, 0, 2, 1)])
     assert TarSource(tar).classes == ()
     (tmp_path / "labels.txt").write_text("wolf\nant\nwolf\nbee\n")
@@ -101,8 +101,8 @@ def test_the_last_member_of_a_name_counts_as_in_unpacking(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ([("a.txt", b"x")], "no pictures in"),
-        ([("a.jpg", b"x"), ("c/b.jpg", b"x")], r"1 loose pictures \(first: a.jpg\) and others in folders"),
+        ([("a.txt", b"x")], "no images in"),
+        ([("a.jpg", b"x"), ("c/b.jpg", b"x")], r"1 loose images \(first: a.jpg\) and others in folders"),
         ([("train/a.jpg", b"x"), ("val/b.jpg", b"x")], r"splits, not classes \(train, val\)"),
         ([("../a.jpg", b"x")], "lies outside"),
         ([("a.tar", b"")], "a.tar is no whole tar"),
@@ -115,9 +115,9 @@ def test_unusable_contents_are_errors(tmp_path: Path, files: list[tuple[str, byt
     assert str(tar) in str(caught.value)
 
 
-def test_tars_among_pictures_are_refused(tree: Path, tmp_path: Path) -> None:
+def test_tars_among_images_are_refused(tree: Path, tmp_path: Path) -> None:
     inner = pack(tmp_path / "i.tar", [("a.jpg", b"x")]).read_bytes()
-    with pytest.raises(ValueError, match=r"holds tars \(such as i.tar\) and pictures \(such as b.jpg\)"):
+    with pytest.raises(ValueError, match=r"holds tars \(such as i.tar\) and images \(such as b.jpg\)"):
         TarSource(pack(tmp_path / "x.tar", [("i.tar", inner), ("b.jpg", b"x")]))
 
 

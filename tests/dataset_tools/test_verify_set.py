@@ -41,7 +41,7 @@ def test_every_flipped_payload_byte_is_found(beton: Path) -> None:
     assert verify(beton).ok
 
 
-def test_broken_picture_is_named_with_its_source(beton: Path) -> None:
+def test_broken_image_is_named_with_its_source(beton: Path) -> None:
     start = int(open_beton(beton).metadata["f0"]["data_ptr"][4])
     flip(beton, start)
     (bad,) = verify(beton).bad
@@ -58,7 +58,7 @@ def test_damage_to_planes_is_found(tree: Path, tmp_path: Path) -> None:
     assert "hash" in problem
     flip(path, int(opened.pointers[1]))
     assert verify(path).ok
-    # The height of the last picture: two bytes at offset 3 of its record of 24 bytes.
+    # The height of the last image: two bytes at offset 3 of its record of 24 bytes.
     flip(path, int(opened.pointers[0]) - 24 + 3)
     (problem,) = verify(path).problems
     assert "image 4 of" in problem
@@ -69,7 +69,7 @@ def test_a_manifest_of_another_tier_is_found(beton: Path) -> None:
     manifest = json.loads(beton.with_suffix(".json").read_text())
     beton.with_suffix(".json").write_text(json.dumps(manifest | {"tier": "yuv420"}))
     (problem,) = verify(beton).problems
-    assert problem == "the pictures are of tier jpeg, the manifest says yuv420"
+    assert problem == "the images are of tier jpeg, the manifest says yuv420"
 
 
 @pytest.mark.parametrize("keep", [0, 10, 100, 2000, -1, -24, -25])
@@ -110,7 +110,7 @@ def test_every_flipped_byte_of_the_tables_is_found(beton: Path) -> None:
     opened = open_beton(beton)
     count, end = len(opened), beton.stat().st_size
     first = int(opened.metadata["f0"]["data_ptr"][0])
-    # Within a record, bytes 13 … 15 pad the picture's 13 bytes to the label's alignment.
+    # Within a record, bytes 13 … 15 pad the image's 13 bytes to the label's alignment.
     records = [first - 24 * (count - i) + byte for i in range(count) for byte in (*range(13), *range(16, 24))]
     # In the table, only FFCV's process cache reads sample_id.
     table = [end - 24 * (count - i) + byte for i in range(count) for byte in range(8, 24)]
@@ -124,7 +124,7 @@ def test_every_flipped_byte_of_the_tables_is_found(beton: Path) -> None:
 def test_foreign_manifest_is_found(beton: Path) -> None:
     manifest = json.loads(beton.with_suffix(".json").read_text())
     for change, words in (
-        ({"count": 4}, "holds 5 pictures, the manifest says 4"),
+        ({"count": 4}, "holds 5 images, the manifest says 4"),
         ({"num_bytes": 7}, "the manifest says 7"),
         ({"sha256": "0" * 64}, "the hash of the contents is"),
         ({"classes": ["cats"]}, "names 1 classes"),

@@ -17,7 +17,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def shards(tree: Path, tmp_path: Path) -> Path:
-    """Five pictures in three shards."""
+    """Five images in three shards."""
     convert(FolderSource(tree), tmp_path / "x.shards", sharding=Sharding(2, 3))
     return tmp_path / "x.shards"
 
@@ -37,7 +37,7 @@ def test_an_undamaged_set_passes(shards: Path) -> None:
     assert report.num_bytes == sum(tar.stat().st_size for tar in shards.glob("*.tar"))
 
 
-def test_a_corrupt_picture_is_named_with_shard_and_member(shards: Path, capsys: Capture) -> None:
+def test_a_corrupt_image_is_named_with_shard_and_member(shards: Path, capsys: Capture) -> None:
     opened = open_shards(shards)
     record = opened.index[3]
     tar = opened.tar_path(int(record["shard"]))
@@ -47,13 +47,13 @@ def test_a_corrupt_picture_is_named_with_shard_and_member(shards: Path, capsys: 
     tar.write_bytes(content)
     assert main(["verify", str(shards)]) == 1
     out = capsys.readouterr().out
-    assert f"picture 3 ({tar.name}: dogs/a.jpg): damaged" in out
+    assert f"image 3 ({tar.name}: dogs/a.jpg): damaged" in out
     assert f"the hash of {tar} is" in out
-    assert "1 of 5 pictures bad" in out
+    assert "1 of 5 images bad" in out
 
 
 def test_every_kind_of_byte_of_a_tar_is_checked(shards: Path) -> None:
-    """Every flipped byte of a tar is found: pictures, headers, names, padding and the end mark."""
+    """Every flipped byte of a tar is found: images, headers, names, padding and the end mark."""
     tar = shards / "000000.tar"
     size = tar.stat().st_size
     for position in (*range(0, size, 397), size - 1):
