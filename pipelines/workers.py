@@ -313,7 +313,8 @@ class Workers:
 
     def _decode(self, epoch: int, encoded: Encoded, views_NVSS3: Tensor) -> NDArray[np.bool_]:
         """Draw the boxes and write the crops; returns which images could be decoded."""
-        boxes_NV5 = draw_boxes(self._recipe, Draw(self._config.seed, epoch, encoded.index_N), encoded.size_N2)
+        draw = Draw(self._config.seed, epoch, encoded.index_N)
+        boxes_NV5 = draw_boxes(self._recipe, draw, encoded.size_N2)
         if self._device_decoder:
             return self._device_decoder.crop_on_device(encoded, boxes_NV5, views_NVSS3)
         return self._decoder.crop(encoded, boxes_NV5, views_NVSS3.numpy())

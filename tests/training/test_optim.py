@@ -1,13 +1,48 @@
-"""Schedules against their closed forms and torch's own schedulers."""
+"""Fused SGD against torch's plain SGD, schedules against closed forms and torch's schedulers."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
+from torch import nn
 
-from training.optimizer import sgd_groups
-from training.schedule import MILESTONES, lr_at, scale_lr, set_lr, shares
+from training.optim import MILESTONES, lr_at, milestone_shares, scale_lr, sgd, sgd_groups
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_are_those_of_plain_sgd(momentum: float) -> None:
+    ours = nn.Linear(5, 3)
+    plain = copy.deepcopy(ours)
+    one = sgd(ours, 0.1, momentum, 1e-2)
+    other = torch.optim.SGD(plain.parameters(), 0.1, momentum=momentum, weight_decay=1e-2, foreach=False)
+    for step in range(4):
+        images = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
+        for module, optimizer in ((ours, one), (plain, other)):
+            optimizer.zero_grad()
+            module(images).square().mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device")])],
+)  # fmt: skip
+def test_a_first_step_that_the_scaler_skips_leaves_zero_momentum(device: str) -> None:
+    module = nn.Linear(5, 3).to(device)
+    before = copy.deepcopy(module.state_dict())
+    optimizer = sgd(module, 0.1, 0.9, 0.0)
+    scaler = torch.amp.GradScaler(device)
+    for spoilt in (True, False):
+        optimizer.zero_grad()
+        loss = module(torch.ones(2, 5, device=device)).sum() * (float("inf") if spoilt else 0.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    # The second step's gradients are zero and so is its momentum.
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
 def test_cosine_without_warmup_is_torchs() -> None:
@@ -36,23 +71,28 @@ def test_steps_drop_exactly_at_their_share(total: int) -> None:
 
 
 @pytest.mark.parametrize(("epochs", "per_epoch"), [(200, 5004), (7, 3), (1000, 97), (3, 1)])
-def test_milestones_in_epochs_drop_with_the_first_step_of_theirs(epochs: int, per_epoch: int) -> None:
+def test_milestones_in_epochs_drop_at_the_first_step_of_their_epoch(epochs: int, per_epoch: int) -> None:
     milestones = (1, epochs - 1)
-    total, at = epochs * per_epoch, shares(milestones, epochs)
+    total, at = epochs * per_epoch, milestone_shares(milestones, epochs)
     for step in {*range(per_epoch + 1), *range(total - per_epoch - 1, total)}:
-        # Written out: a tenth for every milestone that the step's epoch has reached.
+        # The definition: a tenth for each milestone that the step's epoch has reached.
         want = 0.1 ** sum(step // per_epoch >= milestone for milestone in milestones)
         assert lr_at(step, total, 1.0, kind="step", milestones=at) == pytest.approx(want)
 
 
 def test_published_milestones_are_the_default() -> None:
-    assert shares((120, 160), 200) == shares((60, 80), 100) == shares((), 0) == MILESTONES
+    assert (
+        milestone_shares((120, 160), 200)
+        == milestone_shares((60, 80), 100)
+        == milestone_shares((), 0)
+        == MILESTONES
+    )
 
 
 @pytest.mark.parametrize("milestones", [(0, 5), (5, 10), (7, 5), (5, 5), (-1,)])
 def test_milestones_outside_the_run_are_named(milestones: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"schedule is {milestones[0]}.* run of 10 epochs.* from 1 to 9"):
-        shares(milestones, 10)
+        milestone_shares(milestones, 10)
 
 
 @pytest.mark.parametrize(
@@ -70,11 +110,9 @@ def test_values_out_of_range_are_named(arguments: dict[str, object], message: st
         lr_at(**({"step": 0, "total_steps": 10, "base_lr": 1.0} | arguments))
 
 
-def test_set_lr_reaches_every_group() -> None:
+def test_every_group_gets_its_share_and_keeps_its_tensor() -> None:
     optimizer = sgd_groups([(torch.nn.Linear(1, 1), lr) for lr in (1.0, 2.0)], 0.9, 0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
-    set_lr(optimizer, 0.5)
-    assert [float(rate) for rate in rates] == [0.5, 0.5]
     scale_lr(optimizer, 0.25)
     assert [float(rate) for rate in rates] == [0.25, 0.5]
     # Filled in place: a captured step reads the tensors it was captured with.
