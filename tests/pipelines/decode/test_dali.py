@@ -15,6 +15,7 @@ from PIL import Image
 
 from dataset_tools.convert import convert
 from dataset_tools.index_shards import index_shards
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource
 from pipelines import DALIOptions, Recipe, build_loader, open_set
 from pipelines.decode.dali import DALIDecoder, DALIDeviceDecoder
@@ -247,7 +248,7 @@ def test_cropping_does_not_read_past_the_image() -> None:
 
 def test_sets_without_jpegs_are_refused(picture_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "raw.beton"
-    convert(FolderSource(picture_folder), path, tier="raw", short_side=32)
+    convert(FolderSource(picture_folder), path, Normalising(tier="raw", short_side=32))
     with pytest.raises(ValueError, match=r"DALI decodes only the tier jpeg .*choose backend ffcv"):
         build_loader(path, RECIPE, "dali", batch_size=8)
 

@@ -11,6 +11,7 @@ from PIL import Image
 from benchmarks.memory import status_mib
 from dataset_tools.beton_writer import BetonWriter
 from dataset_tools.convert import convert
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource
 from pipelines import PictureSet, open_set
 from pipelines.decode.pillow import decode_image
@@ -115,7 +116,7 @@ def test_every_kind_of_jpeg_in_one_call(reading: str, mixed: tuple[Path, dict[st
 @pytest.mark.parametrize("tier", ["raw", "yuv420"])
 def test_tiers_without_a_jpeg(reading: str, tier: str, picture_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "set.beton"
-    convert(FolderSource(picture_folder), path, tier=tier, short_side=61)
+    convert(FolderSource(picture_folder), path, Normalising(tier, short_side=61))
     images = open_set(path, reading)
     boxes = _boxes(images)
     out = np.zeros((images.count, 2, SIDE, SIDE, 3), np.uint8)
