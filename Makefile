@@ -148,7 +148,7 @@ scale: samples  ## [ARGS="--count 1281167"]|what opening, shuffling and resuming
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)
 
 parity: $(READY)  ## [ARGS=--check]|how near every backend and operation is to torchvision, for docs/parity.md
-	@$(BIN)/python -m benchmarks.parity --json benchmarks/results/parity.json $(ARGS)
+	@$(BIN)/python -m tests.parity --json benchmarks/results/parity.json $(ARGS)
 
 half-hour: $(READY)  ## [ARGS="step --minutes 15"]|the first half hour on a GPU: tests, ceilings, loaders, steps, real runs
 	@$(BIN)/python -m benchmarks.half_hour $(ARGS)
