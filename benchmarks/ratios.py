@@ -26,6 +26,24 @@ FUSED, COMPILED, EAGER = "ours, fused numba kernel", "torch.compile", "torch, ea
 
 GROUPS = ("crops", "recipe", "dali_backend", "raw_tier", "scaling", "convert", "photometric")
 """Where in the JSON ratios stand, in the order in which they are shown."""
+WORDS = {
+    "vs_ffcv_decode_per_view": "FFCV, one decode per view",
+    "vs_dali_cpu": "DALI on the CPU, the faster of two ways",
+    "vs_torchvision_pil": "torchvision + PIL",
+    "vs_torchvision_v2": "torchvision v2",
+    "vs_spdl": "SPDL, the faster of two ways",
+    "fraction_of_decode_limit": "libjpeg-turbo decoding alone, the limit",
+    "crops_vs_dali_cpu": "two crops: ours with DALI over stock DALI, the faster of two ways",
+    "recipe_vs_dali_cpu": "whole recipe: ours with DALI over stock DALI",
+    "own_reader_over_own_order": "two crops with DALI: its own reader over our order",
+    "shards_over_beton": "two crops: shards over one .beton file",
+    "vs_ffcv_raw": "FFCV's raw RGB",
+    "vs_jpeg_tier": "our JPEG tier",
+    "bytes_vs_ffcv_raw": "FFCV's raw RGB, bytes on disk: less is better",
+    "vs_ffcv_writer": "FFCV's DatasetWriter",
+    "vs_compiled_torch": "torch.compile",
+}
+"""Names of ratios → what ours is compared with, in words."""
 _STOCK_DALI = (DALI_ONCE, DALI_TWICE)
 # The ratio's name and the peers it is against; of several the fastest counts.
 _AGAINST = {
