@@ -4,8 +4,8 @@
 
 Reads the JSON files in benchmarks/results/ and the summary of the last demo, those that exist. Writes
 runs/report.html, a single file that needs no network, the blocks of figures in README.md and
-docs/benchmarks.md, and docs/evidence.svg. ``--check`` writes nothing and exits with code 1 if blocks or picture
-differ from the JSON.
+docs/benchmarks.md, and docs/evidence.svg. ``--check`` writes nothing and exits with code 1 if the blocks or
+the picture differ from the JSON.
 """
 
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ class Report:
     out: Path = Path("runs/report.html")
     """The page to write."""
     readme: Path | None = None
-    """README.md with a block of figures, docs/benchmarks.md in its folder; by default the repository's own for
-    the committed results, none for others."""
+    """README.md with a block of figures, docs/benchmarks.md in its folder; by default the repository's own
+    for the committed results, none for others."""
     check: bool = False
     """Write nothing; exit with code 1 if the blocks differ from the JSON."""
 

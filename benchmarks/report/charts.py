@@ -183,6 +183,7 @@ def svg(figure: Figure, label: str, *, in_page: bool = True) -> str:
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=in_page, dpi=72)
     text = buffer.getvalue()
     text = re.sub(r'(<g) id="[^"]*"', r"\1", text[text.index("<svg") :])
+    text = re.sub(r' clip-path="[^"]*"|<clipPath.*?</clipPath>', "", text, flags=re.DOTALL)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"'DejaVu Sans'[^;]*sans-serif", "system-ui, sans-serif", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
