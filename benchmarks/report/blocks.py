@@ -1,4 +1,4 @@
-"""The blocks of figures in README.md and docs/benchmarks.md, and the picture beside the latter."""
+"""The blocks of figures in README.md and docs/benchmarks.md, and docs/evidence.svg."""
 
 from collections.abc import Mapping
 from pathlib import Path

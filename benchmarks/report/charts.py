@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from benchmarks.peers.contract import OURS
 from benchmarks.report.formats import number
@@ -136,7 +136,11 @@ def points(rows: Sequence[Points], common: Sequence[Points] = ()) -> Figure:
 
 def _label(axis: Axis, *, share: bool) -> None:
     axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
-    axis.set_major_formatter(lambda value, _: f"{100 * value:g} %" if share else f"{value:g}")
+    if share:
+        axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    else:
+        axis.get_major_formatter().set_useOffset(False)
+        axis.get_major_formatter().set_scientific(False)
 
 
 def _draw_row(axes: Axes, y: int, row: Points) -> None:

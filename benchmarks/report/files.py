@@ -74,8 +74,8 @@ def problems(value: Any, shape: Any, name: str = "") -> Iterator[str]:
         if value != shape:
             yield f"{name} is {value!r}, expected {shape!r}"
     elif isinstance(shape, type):
-        wanted = (int, float) if shape is float else shape
-        if not isinstance(value, wanted) or (isinstance(value, bool) and shape is not bool):
+        kinds = (int, float) if shape is float else shape
+        if not isinstance(value, kinds) or (isinstance(value, bool) and shape is not bool):
             yield f"{name} is {value!r}, expected {shape.__name__}"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{name} is {value}, expected a finite number"

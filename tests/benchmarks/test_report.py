@@ -27,7 +27,7 @@ BLOCK = BLOCKS["loader figures"]
 RESULTS_HERE = ROOT / RESULTS
 _IN_README = ("loader", "step", "evidence")
 
-# Made up for these tests, every rate of them: nobody measured these figures.
+# These figures are made up for the tests.
 _ENVIRONMENT = {
     "processor": "Test Processor <1>",
     "cpu_flags": {"avx2": True, "avx512": False},
@@ -542,7 +542,7 @@ def test_the_readme_holds_three_figures(results: Path) -> None:
 
 
 def test_only_the_block_is_rewritten_and_only_once(results: Path, pages: tuple[Path, Path]) -> None:
-    readme, page = pages
+    readme = pages[0]
     config = Report(results=results, demo=results, out=results / "page.html", readme=readme)
     check = Report(results=results, readme=readme, check=True)
     assert main(check) == 1

@@ -25,7 +25,7 @@ BLOCK = BLOCKS["training figures"]
 XLINK = "{http://www.w3.org/1999/xlink}href"
 MARKERS = f"# Title\n\n{BLOCK.begin}\n{BLOCK.end}\n\nlast line ×\n"
 
-# Made up for these tests, all of them: nobody measured these figures.
+# These figures are made up for the tests.
 _ENVIRONMENT = {
     "processor": "Test Processor <1>",
     "cores": 2,
@@ -169,7 +169,7 @@ def results(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def page_file(tmp_path: Path) -> Path:
-    """docs/benchmarks.md beside a README.md that need not exist."""
+    """docs/benchmarks.md; its README.md need not exist."""
     file = tmp_path / PAGE
     file.parent.mkdir()
     file.write_text(MARKERS)
@@ -284,7 +284,7 @@ def test_curves_have_their_values_and_their_mean() -> None:
     assert [y for _, y in mean] == pytest.approx([0.71, 0.75, 0.79])
     assert axes.lines[2].get_marker() == "o" and axes.lines[2].get_label() == "moco"
     texts = re.findall(r">([^<>]+)</text>", charts.svg(figure, "kNN"))
-    assert texts == ["1", "2", "3", "70 %", "72.5 %", "75 %", "77.5 %", "80 %"]
+    assert texts == ["1", "2", "3", "70.0 %", "72.5 %", "75.0 %", "77.5 %", "80.0 %"]
 
 
 def test_every_run_of_every_method_is_drawn(results: Path) -> None:
@@ -318,7 +318,7 @@ def test_axes_hold_all_values_between_few_different_ticks(values: list[float]) -
     labels = axis.get_major_formatter().format_ticks(ticks)
     assert len(set(labels)) == len(labels)
     for label, tick in zip(labels, ticks, strict=True):
-        assert float(label) == pytest.approx(tick, abs=1e-5 * max(abs(low), abs(high)))
+        assert float(label.replace("−", "-")) == pytest.approx(tick, abs=1e-5 * max(abs(low), abs(high)))
 
 
 def _points(runs: list[float], std: float = 0.0, start: float | None = None) -> charts.Points:

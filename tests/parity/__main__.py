@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from benchmarks.environment import environment, write_figures
 from benchmarks.marked_block import MarkedBlock
@@ -46,7 +46,7 @@ class Parity:
     json: Path | None = None
     """File to write the rows to."""
     page: Path | None = None
-    """Page whose tables are written; by default docs/parity.md for the committed results, none for others."""
+    """Page with the tables to write; by default docs/parity.md for the committed results, none for others."""
     measure: bool = True
     """Measure; otherwise write the page from the existing JSON."""
     check: bool = False
@@ -76,7 +76,8 @@ def main(config: Parity) -> int:
         # The operations are small: a second thread would mostly wait.
         torch.set_num_threads(1)
         result = measure(samples, progress=status.update)
-    _print(result)
+    # A file has no width of its own.
+    (console if console.is_terminal else Console(width=_FILE_WIDTH)).print(Markdown(block(result)))
     if config.json:
         write_figures(config.json, result, console)
     if page := config.page or (PAGE if config.json == RESULTS else None):
@@ -167,18 +168,15 @@ def _introduction(result: Mapping[str, Any], used: list[dict[str, Any]]) -> str:
     return f"{len(used)} comparisons, {outcome}. {libraries}; {result['environment']['processor']}."
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    """Return a row's cells in the order of the headings, without the verdict."""
-    return [
-        row["operation"], row["how"] or row["backend"], row["against"], f"{row['mean_error']:g}",
-        f"{row['max_error']:g}", f"{row['mean_tolerance']:g}, {row['tolerance']:g}", row["unit"],
-    ]  # fmt: skip
-
-
 def _table(rows: list[dict[str, Any]]) -> str:
     rule = "|".join("---:" if heading in _RIGHT else "---" for heading in _HEADINGS)
     lines = [f"| {' | '.join(_HEADINGS)}|", f"|{rule}|"]
-    lines += [f"| {' | '.join([*_cells(row), 'ok' if row['ok'] else '**no**'])} |" for row in rows]
+    for row in rows:
+        errors = (f"{row[name]:g}" for name in ("mean_error", "max_error"))
+        allowed = f"{row['mean_tolerance']:g}, {row['tolerance']:g}"
+        names = (row["operation"], row["how"] or row["backend"], row["against"])
+        cells = (*names, *errors, allowed, row["unit"], "ok" if row["ok"] else "**no**")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -193,16 +191,6 @@ def _reasons(result: Mapping[str, Any]) -> str:
 def _write(page: Path, result: Mapping[str, Any]) -> None:
     changed = BLOCK.rewrite(page, block(result))
     console.print(f"{page}: {'tables rewritten' if changed else 'tables are up to date'}")
-
-
-def _print(result: Mapping[str, Any]) -> None:
-    table = Table(title="Distance from torchvision and Pillow; grey rows are not used by the loader")
-    for name in _HEADINGS:
-        table.add_column(name, justify="right" if name in _RIGHT else "left", no_wrap=name != "against")
-    for row in result["rows"]:
-        table.add_row(*_cells(row), "ok" if row["ok"] else "[red]no[/]", style=None if row["used"] else "dim")
-    # A file has no width of its own.
-    (console if console.is_terminal else Console(width=_FILE_WIDTH)).print(table)
 
 
 if __name__ == "__main__":
