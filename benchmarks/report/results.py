@@ -21,145 +21,125 @@ RACERS = {OURS_IN_RACE: "", MIXMASK: "mixmask_", LIGHTLY: None, LIGHTLY_AT_BEST:
 CURVES = ("knn_top1", "loss", "loss_clean", "rankme")
 """What is drawn by epoch."""
 
-_RATE = {
-    "median": float,
-    "low": float,
-    "high": float,
-    "turns": Each(float, list),
-    "configured?": str,
-    "antialiased?": (bool, None),
-    "mean_error?": (float, None),
-    "max_error?": (float, None),
-    "bytes?": (int, None),
-}
-_RATES = Each(_RATE)
-_RATIOS = Each((float, None))
-_ENVIRONMENT = {
-    "processor": str,
-    "cores": int,
-    "memory_gib": float,
-    "gpu": (str, None),
-    "python": str,
-    "system": str,
-    "versions": Each((str, None)),
-}
-_TOP1 = {"knn_top1": float, "linear_top1": float}
-_MEAN = {"mean": float, "std": float}
-_COST = {**_RATE, "peak_memory_mib": float}
 
-_LOADER = {
-    "benchmark": "loader",
-    "quick": bool,
-    "config": {"threads": int, "batch_size": int, "crop_px": int, "turns": int, "seconds?": float},
-    "environment": _ENVIRONMENT,
-    "sets": Each({"pictures": int, "mean_kb": float, "how": str, "bytes?": int}),
-    "tables": {
-        **{f"{name}?": {"crops?": _RATES, "recipe?": _RATES} for name in JPEG_SETS},
-        **{f"{name}?": _RATES for name in OTHER_TABLES},
-    },
-    "stages?": Each(float),
-    "left_out?": Each(Each(str)),
-    **{f"{group}?": _RATIOS for group in GROUPS},
+def _of(shape: Any, keys: str) -> dict[str, Any]:
+    """Return the same shape for several keys."""
+    return dict.fromkeys(keys.split(), shape)
+
+
+_RATE = {
+    **_of(float, "median low high"),
+    **{"turns": Each(float, list), "configured?": str, "antialiased?": (bool, None), "bytes?": (int, None)},
+    **_of((float, None), "mean_error? max_error?"),
 }
-_SCALE = {
-    "benchmark": "scale",
-    "config": {"threads": int, "batch_size": int, "crop_px": int, "repeats": int, "payloads": int},
-    "environment": _ENVIRONMENT,
-    "counts": Each({**dict.fromkeys(MEASURES, _RATE), "index_mib": float}, some=True),
-    "ratios": _RATIOS,
+_RATES, _RATIOS = Each(_RATE), Each((float, None))
+_ENVIRONMENT = {
+    **_of(str, "processor python system"),
+    **{"cores": int, "memory_gib": float, "gpu": (str, None), "versions": Each((str, None))},
 }
-_STEP = {
-    "benchmark": "step",
-    "quick": bool,
-    "config": {"batch_size": int, "queue_len": int, "turns": int, "threads": int, "arch": str},
-    "environment": _ENVIRONMENT,
-    "step": {
-        "methods": Each(
-            {"ours": _COST, "naive": _COST, "time_vs_naive": float, "peak_memory_vs_naive": float}, some=True
-        )
-    },
-    "epoch?": {
-        "settings": Each(
-            {
-                **{"arch": str, "crop_px": int, "pictures": int, "batch_size": int, "epochs": int},
-                "rows": Each({**_RATE, "split": {"data": float, "encoder": float, "loss": float}}, some=True),
-                **{"speedup": float, "speedup_one_bn": float},
-            },
-            list,
-        )
-    },
+_COST = {**_RATE, "peak_memory_mib": float}
+_EPOCH = {
+    **{"arch": str, **_of(int, "crop_px pictures batch_size epochs")},
+    "rows": Each({**_RATE, "split": _of(float, "data encoder loss")}, some=True),
+    **_of(float, "speedup speedup_one_bn"),
 }
-_KNN = dict.fromkeys(("knn_before", "knn_after", "knn_whole_before", "knn_whole_after"), float)
-_RACER_RUN = {"samples_per_s": float, "knn_before": float, "knn_after": float}
-_RACE = {
-    "benchmark": "race",
-    "quick": bool,
-    "config": {"seconds": float, "threads": int, "knn": {"bank": int}},
-    "environment": _ENVIRONMENT,
-    "race": {
-        "runners": Each(
-            {
-                **{"configured": str, "samples_per_s": float, "samples": float, **_KNN},
-                "spread": ({"samples_per_s": float, "knn_after": float}, None),
-                "runs": Each(_RACER_RUN, list, some=True),
-            },
-            needed=tuple(RACERS),
-        ),
-        **{
-            f"{prefix}{key}{peer}": float
-            for prefix in ("", "mixmask_")
-            for key in ("samples_per_s_vs_lightly", "knn_gain_over_lightly")
-            for peer in ("", "_at_best")
-        },
-    },
+_RACER = {
+    **{"configured": str, **_of(float, "samples_per_s samples")},
+    **_of(float, "knn_before knn_after knn_whole_before knn_whole_after"),
+    "spread": (_of(float, "samples_per_s knn_after"), None),
+    "runs": Each(_of(float, "samples_per_s knn_before knn_after"), list, some=True),
 }
-_EVIDENCE = {
-    "benchmark": "evidence",
-    "quick?": bool,
-    "config": {"epochs": int, "pictures": int},
-    "environment": _ENVIRONMENT,
-    "evidence": Each(
+_RUN = {
+    **_of(float, "knn_top1 linear_top1"),
+    **{"samples_per_s?": (float, None), "curve": Each({"epoch": int, **dict.fromkeys(CURVES, float)}, list)},
+}
+_METHOD = {
+    **_of(_of(float, "mean std"), "knn_top1 linear_top1"),
+    "runs": Each(_RUN, list, some=True),
+}
+
+_SHAPES: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "loader": (
         {
-            **dict.fromkeys(_TOP1, _MEAN),
-            "runs": Each(
-                {
-                    **_TOP1,
-                    "samples_per_s?": (float, None),
-                    "curve": Each({"epoch": int, **dict.fromkeys(CURVES, float)}, list),
-                },
-                list,
-                some=True,
+            "quick": bool,
+            "config": {**_of(int, "threads batch_size crop_px turns"), "seconds?": float},
+            "sets": Each({"pictures": int, "mean_kb": float, "how": str, "bytes?": int}),
+            "tables": {
+                **{f"{name}?": _of(_RATES, "crops? recipe?") for name in JPEG_SETS},
+                **{f"{name}?": _RATES for name in OTHER_TABLES},
+            },
+            **{"stages?": Each(float), "left_out?": Each(Each(str))},
+            **{f"{group}?": _RATIOS for group in GROUPS},
+        },
+        "make bench",
+    ),
+    "half_hour": (
+        {
+            "quick": bool,
+            "config": {**_of(int, "crop_px batch_size queue_len"), **_of(str, "arch device")},
+            "images": _of(str, "how read_from"),
+            "expected": Each(Each(str, list)),
+            "parts": Each(
+                Each({f"{key}?": shape for key, shape in (_RATE | _of(str, "unit reason")).items()})
             ),
         },
-        some=True,
-        known=(RANDOM, *METHODS),
+        COMMAND,
+    ),
+    "scale": (
+        {
+            "config": _of(int, "threads batch_size crop_px repeats payloads"),
+            "counts": Each({**dict.fromkeys(MEASURES, _RATE), "index_mib": float}, some=True),
+            "ratios": _RATIOS,
+        },
+        "make scale",
+    ),
+    "step": (
+        {
+            "quick": bool,
+            "config": {**_of(int, "batch_size queue_len turns threads"), "arch": str},
+            "step": {
+                "methods": Each(
+                    {**_of(_COST, "ours naive"), **_of(float, "time_vs_naive peak_memory_vs_naive")},
+                    some=True,
+                )
+            },
+            "epoch?": {"settings": Each(_EPOCH, list)},
+        },
+        "make step",
+    ),
+    "race": (
+        {
+            "quick": bool,
+            "config": {"seconds": float, "threads": int, "knn": {"bank": int}},
+            "race": {
+                "runners": Each(_RACER, needed=tuple(RACERS)),
+                **{
+                    f"{prefix}{key}{peer}": float
+                    for prefix in RACERS.values()
+                    for key in ("samples_per_s_vs_lightly", "knn_gain_over_lightly")
+                    for peer in ("", "_at_best")
+                    if prefix is not None
+                },
+            },
+        },
+        "make race",
+    ),
+    "evidence": (
+        {
+            **{"quick?": bool, "config": _of(int, "epochs pictures")},
+            "evidence": Each(_METHOD, some=True, known=(RANDOM, *METHODS)),
+        },
+        "make evidence",
+    ),
+    "demo": (
+        {
+            **_of(float, "knn_top1_random knn_top1_mixmask linear_top1_random linear_top1_mixmask"),
+            **{"data_wait_fraction": float, "seconds": float, "knn_k": int},
+        },
+        "make demo",
     ),
 }
-_HALF_HOUR = {
-    "benchmark": "half_hour",
-    "quick": bool,
-    "config": {"crop_px": int, "batch_size": int, "queue_len": int, "arch": str, "device": str},
-    "environment": _ENVIRONMENT,
-    "images": {"how": str, "read_from": str},
-    "expected": Each(Each(str, list)),
-    "parts": Each(Each({f"{key}?": shape for key, shape in _RATE.items()} | {"unit?": str, "reason?": str})),
-}
-_DEMO = {
-    **dict.fromkeys(
-        ("knn_top1_random", "knn_top1_mixmask", "linear_top1_random", "linear_top1_mixmask"), float
-    ),
-    **{"data_wait_fraction": float, "knn_k": int, "seconds": float, "environment": _ENVIRONMENT},
-}
-_SHAPES: Mapping[str, tuple[Mapping[str, Any], str]] = {
-    "loader": (_LOADER, "make bench"),
-    "half_hour": (_HALF_HOUR, COMMAND),
-    "scale": (_SCALE, "make scale"),
-    "step": (_STEP, "make step"),
-    "race": (_RACE, "make race"),
-    "evidence": (_EVIDENCE, "make evidence"),
-    "demo": (_DEMO, "make demo"),
-}
-"""Benchmarks, in the order of the page, with the shape of their JSON and the command that writes it."""
+"""Benchmarks, in the order of the page → the shape of their JSON and the command that writes it."""
 
 
 def read_results(folder: Path, demo: Path | None = None) -> dict[str, Figures]:
@@ -182,7 +162,8 @@ def read_figures(file: Path, name: str) -> Figures:
         ValueError: if it is of another shape; the message names the file and the key.
     """
     shape, command = _SHAPES[name]
-    figures = read_checked(file, shape, command)
+    head = {} if name == "demo" else {"benchmark": name}
+    figures = read_checked(file, {**head, "environment": _ENVIRONMENT, **shape}, command)
     if name == "loader":
         measured = [key for key in JPEG_SETS if key in figures["tables"]]
         tables = dict if measured else {" or ".join(JPEG_SETS): dict}

@@ -45,21 +45,15 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Measure):
     """The result of a comparison."""
 
     backend: str
-    operation: str
-    against: str
     how: str
     """The call that was measured, where the backend's name does not identify it."""
     mean_error: float
     max_error: float
-    unit: str
-    mean_tolerance: float
-    tolerance: float
     ok: bool
-    why: str
     used: bool
     """False for operations that the loader does not use: the row is for information."""
 
@@ -96,21 +90,11 @@ class Errors:
         """Return the result, with the verdict."""
         if self._count == 0:
             raise ValueError(f"nothing was measured of {measure.operation} by {backend}")
-        limits = dataclasses.asdict(measure)
-        mean, mean_limit, limit = self._sum / self._count, *(limits.pop(name) for name in _TOLERANCES)
-        return Row(
-            **limits,
-            **dict(zip(_TOLERANCES, map(_rounded, (mean_limit, limit)), strict=True)),
-            backend=backend,
-            how=how,
-            used=used,
-            mean_error=_rounded(mean),
-            max_error=_rounded(self._max),
-            ok=mean <= mean_limit and self._max <= limit,
-        )
-
-
-_TOLERANCES = ("mean_tolerance", "tolerance")
+        mean, limits = self._sum / self._count, dataclasses.asdict(measure)
+        limits |= {name: _rounded(limits[name]) for name in ("mean_tolerance", "tolerance")}
+        ok = mean <= measure.mean_tolerance and self._max <= measure.tolerance
+        errors = {"mean_error": _rounded(mean), "max_error": _rounded(self._max)}
+        return Row(**limits, **errors, backend=backend, how=how, ok=ok, used=used)
 
 
 def _rounded(value: float) -> float:

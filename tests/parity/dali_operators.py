@@ -6,7 +6,7 @@ Shape letters: N images or views, V views, S side in pixels.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,49 +30,33 @@ _LUMA = (0.299, 0.587, 0.114)
 _BLUR_WINDOW = 2 * blur_radius_px(photometric.PLAIN.blur_sigma_px[1], photometric.SIDE_PX) + 1
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A DALI operator for one of the photometric operations."""
-
-    operation: str
-    how: str
-    define: Callable[[Any, float], Any]
-    """(S, S, 3) uint8 view and the value → the view in grey levels; the result is clamped."""
-
-
 def _about_mean_grey(view: Any, factor: float) -> Any:
     """Contrast about each view's own mean grey, computed by DALI first."""
     weighted = fn.cast(view, dtype=types.FLOAT) * types.Constant(np.array(_LUMA, np.float32))
     return fn.contrast(view, contrast=factor, contrast_center=3 * fn.reductions.mean(weighted), **_FLOATS)
 
 
-VARIANTS = (
-    Variant("brightness", "fn.brightness", lambda x, f: fn.brightness(x, brightness=f, **_FLOATS)),
-    Variant("contrast", "fn.contrast, about mid-grey", lambda x, f: fn.contrast(x, contrast=f, **_FLOATS)),
-    Variant("contrast", "fn.contrast, contrast_center the view's mean grey", _about_mean_grey),
-    Variant("saturation", "fn.saturation", lambda x, f: fn.saturation(x, saturation=f, **_FLOATS)),
-    Variant("hue", "fn.hue, 360° a turn", lambda x, f: fn.hue(x, hue=_DEGREES_PER_TURN * f, **_FLOATS)),
-    Variant(
-        "grey", "fn.color_twist, saturation 0", lambda x, _: fn.color_twist(x, saturation=0.0, **_FLOATS)
-    ),
-    Variant(
-        "grey",
-        "fn.color_space_conversion to grey",
-        lambda x, _: fn.cat(
-            *[fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)] * 3, axis=2
-        ),
-    ),
-    Variant(
-        "blur",
-        f"fn.gaussian_blur, window {_BLUR_WINDOW} px",
-        lambda x, sigma: fn.gaussian_blur(x, sigma=sigma, window_size=_BLUR_WINDOW, **_FLOATS),
-    ),
-    Variant(
-        "blur",
-        "fn.gaussian_blur, its own window",
-        lambda x, sigma: fn.gaussian_blur(x, sigma=sigma, **_FLOATS),
-    ),
-)
+def _grey(view: Any, _: float) -> Any:
+    grey = fn.color_space_conversion(view, image_type=types.RGB, output_type=types.GRAY)
+    return fn.cat(grey, grey, grey, axis=2)
+
+
+def _blur(view: Any, sigma: float, **window: int) -> Any:
+    return fn.gaussian_blur(view, sigma=sigma, **window, **_FLOATS)
+
+
+VARIANTS: Mapping[tuple[str, str], Callable[[Any, float], Any]] = {
+    ("brightness", "fn.brightness"): lambda x, f: fn.brightness(x, brightness=f, **_FLOATS),
+    ("contrast", "fn.contrast, about mid-grey"): lambda x, f: fn.contrast(x, contrast=f, **_FLOATS),
+    ("contrast", "fn.contrast, contrast_center the view's mean grey"): _about_mean_grey,
+    ("saturation", "fn.saturation"): lambda x, f: fn.saturation(x, saturation=f, **_FLOATS),
+    ("hue", "fn.hue, 360° a turn"): lambda x, f: fn.hue(x, hue=_DEGREES_PER_TURN * f, **_FLOATS),
+    ("grey", "fn.color_twist, saturation 0"): lambda x, _: fn.color_twist(x, saturation=0.0, **_FLOATS),
+    ("grey", "fn.color_space_conversion to grey"): _grey,
+    ("blur", f"fn.gaussian_blur, window {_BLUR_WINDOW} px"): partial(_blur, window_size=_BLUR_WINDOW),
+    ("blur", "fn.gaussian_blur, its own window"): _blur,
+}
+"""Photometric operation and DALI's operator for it → a function of a (S, S, 3) uint8 view and the value."""
 
 
 def rows(samples: Samples, views: Tensor) -> Iterator[Row]:
@@ -85,13 +69,13 @@ def rows(samples: Samples, views: Tensor) -> Iterator[Row]:
         crops = _cropper(samples, {}, roi=roi)
         yield from geometry.resize_rows(NAME, crops, samples, "pixels", used=False, how=how)
     yield geometry.flip_row(NAME, _cropper(samples, {}, roi=False), samples, used=False, how="fn.flip")
-    for variant in VARIANTS:
+    for (operation, how), define in VARIANTS.items():
         errors = Errors()
-        for value in VALUES[variant.operation]:
-            got_NSS3 = _run(lambda x, variant=variant, value=value: variant.define(x, value), views)  # type: ignore[misc]
-            expected = REFERENCES[FLOAT](views, [[(variant.operation, value)]] * len(views))
+        for value in VALUES[operation]:
+            got_NSS3 = _run(lambda x, define=define, value=value: define(x, value), views)  # type: ignore[misc]
+            expected = REFERENCES[FLOAT](views, [[(operation, value)]] * len(views))
             errors.add(got_NSS3.clip(0, 255), expected.permute(0, 2, 3, 1))
-        yield errors.row(MEASURES[f"{variant.operation} / {FLOAT}"], NAME, used=False, how=variant.how)
+        yield errors.row(MEASURES[f"{operation} / {FLOAT}"], NAME, used=False, how=how)
     yield _normalise_row(views)
 
 
