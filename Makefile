@@ -153,7 +153,7 @@ parity: $(READY)  ## [ARGS=--check]|how near every backend and operation is to t
 half-hour: $(READY)  ## [ARGS="step --minutes 15"]|the first half hour on a GPU: tests, ceilings, loaders, steps, real runs
 	@$(BIN)/python -m benchmarks.half_hour $(ARGS)
 
-report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, and the blocks in README.md
+report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, docs/benchmarks.md, and three of them in README.md
 	@$(BIN)/python -m benchmarks.report $(ARGS)
 
 pack: $(READY)  ## [DALI=1] [PYTHON=3.12] [OUT=dist/pack]|archives for machines that have torch and no network

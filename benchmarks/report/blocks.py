@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.marked_block import MarkedBlock
 from benchmarks.peers.contract import DECODE_LIMIT, OURS
@@ -24,7 +25,7 @@ _COLUMNS = {"reencoded": "re-encoded", "pass_through": "as they are"}
 def blocks(results: Mapping[str, Figures]) -> dict[str, str]:
     """Return the blocks that the results give, without the figures of quick runs; empty ones included."""
     full = _full(results)
-    known = {name: full.get(name) for name in ("loader", "scale", "step", "race", "evidence")}
+    known: dict[str, Any] = {name: full.get(name) for name in ("loader", "scale", "step", "race", "evidence")}
     known |= {"racers": RACERS, "has_picture": drawn(results) is not None}
     if "loader" in full:
         known["peers"] = _peers(full["loader"])

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from benchmarks.peers.contract import OURS
 from benchmarks.report.formats import number
@@ -67,8 +67,8 @@ def bars(
         keys = ("median", "low", "high")
         median, low, high = (rate[key] if isinstance(rate, Mapping) else rate for key in keys)
         spread = f"{form(low)} … {form(high)}" if low < high else ""
-        ends = (max(value, 0) for value in (median, low, high))
-        found.append(Bar(name, form(median), spread, *ends, ours=OURS in name if ours is None else ours))
+        is_ours = OURS in name if ours is None else ours
+        found.append(Bar(name, form(median), spread, max(median, 0), max(low, 0), max(high, 0), is_ours))
     return found if ours is not None else sorted(found, key=lambda bar: -bar.median)
 
 
@@ -108,7 +108,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[int, float]]], *, share: bool = F
             axes.plot(list(run), list(run.values()), color=colour, linewidth=1, alpha=0.4, clip_on=False)
         epochs = sorted({epoch for run in found for epoch in run})
         mean = [statistics.fmean(run[epoch] for run in found if epoch in run) for epoch in epochs]
-        dots = {"marker": "o", "markersize": 4.5} if len(epochs) <= _MAX_DOTS else {}
+        dots: dict[str, Any] = {"marker": "o", "markersize": 4.5} if len(epochs) <= _MAX_DOTS else {}
         axes.plot(epochs, mean, color=colour, linewidth=2.25, label=name, clip_on=False, **dots)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     _label(axes.yaxis, share=share)
@@ -139,13 +139,14 @@ def _label(axis: Axis, *, share: bool) -> None:
     if share:
         axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     else:
-        axis.get_major_formatter().set_useOffset(False)
-        axis.get_major_formatter().set_scientific(False)
+        formatter = ScalarFormatter(useOffset=False)
+        formatter.set_scientific(False)
+        axis.set_major_formatter(formatter)
 
 
 def _draw_row(axes: Axes, y: int, row: Points) -> None:
     colour = _LIGHT[row.colour]
-    label = {"transform": axes.get_yaxis_transform(), "verticalalignment": "center"}
+    label: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "verticalalignment": "center"}
     axes.axhline(y, color=_LIGHT["line"], linewidth=1, clip_on=False)
     axes.text(0, y - 0.36, row.name, **label)
     axes.text(1, y - 0.36, row.text, horizontalalignment="right", color=_LIGHT["quiet"], **label)

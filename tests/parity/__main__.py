@@ -80,8 +80,8 @@ def main(config: Parity) -> int:
     (console if console.is_terminal else Console(width=_FILE_WIDTH)).print(Markdown(block(result)))
     if config.json:
         write_figures(config.json, result, console)
-    if page := config.page or (PAGE if config.json == RESULTS else None):
-        _write(page, result)
+    if config.page or config.json == RESULTS:
+        _write(config.page or PAGE, result)
     return verdict(result)
 
 

@@ -90,11 +90,11 @@ class Errors:
         """Return the result, with the verdict."""
         if self._count == 0:
             raise ValueError(f"nothing was measured of {measure.operation} by {backend}")
-        mean, limits = self._sum / self._count, dataclasses.asdict(measure)
-        limits |= {name: _rounded(limits[name]) for name in ("mean_tolerance", "tolerance")}
+        mean, fields = self._sum / self._count, dataclasses.asdict(measure)
+        fields |= {name: _rounded(fields[name]) for name in ("mean_tolerance", "tolerance")}
+        fields |= {"mean_error": _rounded(mean), "max_error": _rounded(self._max)}
         ok = mean <= measure.mean_tolerance and self._max <= measure.tolerance
-        errors = {"mean_error": _rounded(mean), "max_error": _rounded(self._max)}
-        return Row(**limits, **errors, backend=backend, how=how, ok=ok, used=used)
+        return Row(**fields, backend=backend, how=how, ok=ok, used=used)
 
 
 def _rounded(value: float) -> float:

@@ -15,18 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 
+from pipelines.augment import parameters as columns
 from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import (
-    BLUR,
-    BRIGHTNESS,
-    CONTRAST,
-    GREY,
-    HUE,
-    PLACES,
-    SATURATION,
-    SOLARIZE,
-    draw_parameters,
-)
+from pipelines.augment.parameters import draw_parameters
 from pipelines.recipe import Recipe
 from tests.parity.comparisons import FIRING, MEASURES, NUM_DRAWS, Errors, Row
 
@@ -48,13 +39,13 @@ def rows(
     params_NP = np.concatenate(draw_parameters(FIRING, 1, 0, index_N))
     yield from _factor_rows(params_NP)
     yield _order_row(params_NP)
-    jittered_N = (params_NP[:, [BRIGHTNESS, CONTRAST, SATURATION]] != 1).any(axis=1)
+    jittered_N = (params_NP[:, [columns.BRIGHTNESS, columns.CONTRAST, columns.SATURATION]] != 1).any(axis=1)
     for name, fired_A, probability in (
         ("flip", boxes_NV5[..., 4], FIRING.flip_prob),
-        ("jitter", jittered_N | (params_NP[:, HUE] != 0), FIRING.jitter_prob),
-        ("grey", params_NP[:, GREY] > 0, FIRING.grey_prob),
-        ("blur", params_NP[:, BLUR] > 0, FIRING.blur_prob),
-        ("solarise", params_NP[:, SOLARIZE] > 0, FIRING.solarize_prob),
+        ("jitter", jittered_N | (params_NP[:, columns.HUE] != 0), FIRING.jitter_prob),
+        ("grey", params_NP[:, columns.GREY] > 0, FIRING.grey_prob),
+        ("blur", params_NP[:, columns.BLUR] > 0, FIRING.blur_prob),
+        ("solarise", params_NP[:, columns.SOLARIZE] > 0, FIRING.solarize_prob),
     ):
         errors = Errors()
         errors.add(fired_A.mean(), probability)
@@ -90,13 +81,18 @@ def _torchvision_boxes(height: int, width: int) -> Floats:
 
 
 def _factor_rows(params_NP: NDArray[np.float32]) -> Iterator[Row]:
-    columns = {"brightness": BRIGHTNESS, "contrast": CONTRAST, "saturation": SATURATION, "hue": HUE}
-    theirs_N4, sigma_N = _torchvision_factors()
-    fired_A = params_NP[:, HUE] != 0
-    drawn = {
-        name: (params_NP[fired_A, place], theirs_N4[:, i]) for i, (name, place) in enumerate(columns.items())
+    places = {
+        "brightness": columns.BRIGHTNESS,
+        "contrast": columns.CONTRAST,
+        "saturation": columns.SATURATION,
+        "hue": columns.HUE,
     }
-    drawn["blur"] = (params_NP[params_NP[:, BLUR] > 0, BLUR], sigma_N)
+    theirs_N4, sigma_N = _torchvision_factors()
+    fired_A = params_NP[:, columns.HUE] != 0
+    drawn = {
+        name: (params_NP[fired_A, place], theirs_N4[:, i]) for i, (name, place) in enumerate(places.items())
+    }
+    drawn["blur"] = (params_NP[params_NP[:, columns.BLUR] > 0, columns.BLUR], sigma_N)
     for name, (ours_A, theirs_N) in drawn.items():
         errors = Errors()
         errors.add_distance(ours_A, theirs_N)
@@ -120,7 +116,7 @@ def _torchvision_factors() -> tuple[Floats, Floats]:
 def _order_row(params_NP: NDArray[np.float32]) -> Row:
     """Compare the frequency of each of the 24 orders of the four jitters."""
     # Hue, here a 4, comes between the third place and the fourth; zeros are empty places.
-    places_N7 = np.insert(params_NP[:, PLACES].astype(np.int64), 3, 4, axis=1)
+    places_N7 = np.insert(params_NP[:, columns.PLACES].astype(np.int64), 3, 4, axis=1)
     orders_N4 = places_N7[places_N7 > 0].reshape(-1, 4)
     shares = [(orders_N4 == order).all(axis=1).mean() for order in itertools.permutations((1, 2, 3, 4))]
     errors = Errors()

@@ -18,22 +18,8 @@ from torch import Tensor
 from torchvision.transforms import functional as on_pil
 from torchvision.transforms.v2 import functional as on_tensor
 
-from pipelines.augment.parameters import (
-    BLUR,
-    BRIGHTNESS,
-    BY_BRIGHTNESS,
-    BY_CONTRAST,
-    BY_SATURATION,
-    CONTRAST,
-    GREY,
-    HUE,
-    NUM_PARAMETERS,
-    PLACES,
-    SATURATION,
-    SOLARIZE,
-    blur_radius_px,
-    draw_parameters,
-)
+from pipelines.augment import parameters as columns
+from pipelines.augment.parameters import blur_radius_px, draw_parameters
 from pipelines.augment.photometric import augment
 from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.recipe import Recipe, moco_v1, moco_v2
@@ -56,16 +42,26 @@ VALUES: Mapping[str, tuple[float, ...]] = {
     "solarise": (1.0,),
 }
 """Fixed parameters that cover the recipes' ranges; MoCo v1 shifts the hue by up to 0.4."""
-_COLUMNS = {
-    "brightness": BRIGHTNESS,
-    "contrast": CONTRAST,
-    "saturation": SATURATION,
-    "hue": HUE,
-    "grey": GREY,
-    "blur": BLUR,
-    "solarise": SOLARIZE,
+_COLUMNS = dict(
+    zip(
+        VALUES,
+        (
+            columns.BRIGHTNESS,
+            columns.CONTRAST,
+            columns.SATURATION,
+            columns.HUE,
+            columns.GREY,
+            columns.BLUR,
+            columns.SOLARIZE,
+        ),
+        strict=True,
+    )
+)
+_PLACE_OF = {
+    "brightness": columns.BY_BRIGHTNESS,
+    "contrast": columns.BY_CONTRAST,
+    "saturation": columns.BY_SATURATION,
 }
-_PLACE_OF = {"brightness": BY_BRIGHTNESS, "contrast": BY_CONTRAST, "saturation": BY_SATURATION}
 PLAIN = dataclasses.replace(moco_v2(SIDE_PX), solarize_prob=0.5, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 """Every operation may fire; no normalisation, so that the output is in [0, 1]."""
 CHAINS = (PLAIN, dataclasses.replace(moco_v1(SIDE_PX), mean=PLAIN.mean, std=PLAIN.std))
@@ -110,8 +106,8 @@ def rows(name: str, stage: Stage, views: Tensor) -> Iterator[Row]:
 
 def identity(num: int) -> Tensor:
     """Return (N, P) parameters with which no operation fires."""
-    params_NP = torch.zeros(num, NUM_PARAMETERS)
-    params_NP[:, [BRIGHTNESS, CONTRAST, SATURATION]] = 1
+    params_NP = torch.zeros(num, columns.NUM_PARAMETERS)
+    params_NP[:, [columns.BRIGHTNESS, columns.CONTRAST, columns.SATURATION]] = 1
     return params_NP
 
 
@@ -119,14 +115,14 @@ def single(operation: str, value: float, num: int) -> Tensor:
     """Return (N, P) parameters with which one operation fires."""
     params_NP = identity(num)
     params_NP[:, _COLUMNS[operation]] = value
-    params_NP[:, PLACES.start] = _PLACE_OF.get(operation, 0)
+    params_NP[:, columns.PLACES.start] = _PLACE_OF.get(operation, 0)
     return params_NP
 
 
 def steps_of(params_P: NDArray[np.float32], recipe: Recipe) -> Steps:
     """Return the operations that fire for a row of drawn parameters, in order."""
     blend = {place: name for name, place in _PLACE_OF.items()}
-    places = params_P[PLACES].astype(int).tolist()
+    places = params_P[columns.PLACES].astype(int).tolist()
     order = [blend[p] for p in places[:3] if p] + ["hue"] + [blend[p] for p in places[3:] if p]
     grey_at = 0 if recipe.grey_before_jitter else len(order)
     order = [*order[:grey_at], "grey", *order[grey_at:], "blur", "solarise"]

@@ -43,8 +43,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     folder = tmp_path_factory.mktemp("samples") / "train" / "corner-4-4-4"
     folder.mkdir(parents=True)
     for number in range(3):
-        picture = Image.fromarray(colourful(number, 120 + number, 143))
-        picture.save(folder / f"{number}.jpg", quality=95, subsampling="4:4:4")
+        image = Image.fromarray(colourful(number, 120 + number, 143))
+        image.save(folder / f"{number}.jpg", quality=95, subsampling="4:4:4")
     names = tuple(f"{folder.name}/{number}.jpg" for number in range(3))
     return Samples(folder.parent, folder.parent / "none.beton", names)
 
