@@ -41,7 +41,7 @@ def _grey(view: Any, _: float) -> Any:
     return fn.cat(grey, grey, grey, axis=2)
 
 
-def _blur(view: Any, sigma: float, **window: int) -> Any:
+def _blur(view: Any, sigma: float, **window: Any) -> Any:
     return fn.gaussian_blur(view, sigma=sigma, **window, **_FLOATS)
 
 
