@@ -58,88 +58,66 @@ _METHOD = {
     "runs": Each(_RUN, list, some=True),
 }
 
-_SHAPES: Mapping[str, tuple[Mapping[str, Any], str]] = {
-    "loader": (
-        {
-            "quick": bool,
-            "config": {**_of(int, "threads batch_size crop_px turns"), "seconds?": float},
-            "sets": Each({"pictures": int, "mean_kb": float, "how": str, "bytes?": int}),
-            "tables": {
-                **{f"{name}?": _of(_RATES, "crops? recipe?") for name in JPEG_SETS},
-                **{f"{name}?": _RATES for name in OTHER_TABLES},
-            },
-            **{"stages?": Each(float), "left_out?": Each(Each(str))},
-            **{f"{group}?": _RATIOS for group in GROUPS},
+_SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "loader": {
+        "quick": bool,
+        "config": {**_of(int, "threads batch_size crop_px turns"), "seconds?": float},
+        "sets": Each({"pictures": int, "mean_kb": float, "how": str, "bytes?": int}),
+        "tables": {
+            **{f"{name}?": _of(_RATES, "crops? recipe?") for name in JPEG_SETS},
+            **{f"{name}?": _RATES for name in OTHER_TABLES},
         },
-        "make bench",
-    ),
-    "half_hour": (
-        {
-            "quick": bool,
-            "config": {**_of(int, "crop_px batch_size queue_len"), **_of(str, "arch device")},
-            "images": _of(str, "how read_from"),
-            "expected": Each(Each(str, list)),
-            "parts": Each(
-                Each({f"{key}?": shape for key, shape in (_RATE | _of(str, "unit reason")).items()})
-            ),
+        **{"stages?": Each(float), "left_out?": Each(Each(str))},
+        **{f"{group}?": _RATIOS for group in GROUPS},
+    },
+    "half_hour": {
+        "quick": bool,
+        "config": {**_of(int, "crop_px batch_size queue_len"), **_of(str, "arch device")},
+        "images": _of(str, "how read_from"),
+        "expected": Each(Each(str, list)),
+        "parts": Each(Each({"reason?": str})),
+    },
+    "scale": {
+        "config": _of(int, "threads batch_size crop_px repeats payloads"),
+        "counts": Each({**dict.fromkeys(MEASURES, _RATE), "index_mib": float}, some=True),
+        "ratios": _RATIOS,
+    },
+    "step": {
+        "quick": bool,
+        "config": {**_of(int, "batch_size queue_len turns threads"), "arch": str},
+        "step": {
+            "methods": Each(
+                {**_of(_COST, "ours naive"), **_of(float, "time_vs_naive peak_memory_vs_naive")},
+                some=True,
+            )
         },
-        COMMAND,
-    ),
-    "scale": (
-        {
-            "config": _of(int, "threads batch_size crop_px repeats payloads"),
-            "counts": Each({**dict.fromkeys(MEASURES, _RATE), "index_mib": float}, some=True),
-            "ratios": _RATIOS,
-        },
-        "make scale",
-    ),
-    "step": (
-        {
-            "quick": bool,
-            "config": {**_of(int, "batch_size queue_len turns threads"), "arch": str},
-            "step": {
-                "methods": Each(
-                    {**_of(_COST, "ours naive"), **_of(float, "time_vs_naive peak_memory_vs_naive")},
-                    some=True,
-                )
-            },
-            "epoch?": {"settings": Each(_EPOCH, list)},
-        },
-        "make step",
-    ),
-    "race": (
-        {
-            "quick": bool,
-            "config": {"seconds": float, "threads": int, "knn": {"bank": int}},
-            "race": {
-                "runners": Each(_RACER, needed=tuple(RACERS)),
-                **{
-                    f"{prefix}{key}{peer}": float
-                    for prefix in RACERS.values()
-                    for key in ("samples_per_s_vs_lightly", "knn_gain_over_lightly")
-                    for peer in ("", "_at_best")
-                    if prefix is not None
-                },
+        "epoch?": {"settings": Each(_EPOCH, list)},
+    },
+    "race": {
+        "quick": bool,
+        "config": {"seconds": float, "threads": int, "knn": {"bank": int}},
+        "race": {
+            "runners": Each(_RACER, needed=tuple(RACERS)),
+            **{
+                f"{prefix}{key}{peer}": float
+                for prefix in RACERS.values()
+                for key in ("samples_per_s_vs_lightly", "knn_gain_over_lightly")
+                for peer in ("", "_at_best")
+                if prefix is not None
             },
         },
-        "make race",
-    ),
-    "evidence": (
-        {
-            **{"quick?": bool, "config": _of(int, "epochs pictures")},
-            "evidence": Each(_METHOD, some=True, known=(RANDOM, *METHODS)),
-        },
-        "make evidence",
-    ),
-    "demo": (
-        {
-            **_of(float, "knn_top1_random knn_top1_mixmask linear_top1_random linear_top1_mixmask"),
-            **{"data_wait_fraction": float, "seconds": float, "knn_k": int},
-        },
-        "make demo",
-    ),
+    },
+    "evidence": {
+        **{"quick?": bool, "config": _of(int, "epochs pictures")},
+        "evidence": Each(_METHOD, some=True, known=(RANDOM, *METHODS)),
+    },
+    "demo": {
+        **_of(float, "knn_top1_random knn_top1_mixmask linear_top1_random linear_top1_mixmask"),
+        **{"data_wait_fraction": float, "seconds": float, "knn_k": int},
+    },
 }
-"""Benchmarks, in the order of the page → the shape of their JSON and the command that writes it."""
+"""Benchmarks, in the order of the page → the shape of their JSON."""
+_COMMANDS = {"loader": "make bench", "half_hour": COMMAND}
 
 
 def read_results(folder: Path, demo: Path | None = None) -> dict[str, Figures]:
@@ -161,13 +139,20 @@ def read_figures(file: Path, name: str) -> Figures:
         FileNotFoundError: if the file does not exist.
         ValueError: if it is of another shape; the message names the file and the key.
     """
-    shape, command = _SHAPES[name]
+    command = command_of(name)
     head = {} if name == "demo" else {"benchmark": name}
-    figures = read_checked(file, {**head, "environment": _ENVIRONMENT, **shape}, command)
+    figures = read_checked(file, {**head, "environment": _ENVIRONMENT, **_SHAPES[name]}, command)
     if name == "loader":
         measured = [key for key in JPEG_SETS if key in figures["tables"]]
         tables = dict if measured else {" or ".join(JPEG_SETS): dict}
         read_checked(file, {"tables": tables, "sets": Each(dict, needed=tuple(measured))}, command)
+    if name == "half_hour":
+        rate = {**_RATE, "unit": str}
+        parts = {
+            part: {row: rate for row, found in rows.items() if "median" in found}
+            for part, rows in figures["parts"].items()
+        }
+        read_checked(file, {"parts": parts}, command)
     if name == "scale":
         figures["counts"] = {count: figures["counts"][count] for count in sorted(figures["counts"], key=int)}
     if name == "evidence":
@@ -178,4 +163,4 @@ def read_figures(file: Path, name: str) -> Figures:
 
 def command_of(name: str) -> str:
     """Return the command that writes the JSON of a benchmark."""
-    return _SHAPES[name][1]
+    return _COMMANDS.get(name, f"make {name}")
