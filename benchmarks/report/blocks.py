@@ -50,7 +50,8 @@ def update(readme: Path, results: Mapping[str, Figures], *, check: bool) -> list
 
     A block without figures is skipped if its page does not have its comments.
 
-    Returns the names of the blocks, and of the picture, that differed or that need a full run.
+    Returns:
+        The names of what differed, the picture included, and of blocks that need a full run.
 
     Raises:
         FileNotFoundError: if a page with figures does not exist.

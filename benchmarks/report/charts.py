@@ -95,7 +95,8 @@ def curves(runs: Mapping[str, Sequence[Mapping[int, float]]], *, share: bool = F
         runs: Method → for each run, epoch → value.
         share: Whether values are shares in [0, 1], to be labelled in percent.
 
-    Returns None if there is no run.
+    Returns:
+        The figure, or None if there is no run.
     """
     trained = {name: [run for run in found if run] for name, found in runs.items() if any(found)}
     if not trained:

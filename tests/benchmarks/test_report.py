@@ -363,7 +363,7 @@ def test_parts_that_were_not_measured_leave_no_empty_sections() -> None:
 
 def test_sizes_of_sets_stand_in_rising_order(results: Path) -> None:
     page = _render(results)
-    assert "of 1,281,167 and 10,000,000 images, whose index takes 6.0 MiB and 48.0 MiB: 7.80 ×" in page
+    assert "of 1,281,167 and 10,000,000 images with an index of 6.0 MiB and 48.0 MiB: 7.80 ×" in page
     assert "<h3>Open<span>8.00 ×</span></h3>" in page
     first, second = [row for row in _Page(page).rows if row[0] in ("1,281,167", "10,000,000")][:2]
     assert first == ["1,281,167", "100 ms", "96.0 ms … 103 ms"]

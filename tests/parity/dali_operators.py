@@ -62,9 +62,8 @@ VARIANTS: Mapping[tuple[str, str], Callable[[Any, float], Any]] = {
 def rows(samples: Samples, views: Tensor) -> Iterator[Row]:
     """Compare DALI's variants of decoding and resizing, then its photometric operators and normalisation."""
     for how, options in _DECODERS.items():
-        yield from geometry.decode_rows(
-            NAME, _cropper(samples, options, roi=False), samples, used=False, how=how
-        )
+        crops = _cropper(samples, options, roi=False)
+        yield from geometry.decode_rows(NAME, crops, samples, used=False, how=how)
     for how, roi in (("fn.crop, fn.resize", False), ("fn.resize with roi_start, roi_end", True)):
         crops = _cropper(samples, {}, roi=roi)
         yield from geometry.resize_rows(NAME, crops, samples, "pixels", used=False, how=how)

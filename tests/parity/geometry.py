@@ -6,6 +6,7 @@ Shape letters: N images, V views of a call, S side in pixels.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,10 +86,8 @@ def rows(subject: str, crops: Cropper, samples: Samples) -> Iterator[Row]:
     yield flip_row(subject, crops, samples)
 
 
-def decode_rows(
-    backend: str, crops: Cropper, samples: Samples, *, used: bool = True, how: str = ""
-) -> Iterator[Row]:
-    """Cut pieces without resizing them."""
+def decode_rows(backend: str, crops: Cropper, samples: Samples, **labels: Any) -> Iterator[Row]:
+    """Cut pieces without resizing them; ``labels`` are ``how`` and ``used`` of the rows, here and below."""
     rng, size_N2 = np.random.default_rng(0), _sizes(samples)
     for kind, indices in samples.kinds().items():
         errors, index_N = Errors(), np.array(indices)
@@ -96,12 +95,10 @@ def decode_rows(
             boxes_NV5 = _windows(rng, size_N2[index_N], _DECODED_PX)
             expected = _by_pil(samples, index_N, boxes_NV5, _DECODED_PX)
             errors.add(crops(index_N, boxes_NV5, _DECODED_PX), expected)
-        yield errors.row(MEASURES[f"decode {kind}"], backend, used=used, how=how)
+        yield errors.row(MEASURES[f"decode {kind}"], backend, **labels)
 
 
-def resize_rows(
-    backend: str, crops: Cropper, samples: Samples, against: str, *, used: bool = True, how: str = ""
-) -> Iterator[Row]:
+def resize_rows(backend: str, crops: Cropper, samples: Samples, against: str, **labels: Any) -> Iterator[Row]:
     """Resize boxes of many sizes; both sides shrink or both grow."""
     rng = np.random.default_rng(1)
     # Grey images are left out: the converter re-encodes them.
@@ -114,17 +111,17 @@ def resize_rows(
                 boxes_NV5 = _random_boxes(rng, size_N2, side, shrinking=direction == "shrinking")
                 expected = RESIZED[against](samples, index_N, boxes_NV5, side)
                 errors.add(crops(index_N, boxes_NV5, side), expected)
-        yield errors.row(MEASURES[f"resize, {direction} / {against}"], backend, used=used, how=how)
+        yield errors.row(MEASURES[f"resize, {direction} / {against}"], backend, **labels)
 
 
-def flip_row(backend: str, crops: Cropper, samples: Samples, *, used: bool = True, how: str = "") -> Row:
+def flip_row(backend: str, crops: Cropper, samples: Samples, **labels: Any) -> Row:
     """Compare flipped crops with the mirror images of crops that are not flipped."""
     errors, index_N = Errors(), np.arange(len(samples.names))
     boxes_NV5 = _random_boxes(np.random.default_rng(2), _sizes(samples), _FLIPPED_PX, shrinking=True)
     plain = crops(index_N, boxes_NV5, _FLIPPED_PX)
     boxes_NV5[..., 4] = 1
     errors.add(crops(index_N, boxes_NV5, _FLIPPED_PX), plain[:, :, :, ::-1])
-    return errors.row(MEASURES["flip"], backend, used=used, how=how)
+    return errors.row(MEASURES["flip"], backend, **labels)
 
 
 def _sizes(samples: Samples) -> NDArray[np.int64]:
