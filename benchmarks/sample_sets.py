@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.decode.pillow import FORMATS
@@ -186,6 +188,14 @@ def read_with_pil(file: str | Path) -> Image.Image:
     """The picture in RGB as torchvision's ImageFolder reads it, of the formats that pictures may have."""
     with Image.open(file, formats=FORMATS) as image:
         return image.convert("RGB")
+
+
+def colourful(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Draw (height, width, 3) smooth, saturated colours with some noise, hard for chroma subsampling."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    return (smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
 def _reencode_file(source: Path, target: Path) -> None:

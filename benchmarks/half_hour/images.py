@@ -14,8 +14,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.half_hour.plan import Images, Size
-from benchmarks.parity.samples import colourful
-from benchmarks.sample_sets import PHOTOGRAPHS, QUALITY, SampleSets, dataset_tools
+from benchmarks.sample_sets import PHOTOGRAPHS, QUALITY, SampleSets, colourful, dataset_tools
 from benchmarks.synthetic import write_synthetic
 from pipelines.kernels import turbojpeg
 from pipelines.sets.beton import open_beton

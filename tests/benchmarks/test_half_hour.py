@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.report.half_hour import read_half_hour
 
 from benchmarks.half_hour import __main__ as program
 from benchmarks.half_hour import figures, hardware, images, plan, runs, steps
 from benchmarks.half_hour.__main__ import HalfHour, main
 from benchmarks.half_hour.plan import PARTS, TINY, Images, Setup
-from benchmarks.report.half_hour import read_half_hour
 from models.batch import Method
 from training import cli
 

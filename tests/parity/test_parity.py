@@ -1,4 +1,4 @@
-"""The comparison with torchvision and Pillow: everything we use holds, and what is wrong is found."""
+"""The comparison with torchvision and Pillow: every used operation passes, and wrong operations fail."""
 
 import dataclasses
 import json
@@ -14,15 +14,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as on_tensor
 
-from benchmarks.parity import chances, colour, geometry, mixtures
-from benchmarks.parity.__main__ import PAGE, RESULTS, Parity, main, measure, read_result, verdict
-from benchmarks.parity.limits import MEASURES, ks_limit
-from benchmarks.parity.measures import Errors, Measure, Row
-from benchmarks.parity.page import BLOCK, block
-from benchmarks.parity.samples import Samples, colourful, make_samples
+from benchmarks.sample_sets import colourful
 from models.batch import Mixture
 from pipelines.augment.draws import PLACES, draw_boxes, draw_parameters
 from pipelines.recipe import Recipe
+from tests.parity import distributions, geometry, mixtures, photometric
+from tests.parity.__main__ import BLOCK, PAGE, RESULTS, Parity, block, main, measure, read_result, verdict
+from tests.parity.comparisons import MEASURES, Errors, Measure, Row, ks_limit
+from tests.parity.samples import Samples, make_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,13 +42,15 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     folder = tmp_path_factory.mktemp("samples") / "train" / "corner-4-4-4"
     folder.mkdir(parents=True)
     for number in range(3):
-        picture = Image.fromarray(colourful(number, 120 + number, 143))
-        picture.save(folder / f"{number}.jpg", quality=95, subsampling="4:4:4")
+        image = Image.fromarray(colourful(number, 120 + number, 143))
+        image.save(folder / f"{number}.jpg", quality=95, subsampling="4:4:4")
     names = tuple(f"{folder.name}/{number}.jpg" for number in range(3))
     return Samples(folder.parent, folder.parent / "none.beton", names)
 
 
-VIEWS = torch.from_numpy(np.stack([colourful(seed, colour.SIDE_PX, colour.SIDE_PX) for seed in range(4)]))
+VIEWS = torch.from_numpy(
+    np.stack([colourful(seed, photometric.SIDE_PX, photometric.SIDE_PX) for seed in range(4)])
+)
 
 
 def _failed(rows: Any) -> set[str]:
@@ -61,7 +62,7 @@ def _failed(rows: Any) -> set[str]:
 
 def test_every_used_comparison_holds(result: dict[str, Any]) -> None:
     used = [row for row in result["rows"] if row["used"]]
-    assert {row["backend"] for row in used} >= {"folder", "ffcv", *colour.STAGES}
+    assert {row["backend"] for row in used} >= {"folder", "ffcv", *photometric.STAGES}
     assert [row for row in used if not row["ok"]] == []
     assert all("DALI is not installed" in why for why in result["left_out"].values())
 
@@ -76,9 +77,9 @@ def test_every_used_operation_is_compared(result: dict[str, Any]) -> None:
     crops = {"flip", "resize, shrinking", "resize, enlarging"}
     crops |= {f"decode {kind}" for kind in ("4:2:0", "4:2:2", "4:4:4", "grey", "progressive")}
     assert by_subject == dict.fromkeys(geometry.SUBJECTS, crops)
-    for stage in colour.STAGES:
+    for stage in photometric.STAGES:
         operations = {row["operation"] for row in used if row["backend"] == stage}
-        assert operations == {*colour.VALUES, "whole chain", "normalise"}
+        assert operations == {*photometric.VALUES, "whole chain", "normalise"}
     measured = {(row["operation"], row["against"]) for row in used}
     assert measured == {(m.operation, m.against) for m in MEASURES.values()}
 
@@ -110,7 +111,7 @@ def _resampled(samples: Samples, how: Image.Resampling) -> geometry.Cropper:
 
     def crops(index_N: NDArray[np.int64], boxes_NV5: NDArray[np.int32], side: int) -> NDArray[np.uint8]:
         views = [
-            samples.picture(index).crop((left, top, left + width, top + height)).resize((side, side), how)
+            samples.image(index).crop((left, top, left + width, top + height)).resize((side, side), how)
             for index, boxes_V5 in zip(index_N.tolist(), boxes_NV5.tolist(), strict=True)
             for top, left, height, width, _ in boxes_V5
         ]
@@ -143,14 +144,14 @@ def test_wrong_crops_are_found(samples: Samples) -> None:
     assert _failed(geometry.rows("folder", cubic, samples)) == {"resize, shrinking", "resize, enlarging"}
 
 
-def _stage(**wrong: Callable[[Tensor, float], Tensor]) -> colour.Stage:
+def _stage(**wrong: Callable[[Tensor, float], Tensor]) -> photometric.Stage:
     """A photometric stage made of torchvision's functions but for some."""
-    functions: Mapping[str, Callable[[Tensor, float], Tensor]] = {**colour.ON_FLOATS, **wrong}
+    functions: Mapping[str, Callable[[Tensor, float], Tensor]] = {**photometric.ON_FLOATS, **wrong}
 
     def run(views: Tensor, params_NP: Tensor, recipe: Recipe) -> Tensor:
         done = []
-        for x, params_P in zip(colour.images(views), params_NP.numpy(), strict=True):
-            for operation, value in colour.steps_of(params_P, recipe):
+        for x, params_P in zip(photometric.images(views), params_NP.numpy(), strict=True):
+            for operation, value in photometric.steps_of(params_P, recipe):
                 x = functions[operation](x, value)
             done.append(on_tensor.normalize(x, list(recipe.mean), list(recipe.std)))
         return torch.stack(done)
@@ -168,7 +169,7 @@ def _hue_in_yiq(x: Tensor, turns: float) -> Tensor:
 
 
 def test_a_stage_of_torchvisions_functions_passes() -> None:
-    assert _failed(colour.rows("reference", _stage(), VIEWS)) == set()
+    assert _failed(photometric.rows("reference", _stage(), VIEWS)) == set()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_a_stage_of_torchvisions_functions_passes() -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_operation_is_found(operation: str, wrong: Callable[[Tensor, float], Tensor]) -> None:
-    failed = _failed(colour.rows("wrong", _stage(**{operation: wrong}), VIEWS))
+    failed = _failed(photometric.rows("wrong", _stage(**{operation: wrong}), VIEWS))
     assert failed == {operation, "whole chain"}
 
 
@@ -200,8 +201,8 @@ def test_a_wrong_order_and_a_wrong_normalisation_are_found() -> None:
     def without_std(views: Tensor, params_NP: Tensor, recipe: Recipe) -> Tensor:
         return _stage()(views, params_NP, dataclasses.replace(recipe, std=(1.0, 1.0, 1.0)))
 
-    assert _failed(colour.rows("wrong", reversed_order, VIEWS)) == {"whole chain"}
-    assert _failed(colour.rows("wrong", without_std, VIEWS)) == {"normalise"}
+    assert _failed(photometric.rows("wrong", reversed_order, VIEWS)) == {"whole chain"}
+    assert _failed(photometric.rows("wrong", without_std, VIEWS)) == {"normalise"}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_wrong_draws_are_found(change: dict[str, Any], found: set[str]) -> None:
     def parameters(recipe: Recipe, *address: Any) -> NDArray[np.float32]:
         return draw_parameters(dataclasses.replace(recipe, **change), *address)
 
-    failed = _failed(chances.rows(boxes, parameters))
+    failed = _failed(distributions.rows(boxes, parameters))
     assert failed <= found and failed
     if not any(name.startswith("crop") for name in change):
         assert failed == found
@@ -235,7 +236,7 @@ def test_an_order_that_is_always_the_same_is_found() -> None:
         params_VNP[..., PLACES] = (1, 2, 3, 0, 0, 0)
         return params_VNP
 
-    assert _failed(chances.rows(draw_parameters=parameters)) == {"order of the jitters"}
+    assert _failed(distributions.rows(draw_parameters=parameters)) == {"order of the jitters"}
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_wrong_mixtures_are_found(
 
 def test_distances_of_distributions_are_kolmogorovs() -> None:
     errors = Errors()
-    chances.add_distance(errors, [1, 2, 3, 4], [3, 4, 5, 6])
+    errors.add_distance([1, 2, 3, 4], [3, 4, 5, 6])
     assert errors.row(Measure("d", "", "", 1, 1, ""), "x").max_error == 0.5
     # Tables give 1.36 for a significance of 0.05 and 1.63 for 0.01; ours is stricter still.
     assert 2.2 < ks_limit(2, 2) < 2.3

@@ -1,8 +1,8 @@
-"""The photometric operations: our two stages beside torchvision's functions, one by one and in a chain.
+"""The photometric operations: our two stages compared with torchvision, one by one and in a chain.
 
-There are two references. Pillow pictures are what MoCo's published code works on: eight bits between any two
-operations, hue in 256 steps, blur as three box filters. Tensors of floats are the same operations without the
-rounding, and what our stages promise to be equal to.
+There are two references. MoCo's published code works on Pillow images: eight bits between any two operations,
+hue in 256 steps, blur as three box filters. Float tensors are the same operations without rounding; our
+stages promise to equal them.
 
 Shape letters: N views, S side in pixels, P parameters.
 """
@@ -18,31 +18,16 @@ from torch import Tensor
 from torchvision.transforms import functional as on_pil
 from torchvision.transforms.v2 import functional as on_tensor
 
-from benchmarks.parity.limits import MEASURES
-from benchmarks.parity.measures import Errors, Row
-from pipelines.augment.draws import (
-    BLUR,
-    BRIGHTNESS,
-    BY_BRIGHTNESS,
-    BY_CONTRAST,
-    BY_SATURATION,
-    CONTRAST,
-    GREY,
-    HUE,
-    NUM_PARAMETERS,
-    PLACES,
-    SATURATION,
-    SOLARIZE,
-    blur_radius_px,
-    draw_parameters,
-)
+from pipelines.augment import draws as columns
+from pipelines.augment.draws import blur_radius_px, draw_parameters
 from pipelines.augment.photometric import augment
 from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.randomness import Draw
 from pipelines.recipe import Recipe, moco_v1, moco_v2
+from tests.parity.comparisons import MEASURES, Errors, Row
 
 Stage = Callable[[Tensor, Tensor, Recipe], Tensor]
-"""(N, S, S, 3) uint8 views, (N, P) parameters, recipe → (N, 3, S, S) float32, as augment.photometric."""
+"""(N, S, S, 3) uint8 views, (N, P) parameters, recipe → (N, 3, S, S) float32."""
 Steps = list[tuple[str, float]]
 """Operations and their values, in the order in which they are applied."""
 
@@ -57,24 +42,34 @@ VALUES: Mapping[str, tuple[float, ...]] = {
     "blur": (0.1, 0.5, 1.0, 1.5, 2.0),
     "solarise": (1.0,),
 }
-"""Fixed parameters over the recipes' ranges; MoCo v1 turns the hue by up to 0.4."""
-_COLUMNS = {
-    "brightness": BRIGHTNESS,
-    "contrast": CONTRAST,
-    "saturation": SATURATION,
-    "hue": HUE,
-    "grey": GREY,
-    "blur": BLUR,
-    "solarise": SOLARIZE,
+"""Fixed parameters that cover the recipes' ranges; MoCo v1 shifts the hue by up to 0.4."""
+_COLUMNS = dict(
+    zip(
+        VALUES,
+        (
+            columns.BRIGHTNESS,
+            columns.CONTRAST,
+            columns.SATURATION,
+            columns.HUE,
+            columns.GREY,
+            columns.BLUR,
+            columns.SOLARIZE,
+        ),
+        strict=True,
+    )
+)
+_PLACE_OF = {
+    "brightness": columns.BY_BRIGHTNESS,
+    "contrast": columns.BY_CONTRAST,
+    "saturation": columns.BY_SATURATION,
 }
-_PLACE_OF = {"brightness": BY_BRIGHTNESS, "contrast": BY_CONTRAST, "saturation": BY_SATURATION}
 PLAIN = dataclasses.replace(moco_v2(SIDE_PX), solarize_prob=0.5, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-"""Every operation may fire; no normalisation, so that what comes out are colours in [0, 1]."""
+"""Every operation may fire; no normalisation, so that the output is in [0, 1]."""
 CHAINS = (PLAIN, dataclasses.replace(moco_v1(SIDE_PX), mean=PLAIN.mean, std=PLAIN.std))
 
 
 def fused_stage(views: Tensor, params_NP: Tensor, recipe: Recipe) -> Tensor:
-    """The stage for CPUs in the shape of the batched one."""
+    """Call the CPU stage with the signature of the batched one."""
     out_VNSS3 = np.empty((1, *views.shape), np.float32)
     augment_on_cpu(views[:, None].numpy(), params_NP[None].numpy(), recipe, out_VNSS3)
     return torch.from_numpy(out_VNSS3[0]).permute(0, 3, 1, 2)
@@ -84,7 +79,7 @@ STAGES: Mapping[str, Stage] = {"torch stage": augment, "CPU stage": fused_stage}
 
 
 def rows(name: str, stage: Stage, views: Tensor) -> Iterator[Row]:
-    """Each operation alone at fixed parameters, the whole chain at drawn ones, normalising."""
+    """Compare each operation at fixed parameters, the whole chain at drawn ones, and normalisation."""
     for operation, values in VALUES.items():
         against = {PIL: Errors(), FLOAT: Errors()}
         for value in values:
@@ -111,24 +106,24 @@ def rows(name: str, stage: Stage, views: Tensor) -> Iterator[Row]:
 
 
 def identity(num: int) -> Tensor:
-    """(N, P) parameters with which nothing fires."""
-    params_NP = torch.zeros(num, NUM_PARAMETERS)
-    params_NP[:, [BRIGHTNESS, CONTRAST, SATURATION]] = 1
+    """Return (N, P) parameters with which no operation fires."""
+    params_NP = torch.zeros(num, columns.NUM_PARAMETERS)
+    params_NP[:, [columns.BRIGHTNESS, columns.CONTRAST, columns.SATURATION]] = 1
     return params_NP
 
 
 def single(operation: str, value: float, num: int) -> Tensor:
-    """(N, P) parameters with which one operation fires."""
+    """Return (N, P) parameters with which one operation fires."""
     params_NP = identity(num)
     params_NP[:, _COLUMNS[operation]] = value
-    params_NP[:, PLACES.start] = _PLACE_OF.get(operation, 0)
+    params_NP[:, columns.PLACES.start] = _PLACE_OF.get(operation, 0)
     return params_NP
 
 
 def steps_of(params_P: NDArray[np.float32], recipe: Recipe) -> Steps:
-    """What a row of drawn parameters asks for, in order; what does not fire is left out."""
+    """Return the operations that fire for a row of drawn parameters, in order."""
     blend = {place: name for name, place in _PLACE_OF.items()}
-    places = params_P[PLACES].astype(int).tolist()
+    places = params_P[columns.PLACES].astype(int).tolist()
     order = [blend[p] for p in places[:3] if p] + ["hue"] + [blend[p] for p in places[3:] if p]
     grey_at = 0 if recipe.grey_before_jitter else len(order)
     order = [*order[:grey_at], "grey", *order[grey_at:], "blur", "solarise"]
@@ -138,23 +133,23 @@ def steps_of(params_P: NDArray[np.float32], recipe: Recipe) -> Steps:
 
 
 def images(views: Tensor) -> Tensor:
-    """(N, S, S, 3) uint8 → (N, 3, S, S) float32 in [0, 1]."""
+    """Convert (N, S, S, 3) uint8 to (N, 3, S, S) float32 in [0, 1]."""
     return views.permute(0, 3, 1, 2).float() / 255
 
 
-def by_pil(views: Tensor, steps_N: list[Steps]) -> Tensor:
-    """(N, 3, S, S) grey levels by torchvision's functions on Pillow pictures, blurred as MoCo's code does."""
+def _by_pil(views: Tensor, steps_N: list[Steps]) -> Tensor:
+    """(N, 3, S, S) grey levels: torchvision's functions on Pillow images, blurred as in MoCo's code."""
     done = []
     for view, steps in zip(views.numpy(), steps_N, strict=True):
-        picture = Image.fromarray(view)
+        image = Image.fromarray(view)
         for operation, value in steps:
-            picture = ON_PIL[operation](picture, value)
-        done.append(torch.from_numpy(np.array(picture)))
+            image = _ON_PIL[operation](image, value)
+        done.append(torch.from_numpy(np.array(image)))
     return torch.stack(done).permute(0, 3, 1, 2).float()
 
 
-def by_floats(views: Tensor, steps_N: list[Steps]) -> Tensor:
-    """(N, 3, S, S) grey levels by torchvision's functions on tensors of floats."""
+def _by_floats(views: Tensor, steps_N: list[Steps]) -> Tensor:
+    """(N, 3, S, S) grey levels: torchvision's functions on float tensors."""
     done = []
     for x, steps in zip(images(views), steps_N, strict=True):
         for operation, value in steps:
@@ -169,14 +164,14 @@ def _blur_floats(x: Tensor, sigma: float) -> Tensor:
     return blurred
 
 
-ON_PIL: Mapping[str, Callable[[Image.Image, float], Image.Image]] = {
+_ON_PIL: Mapping[str, Callable[[Image.Image, float], Image.Image]] = {
     "brightness": on_pil.adjust_brightness,
     "contrast": on_pil.adjust_contrast,
     "saturation": on_pil.adjust_saturation,
     "hue": on_pil.adjust_hue,
-    "grey": lambda picture, _: on_pil.rgb_to_grayscale(picture, 3),
-    "blur": lambda picture, sigma: picture.filter(ImageFilter.GaussianBlur(sigma)),
-    "solarise": lambda picture, _: on_pil.solarize(picture, 128),
+    "grey": lambda image, _: on_pil.rgb_to_grayscale(image, 3),
+    "blur": lambda image, sigma: image.filter(ImageFilter.GaussianBlur(sigma)),
+    "solarise": lambda image, _: on_pil.solarize(image, 128),
 }
 ON_FLOATS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "brightness": on_tensor.adjust_brightness,
@@ -187,4 +182,4 @@ ON_FLOATS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "blur": _blur_floats,
     "solarise": lambda x, _: on_tensor.solarize(x, 128 / 255),
 }
-REFERENCES: Mapping[str, Callable[[Tensor, list[Steps]], Tensor]] = {PIL: by_pil, FLOAT: by_floats}
+REFERENCES: Mapping[str, Callable[[Tensor, list[Steps]], Tensor]] = {PIL: _by_pil, FLOAT: _by_floats}

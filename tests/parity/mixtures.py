@@ -1,4 +1,4 @@
-"""Masks and mixtures beside their formulas, written out in NumPy.
+"""Masks and mixtures compared with their formulas in NumPy.
 
 Shape letters: N batch, S side in pixels, G cells along a mask's side.
 """
@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from benchmarks.parity.chances import EVERYBODY, add_distance
-from benchmarks.parity.limits import GRID_CELL_DRAWS, MEASURES, NUM_DRAWS, NUM_UNMIX
-from benchmarks.parity.measures import Errors, Row
 from models.batch import Mixture
 from pipelines.augment.mixing import blend, block_masks, draw_masks, draw_mixtures, grid_masks
 from pipelines.randomness import Draw
 from pipelines.recipe import Mixing, Recipe, moco_v2
+from tests.parity.comparisons import GRID_CELL_DRAWS, MEASURES, NUM_DRAWS, NUM_UNMIX, Errors, Row
 
 Mix = Callable[[Recipe, int, int, Tensor, Tensor], tuple[Mixture, ...]]
 _SIDE_PX = 48
@@ -31,12 +29,12 @@ _UNMIX_SIDE_PX = 64
 
 
 def mix(recipe: Recipe, seed: int, epoch: int, index_N: Tensor, query: Tensor) -> tuple[Mixture, ...]:
-    """What the loader does to a batch: draw on the host, blend where the views are."""
+    """Mix a batch as the loader does: draw on the host, blend on the views' device."""
     return tuple(blend(query, drawn) for drawn in draw_mixtures(recipe, Draw(seed, epoch, index_N.numpy())))
 
 
 def rows(mix: Mix = mix) -> Iterator[Row]:
-    """Masks, then mixtures of every method."""
+    """Compare masks, then the mixtures of every method."""
     yield from _mask_rows()
     yield from cell_rows(mix)
     yield from unmix_rows(mix)
@@ -50,19 +48,19 @@ def _mask_rows() -> Iterator[Row]:
         for keep in _KEEPS:
             kept_N = block_masks(grid_size, keep, Draw(0, 0, index_N)).mean(axis=(1, 2))
             exact.add(kept_N, np.full(len(kept_N), int(keep * grid_size**2) / grid_size**2))
-    yield exact.row(MEASURES["block mask, share kept"], EVERYBODY)
+    yield exact.row(MEASURES["block mask, share kept"])
     for grid_size, keep in ((2, 0.5), (4, 0.3), (8, 0.5)):
         masks_NGG = grid_masks(grid_size, keep, Draw(0, 0, np.arange(NUM_DRAWS)))
-        theirs_N = redrawn_grids(rng, grid_size, keep).sum(axis=(1, 2))
-        add_distance(counts, masks_NGG.sum(axis=(1, 2)), theirs_N)
-    yield counts.row(MEASURES["grid mask, cells kept"], EVERYBODY)
+        theirs_N = _redrawn_grids(rng, grid_size, keep).sum(axis=(1, 2))
+        counts.add_distance(masks_NGG.sum(axis=(1, 2)), theirs_N)
+    yield counts.row(MEASURES["grid mask, cells kept"])
     masks_NGG = grid_masks(8, 0.5, Draw(1, 0, np.arange(GRID_CELL_DRAWS)))
     cells.add(masks_NGG.mean(axis=0), np.full((8, 8), 0.5))
-    yield cells.row(MEASURES["grid mask, each cell"], EVERYBODY)
+    yield cells.row(MEASURES["grid mask, each cell"])
 
 
-def redrawn_grids(rng: np.random.Generator, grid_size: int, keep: float) -> NDArray[np.bool_]:
-    """(N, G, G) cells kept by themselves; a mask that keeps all or none is drawn again, as published."""
+def _redrawn_grids(rng: np.random.Generator, grid_size: int, keep: float) -> NDArray[np.bool_]:
+    """(N, G, G) independent cells; a mask that keeps all or none is drawn again, as published."""
     masks_NGG = rng.random((NUM_DRAWS, grid_size, grid_size)) < keep
     while (again_N := np.isin(masks_NGG.mean(axis=(1, 2)), (0, 1))).any():
         masks_NGG[again_N] = rng.random((again_N.sum(), grid_size, grid_size)) < keep
@@ -74,9 +72,8 @@ def _queries(num: int, side: int) -> Tensor:
 
 
 def cell_rows(mix: Mix) -> Iterator[Row]:
-    """Mixtures by masks of cells, and erased views."""
-    pixels, shares, partners = Errors(), Errors(), Errors()
-    erased = Errors()
+    """Compare mixtures by masks of cells, and erased views."""
+    pixels, erased, shares, partners = Errors(), Errors(), Errors(), Errors()
     for number in range(_SEEDS):
         for num in _BATCHES:
             query, index_N = _queries(num, _SIDE_PX), torch.arange(100, 100 + num)
@@ -85,21 +82,22 @@ def cell_rows(mix: Mix) -> Iterator[Row]:
                 mixture = mix(recipe, number, 2, index_N, query)[-1]
                 address_N = index_N if mixing.mask_per == "image" else index_N[:1]
                 masks_NGG = torch.from_numpy(draw_masks(mixing, Draw(number, 2, address_N.numpy())))
-                # torch's own nearest enlargement; its rows and columns are those of floor(i · G / S).
+                # torch's nearest interpolation takes the rows and columns floor(i · G / S).
                 mask = interpolate(masks_NGG[:, None], _SIDE_PX, mode="nearest").numpy().astype(np.float64)
                 mask = np.broadcast_to(mask, (num, 1, _SIDE_PX, _SIDE_PX))
                 x, partner_N = query.numpy().astype(np.float64), mixture.partner.numpy()
-                other = _fill(recipe, x.shape) if mixing.method == "erase" else x[partner_N]
-                (erased if mixing.method == "erase" else pixels).add(
-                    mixture.images, mask * x + (1 - mask) * other
-                )
                 shares.add(mixture.lam, mask.mean(axis=(1, 2, 3)))
-                if mixing.method != "erase":
-                    add_partners(partners, partner_N)
-    yield pixels.row(MEASURES["mixmask, images"], EVERYBODY)
-    yield erased.row(MEASURES["erase, images"], EVERYBODY)
-    yield shares.row(MEASURES["λ of cell masks"], EVERYBODY)
-    yield partners.row(MEASURES["partners"], EVERYBODY)
+                if mixing.method == "erase":
+                    erased.add(mixture.images, mask * x + (1 - mask) * _fill(recipe, x.shape))
+                    continue
+                pixels.add(mixture.images, mask * x + (1 - mask) * x[partner_N])
+                own_N = np.arange(num)
+                partners.add((partner_N == own_N).mean(), 0)
+                partners.add(np.isin(own_N, partner_N, invert=True).mean(), 0)
+    yield pixels.row(MEASURES["mixmask, images"])
+    yield erased.row(MEASURES["erase, images"])
+    yield shares.row(MEASURES["λ of cell masks"])
+    yield partners.row(MEASURES["partners"])
 
 
 def _mixings() -> Iterator[Mixing]:
@@ -115,21 +113,14 @@ def _mixings() -> Iterator[Mixing]:
 
 
 def _fill(recipe: Recipe, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """What erased cells hold: the mean is 0 once normalised, black is −mean / std."""
+    """Return the fill of erased cells, normalised: 0 for the mean, −mean / std for black."""
     black = -np.array(recipe.mean) / np.array(recipe.std)
     fill = np.zeros(3) if recipe.mixing.erase_fill == "mean" else black
     return np.broadcast_to(fill[:, None, None], shape)
 
 
-def add_partners(errors: Errors, partner_N: NDArray[np.int64]) -> None:
-    """Count images that are mixed with themselves, and those that are nobody's partner."""
-    own_N = np.arange(len(partner_N))
-    errors.add((partner_N == own_N).mean(), 0)
-    errors.add(np.isin(own_N, partner_N, invert=True).mean(), 0)
-
-
 def unmix_rows(mix: Mix) -> Iterator[Row]:
-    """Un-Mix: what its images are made of, and how its shares are distributed."""
+    """Compare the images of Un-Mix, and the distribution of λ."""
     recipe = dataclasses.replace(moco_v2(_UNMIX_SIDE_PX), mixing=Mixing(method="unmix"))
     query, index_N = _queries(2, _UNMIX_SIDE_PX), torch.arange(2)
     x = query.numpy().astype(np.float64)
@@ -146,16 +137,16 @@ def unmix_rows(mix: Mix) -> Iterator[Row]:
             pixels.add(images, lam * x + (1 - lam) * other)
             continue
         lam_pasted.append(lam)
-        mask = pasted(~kept_NSS[0])
+        mask = _pasted(~kept_NSS[0])
         pixels.add(images, mask * x + (1 - mask) * other)
         shares.add(lam, mask.mean())
-    yield pixels.row(MEASURES["unmix, images"], EVERYBODY)
-    yield shares.row(MEASURES["λ of rectangles"], EVERYBODY)
-    yield from _unmix_chances(recipe.mixing, np.array(lam_global), np.array(lam_pasted))
+    yield pixels.row(MEASURES["unmix, images"])
+    yield shares.row(MEASURES["λ of rectangles"])
+    yield from _lam_rows(recipe.mixing, np.array(lam_global), np.array(lam_pasted))
 
 
-def pasted(replaced_SS: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(S, S) mask of the smallest rectangle around the replaced pixels: 0 within, 1 without."""
+def _pasted(replaced_SS: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(S, S) mask of the smallest rectangle around the replaced pixels: 0 inside, 1 outside."""
     mask = np.ones(replaced_SS.shape)
     rows, columns = np.flatnonzero(replaced_SS.any(axis=1)), np.flatnonzero(replaced_SS.any(axis=0))
     if len(rows):
@@ -163,22 +154,22 @@ def pasted(replaced_SS: NDArray[np.bool_]) -> NDArray[np.float64]:
     return mask
 
 
-def _unmix_chances(
+def _lam_rows(
     mixing: Mixing, lam_global_A: NDArray[np.float64], lam_pasted_B: NDArray[np.float64]
 ) -> Iterator[Row]:
-    """λ of global mixtures against the beta distribution, that of rectangles against the published code's."""
+    """Compare λ of global mixtures with the beta distribution, λ of rectangles with the published code."""
     rng = np.random.default_rng(0)
     often, whole, rectangle = Errors(), Errors(), Errors()
     often.add(len(lam_global_A) / (len(lam_global_A) + len(lam_pasted_B)), mixing.unmix_global_prob)
-    add_distance(whole, lam_global_A, rng.beta(mixing.unmix_beta, mixing.unmix_beta, NUM_DRAWS))
-    add_distance(rectangle, lam_pasted_B, published_rectangles(rng, mixing.unmix_beta))
-    yield often.row(MEASURES["how often: global mixture"], EVERYBODY)
-    yield whole.row(MEASURES["unmix, λ of global mixtures"], EVERYBODY)
-    yield rectangle.row(MEASURES["unmix, λ of rectangles"], EVERYBODY)
+    whole.add_distance(lam_global_A, rng.beta(mixing.unmix_beta, mixing.unmix_beta, NUM_DRAWS))
+    rectangle.add_distance(lam_pasted_B, _published_rectangles(rng, mixing.unmix_beta))
+    yield often.row(MEASURES["how often: global mixture"])
+    yield whole.row(MEASURES["unmix, λ of global mixtures"])
+    yield rectangle.row(MEASURES["unmix, λ of rectangles"])
 
 
-def published_rectangles(rng: np.random.Generator, beta: float) -> NDArray[np.float64]:
-    """λ of rectangles of area 1 − λ' around a pixel drawn evenly, cut off at the border; CutMix's."""
+def _published_rectangles(rng: np.random.Generator, beta: float) -> NDArray[np.float64]:
+    """λ of CutMix's rectangles: area 1 − λ' around a uniformly drawn pixel, clipped at the border."""
     side = _UNMIX_SIDE_PX
     cut = (side * np.sqrt(1 - rng.beta(beta, beta, NUM_DRAWS))).astype(np.int64)
     area = np.ones(NUM_DRAWS)
