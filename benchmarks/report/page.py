@@ -96,7 +96,7 @@ def _scale_view(scale: Figures) -> Figures:
     } | {"measures": MEASURES}
 
 
-def _half_hour_view(half_hour: Figures) -> Figures:
+def half_hour_view(half_hour: Figures) -> Figures:
     """Return what was measured of each part, and what was not."""
     parts = {}
     for part, missing in missing_rows(half_hour).items():
@@ -194,6 +194,6 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 
 _VIEWS = {
-    **{"loader": _loader_view, "half_hour": _half_hour_view, "scale": _scale_view},
+    **{"loader": _loader_view, "half_hour": half_hour_view, "scale": _scale_view},
     **{"step": _step_view, "race": _race_view, "evidence": _evidence_view},
 }

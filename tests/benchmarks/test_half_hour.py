@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.report.half_hour import read_half_hour
 
 from benchmarks.half_hour import __main__ as program
 from benchmarks.half_hour import figures, hardware, images, plan, runs, steps
 from benchmarks.half_hour.__main__ import HalfHour, main
 from benchmarks.half_hour.plan import PARTS, TINY, Images, Setup
+from benchmarks.report.page import half_hour_view
+from benchmarks.report.results import read_figures
 from models.batch import Method
 from training import cli
 
@@ -148,17 +149,19 @@ def test_a_rehearsal_without_a_gpu_does_all_that_a_cpu_can(tmp_path: Path) -> No
     assert (
         said.splitlines()[-2].startswith(f"figures: {out}") and said.splitlines()[-1] == "next: make report"
     )
-    found = read_half_hour(out)
-    assert found.quick and tuple(found.parts) == PARTS
+    found = read_figures(out, "half_hour")
+    shown = half_hour_view(found)["parts"]
+    assert found["quick"] and tuple(shown) == PARTS
     gpu_alone = ("pinned", "compiled", "--c", "graph", "decode_jpeg")
-    for part, missing in found.missing.items():
-        expected = {name for name in found.parts[part] if any(word in name for word in gpu_alone)}
-        assert set(missing) == expected and set(missing.values()) <= {"needs a GPU"}
-    for part, rows in found.rates.items():
-        assert rows.keys() == {n for n, row in found.parts[part].items() if "median" in row}
-        assert all(rate.low <= rate.median <= rate.high for rate in rows.values())
-    assert {len(rows) for part, rows in found.rates.items() if part != "check"} == {0, 1, 3, 4, 9, 12}
-    run = found.parts["train"]["eager"]
+    rates = {part: [bar for bars in view["rates"].values() for bar in bars] for part, view in shown.items()}
+    for part, view in shown.items():
+        rows, missing = found["parts"][part], {name for names in view["missing"].values() for name in names}
+        assert missing == {name for name in rows if any(word in name for word in gpu_alone)}
+        assert set(view["missing"]) <= {"needs a GPU"}
+        assert {bar.name for bar in rates[part]} == {n for n, row in rows.items() if "median" in row}
+        assert all(bar.low <= bar.median <= bar.high for bar in rates[part])
+    assert {len(bars) for part, bars in rates.items() if part != "check"} == {0, 1, 3, 4, 9, 12}
+    run = found["parts"]["train"]["eager"]
     assert 0 < run["stopped_at"] < run["steps"] == TINY.train_steps and 0 <= run["wait_percent"] <= 100
     assert len(found.parts["step"]["profile of mixmask, 8 groups, eager"]["kernels"]) == 10
 
