@@ -75,7 +75,7 @@ files = [file for room in rooms for file in sorted(pathlib.Path(room).rglob("*.p
 files += sorted(pathlib.Path().glob("*.py"))
 # They have no options of their own.
 install = ("training.install.doctor", "training.install.activate")
-without_help = (*install, "detection.repeat", "benchmarks.half_hour.worker")
+without_help = (*install, "detection.repeat")
 failed, programs = {}, {}
 for file in files:
     name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")

@@ -1,7 +1,4 @@
-"""The images of the half hour: those that are in ``--data`` already, else photographs, else drawn ones.
-
-python -m benchmarks.half_hour --data data
-"""
+"""The images of the half hour: those that are in ``--data`` already, else photographs, else drawn ones."""
 
 import importlib.util
 from collections.abc import Callable
@@ -11,31 +8,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from benchmarks.half_hour.plan import Images, Size
-from benchmarks.parity.samples import colourful
 from benchmarks.sample_sets import PHOTOGRAPHS, QUALITY, SampleSets, dataset_tools
+from benchmarks.shapes import draw
 from benchmarks.synthetic import write_synthetic
 from pipelines.kernels import turbojpeg
 from pipelines.sets.beton import open_beton
 from pipelines.sets.manifest import Manifest
 
-_SIZES_PX = ((375, 500), (500, 375), (333, 500), (500, 500))
-"""Height, width of drawn images."""
+_SIZES_PX = ((500, 375), (375, 500), (500, 333), (500, 500))
+"""Width, height of drawn images."""
+_Note = Callable[[str], None]
 
 
-def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable[[str], None]) -> Images:
+def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: _Note) -> Images:
     """Find or make the images, and compile them where libturbojpeg is found.
 
-    Photographs are made where scikit-image and scikit-learn are installed; a tiny run always draws its own.
+    Photographs are made where scikit-image and scikit-learn are installed. A tiny run always draws its own.
 
     Args:
         data: folder of the sample sets.
         out: folder for the set that repeats images.
-        size: how many images to draw, and how many entries that set has.
+        size: how many images to draw, and how many entries the repeating set has.
         tiny: draw small images.
-        note: called with what is being done, and with what could not be.
+        note: called with what is being done, and with what could not be done.
+
+    Raises:
+        ValueError: where the only set that is there cannot be read.
     """
     base = data / f"photographs-q{QUALITY}"
     how = f"photographs encoded anew at quality {QUALITY}"
@@ -45,7 +44,7 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable
         there = _done(lambda: SampleSets(data, PHOTOGRAPHS, note).reencoded_folder, note)
     if tiny or not there:
         base = data / f"drawn-{size.num_images}{'-tiny' if tiny else ''}"
-        how = f"drawn, smooth colours with noise, quality {QUALITY}: no photographs were at hand"
+        how = f"drawn shapes with noise, quality {QUALITY}: no photographs were found"
         _draw(base / "train", size.num_images, tiny=tiny, note=note)
     beton, shards = (base.with_name(f"{base.name}.{kind}") for kind in ("beton", "shards"))
     can_decode = turbojpeg.is_found()
@@ -64,28 +63,28 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable
             write_synthetic(source, long, count=size.num_entries, payloads=len(source))
         paths["long"] = str(long)
     if not (paths.get("folder") or paths.get("long")):
-        raise ValueError(f"{beton} cannot be read here: {turbojpeg.INSTALL}; or carry {base}/train too")
+        raise ValueError(f"{beton} cannot be read here: {turbojpeg.INSTALL}; or copy {base}/train here too")
     return Images(how, **paths)
 
 
-def _done(make: Callable[[], object], note: Callable[[str], None]) -> bool:
-    """Whether something could be made; why not is noted, and the run goes on without it."""
-    try:
-        make()
-    except ValueError as error:
-        note(f"going on without: {error}")
-        return False
-    return True
-
-
 def facts(images: Images) -> dict[str, Any]:
-    """What the images are, for the JSON; paths as they were found."""
+    """Describe the images for the JSON."""
     paths = {kind: Path(path).name for kind, path in asdict(images).items() if kind != "how" and path}
     reads = "a compiled file that repeats them" if images.long else "a folder of JPEG files, by Pillow"
     return {"how": images.how, "read_from": reads, "sets": paths}
 
 
-def _draw(folder: Path, num: int, *, tiny: bool, note: Callable[[str], None]) -> None:
+def _done(make: Callable[[], object], note: _Note) -> bool:
+    """Return whether something could be made; a failure is noted, and the run continues without it."""
+    try:
+        make()
+    except ValueError as error:
+        note(f"continuing without it: {error}")
+        return False
+    return True
+
+
+def _draw(folder: Path, num: int, *, tiny: bool, note: _Note) -> None:
     """Draw JPEG files in two class folders, unless all are there."""
     files = [folder / f"class-{i % 2}" / f"{i:05}.jpg" for i in range(num)]
     if all(file.is_file() for file in files):
@@ -94,10 +93,10 @@ def _draw(folder: Path, num: int, *, tiny: bool, note: Callable[[str], None]) ->
     for parent in {file.parent for file in files}:
         parent.mkdir(parents=True, exist_ok=True)
 
-    def draw(i: int) -> None:
-        height, width = (side // 6 if tiny else side for side in _SIZES_PX[i % len(_SIZES_PX)])
-        image = Image.fromarray(colourful(i, height, width))
+    def save(i: int) -> None:
+        width, height = (side // 6 if tiny else side for side in _SIZES_PX[i % len(_SIZES_PX)])
+        image = draw(i, max(width, height))[0].crop((0, 0, width, height))
         image.save(files[i], "JPEG", quality=QUALITY, subsampling="4:2:0")
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(draw, range(num)))
+        list(pool.map(save, range(num)))

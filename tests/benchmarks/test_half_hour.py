@@ -17,6 +17,7 @@ from benchmarks.half_hour import __main__ as program
 from benchmarks.half_hour import figures, hardware, images, plan, runs, steps
 from benchmarks.half_hour.__main__ import HalfHour, main
 from benchmarks.half_hour.plan import PARTS, TINY, Images, Setup
+from benchmarks.peers.contract import image_files
 from benchmarks.report.half_hour import read_half_hour
 from models.batch import Method
 from training import cli
@@ -167,7 +168,7 @@ def test_images_are_found_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     data, out = tmp_path / "data", tmp_path / "out"
     monkeypatch.setattr(images.turbojpeg, "is_found", lambda: False)
     drawn = images.find_images(data, out, TINY, tiny=True, note=lambda _: None)
-    assert len(plan.files_below(drawn.folder)) == TINY.num_images and drawn.path() == drawn.folder
+    assert len(image_files(Path(drawn.folder))) == TINY.num_images and drawn.path() == drawn.folder
     assert not (drawn.beton or drawn.shards or drawn.long), "nothing can be compiled without libturbojpeg"
     (data / "photographs-q86" / "train").mkdir(parents=True)
     found = images.find_images(data, out, TINY, tiny=False, note=lambda _: None)

@@ -69,7 +69,7 @@ def test_the_loader_gives_a_synthetic_sets_pictures(beton: Path, tmp_path: Path)
 
 
 def test_more_payloads_than_pictures_are_refused(beton: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"41 payloads .* has 40 pictures"):
+    with pytest.raises(ValueError, match=r"payloads is 41; it must be in 1 … 40, the images of"):
         write_synthetic(open_beton(beton), tmp_path / "made.beton", count=90, payloads=41)
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +79,7 @@ def test_more_payloads_than_pictures_are_refused(beton: Path, tmp_path: Path) ->
     [
         ({"repeats": 0}, "0 turns measure nothing"),
         ({"count": ()}, "give at least one"),
-        ({"count": (639,)}, "640 pictures or more, 10 batches"),
+        ({"count": (639,)}, "640 images or more, 10 batches"),
         ({"photographs": Path("nowhere.beton")}, "make samples"),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_measures_nothing_is_refused(beton: Path, change: dict[str, Any], s
 def test_a_killed_process_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     # To the process that waits, os._exit looks like the kernel's kill.
     monkeypatch.setattr(scale, "turn", _die)
-    with pytest.raises(ValueError, match=r"measuring 77 pictures was killed.*smaller --count"):
+    with pytest.raises(ValueError, match=r"measuring 77 images was killed.*smaller --count"):
         scale._in_fresh_process(Path("77.beton"), 1, 1)
 
 
