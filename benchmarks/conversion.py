@@ -7,16 +7,17 @@ import contextlib
 import io
 import multiprocessing
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.programs import output_of
 from benchmarks.ratios import CONVERT_FFCV, CONVERT_OURS
 from benchmarks.sample_sets import read_with_pil
 
+# Both programs print their pace as "(1,234/s)".
 _PACE = re.compile(r"\(([\d,]+)/s\)")
 _TIMEOUT_S = 900
 CONFIGURED = {
@@ -39,25 +40,11 @@ def measure(
         for _ in range(repeats):
             for name, command in ((CONVERT_OURS, ours), (CONVERT_FFCV, ffcv)):
                 progress(f"converting: {name}")
-                rates[name].append(_images_per_s(*command))
+                # FFCV's writer waits without end once one of its workers has raised.
+                said = output_of(*command, timeout_s=_TIMEOUT_S)
+                rates[name].append(float(_PACE.findall(said)[-1].replace(",", "")))
                 out.unlink()
     return rates
-
-
-def _images_per_s(*words: object) -> float:
-    """Run a program that reports its pace as "(1,234/s)"."""
-    command = [sys.executable, *map(str, words)]
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_TIMEOUT_S)
-    except subprocess.TimeoutExpired as error:
-        # FFCV's writer waits without end once one of its workers has raised.
-        raise ValueError(f"`python {' '.join(command[1:])}` has not ended after {_TIMEOUT_S} s") from error
-    paces = _PACE.findall(done.stdout)
-    if done.returncode or not paces:
-        raise ValueError(
-            f"`python {' '.join(command[1:])}` ended with code {done.returncode}: {done.stderr.strip()}"
-        )
-    return float(paces[-1].replace(",", ""))
 
 
 def ffcv() -> None:

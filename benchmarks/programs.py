@@ -29,6 +29,29 @@ def run_python(console: Console, *words: object) -> None:
         raise ValueError(f"the step above ended with code {code}; follow its message, then run this again")
 
 
+def output_of(*words: object, timeout_s: float | None = None) -> str:
+    """Run a program with this interpreter; returns what it printed, or raises ValueError if it fails."""
+    program = f"`python {' '.join(map(str, words))}`"
+    try:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], check=False, capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{program} has not ended after {timeout_s} s") from error
+    if done.returncode:
+        raise ValueError(f"{program} ended with code {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return "name was 1, is 2; …" for the values that differ."""
+    return "; ".join(
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in {**now, **before}
+        if before.get(name) != now.get(name)
+    )
+
+
 def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write down the settings of a run in ``folder``.
 
@@ -41,16 +64,9 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{folder} does not say what it holds, in {path.name}; take another --out, or remove it"
         )
-    before = json.loads(path.read_text()) if path.is_file() else now
-    differing = [
-        f"{name} was {before.get(name)}, is {now.get(name)}"
-        for name in sorted(before | now)
-        if before.get(name) != now.get(name)
-    ]
-    if differing:
+    if differing := differences(json.loads(path.read_text()) if path.is_file() else now, now):
         raise ValueError(
-            f"{folder} holds a run of other settings ({'; '.join(differing)}); take another --out, or "
-            "remove it"
+            f"{folder} holds a run of other settings ({differing}); take another --out, or remove it"
         )
     write_json(path, now)
 

@@ -7,8 +7,6 @@ shards. A set appears under its name only when it is complete.
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.programs import output_of
 from pipelines.decode.pillow import FORMATS
 from pipelines.sets.listing import FolderListing
 from pipelines.sets.manifest import Manifest, manifest_path
@@ -188,13 +187,8 @@ def read_with_pil(file: str | Path) -> Image.Image:
 
 
 def dataset_tools(*words: object) -> None:
-    """Run one of the programs of dataset_tools as a user does; raises ValueError with what it printed."""
-    command = [sys.executable, "-m", "dataset_tools", *map(str, words)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(
-            f"`python {' '.join(command[1:])}` ended with code {done.returncode}: {done.stderr.strip()}"
-        )
+    """Run one of the programs of dataset_tools as a user does; raises ValueError if it fails."""
+    output_of("-m", "dataset_tools", *words)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -13,13 +13,12 @@ one warm-up each that fills the compilers' caches. The files were just written, 
 import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from rich.table import Table
 from benchmarks.environment import environment, write_figures
 from benchmarks.memory import status_mib
 from benchmarks.synthetic import write_synthetic
+from benchmarks.timing import sampling
 from pipelines import build_loader
 from pipelines.cores import usable_cores
 from pipelines.kernels.turbojpeg import library
@@ -155,7 +155,8 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
     # Sets the kernel's high-water mark of resident memory back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory_mib()
-    with _private_peak() as peak_mib:
+    # A thread watches, since the kernel keeps no peak of private memory.
+    with sampling(partial(status_mib, "RssAnon"), _PEAK_EVERY_S) as private_mib:
         start = time.perf_counter()
         loader = build_loader(
             path, moco_v2(_CROP_PX), "ffcv", batch_size=batch_size, seed=0, num_threads=threads
@@ -182,7 +183,7 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
         "resume_s": resume_s,
         "opened_private_memory_mib": opened["private"] - before["private"],
         "private_memory_mib": settled["private"] - before["private"],
-        "peak_private_memory_mib": max(peak_mib) - before["private"],
+        "peak_private_memory_mib": max(private_mib, default=0.0) - before["private"],
         "memory_mib": settled["resident"] - before["resident"],
         "peak_memory_mib": status_mib("VmHWM") - before["resident"],
     }
@@ -202,24 +203,6 @@ def _memory_mib() -> dict[str, float]:
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return {"resident": kib["Rss"] / 1024, "private": kib["Anonymous"] / 1024}
-
-
-@contextmanager
-def _private_peak() -> Iterator[list[float]]:
-    """Yield a list that a thread fills with private memory in MiB, since the kernel keeps no peak of it."""
-    seen_mib, stop = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(_PEAK_EVERY_S):
-            seen_mib[0] = max(seen_mib[0], status_mib("RssAnon"))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield seen_mib
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _take_turns(

@@ -4,9 +4,10 @@ So other load on the machine, and changes of its clock, affect all runners alike
 """
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -99,6 +100,28 @@ def _turn(batches: Iterator[object], runner: Runner, seconds: float) -> float:
                 settle()
                 elapsed = time.perf_counter() - start
             return num * runner.items / elapsed
+
+
+@contextmanager
+def sampling(read: Callable[[], float], every_s: float) -> Iterator[list[float]]:
+    """Yield a list that a thread extends by ``read()`` every ``every_s`` seconds, until that raises."""
+    seen: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(every_s):
+            try:
+                seen.append(read())
+            except Exception:  # such as NVML's errors, which have no other base class
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
 
 
 def summary(rates: list[float]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.programs import differences
 from benchmarks.report.charts import number
 from benchmarks.report.files import read_json
 from training.files import write_json
@@ -47,13 +48,9 @@ class FiguresFile:
         if not path.is_file():
             return
         before = read_json(path, COMMAND)
-        then, now = _identity(before), _identity(head)
-        if differing := [
-            f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]
-        ]:
+        if differing := differences(_identity(before), _identity(head)):
             raise ValueError(
-                f"{path} holds figures of another setup ({'; '.join(differing)}); give another --json or "
-                "remove the file"
+                f"{path} holds figures of another setup ({differing}); give another --json or remove the file"
             )
         self._content |= {key: before[key] for key in ("expected", "parts")}
 

@@ -1,10 +1,10 @@
 """The images of the half hour: those that are in ``--data`` already, else photographs, else drawn ones."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,35 +36,34 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: _Note) -
     Raises:
         ValueError: where the only set that is there cannot be read.
     """
-    base = data / f"photographs-q{QUALITY}"
-    how = f"photographs encoded anew at quality {QUALITY}"
+    base, how = data / f"photographs-q{QUALITY}", f"photographs encoded anew at quality {QUALITY}"
     there = base.is_dir() or base.with_name(f"{base.name}.beton").is_file()
     if not (tiny or there) and all(importlib.util.find_spec(name) for name in ("skimage", "sklearn")):
-        note(f"making {base}")
-        there = _done(lambda: SampleSets(data, PHOTOGRAPHS, note).reencoded_folder, note)
+        with _optional(f"making {base}", note):
+            there = SampleSets(data, PHOTOGRAPHS, note).reencoded_folder.is_dir()
     if tiny or not there:
         base = data / f"drawn-{size.num_images}{'-tiny' if tiny else ''}"
         how = f"drawn shapes with noise, quality {QUALITY}: no photographs were found"
         _draw(base / "train", size.num_images, tiny=tiny, note=note)
-    beton, shards = (base.with_name(f"{base.name}.{kind}") for kind in ("beton", "shards"))
-    can_decode = turbojpeg.is_found()
-    for path in (beton, shards):
-        if can_decode and base.is_dir() and not (path.exists() and Manifest.read(path)):
-            note(f"compiling {path}")
-            _done(partial(dataset_tools, "convert", base / "train", path), note)
-    found = {"folder": base / "train", "beton": beton, "shards": shards}
-    paths = {kind: str(path) for kind, path in found.items() if path.exists()}
-    if can_decode and beton.exists():
-        long = out / f"{base.name}-{size.num_entries}.beton"
-        if not long.exists():
-            note(f"writing {long}")
-            long.parent.mkdir(parents=True, exist_ok=True)
-            source = open_beton(beton)
-            write_synthetic(source, long, count=size.num_entries, payloads=len(source))
-        paths["long"] = str(long)
-    if not (paths.get("folder") or paths.get("long")):
-        raise ValueError(f"{beton} cannot be read here: {turbojpeg.INSTALL}; or copy {base}/train here too")
-    return Images(how, **paths)
+    paths, can_decode = {"folder": base / "train"}, turbojpeg.is_found()
+    for kind in ("beton", "shards"):
+        paths[kind] = base.with_name(f"{base.name}.{kind}")
+        if can_decode and base.is_dir() and not (paths[kind].exists() and Manifest.read(paths[kind])):
+            with _optional(f"compiling {paths[kind]}", note):
+                dataset_tools("convert", base / "train", paths[kind])
+    if can_decode and paths["beton"].exists():
+        paths["long"] = out / f"{base.name}-{size.num_entries}.beton"
+        if not paths["long"].exists():
+            note(f"writing {paths['long']}")
+            out.mkdir(parents=True, exist_ok=True)
+            source = open_beton(paths["beton"])
+            write_synthetic(source, paths["long"], count=size.num_entries, payloads=len(source))
+    found = {kind: str(path) for kind, path in paths.items() if path.exists()}
+    if not found.keys() & {"folder", "long"}:
+        raise ValueError(
+            f"{base}.beton cannot be read here: {turbojpeg.INSTALL}; or copy {base}/train here too"
+        )
+    return Images(how, **found)
 
 
 def facts(images: Images) -> dict[str, Any]:
@@ -74,14 +73,14 @@ def facts(images: Images) -> dict[str, Any]:
     return {"how": images.how, "read_from": reads, "sets": paths}
 
 
-def _done(make: Callable[[], object], note: _Note) -> bool:
-    """Return whether something could be made; a failure is noted, and the run continues without it."""
+@contextmanager
+def _optional(what: str, note: _Note) -> Iterator[None]:
+    """Note what is being done; if it fails, note that too, and continue without it."""
+    note(what)
     try:
-        make()
+        yield
     except ValueError as error:
         note(f"continuing without it: {error}")
-        return False
-    return True
 
 
 def _draw(folder: Path, num: int, *, tiny: bool, note: _Note) -> None:

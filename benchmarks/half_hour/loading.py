@@ -14,17 +14,8 @@ from typing import Any, cast
 import torch
 
 from benchmarks.half_hour.plan import Row, Setup, peak_mib, rates, row
-from benchmarks.peers import GPUPeerName, load_gpu_peers
-from benchmarks.peers.contract import (
-    DALI_GPU_ONCE,
-    DALI_GPU_TWICE,
-    OURS_GPU_DECODES,
-    TORCHVISION_GPU,
-    WORKS,
-    Job,
-    Work,
-    WorkName,
-)
+from benchmarks.peers import GPUPeerName, contract, load_gpu_peers
+from benchmarks.peers.contract import WORKS, Job, Work, WorkName
 from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device, epochs
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.timing import Closing
@@ -59,7 +50,7 @@ def loader(setup: Setup) -> dict[str, Row]:
     }
     return ours | {
         f"torchvision v2 with nvJPEG, {work}, {threads[-1]} threads": row(
-            setup, 20, _peer, "torchvision", TORCHVISION_GPU, work, threads[-1]
+            setup, 20, _peer, "torchvision", contract.TORCHVISION_GPU, work, threads[-1]
         )
         for work in WORKS
     }
@@ -67,9 +58,13 @@ def loader(setup: Setup) -> dict[str, Row]:
 
 def dali(setup: Setup) -> dict[str, Row]:
     """Our loader with DALI on the device, its variants for crops alone, and stock DALI."""
-    sources = {OURS_GPU_DECODES: "ours", DALI_GPU_ONCE: "dali", DALI_GPU_TWICE: "dali"}
+    sources = {
+        contract.OURS_GPU_DECODES: "ours",
+        contract.DALI_GPU_ONCE: "dali",
+        contract.DALI_GPU_TWICE: "dali",
+    }
     rows = [(name, source, work) for work in WORKS for name, source in sources.items()]
-    rows += [(OURS_GPU_DECODES + variant, "ours", "crops") for variant in GPU_VARIANTS if variant]
+    rows += [(contract.OURS_GPU_DECODES + variant, "ours", "crops") for variant in GPU_VARIANTS if variant]
     alone = setup.device == "cuda"
     return {
         f"{name}, {work}": row(setup, 25, _peer, source, name, work, usable_cores(0), alone=alone)

@@ -11,10 +11,9 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 
 from benchmarks.half_hour.plan import Row, Setup, row
 from benchmarks.peers.contract import image_files
-from benchmarks.timing import summary
+from benchmarks.timing import sampling, summary
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WARM_UP_STEPS = 10
@@ -50,7 +49,7 @@ def _train(setup: Setup, way: str) -> dict[str, Any]:
     first = _start(command, log)
     try:
         _wait_for_step(metrics, 2 * _WARM_UP_STEPS, first)
-        with _watching(setup.on) as busy_percent:
+        with sampling(partial(torch.cuda.utilization, setup.on), _UTILIZATION_EVERY_S) as busy_percent:
             _wait_for_step(metrics, size.train_steps // 2, first)
         first.send_signal(signal.SIGTERM)
         code, said = first.wait(), _text_of(log)
@@ -105,28 +104,6 @@ def _wait_for_step(metrics: Path, step: int, process: "subprocess.Popen[bytes]")
         if whole and whole[-1]["step"] >= step:
             return
         time.sleep(_POLL_S)
-
-
-@contextmanager
-def _watching(device: torch.device) -> Iterator[list[int]]:
-    """Yield a list that fills with the GPU's utilization in percent; without NVML it stays empty."""
-    busy_percent: list[int] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        while device.type == "cuda" and not over.wait(_UTILIZATION_EVERY_S):
-            try:
-                busy_percent.append(torch.cuda.utilization(device))
-            except Exception:  # no package, driver or permission: NVML's errors have no other base class
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield busy_percent
-    finally:
-        over.set()
-        thread.join()
 
 
 def check_continuous(rows: Iterable[Mapping[str, Any]], steps: int) -> None:

@@ -13,18 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.peers.contract import (
-    OURS,
-    OURS_DALI,
-    OURS_GPU_DECODES,
-    OURS_ON_SHARDS,
-    OURS_STREAM,
-    FixedCrops,
-    Job,
-    Peer,
-    Work,
-    settle,
-)
+from benchmarks.peers import contract
+from benchmarks.peers.contract import FixedCrops, Job, Peer, Work, settle
 from pipelines import Backend, DALIOptions, Reading, ViewLoader, build_loader
 from pipelines.decode.dali import DALIEngine
 from pipelines.decode.decoder import Engine
@@ -136,23 +126,23 @@ def _peer(name: str, way: _Way, how: str) -> Peer:
     )
 
 
-PEER = _peer(OURS, _Way("ffcv", on_shards=False), "on the .beton file")
+PEER = _peer(contract.OURS, _Way("ffcv", on_shards=False), "on the .beton file")
 assert isinstance(PEER.crops, Work)
 CROPS: Work = PEER.crops
 
 _READ_AHEAD = "on shards, every image read into memory ahead of its turn"
 DALI_PEERS = [
-    _peer(OURS_ON_SHARDS, _Way("ffcv", on_shards=True, reading="read"), _READ_AHEAD),
+    _peer(contract.OURS_ON_SHARDS, _Way("ffcv", on_shards=True, reading="read"), _READ_AHEAD),
     _peer(
-        OURS_DALI,
+        contract.OURS_DALI,
         _Way("dali", on_shards=True, reading="read"),
         f"{_READ_AHEAD}; DALI decodes on the CPU, with our order and boxes; our kernels do the rest",
     ),
     _peer(
-        OURS_STREAM,
+        contract.OURS_STREAM,
         _Way("dali", on_shards=True, reading="stream"),
         f"on shards, which DALI's own reader streams and shuffles in a buffer of {BUFFER:,} images, filled "
-        f"anew in each epoch; decoded and cropped like {OURS_DALI!r}",
+        f"anew in each epoch; decoded and cropped like {contract.OURS_DALI!r}",
     ),
 ]
 
@@ -169,7 +159,7 @@ def gpu_peers(device: torch.device) -> list[Peer]:
     """Return our loader with DALI on a GPU, by each choice of options; ``cpu`` runs the same code there."""
     return [
         _peer(
-            OURS_GPU_DECODES + name,
+            contract.OURS_GPU_DECODES + name,
             _Way("dali", True, "read", device, options),
             f"{_READ_AHEAD}; DALI's mixed decoding (region_decode {options.region_decode}, hw_decoder_load "
             f"{options.hw_decoder_load:g}) and its operators for the crops, with our order and boxes; our "

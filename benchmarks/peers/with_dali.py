@@ -14,17 +14,8 @@ import torch.utils.dlpack
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
-from benchmarks.peers.contract import (
-    DALI_GPU_ONCE,
-    DALI_GPU_TWICE,
-    DALI_ONCE,
-    DALI_TWICE,
-    FixedCrops,
-    Job,
-    Peer,
-    Work,
-    settle,
-)
+from benchmarks.peers import contract
+from benchmarks.peers.contract import FixedCrops, Job, Peer, Work, settle
 from pipelines.recipe import Recipe
 
 _BATCHES_AHEAD = 2
@@ -205,12 +196,14 @@ def _peers(device_id: int | None, once: str, twice: str) -> list[Peer]:
     ]
 
 
-_ONLY_CROPS = f"measured for crops only; the recipe is measured with DALI's faster way, {DALI_ONCE!r}"
-_once, _twice = _peers(None, DALI_ONCE, DALI_TWICE)
+_ONLY_CROPS = (
+    f"measured for crops only; the recipe is measured with DALI's faster way, {contract.DALI_ONCE!r}"
+)
+_once, _twice = _peers(None, contract.DALI_ONCE, contract.DALI_TWICE)
 PEERS = [_once, replace(_twice, recipe=_ONLY_CROPS)]
 
 
 def gpu_peers(device: torch.device) -> list[Peer]:
     """Return the same graphs on a GPU; on the device ``cpu`` they run there."""
     device_id = (device.index or 0) if device.type == "cuda" else None
-    return _peers(device_id, DALI_GPU_ONCE, DALI_GPU_TWICE)
+    return _peers(device_id, contract.DALI_GPU_ONCE, contract.DALI_GPU_TWICE)

@@ -16,15 +16,8 @@ from spdl.pipeline import PipelineBuilder
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
-from benchmarks.peers.contract import (
-    SPDL_FFMPEG,
-    SPDL_TORCHVISION,
-    FixedCrops,
-    Job,
-    Peer,
-    Work,
-    shuffled_batches,
-)
+from benchmarks.peers import contract
+from benchmarks.peers.contract import FixedCrops, Job, Peer, Work, shuffled_batches
 from benchmarks.peers.with_torchvision import decode_file, v2_crop, v2_fixed_crops, v2_recipe
 from pipelines.recipe import Recipe
 
@@ -120,12 +113,14 @@ _FFMPEG = (
     "spdl.io: demux, one decode by FFmpeg, one filter graph that crops both views out of the planes with the "
     "bilinear scaler and converts them to RGB"
 )
-_NO_RECIPE = f"spdl.io has no photometric operators; SPDL's recipe is measured as {SPDL_TORCHVISION!r}"
+_NO_RECIPE = (
+    f"spdl.io has no photometric operators; SPDL's recipe is measured as {contract.SPDL_TORCHVISION!r}"
+)
 _V2 = "torchvision.io.decode_jpeg once for both views and torchvision.transforms.v2"
 PEERS = [
-    Peer(SPDL_FFMPEG, _work(_by_ffmpeg, _FFMPEG), _NO_RECIPE, _ffmpeg_fixed_crops),
+    Peer(contract.SPDL_FFMPEG, _work(_by_ffmpeg, _FFMPEG), _NO_RECIPE, _ffmpeg_fixed_crops),
     Peer(
-        SPDL_TORCHVISION,
+        contract.SPDL_TORCHVISION,
         _work(partial(_by_torchvision, v2_crop, torch.uint8), _V2),
         _work(partial(_by_torchvision, v2_recipe, torch.float32), _V2),
         v2_fixed_crops,

@@ -4,11 +4,12 @@ Shape letters: N batch, V views, S side in pixels.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +22,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from benchmarks.peers.contract import (
-    TORCHVISION_GPU,
-    TORCHVISION_PIL,
-    TORCHVISION_V2,
-    FixedCrops,
-    Job,
-    Peer,
-    Work,
-    settle,
-    shuffled_batches,
-)
+from benchmarks.peers import contract
+from benchmarks.peers.contract import FixedCrops, Job, Peer, Work, settle, shuffled_batches
 from benchmarks.sample_sets import read_with_pil
 from pipelines.augment.parameters import blur_radius_px
 from pipelines.recipe import Recipe
@@ -41,18 +33,10 @@ _GPU_BATCHES_AHEAD = 2
 # One endless epoch: how a loader starts an epoch is not what is measured.
 _ENDLESS = 1 << 40
 
-# ------------------------------------------------------------------------------------------- transforms
 
-
-class _PILBlur:
+def _pil_blur(image: Image.Image, low_px: float, high_px: float) -> Image.Image:
     """MoCo v2's published blur: PIL's Gaussian filter with a standard deviation drawn per image."""
-
-    def __init__(self, low_px: float, high_px: float) -> None:
-        self._low_px, self._high_px = low_px, high_px
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        sigma = float(torch.empty(1).uniform_(self._low_px, self._high_px))
-        return image.filter(ImageFilter.GaussianBlur(sigma))
+    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(low_px, high_px))))
 
 
 class TwoViews:
@@ -66,23 +50,24 @@ class TwoViews:
         return self._transform(image), self._transform(image)
 
 
-def _pil_crop(recipe: Recipe) -> list[object]:
-    crop = transforms.RandomResizedCrop(recipe.crop_px, recipe.crop_scale, recipe.crop_ratio)
-    return [crop, transforms.PILToTensor()]
-
-
 def pil_recipe(recipe: Recipe) -> list[object]:
     """The whole augmentation of a PIL image, as transforms in their order."""
     jitter = transforms.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue_turns)
+    low_px, high_px = recipe.blur_sigma_px
+    blur = partial(_pil_blur, low_px=low_px, high_px=high_px)
     return [
-        _pil_crop(recipe)[0],
+        transforms.RandomResizedCrop(recipe.crop_px, recipe.crop_scale, recipe.crop_ratio),
         transforms.RandomApply([jitter], recipe.jitter_prob),
         transforms.RandomGrayscale(recipe.grey_prob),
-        transforms.RandomApply([_PILBlur(*recipe.blur_sigma_px)], recipe.blur_prob),
+        transforms.RandomApply([blur], recipe.blur_prob),
         transforms.RandomHorizontalFlip(recipe.flip_prob),
         transforms.ToTensor(),
         transforms.Normalize(recipe.mean, recipe.std),
     ]
+
+
+def _pil_crop(recipe: Recipe) -> list[object]:
+    return [pil_recipe(recipe)[0], transforms.PILToTensor()]
 
 
 def v2_crop(recipe: Recipe) -> v2.Transform:
@@ -110,20 +95,17 @@ def v2_recipe(recipe: Recipe) -> v2.Transform:
     )
 
 
-# ----------------------------------------------------------------------------------------------- loaders
-
-
-def decode_file(path: str | Path) -> Tensor:
-    """(3, H, W) uint8 by torchvision's own libjpeg-turbo."""
-    image: Tensor = io.decode_jpeg(io.read_file(str(path)), mode=io.ImageReadMode.RGB)
+def decode_file(path: str | Path, device: torch.device | str = "cpu") -> Tensor:
+    """(3, H, W) uint8, on the CPU by torchvision's own libjpeg-turbo."""
+    image: Tensor = io.decode_jpeg(io.read_file(str(path)), mode=io.ImageReadMode.RGB, device=device)
     return image
 
 
-def _on_host(
-    make: Callable[[Recipe], Callable[[object], Tensor]], decode: Callable[[str], object], job: Job
-) -> Iterator[object]:
-    """Yield two (N, 3, S, S) views without end."""
-    dataset = ImageFolder(str(job.folder), TwoViews(make(job.recipe)), loader=decode)
+def _on_host(make: Callable[[Recipe], Any], decode: Callable[[str], object], job: Job) -> Iterator[object]:
+    """Yield two (N, 3, S, S) views without end; ``make`` returns a transform, or a list of them."""
+    made = make(job.recipe)
+    transform = transforms.Compose(made) if isinstance(made, list) else made
+    dataset = ImageFolder(str(job.folder), TwoViews(transform), loader=decode)
     loader = DataLoader(
         dataset,
         job.batch_size,
@@ -138,17 +120,6 @@ def _on_host(
         yield views
 
 
-def _composed(steps: Callable[[Recipe], list[object]], recipe: Recipe) -> Callable[[object], Tensor]:
-    composed: Callable[[object], Tensor] = transforms.Compose(steps(recipe))
-    return composed
-
-
-def _decode_on(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Decode (3, H, W) uint8 images; a list, which torchvision documents as faster than one at a time."""
-    images: list[Tensor] = io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB, device=device)
-    return images
-
-
 def _on_device(make: Callable[[Recipe], v2.Transform], device: torch.device, job: Job) -> Iterator[object]:
     """Yield (N, V, 3, S, S) views on the device; threads read files while others are decoded."""
     transform = make(job.recipe)
@@ -160,12 +131,11 @@ def _on_device(make: Callable[[Recipe], v2.Transform], device: torch.device, job
         ahead = deque(islice(batches, _GPU_BATCHES_AHEAD))
         for batch in batches:
             ahead.append(batch)
-            images = _decode_on([encoded.result() for encoded in ahead.popleft()], device)
+            encoded = [read.result() for read in ahead.popleft()]
+            # A list, which torchvision documents as faster than one at a time.
+            images = io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB, device=device)
             views = [transform(image) for image in images for _ in range(job.recipe.num_views)]
             yield torch.stack(views).unflatten(0, (len(images), job.recipe.num_views))
-
-
-# ------------------------------------------------------------------------------------------- fixed crops
 
 
 def _pil_fixed_crops(fixed: FixedCrops) -> NDArray[np.uint8]:
@@ -174,22 +144,16 @@ def _pil_fixed_crops(fixed: FixedCrops) -> NDArray[np.uint8]:
     return fixed.cut(images, lambda image, *box: transforms.functional.resized_crop(image, *box, size))
 
 
-def v2_fixed_crops(fixed: FixedCrops, images: Iterable[Tensor] | None = None) -> NDArray[np.uint8]:
-    """Crop by v2, where the decoded images are; they are decoded on the host if not given."""
+def v2_fixed_crops(fixed: FixedCrops, device: torch.device | str = "cpu") -> NDArray[np.uint8]:
+    """Decode and crop on the device by the v2 peers' operations."""
 
     def cut(image: Tensor, *box: int) -> Tensor:
         size = [fixed.crop_px, fixed.crop_px]
         crop: Tensor = functional.resized_crop(image, *box, size, antialias=True)
         return crop.permute(1, 2, 0).cpu()
 
-    return fixed.cut(map(decode_file, fixed.files) if images is None else images, cut)
+    return fixed.cut((decode_file(file, device) for file in fixed.files), cut)
 
-
-def _gpu_fixed_crops(device: torch.device, fixed: FixedCrops) -> NDArray[np.uint8]:
-    return v2_fixed_crops(fixed, _decode_on([io.read_file(str(file)) for file in fixed.files], device))
-
-
-# ------------------------------------------------------------------------------------------------- peers
 
 _PIL = (
     "the published MoCo v2 loader: ImageFolder with PIL, one decode for both views, torchvision transforms "
@@ -207,18 +171,15 @@ _GPU = (
 _host_work = partial(Work, queued_per_thread=_BATCHES_PER_WORKER)
 PIL_PEERS = [
     Peer(
-        TORCHVISION_PIL,
-        _host_work(partial(_on_host, partial(_composed, _pil_crop), read_with_pil), _PIL),
-        _host_work(
-            partial(_on_host, partial(_composed, pil_recipe), read_with_pil),
-            f"{_PIL}; blur is PIL's, as published",
-        ),
+        contract.TORCHVISION_PIL,
+        _host_work(partial(_on_host, _pil_crop, read_with_pil), _PIL),
+        _host_work(partial(_on_host, pil_recipe, read_with_pil), f"{_PIL}; blur is PIL's, as published"),
         _pil_fixed_crops,
     )
 ]
 V2_PEERS = [
     Peer(
-        TORCHVISION_V2,
+        contract.TORCHVISION_V2,
         _host_work(partial(_on_host, v2_crop, decode_file), _V2),
         _host_work(partial(_on_host, v2_recipe, decode_file), f"{_V2}; the blur's kernel is as wide as ours"),
         v2_fixed_crops,
@@ -231,4 +192,4 @@ def gpu_peers(device: torch.device) -> list[Peer]:
     crops, recipe = (
         Work(partial(_on_device, make, device), _GPU, settle=settle(device)) for make in (v2_crop, v2_recipe)
     )
-    return [Peer(TORCHVISION_GPU, crops, recipe, partial(_gpu_fixed_crops, device))]
+    return [Peer(contract.TORCHVISION_GPU, crops, recipe, partial(v2_fixed_crops, device=device))]
