@@ -59,8 +59,7 @@ def _kind(node: fx.Node) -> str:
 class Kernel:
     """What is computed at once."""
 
-    reads: dict[fx.Node, int]
-    """Values in memory, and how many bytes of each."""
+    reads: dict[fx.Node, int]  # values in memory, and how many bytes of each
     writes: set[fx.Node]
 
     @property

@@ -35,17 +35,8 @@ _PRELOADED = ["benchmarks.loader_parts", "benchmarks.peers.with_torchvision"]
 _JPEG_SETS = ("reencoded", "pass_through")
 _UNITS = {"convert": "pictures/s", "photometric": "views/s"}
 
-Part = Literal[
-    "reencoded-crops",
-    "reencoded-recipe",
-    "pass-through-crops",
-    "pass-through-recipe",
-    "raw",
-    "scaling",
-    "convert",
-    "photometric",
-    "stages",
-]
+_JPEGPart = Literal["reencoded-crops", "reencoded-recipe", "pass-through-crops", "pass-through-recipe"]
+Part = Literal[_JPEGPart, "raw", "scaling", "convert", "photometric", "stages"]
 # The place of a part's figures in the JSON, and the function that measures them.
 _PARTS: dict[Part, tuple[str, Callable[[parts.Plan], Any]]] = {
     "reencoded-crops": ("tables.reencoded.crops", lambda p: parts.loaders("crops", p.sets.reencoded, p)),

@@ -26,8 +26,7 @@ class Plan:
     """What every part needs to know."""
 
     sets: SampleSets
-    peers: tuple[Peer, ...]
-    """Our loader and the others."""
+    peers: tuple[Peer, ...]  # our loader and the others
     recipe: Recipe
     batch_size: int
     num_threads: int

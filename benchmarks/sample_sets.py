@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.programs import output_of
@@ -36,14 +38,10 @@ _MARKER = "photographs.json"
 class SampleSet:
     """Images as files, and the same bytes compiled."""
 
-    folder: Path
-    """Class folders of JPEG files."""
-    beton: Path
-    """One file, which stock FFCV reads too."""
-    shards: Path
-    """A folder of shards."""
-    how: str
-    """What they are, in a sentence."""
+    folder: Path  # class folders of JPEG files
+    beton: Path  # one file, which stock FFCV reads too
+    shards: Path  # a folder of shards
+    how: str  # what they are, in a sentence
 
     def facts(self) -> dict[str, Any]:
         """Return number and mean size of the images, for the JSON."""
@@ -184,6 +182,14 @@ def read_with_pil(file: str | Path) -> Image.Image:
     """Return the image in RGB, as torchvision's ImageFolder reads it, if it has one of our formats."""
     with Image.open(file, formats=FORMATS) as image:
         return image.convert("RGB")
+
+
+def colourful(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Draw a (height, width, 3) image of smooth, saturated colours with noise, hard for subsampled chroma."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    return (smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
 def dataset_tools(*words: object) -> None:

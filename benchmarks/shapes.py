@@ -1,4 +1,4 @@
-"""Drawn shapes with boxes and outlines, in COCO's and in VOC's layout: a detection set in seconds.
+"""Drawn shapes with boxes and outlines, in COCO's layout: a detection set in seconds.
 
 Shape letters: P points of an outline.
 """
@@ -22,10 +22,8 @@ _CORNERS = {"disc": 24, "square": 4, "triangle": 3, "star": 10}
 class Shape:
     """One shape in an image."""
 
-    label: int
-    """Of CLASSES."""
-    outline_P2: NDArray[np.float64]
-    """Corners x, y in pixels, within the image."""
+    label: int  # of CLASSES
+    outline_P2: NDArray[np.float64]  # corners x, y in pixels, within the image
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -86,29 +84,3 @@ def write_coco(folder: Path, count: int, side_px: int, seed: int) -> Path:
     file = folder / "instances.json"
     write_json(file, {"images": images, "annotations": annotations, "categories": categories})
     return file
-
-
-def write_voc(folder: Path, counts: dict[str, int], side_px: int, seed: int) -> Path:
-    """Write a VOC folder with ``counts`` images in each split; returns it."""
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    number = 0
-    for split, count in counts.items():
-        names = [f"{number + i:06}" for i in range(count)]
-        number += count
-        for name in names:
-            image, shapes = draw(seed + int(name), side_px)
-            image.save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
-            size = f"<size><width>{side_px}</width><height>{side_px}</height><depth>3</depth></size>"
-            objects = "".join(map(_voc_object, shapes))
-            (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
-        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
-    return folder
-
-
-def _voc_object(shape: Shape) -> str:
-    # VOC counts pixels from 1, both ends included.
-    left, top, right, bottom = (round(side) for side in shape.box)
-    box = f"<xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
-    about = "<pose>x</pose><truncated>0</truncated><difficult>0</difficult>"
-    return f"<object><name>{CLASSES[shape.label]}</name>{about}<bndbox>{box}</bndbox></object>"

@@ -27,14 +27,10 @@ class Closing(Protocol):
 class Runner:
     """Something to measure in turns."""
 
-    open: Callable[[], Iterator[object]]
-    """Returns an endless iterator; each `next` is one batch."""
-    items: float
-    """What one batch counts for."""
-    queued: int = 0
-    """Finished batches that may wait in its queues."""
-    round: int = 1
-    """Batches come in rounds of so many, one from each worker; a turn ends with a whole round."""
+    open: Callable[[], Iterator[object]]  # returns an endless iterator; each `next` is one batch
+    items: float  # what one batch counts for
+    queued: int = 0  # finished batches that may wait in its queues
+    round: int = 1  # batches come in rounds of so many, one from each worker; a turn ends with a whole round
     settle: Callable[[], None] | None = None
     """Waits until everything handed out is done, where `next` returns before; a turn ends with it."""
 
@@ -43,10 +39,8 @@ class Runner:
 class Turns:
     """How often and how long each runner is measured."""
 
-    num: int
-    """Turns of each runner that count, after one that is a warm-up."""
-    seconds: float
-    """Minimum length of a turn; its last round is completed."""
+    num: int  # turns of each runner that count, after one that is a warm-up
+    seconds: float  # minimum length of a turn; its last round is completed
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.seconds <= 0:

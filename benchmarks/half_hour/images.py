@@ -8,16 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from benchmarks.half_hour.plan import Images, Size
-from benchmarks.sample_sets import PHOTOGRAPHS, QUALITY, SampleSets, dataset_tools
-from benchmarks.shapes import draw
+from benchmarks.sample_sets import PHOTOGRAPHS, QUALITY, SampleSets, colourful, dataset_tools
 from benchmarks.synthetic import write_synthetic
 from pipelines.kernels import turbojpeg
 from pipelines.sets.beton import open_beton
 from pipelines.sets.manifest import Manifest
 
-_SIZES_PX = ((500, 375), (375, 500), (500, 333), (500, 500))
-"""Width, height of drawn images."""
+_SIZES_PX = ((375, 500), (500, 375), (333, 500), (500, 500))
+"""Height, width of drawn images."""
 _Note = Callable[[str], None]
 
 
@@ -43,7 +44,7 @@ def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: _Note) -
             there = SampleSets(data, PHOTOGRAPHS, note).reencoded_folder.is_dir()
     if tiny or not there:
         base = data / f"drawn-{size.num_images}{'-tiny' if tiny else ''}"
-        how = f"drawn shapes with noise, quality {QUALITY}: no photographs were found"
+        how = f"drawn, smooth colours with noise, quality {QUALITY}: no photographs were at hand"
         _draw(base / "train", size.num_images, tiny=tiny, note=note)
     paths, can_decode = {"folder": base / "train"}, turbojpeg.is_found()
     for kind in ("beton", "shards"):
@@ -93,9 +94,10 @@ def _draw(folder: Path, num: int, *, tiny: bool, note: _Note) -> None:
         parent.mkdir(parents=True, exist_ok=True)
 
     def save(i: int) -> None:
-        width, height = (side // 6 if tiny else side for side in _SIZES_PX[i % len(_SIZES_PX)])
-        image = draw(i, max(width, height))[0].crop((0, 0, width, height))
-        image.save(files[i], "JPEG", quality=QUALITY, subsampling="4:2:0")
+        height, width = (side // 6 if tiny else side for side in _SIZES_PX[i % len(_SIZES_PX)])
+        Image.fromarray(colourful(i, height, width)).save(
+            files[i], "JPEG", quality=QUALITY, subsampling="4:2:0"
+        )
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(save, range(num)))

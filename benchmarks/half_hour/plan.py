@@ -37,20 +37,16 @@ class Size:
     crop_px: int
     batch_size: int
     queue_len: int
-    num_images: int
-    """Images to draw where there are no photographs."""
+    num_images: int  # images to draw where there are no photographs
     num_entries: int
     """Entries of the long set, which repeats the images so that an epoch has hundreds of steps."""
-    train_steps: int
-    """Steps of a real run, including the stop and the resume."""
+    train_steps: int  # steps of a real run, including the stop and the resume
     log_every_s: float
     matrix_side: int
     copy_mib: int
     turns: int
-    turn_s: float
-    """Minimum length of a turn."""
-    warm_up_calls: int
-    """Maximum length of a rate's warm-up."""
+    turn_s: float  # minimum length of a turn
+    warm_up_calls: int  # maximum length of a rate's warm-up
 
 
 FULL = Size("resnet50", 224, 256, 65536, 1024, 51200, 320, 1.0, 8192, 1024, 5, 1.0, 30)
@@ -61,16 +57,11 @@ TINY = Size("resnet10w16", 32, 8, 64, 40, 800, 200, 0.1, 256, 1, 2, 0.05, 6)
 class Images:
     """The images that loaders read; a path is empty where there is no such set."""
 
-    how: str
-    """What they are, in a sentence."""
-    folder: str = ""
-    """Class folders of JPEG files."""
-    beton: str = ""
-    """The same images compiled."""
-    shards: str = ""
-    """The same images compiled into shards."""
-    long: str = ""
-    """The compiled file, with each image repeated."""
+    how: str  # what they are, in a sentence
+    folder: str = ""  # class folders of JPEG files
+    beton: str = ""  # the same images compiled
+    shards: str = ""  # the same images compiled into shards
+    long: str = ""  # the compiled file, with each image repeated
 
     def path(self) -> str:
         """Return the set that the loader and real runs read."""
@@ -83,8 +74,7 @@ class Setup:
 
     device: str
     tiny: bool
-    out: str
-    """Folder for logs and intermediate files."""
+    out: str  # folder for logs and intermediate files
     images: Images
 
     @property
@@ -113,10 +103,8 @@ class Row:
 
     measure: Callable[[], dict[str, Any]]
     """Returns the figures; raises ImportError where a package is missing."""
-    cost_s: float
-    """Estimate; a row starts only where its part has as much time left."""
-    limit_s: float
-    """The row is ended when it takes longer than this."""
+    cost_s: float  # estimate; a row starts only where its part has as much time left
+    limit_s: float  # the row is ended when it takes longer than this
     needs_gpu: bool = False
     alone: bool = False
     """Needs a process of its own, because a library keeps the GPU's memory until the process ends."""

@@ -46,16 +46,12 @@ DECODE_LIMIT = "libjpeg-turbo decode only"
 class Job:
     """What a loader has to load."""
 
-    folder: Path
-    """The images as JPEG files in class folders."""
-    beton: Path
-    """The same images compiled into one file."""
-    shards: Path
-    """The same images compiled into a folder of shards."""
+    folder: Path  # the images as JPEG files in class folders
+    beton: Path  # the same images compiled into one file
+    shards: Path  # the same images compiled into a folder of shards
     recipe: Recipe
     batch_size: int
-    num_threads: int
-    """Threads, or processes, of the loader."""
+    num_threads: int  # threads, or processes, of the loader
 
 
 @dataclass(frozen=True)
@@ -64,14 +60,10 @@ class FixedCrops:
 
     beton: Path
     shards: Path
-    files: tuple[Path, ...]
-    """The N images as files."""
-    index_N: NDArray[np.int64]
-    """Their positions in either compiled set."""
-    boxes_NV4: NDArray[np.int32]
-    """(N, V, 4) top, left, height, width in pixels."""
-    crop_px: int
-    """S."""
+    files: tuple[Path, ...]  # the N images as files
+    index_N: NDArray[np.int64]  # their positions in either compiled set
+    boxes_NV4: NDArray[np.int32]  # (N, V, 4) top, left, height, width in pixels
+    crop_px: int  # S
 
     def empty(self) -> NDArray[np.uint8]:
         """(N, V, S, S, 3) memory for the crops."""
@@ -92,12 +84,9 @@ class Work:
 
     open: Callable[[Job], Iterator[object]]
     """Returns an endless iterator over batches; closing it frees what it holds."""
-    configured: str
-    """How the peer is set up, and where that differs from the others."""
-    queued: int = 0
-    """Finished batches that may wait in its queues, …"""
-    queued_per_thread: int = 0
-    """… and how many more for each thread."""
+    configured: str  # how the peer is set up, and where that differs from the others
+    queued: int = 0  # finished batches that may wait in its queues, …
+    queued_per_thread: int = 0  # … and how many more for each thread
     settle: Callable[[], None] | None = None
     """Waits until the batches handed out are finished, where a device still works on them."""
     one_thread: bool = False

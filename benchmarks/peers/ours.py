@@ -31,8 +31,7 @@ class _Way:
     """How our loader is opened."""
 
     backend: Backend
-    on_shards: bool
-    """Whether it reads the folder of shards, else the .beton file."""
+    on_shards: bool  # whether it reads the folder of shards, else the .beton file
     reading: Reading = "auto"
     device: torch.device = _CPU
     options: DALIOptions | None = None
