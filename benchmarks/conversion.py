@@ -28,7 +28,7 @@ CONFIGURED = {
 }
 
 
-def measure(
+def converter_rates(
     folder: Path, repeats: int, workers: int, progress: Callable[[str], None]
 ) -> dict[str, list[float]]:
     """Measure both converters in turn, with output on the disk of the folder."""

@@ -36,9 +36,9 @@ _JPEG_SETS = ("reencoded", "pass_through")
 _UNITS = {"convert": "pictures/s", "photometric": "views/s"}
 
 _JPEGPart = Literal["reencoded-crops", "reencoded-recipe", "pass-through-crops", "pass-through-recipe"]
-Part = Literal[_JPEGPart, "raw", "scaling", "convert", "photometric", "stages"]
+LoaderPart = Literal[_JPEGPart, "raw", "scaling", "convert", "photometric", "stages"]
 # The place of a part's figures in the JSON, and the function that measures them.
-_PARTS: dict[Part, tuple[str, Callable[[parts.Plan], Any]]] = {
+_PARTS: dict[LoaderPart, tuple[str, Callable[[parts.LoaderPlan], Any]]] = {
     "reencoded-crops": ("tables.reencoded.crops", lambda p: parts.loaders("crops", p.sets.reencoded, p)),
     "reencoded-recipe": ("tables.reencoded.recipe", lambda p: parts.loaders("recipe", p.sets.reencoded, p)),
     "pass-through-crops": (
@@ -51,9 +51,9 @@ _PARTS: dict[Part, tuple[str, Callable[[parts.Plan], Any]]] = {
     ),
     "raw": ("tables.raw", parts.raw),
     "scaling": ("tables.scaling", parts.scaling),
-    "convert": ("tables.convert", parts.convert),
+    "convert": ("tables.convert", parts.converters),
     "photometric": ("tables.photometric", parts.photometric),
-    "stages": ("stages", parts.stage_times),
+    "stages": ("stages", parts.our_stages),
 }
 
 
@@ -63,7 +63,7 @@ class LoaderBenchmark(RunOptions):
 
     peers: tuple[PeerName, ...] = ALL_PEERS
     """Loaders to measure with ours; ratios that need another one are left out."""
-    parts: tuple[Part, ...] = get_args(Part)
+    parts: tuple[LoaderPart, ...] = get_args(LoaderPart)
     """What to measure."""
 
 
@@ -78,7 +78,7 @@ def main(config: LoaderBenchmark) -> dict[str, Any]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as display:
         bars = Bars(display, len(config.parts))
         sets = SampleSets(config.data, scale.pictures, bars.note)
-        plan = parts.Plan(sets, peers, moco_v2(CROP_PX), scale.batch_size, threads, turns, bars.steps)
+        plan = parts.LoaderPlan(sets, peers, moco_v2(CROP_PX), scale.batch_size, threads, turns, bars.steps)
         found = _measure(config.parts, plan, bars)
     result = {
         "benchmark": "loader",
@@ -96,10 +96,10 @@ def main(config: LoaderBenchmark) -> dict[str, Any]:
     return result
 
 
-def _measure(names: tuple[Part, ...], plan: parts.Plan, bars: Bars) -> dict[str, Any]:
+def _measure(names: tuple[LoaderPart, ...], plan: parts.LoaderPlan, bars: Bars) -> dict[str, Any]:
     """Measure the given parts; returns their figures, nested as in the JSON."""
     found: dict[str, Any] = {"tables": {}, "stages": {}}
-    for name in (name for name in get_args(Part) if name in names):
+    for name in (name for name in get_args(LoaderPart) if name in names):
         bars.next_part(name)
         path, measure = _PARTS[name]
         *outer, last = path.split(".")

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks import conversion, stages
-from benchmarks.peers.contract import FFCV, WORKS, Job, Peer, Work, WorkName
+from benchmarks.peers.contract import FFCV, WORKS, Job, Peer, PeerWork, WorkName
 from benchmarks.peers.ours import CROPS
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.ratios import RAW_FFCV, RAW_JPEG, RAW_OURS
@@ -22,7 +22,7 @@ _CONVERSIONS = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoaderPlan:
     """What every part needs to know."""
 
     sets: SampleSets
@@ -43,7 +43,7 @@ class Plan:
         """Measure the runners in turns."""
         return take_turns(runners, self.turns, self.steps(num_steps(runners, self.turns)))
 
-    def measure(self, ways: Mapping[str, tuple[Work, Job]]) -> Rows:
+    def measure(self, ways: Mapping[str, tuple[PeerWork, Job]]) -> Rows:
         """Measure samples per second of several works in turns."""
         rates = self.rates({name: _runner(*way) for name, way in ways.items()})
         return _rows(rates, {name: work.configured for name, (work, _) in ways.items()})
@@ -53,7 +53,7 @@ def _rows(rates: Mapping[str, list[float]], configured: Mapping[str, str]) -> Ro
     return {name: {**summary(values), "configured": configured[name]} for name, values in rates.items()}
 
 
-def _runner(work: Work, job: Job) -> Runner:
+def _runner(work: PeerWork, job: Job) -> Runner:
     threads = job.num_threads
     return Runner(
         partial(work.open, job),
@@ -64,11 +64,11 @@ def _runner(work: Work, job: Job) -> Runner:
     )
 
 
-def loaders(kind: WorkName, images: SampleSet, plan: Plan) -> Rows:
+def loaders(kind: WorkName, images: SampleSet, plan: LoaderPlan) -> Rows:
     """Measure every loader that does this kind of work; of crops also the difference from PIL's pixels."""
     job = plan.job(images)
     offered = {peer.name: peer.work(kind) for peer in plan.peers}
-    rows = plan.measure({name: (work, job) for name, work in offered.items() if isinstance(work, Work)})
+    rows = plan.measure({name: (work, job) for name, work in offered.items() if isinstance(work, PeerWork)})
     if kind == "crops":
         fixed = choose_crops(job, _ERROR_IMAGES)
         reference = reference_crops(fixed)
@@ -77,7 +77,7 @@ def loaders(kind: WorkName, images: SampleSet, plan: Plan) -> Rows:
     return rows
 
 
-def left_out(plan: Plan) -> dict[str, dict[str, str]]:
+def left_out(plan: LoaderPlan) -> dict[str, dict[str, str]]:
     """Return for each kind of work which peers are not measured, and why."""
     return {
         kind: {peer.name: reason for peer in plan.peers if isinstance(reason := peer.work(kind), str)}
@@ -85,12 +85,12 @@ def left_out(plan: Plan) -> dict[str, dict[str, str]]:
     }
 
 
-def raw(plan: Plan) -> Rows:
+def raw(plan: LoaderPlan) -> Rows:
     """Measure crops from sets that hold no JPEG, and ours from one that does."""
     jpeg = plan.job(plan.sets.reencoded)
     ways = {RAW_OURS: (CROPS, replace(jpeg, beton=plan.sets.yuv420)), RAW_JPEG: (CROPS, jpeg)}
     for peer in plan.peers:
-        if peer.name == FFCV and isinstance(peer.crops, Work):
+        if peer.name == FFCV and isinstance(peer.crops, PeerWork):
             ways[RAW_FFCV] = (peer.crops, replace(jpeg, beton=plan.sets.ffcv_raw))
     rows = plan.measure(ways)
     for name, (work, job) in ways.items():
@@ -99,7 +99,7 @@ def raw(plan: Plan) -> Rows:
     return rows
 
 
-def scaling(plan: Plan) -> Rows:
+def scaling(plan: LoaderPlan) -> Rows:
     """Measure our crops with one thread and with all."""
     job = plan.job(plan.sets.reencoded)
     jobs = [replace(job, num_threads=num) for num in sorted({1, plan.num_threads})]
@@ -107,22 +107,22 @@ def scaling(plan: Plan) -> Rows:
     return {name: summary(values) for name, values in rates.items()}
 
 
-def convert(plan: Plan) -> Rows:
+def converters(plan: LoaderPlan) -> Rows:
     """Measure images per second of our converter and of FFCV's."""
     repeats = min(_CONVERSIONS, plan.turns.num)
     step = plan.steps(2 * repeats)
-    rates = conversion.measure(plan.sets.reencoded.folder, repeats, plan.num_threads, step)
+    rates = conversion.converter_rates(plan.sets.reencoded.folder, repeats, plan.num_threads, step)
     return _rows(rates, conversion.CONFIGURED)
 
 
-def photometric(plan: Plan) -> Rows:
+def photometric(plan: LoaderPlan) -> Rows:
     """Measure views per second of the photometric stage alone."""
     views = reference_crops(choose_crops(plan.job(plan.sets.reencoded), _ERROR_IMAGES))
     runners = stages.photometric(views.reshape(-1, *views.shape[2:]), plan.recipe, plan.num_threads)
     return _rows(plan.rates(runners), stages.PHOTOMETRIC)
 
 
-def stage_times(plan: Plan) -> dict[str, float]:
+def our_stages(plan: LoaderPlan) -> dict[str, float]:
     """Measure microseconds of each of our stages, per sample on one thread."""
     plan.steps(1)("stages")
-    return stages.measure(plan.sets.reencoded.beton, plan.recipe, _STAGES_IMAGES)
+    return stages.stage_times(plan.sets.reencoded.beton, plan.recipe, _STAGES_IMAGES)

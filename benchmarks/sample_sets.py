@@ -25,13 +25,13 @@ from pipelines.sets.manifest import Manifest, manifest_path
 
 QUALITY = 86
 """Gives these photographs about 55 KB at 500 px, as ImageNet's own have at quality 90: these are sharper."""
-MAX_SIDE_PX = 500
+REENCODED_SIDE_PX = 500
 SHORT_SIDE_PX = 256
 """Of the two sets that hold no JPEG: ours of planes, stock FFCV's of RGB pixels."""
 PHOTOGRAPHS = 2000
 """Images of the sample set that `make samples` leaves in data/photographs."""
 _SPLIT = "train"
-_MARKER = "photographs.json"
+_PHOTOGRAPHS_MARKER = "photographs.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class SampleSets:
     def reencoded(self) -> SampleSet:
         """The photographs encoded anew; the main set."""
         how = (
-            f"the photographs, longer side at most {MAX_SIDE_PX} px, encoded anew by PIL at quality "
+            f"the photographs, longer side at most {REENCODED_SIDE_PX} px, encoded anew by PIL at quality "
             f"{QUALITY}, 4:2:0"
         )
         return self._sample_set(self.reencoded_folder, how)
@@ -110,10 +110,10 @@ class SampleSets:
         """The sample set's folder where it has as many images, else one of their own."""
         folder = self._data / "photographs"
         options: tuple[object, ...] = ("--count", self._num)
-        known = _read_json(folder / _MARKER)
+        known = _read_json(folder / _PHOTOGRAPHS_MARKER)
         if self._num != (PHOTOGRAPHS if known is None else known.get("count")):
             folder, options = self._data / f"photographs-{self._num}", (*options, "--val", 0)
-        if not (folder / _MARKER).is_file():
+        if not (folder / _PHOTOGRAPHS_MARKER).is_file():
             self._progress(f"making {folder.name}")
             dataset_tools("photographs", folder, *options)
         return folder
@@ -151,7 +151,11 @@ def reencode(source: Path, target: Path) -> Path:
     The folder appears under its name when it is complete. One made of other images or by other options is
     replaced. Returns ``target``.
     """
-    options = {"quality": QUALITY, "max_side_px": MAX_SIDE_PX, "source": _read_json(source / _MARKER)}
+    options = {
+        "quality": QUALITY,
+        "max_side_px": REENCODED_SIDE_PX,
+        "source": _read_json(source / _PHOTOGRAPHS_MARKER),
+    }
     marker = target / "reencoded.json"
     if _read_json(marker) == options:
         return target
@@ -160,7 +164,7 @@ def reencode(source: Path, target: Path) -> Path:
 
     def encode(name: str) -> None:
         image = read_with_pil(source / _SPLIT / name)
-        image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
+        image.thumbnail((REENCODED_SIDE_PX, REENCODED_SIDE_PX), Image.Resampling.LANCZOS)
         file = partial / _SPLIT / name
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file, "JPEG", quality=QUALITY, subsampling="4:2:0")

@@ -36,7 +36,7 @@ PHOTOMETRIC = {
 """Way → how it is configured."""
 
 
-def measure(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
+def stage_times(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
     """Time the stages on the first ``num`` images of a compiled set, its pages in memory.
 
     Each stage runs by itself over the same images, round-robin. A stage that cannot be run alone is the

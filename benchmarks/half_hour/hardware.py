@@ -18,7 +18,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _MIB = 2**20
 
 
-def check(setup: Setup) -> dict[str, Row]:
+def gpu_tests(setup: Setup) -> dict[str, Row]:
     """The test files that hold tests marked gpu, one row each."""
     files = sorted((_ROOT / "tests").rglob("test_*.py"))
     marked = [str(file.relative_to(_ROOT)) for file in files if "mark.gpu" in file.read_text()]

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.half_hour.plan import Row, Setup, peak_mib, rates, row
 from benchmarks.peers import GPUPeerName, contract, load_gpu_peers
-from benchmarks.peers.contract import WORKS, Job, Work, WorkName
+from benchmarks.peers.contract import WORKS, Job, PeerWork, WorkName
 from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device, epochs
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.timing import Closing
@@ -96,7 +96,7 @@ def _peer(setup: Setup, source: GPUPeerName, name: str, kind: WorkName, threads:
         raise ImportError("the set of shards that this reads was not compiled, for libturbojpeg is missing")
     folder, beton, shards = (Path(path) for path in (images.folder, images.beton, images.shards))
     job = Job(folder, beton, shards, moco_v2(size.crop_px), size.batch_size, threads)
-    work = cast(Work, peer.work(kind))
+    work = cast(PeerWork, peer.work(kind))
     figures = _rates_of(setup, lambda: work.open(job)) | {"configured": work.configured}
     if kind == "crops":
         fixed = choose_crops(job, _ERROR_IMAGES)

@@ -16,12 +16,12 @@ from pipelines.cores import usable_cores
 PartName = Literal["check", "ceilings", "loader", "nvjpeg", "step", "train", "dali"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 SOURCES: Mapping[PartName, str] = {
-    "check": "benchmarks.half_hour.hardware:check",
+    "check": "benchmarks.half_hour.hardware:gpu_tests",
     "ceilings": "benchmarks.half_hour.hardware:ceilings",
     "loader": "benchmarks.half_hour.loading:loader",
     "nvjpeg": "benchmarks.half_hour.hardware:nvjpeg",
     "step": "benchmarks.half_hour.steps:step",
-    "train": "benchmarks.half_hour.runs:train",
+    "train": "benchmarks.half_hour.runs:real_runs",
     "dali": "benchmarks.half_hour.loading:dali",
 }
 """Part → the function that lists its rows."""

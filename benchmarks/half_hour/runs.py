@@ -32,7 +32,7 @@ _NEVER = 1_000_000
 _STOPPED = re.compile(r"stopped after step (\d+) of (\d+)")
 
 
-def train(setup: Setup) -> dict[str, Row]:
+def real_runs(setup: Setup) -> dict[str, Row]:
     """Eager, as a CUDA graph, with both graph and compilation, and compiled alone."""
     costs_s = {"eager": 80, "--cuda-graph": 80, "--compile --cuda-graph": 200, "--compile": 200}
     return {

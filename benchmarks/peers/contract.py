@@ -79,7 +79,7 @@ class FixedCrops:
 
 
 @dataclass(frozen=True)
-class Work:
+class PeerWork:
     """How a peer does one kind of work."""
 
     open: Callable[[Job], Iterator[object]]
@@ -98,20 +98,20 @@ class Peer:
     """A loader to measure. A string in place of a kind of work says why it is left out."""
 
     name: str
-    crops: Work | str
-    recipe: Work | str
+    crops: PeerWork | str
+    recipe: PeerWork | str
     fixed_crops: Callable[[FixedCrops], NDArray[np.uint8]] | str
     """(N, V, S, S, 3) uint8 at the given boxes, by the same operations as the work `crops`."""
     antialiased: bool | None = True
     """Whether shrinking takes all pixels into account; None where nothing is resampled."""
 
-    def work(self, name: WorkName) -> Work | str:
+    def work(self, name: WorkName) -> PeerWork | str:
         """Return one of the two kinds."""
         return self.crops if name == "crops" else self.recipe
 
 
-def settle(device: torch.device) -> Callable[[], None] | None:
-    """Return ``Work.settle`` for a device that batches are made on."""
+def synchronizer(device: torch.device) -> Callable[[], None] | None:
+    """Return ``PeerWork.settle`` for a device that batches are made on."""
     return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
 
 

@@ -5,7 +5,7 @@ from itertools import cycle
 
 import simplejpeg
 
-from benchmarks.peers.contract import DECODE_LIMIT, Job, Peer, Work, image_files
+from benchmarks.peers.contract import DECODE_LIMIT, Job, Peer, PeerWork, image_files
 
 
 def _decode(job: Job) -> Iterator[object]:
@@ -25,4 +25,6 @@ _SETUP = (
     "simplejpeg.decode_jpeg to RGB, each image once on one thread, bytes in memory; the rate is multiplied "
     "by the number of threads"
 )
-PEERS = [Peer(DECODE_LIMIT, Work(_decode, _SETUP, one_thread=True), _NO_CROPS, _NO_CROPS, antialiased=None)]
+PEERS = [
+    Peer(DECODE_LIMIT, PeerWork(_decode, _SETUP, one_thread=True), _NO_CROPS, _NO_CROPS, antialiased=None)
+]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.peers import contract
-from benchmarks.peers.contract import FixedCrops, Job, Peer, Work, settle
+from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, synchronizer
 from pipelines import Backend, DALIOptions, Reading, ViewLoader, build_loader
 from pipelines.decode.dali import DALIEngine
 from pipelines.decode.decoder import Engine
@@ -116,7 +116,7 @@ def _fixed_crops(way: _Way, fixed: FixedCrops) -> NDArray[np.uint8]:
 
 def _peer(name: str, way: _Way, how: str) -> Peer:
     how = f"pipelines.build_loader, backend {way.backend} {how}, one epoch after the other"
-    work = partial(Work, queued=_BATCHES_AHEAD, settle=settle(way.device))
+    work = partial(PeerWork, queued=_BATCHES_AHEAD, settle=synchronizer(way.device))
     return Peer(
         name,
         work(partial(way.batches, crops_on_device), f"{how}; the views of crops(), which are flipped too"),
@@ -126,8 +126,8 @@ def _peer(name: str, way: _Way, how: str) -> Peer:
 
 
 PEER = _peer(contract.OURS, _Way("ffcv", on_shards=False), "on the .beton file")
-assert isinstance(PEER.crops, Work)
-CROPS: Work = PEER.crops
+assert isinstance(PEER.crops, PeerWork)
+CROPS: PeerWork = PEER.crops
 
 _READ_AHEAD = "on shards, every image read into memory ahead of its turn"
 DALI_PEERS = [

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
 from benchmarks.peers import contract
-from benchmarks.peers.contract import FixedCrops, Job, Peer, Work, settle
+from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, synchronizer
 from pipelines.recipe import Recipe
 
-_BATCHES_AHEAD = 2
+_PREFETCHED = 2
 _SHUFFLED_FILES = 1024
 _DEGREES_PER_TURN = 360
 # DALI documents the fast inverse transform as up to 14 % faster.
@@ -67,7 +67,7 @@ def _run(
         num_threads=job.num_threads,
         device_id=device_id,
         exec_dynamic=True,
-        prefetch_queue_depth=_BATCHES_AHEAD,
+        prefetch_queue_depth=_PREFETCHED,
         enable_conditionals=augmented,
         seed=0,
     )
@@ -180,11 +180,11 @@ _PHOTOMETRIC = (
 
 def _peers(device_id: int | None, once: str, twice: str) -> list[Peer]:
     setup = _ON_CPU if device_id is None else _ON_GPU
-    wait = None if device_id is None else settle(torch.device("cuda", device_id))
+    wait = None if device_id is None else synchronizer(torch.device("cuda", device_id))
 
-    def works(crop: Callable[..., Any], how: str) -> tuple[Work, Work]:
+    def works(crop: Callable[..., Any], how: str) -> tuple[PeerWork, PeerWork]:
         run = partial(_run, crop=crop, device_id=device_id)
-        work = partial(Work, queued=_BATCHES_AHEAD + 1, settle=wait)
+        work = partial(PeerWork, queued=_PREFETCHED + 1, settle=wait)
         return (
             work(partial(run, augmented=False), f"{setup}; {how}"),
             work(partial(run, augmented=True), f"{setup}; {how}; {_PHOTOMETRIC}"),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.peers.contract import FFCV, FixedCrops, Job, Peer, Work, hush_numba
+from benchmarks.peers.contract import FFCV, FixedCrops, Job, Peer, PeerWork, hush_numba
 from pipelines.sets.beton import open_beton
 
 # Importing FFCV sets torch to one thread.
@@ -98,4 +98,4 @@ _SETUP = (
 )
 _NO_RECIPE = "stock FFCV has no hue, greyscale and blur operators (those of FFCV-SSL are not in it)"
 # The loader's queue, and the batch that waits for a place in it.
-PEERS = [Peer(FFCV, Work(_crops, _SETUP, queued=_BATCHES_AHEAD + 1), _NO_RECIPE, _fixed_crops)]
+PEERS = [Peer(FFCV, PeerWork(_crops, _SETUP, queued=_BATCHES_AHEAD + 1), _NO_RECIPE, _fixed_crops)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
 from benchmarks.peers import contract
-from benchmarks.peers.contract import FixedCrops, Job, Peer, Work, shuffled_batches
+from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, shuffled_batches
 from benchmarks.peers.with_torchvision import decode_file, v2_crop, v2_fixed_crops, v2_recipe
 from pipelines.recipe import Recipe
 
@@ -103,10 +103,10 @@ def _ffmpeg_fixed_crops(fixed: FixedCrops) -> NDArray[np.uint8]:
     return crops_NVSS3
 
 
-def _work(make_load: Callable[[Recipe], _Load], how: str) -> Work:
+def _work(make_load: Callable[[Recipe], _Load], how: str) -> PeerWork:
     how = f"spdl.pipeline.PipelineBuilder, each of its threads loads whole batches with {how}"
     # The sink, the queues before it, and one finished batch in each thread: as counted on a full pipeline.
-    return Work(partial(_run, make_load), how, queued=_BATCHES_AHEAD + 3, queued_per_thread=1)
+    return PeerWork(partial(_run, make_load), how, queued=_BATCHES_AHEAD + 3, queued_per_thread=1)
 
 
 _FFMPEG = (

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from benchmarks.peers import contract
-from benchmarks.peers.contract import FixedCrops, Job, Peer, Work, settle, shuffled_batches
+from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, shuffled_batches, synchronizer
 from benchmarks.sample_sets import read_with_pil
 from pipelines.augment.parameters import blur_radius_px
 from pipelines.recipe import Recipe
@@ -168,7 +168,7 @@ _GPU = (
     "views; threads read files ahead; torchvision.transforms.v2 on the GPU, one view at a time, since v2 "
     "draws one set of parameters per call"
 )
-_host_work = partial(Work, queued_per_thread=_BATCHES_PER_WORKER)
+_host_work = partial(PeerWork, queued_per_thread=_BATCHES_PER_WORKER)
 PIL_PEERS = [
     Peer(
         contract.TORCHVISION_PIL,
@@ -190,6 +190,7 @@ V2_PEERS = [
 def gpu_peers(device: torch.device) -> list[Peer]:
     """Return v2 on a GPU; on the device ``cpu`` the same code runs there."""
     crops, recipe = (
-        Work(partial(_on_device, make, device), _GPU, settle=settle(device)) for make in (v2_crop, v2_recipe)
+        PeerWork(partial(_on_device, make, device), _GPU, settle=synchronizer(device))
+        for make in (v2_crop, v2_recipe)
     )
     return [Peer(contract.TORCHVISION_GPU, crops, recipe, partial(v2_fixed_crops, device=device))]

@@ -241,7 +241,7 @@ def test_tests_are_counted_by_outcome(tmp_path: Path) -> None:
     ]
     subprocess.run(command, cwd=tmp_path, check=False, capture_output=True)
     assert hardware.counts(report) == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["test_bad"]}
-    marked = list(hardware.check(replace(CPU, tiny=False)))
+    marked = list(hardware.gpu_tests(replace(CPU, tiny=False)))
     assert "tests/benchmarks/test_half_hour.py" in marked and "tests/test_imports.py" not in marked
 
 

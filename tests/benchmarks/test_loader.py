@@ -43,7 +43,7 @@ from benchmarks.ratios import (
     ratios,
 )
 from benchmarks.run_options import Scale
-from benchmarks.sample_sets import MAX_SIDE_PX, QUALITY, SampleSet, SampleSets, reencode
+from benchmarks.sample_sets import QUALITY, REENCODED_SIDE_PX, SampleSet, SampleSets, reencode
 from benchmarks.timing import Runner, Turns, summary, take_turns
 from dataset_tools.commands import Convert
 from dataset_tools.convert import Sharding, convert
@@ -200,7 +200,7 @@ def photographs(tmp_path: Path) -> Path:
 
 def test_reencoding_is_what_pil_makes_of_it_once(photographs: Path) -> None:
     target = reencode(photographs, photographs.with_name("again"))
-    for name, size in (("small", (300, 200)), ("large", (MAX_SIDE_PX, 375))):
+    for name, size in (("small", (300, 200)), ("large", (REENCODED_SIDE_PX, 375))):
         with Image.open(target / "train" / "bird" / f"{name}.JPEG") as image:
             assert image.size == size
             wanted = io.BytesIO()

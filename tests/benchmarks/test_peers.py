@@ -35,7 +35,7 @@ from benchmarks.peers.contract import (
     FixedCrops,
     Job,
     Peer,
-    Work,
+    PeerWork,
 )
 from benchmarks.peers.ours import PEER
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
@@ -88,7 +88,7 @@ def _peers(name: PeerName) -> list[Peer]:
         raise
 
 
-def _first(work: Work, job: Job) -> Any:
+def _first(work: PeerWork, job: Job) -> Any:
     batches = work.open(job)
     with closing(cast(Any, batches)):
         batch: Any = next(batches)
@@ -109,7 +109,7 @@ def _views(batch: Any) -> list[torch.Tensor]:
     return [view.permute(0, 3, 1, 2) if view.shape[-1] == 3 else view for view in views]
 
 
-def _check(work: Work, job: Job, dtype: torch.dtype) -> None:
+def _check(work: PeerWork, job: Job, dtype: torch.dtype) -> None:
     views = _views(_first(work, job))
     assert [(view.shape, view.dtype) for view in views] == [((_BATCH, 3, _SIDE, _SIDE), dtype)] * 2
     first, second = (view.float() for view in views)
@@ -117,7 +117,7 @@ def _check(work: Work, job: Job, dtype: torch.dtype) -> None:
 
 
 def test_ours(job: Job, asked: FixedCrops) -> None:
-    assert isinstance(PEER.crops, Work) and isinstance(PEER.recipe, Work)
+    assert isinstance(PEER.crops, PeerWork) and isinstance(PEER.recipe, PeerWork)
     _check(PEER.crops, job, torch.uint8)
     _check(PEER.recipe, job, torch.float32)
     _check_pixels([PEER], asked)
@@ -135,9 +135,9 @@ def test_ours(job: Job, asked: FixedCrops) -> None:
 def test_peer_of_threads(name: PeerName, job: Job, asked: FixedCrops) -> None:
     peers = _peers(name)
     for peer in peers:
-        assert isinstance(peer.crops, Work)
+        assert isinstance(peer.crops, PeerWork)
         _check(peer.crops, job, torch.uint8)
-        if isinstance(peer.recipe, Work):
+        if isinstance(peer.recipe, PeerWork):
             _check(peer.recipe, job, torch.float32)
     _check_pixels(peers, asked)
 
@@ -150,7 +150,7 @@ def test_ffcv_leaves_the_functions_of_others_in_order(job: Job) -> None:
     before = numba.njit(total)
     assert before(np.ones(3, np.uint8)) == 3
     (ffcv,) = load_peers(["ffcv"])
-    assert isinstance(ffcv.crops, Work)
+    assert isinstance(ffcv.crops, PeerWork)
     _first(ffcv.crops, job)
     assert len(before.nopython_signatures) == 1, "its table of signatures can still be read"
     assert numba.njit(total)(np.ones(3, np.uint8)) == 3
@@ -163,7 +163,7 @@ def test_what_runs_on_a_gpu_makes_the_same_views_by_the_same_code_on_the_cpu(
     peers = load_gpu_peers(ALL_GPU_PEERS, torch.device("cpu"))
     assert len({peer.name for peer in peers}) == len(peers) == 7
     for peer in peers:
-        assert isinstance(peer.crops, Work) and isinstance(peer.recipe, Work)
+        assert isinstance(peer.crops, PeerWork) and isinstance(peer.recipe, PeerWork)
         assert peer.crops.settle is None and peer.recipe.settle is None, "there is nothing to wait for"
         _check(peer.crops, job, torch.uint8)
         _check(peer.recipe, job, torch.float32)
@@ -173,13 +173,15 @@ def test_what_runs_on_a_gpu_makes_the_same_views_by_the_same_code_on_the_cpu(
 @NEEDS_DALI
 def test_on_a_gpu_everybody_waits_for_it() -> None:
     for peer in load_gpu_peers(ALL_GPU_PEERS, torch.device("cuda", 0)):
-        assert cast(Work, peer.crops).settle is not None and cast(Work, peer.recipe).settle is not None
+        assert (
+            cast(PeerWork, peer.crops).settle is not None and cast(PeerWork, peer.recipe).settle is not None
+        )
 
 
 def test_torchvision(job: Job, asked: FixedCrops) -> None:
     # Starting processes is dear, so each of the two peers shows one of its works.
     pil, v2 = load_peers(["torchvision-pil", "torchvision-v2"])
-    assert isinstance(pil.crops, Work) and isinstance(v2.recipe, Work)
+    assert isinstance(pil.crops, PeerWork) and isinstance(v2.recipe, PeerWork)
     _check(pil.crops, job, torch.uint8)
     _check(v2.recipe, job, torch.float32)
     _check_pixels([pil, v2], asked)
@@ -188,7 +190,7 @@ def test_torchvision(job: Job, asked: FixedCrops) -> None:
 @pytest.mark.needs("simplejpeg")
 def test_decode_limit(job: Job) -> None:
     (peer,) = load_peers(["decode"])
-    assert isinstance(peer.crops, Work) and peer.name == DECODE_LIMIT and peer.crops.one_thread
+    assert isinstance(peer.crops, PeerWork) and peer.name == DECODE_LIMIT and peer.crops.one_thread
     assert _first(peer.crops, job) is None
 
 
