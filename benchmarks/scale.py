@@ -2,7 +2,7 @@
 
     make scale
 
-The sets are synthetic: real ``.beton`` files whose entries share the payloads of a few hundred photographs,
+The sets are synthetic: real ``.beton`` files. Their entries share the payloads of a few hundred photographs,
 with rising addresses as in a converted set, in a temporary folder that is deleted at the end. So the index
 has its full size while the payloads do not, and what is measured is what grows with the index.
 

@@ -1,4 +1,4 @@
-"""The half hour: rehearsed without a GPU, killed and continued; what it makes of logs and traces."""
+"""The half hour: rehearsed without a GPU, killed and resumed; its arithmetic on logs and traces."""
 
 import json
 import os
@@ -29,7 +29,7 @@ CPU = Setup("cpu", True, "", Images("none"))
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HalfHour:
-    """A run of the part that misbehaves, under the name check."""
+    """Options that measure the misbehaving part, under the name check."""
     monkeypatch.setattr(plan, "SOURCES", {"check": PART})
     monkeypatch.setattr(program, "find_images", lambda *_, **__: Images("none"))
     (tmp_path / "out").mkdir()
@@ -49,8 +49,8 @@ def _begun(options: HalfHour) -> dict[str, int]:
 # -------------------------------------------------------------------------------------------------- limits
 
 
-def test_what_goes_wrong_is_a_row_and_the_next_one_is_measured(options: HalfHour) -> None:
-    (options.out / "rows").write_text("before lacks fails dies hangs after dear")
+def test_a_failure_is_a_row_and_the_next_row_is_measured(options: HalfHour) -> None:
+    (options.out / "rows").write_text("before lacks fails dies hangs after expensive")
     main(options)
     rows = _rows(options)
     assert rows["before"]["median"] == rows["after"]["median"] == 1.0
@@ -58,7 +58,7 @@ def test_what_goes_wrong_is_a_row_and_the_next_one_is_measured(options: HalfHour
     assert rows["fails"]["reason"] == "failed: RuntimeError: it cannot work"
     assert rows["dies"]["reason"].startswith("failed: its process ended with code 7")
     assert rows["lacks"]["reason"] == "left out: the package nothing is not installed"
-    assert "dear" not in rows, "it does not fit into the time left"
+    assert "expensive" not in rows, "it does not fit into the time left"
     with pytest.raises(ProcessLookupError):
         os.kill(int((options.out / "child").read_text()), 0)
 
@@ -72,7 +72,7 @@ def test_a_second_run_measures_what_is_missing_and_again_all(options: HalfHour) 
     assert _begun(options) == {"before": 2, "lacks": 3, "after": 2}
 
 
-def test_a_killed_run_keeps_its_rows_and_the_next_one_goes_on(options: HalfHour) -> None:
+def test_a_killed_run_keeps_its_rows_and_the_next_run_resumes(options: HalfHour) -> None:
     (options.out / "rows").write_text("before kills after")
     words = f"""
 from pathlib import Path
@@ -91,7 +91,7 @@ program.main(program.HalfHour(("check",), Path({str(options.json)!r}), out=Path(
 
 
 def test_figures_of_another_setup_are_not_mixed(options: HalfHour) -> None:
-    (options.out / "rows").write_text("dear")
+    (options.out / "rows").write_text("expensive")
     main(options)
     content = json.loads(options.json.read_text())
     content["config"]["queue_len"] = 128
@@ -111,7 +111,7 @@ def test_figures_of_another_setup_are_not_mixed(options: HalfHour) -> None:
         ({"minutes": 0.0}, r"--minutes is 0\.0; it must be above 0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_a_sentence(
+def test_what_cannot_be_measured_is_refused(
     wrong: Mapping[str, Any],
     sentence: str,
     options: HalfHour,
@@ -131,9 +131,9 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_rehearsal_without_a_gpu_does_all_that_a_cpu_can(tmp_path: Path) -> None:
+def test_a_rehearsal_without_a_gpu_measures_all_rows_of_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "results" / "half_hour.json"
-    words = [
+    arguments = [
         "--device",
         "cpu",
         "--tiny",
@@ -144,16 +144,16 @@ def test_a_rehearsal_without_a_gpu_does_all_that_a_cpu_can(tmp_path: Path) -> No
         "--out",
         tmp_path / "out",
     ]
-    command = [sys.executable, "-m", "benchmarks.half_hour", *map(str, words)]
+    command = [sys.executable, "-m", "benchmarks.half_hour", *map(str, arguments)]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert (
         said.splitlines()[-2].startswith(f"figures: {out}") and said.splitlines()[-1] == "next: make report"
     )
     found = read_half_hour(out)
     assert found.quick and tuple(found.parts) == PARTS
-    gpu_alone = ("pinned", "compiled", "--c", "graph", "decode_jpeg")
+    on_a_gpu = ("pinned", "compiled", "--c", "graph", "decode_jpeg")
     for part, missing in found.missing.items():
-        expected = {name for name in found.parts[part] if any(word in name for word in gpu_alone)}
+        expected = {name for name in found.parts[part] if any(word in name for word in on_a_gpu)}
         assert set(missing) == expected and set(missing.values()) <= {"needs a GPU"}
     for part, rows in found.rates.items():
         assert rows.keys() == {n for n, row in found.parts[part].items() if "median" in row}
@@ -183,7 +183,7 @@ def test_images_are_found_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # ---------------------------------------------------------------------------------------------- arithmetic
 
 
-def test_a_rate_begins_when_two_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warm_up_ends_when_two_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     now, took, calls = [0.0], iter([9.0, 4.0, 1.0, 1.05]), [0]
 
     def call() -> None:
@@ -209,7 +209,7 @@ def test_idle_share_is_what_no_interval_covers() -> None:
     ]
 
 
-def test_a_logs_rate_leaves_out_the_steps_after_each_start() -> None:
+def test_the_rate_of_a_log_excludes_the_steps_after_each_start() -> None:
     def line(first: int, last: int, rate: float, wait: float) -> dict[str, Any]:
         return {"first_step": first, "step": last, "samples_per_s": rate, "wait_percent": wait}
 
@@ -245,7 +245,7 @@ def test_tests_are_counted_by_outcome(tmp_path: Path) -> None:
     assert "tests/benchmarks/test_half_hour.py" in marked and "tests/test_imports.py" not in marked
 
 
-def test_rows_are_put_into_words() -> None:
+def test_rows_as_text() -> None:
     row = {"median": 1234.5, "low": 1000.0, "high": 1300.0, "unit": "samples/s", "cpu_share": 0.25}
     assert figures.rate_in_words(row) == "1,234 samples/s (1,000 … 1,300)"
     assert figures.facts_in_words(row | {"mean_error": None}) == {"host's cores": "25%"}
