@@ -28,8 +28,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from pipelines import build_loader
-from pipelines.recipe import Recipe, evaluation
+from pipelines import open_set
 from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
 from training import cli, failure
 from training.cli import console
@@ -113,7 +112,7 @@ def main(config: FinetuneConfig) -> None:
 def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.int64] | None, list[str]]:
     """The pictures to train on and their names, or positions (#17) in a set without; nothing for all."""
     train, _ = config.sets()
-    engine = build_loader(train, evaluation(Recipe()), batch_size=1, drop_last=False).engine
+    images = open_set(train)
     try:
         share = float(config.labels)
     except ValueError:
@@ -122,12 +121,12 @@ def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.
             raise FileNotFoundError(
                 f"--labels {config.labels} is neither a share in (0, 1] nor a file that names pictures"
             ) from None
-        subset = listed_subset(engine.names, engine.count, listed)
+        subset = listed_subset(images.names, images.count, listed)
     else:
         if share == 1:
             return None, []
-        subset = balanced_subset(engine.labels(np.arange(engine.count)), share, config.seed)
-    lines = lines_of(engine.names, subset)
+        subset = balanced_subset(images.labels(np.arange(images.count)), share, config.seed)
+    lines = lines_of(images.names, subset)
     if lines is None:
         say(launch, f"{train} has no name for each picture, so labels.txt has their positions")
         lines = [f"#{position}" for position in subset]

@@ -31,10 +31,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from models.batch import tensors_of
 from models.encoders import build_encoder
 from models.moco import MoCo
-from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batches
-from pipelines.batch import tensors_of
+from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batches, open_set
 from pipelines.kernels.compiled import compiled_before
 from pipelines.recipe import evaluation
 from presets import PRESETS, PretrainConfig, training_set
@@ -47,7 +47,6 @@ from training.health import effective_rank, queue_health
 from training.knn import knn_top1
 from training.logs import RunLog
 from training.loop import due, train_epochs
-from training.memory import keep_freed_memory
 from training.optimizer import sgd
 from training.precision import Precision
 from training.published_flags import from_published
@@ -153,8 +152,6 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
             f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes"
         )
     found = to_resume(config.out, config.resume)
-    if launch.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(config.seed)
     precision = Precision.choose(config.precision, launch.device)
 
@@ -227,9 +224,8 @@ def open_data(config: PretrainConfig, launch: Launch, precision: Precision) -> V
         dtype=precision.dtype if launch.device.type == "cuda" else torch.float32,
     )
     if config.val:
-        held_out = build_loader(config.val, evaluation(config.recipe()), batch_size=1, drop_last=False)
-        for path, engine in ((config.data, loader.engine), (config.val, held_out.engine)):
-            if engine.labels(np.arange(engine.count)).min() < 0:
+        for path, images in ((config.data, loader.set), (config.val, open_set(config.val))):
+            if images.labels(np.arange(images.count)).min() < 0:
                 raise ValueError(f"{path} has no labels, which the online kNN needs; leave out --val")
     return loader
 
@@ -320,7 +316,7 @@ def announce(run: Run) -> None:
     say(
         launch,
         f"{config.mixing.method}{', symmetric' if config.mixing.symmetric else ''} on {config.data}: "
-        f"{loader.engine.count} pictures by {loader.engine.name}, {config.arch} of {millions:.1f} M "
+        f"{loader.set.count} pictures by {loader.decoder.name}, {config.arch} of {millions:.1f} M "
         f"parameters, {config.epochs} epochs of {len(loader)} steps, "
         f"{run.precision.name} on {launch.device} × {launch.world_size}, "
         f"{config.batch_statistics(launch.world_size)}",

@@ -2,10 +2,10 @@
 
     python -m benchmarks.detector --json benchmarks/results/detector.json
 
-A ResNet-18 is pretrained by MixMask on pictures of shapes, whose labels it does not see; then a Mask R-CNN
-with a feature pyramid is trained on a few labelled ones, from it and from random weights, and evaluated on
-others every --eval-every iterations. Runs stay in --out; started again, it goes on with the one it was in.
-With --json the table in docs/evaluation.md is written anew.
+MixMask pretrains a ResNet-18 on images of shapes without their labels. Then a Mask R-CNN (detector.yaml) is
+trained on a few labelled images, once from these weights and once from random ones, and evaluated on other
+images every --eval-every iterations. Runs stay in --out; started again, the program resumes the unfinished
+one. With --json a full run also rewrites the table in docs/evaluation.md.
 """
 
 import json
@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment, tell_on_page
 from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import is_compiled, keep_settings, run_python
-from benchmarks.run_options import RunOptions
-from benchmarks.shapes import CLASSES, write_coco
+from benchmarks.run_options import finish, keep_full_figures
+from benchmarks.shapes import write_coco
 from training import cli
 from training.checkpoint import latest
 from training.cli import console
@@ -31,8 +30,9 @@ BLOCK = MarkedBlock("<!-- detector: begin -->", "<!-- detector: end -->")
 STARTS = ("random", "pretrained")
 SIDE_PX = 128
 _AMOUNTS = ("unlabelled", "epochs", "labelled", "test", "iterations")
-"""Settings of which less is too little for figures."""
-_SEED_OF_TRAIN, _SEED_OF_TEST = 10_000_000, 20_000_000  # pictures that nothing else has drawn
+"""Settings that must not be below their defaults in a full run."""
+_SEEDS = {"train": 10_000_000, "test": 20_000_000}
+"""First seeds of the drawn images, so that no image is in two sets."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Detector:
     """Train a small detector from pretrained and from random weights."""
 
     unlabelled: int = 6000
-    """Pictures of the pretraining."""
+    """Images of the pretraining."""
     epochs: int = 15
-    """Passes over them."""
+    """Epochs of the pretraining."""
     labelled: int = 200
-    """Pictures of the detector's training."""
+    """Images of the detector's training."""
     test: int = 200
-    """Pictures it is evaluated on."""
+    """Images it is evaluated on."""
     iterations: int = 800
-    """Steps of the detector's training, of four pictures."""
+    """Steps of the detector's training, of four images."""
     eval_every: int = 100
     """Steps between evaluations."""
     seeds: tuple[int, ...] = (1,)
-    """Of the detector's head, its order and its proposals."""
+    """Seeds of the detector's head, order and proposals."""
     out: Path = Path("runs/detector")
-    """Folder of pictures and runs."""
+    """Folder of images and runs."""
     json: Path | None = None
     """Where the figures go."""
 
@@ -74,53 +74,42 @@ class Detector:
 
 def main(config: Detector) -> dict[str, Any]:
     """Run what is not finished yet, print the table, write the JSON; returns what was written."""
-    RunOptions(quick=config.quick, json=config.json).keep_full_figures()
-    sets = draw_sets(config)
+    keep_full_figures(config.quick, config.json)
+    sets = [_draw(config, "train", config.labelled), _draw(config, "test", config.test)]
     weights = {"random": "", "pretrained": str(pretrain(config))}
     runs: dict[str, list[list[dict[str, float]]]] = {start: [] for start in STARTS}
     for seed in config.seeds:
         for start in STARTS:
-            runs[start].append(train(config, weights[start], f"{start}-{seed}", seed, *sets))
-    result = {
-        "benchmark": "detector",
-        "quick": config.quick,
-        "detector": {start: {"runs": curves, "mean": _mean(curves)} for start, curves in runs.items()},
-        "config": {
-            **{name: getattr(config, name) for name in (*_AMOUNTS, "eval_every", "seeds")},
-            "side_px": SIDE_PX,
-        },
-        "environment": environment(),
-    }
-    tell_on_page(result, block(result), BLOCK, PAGE, config.json, console)
+            runs[start].append(train(config, weights[start], config.out / f"{start}-{seed}", seed, sets))
+    facts = {name: getattr(config, name) for name in (*_AMOUNTS, "eval_every", "seeds")}
+    detector = {start: {"runs": curves, "mean": _mean(curves)} for start, curves in runs.items()}
+    facts["side_px"] = SIDE_PX
+    result = finish("detector", config.quick, config.json, detector=detector, config=facts)
+    console.print(block(result))
+    if config.json and not config.quick:
+        BLOCK.rewrite(PAGE, block(result))
     return result
 
 
-def draw_sets(config: Detector) -> tuple[str, str]:
-    """Names of the labelled training and the test set, drawn if they are not there."""
-    names = []
-    for split, count, seed in (
-        ("train", config.labelled, _SEED_OF_TRAIN),
-        ("test", config.test, _SEED_OF_TEST),
-    ):
-        folder = config.out / f"{split}-{count}"
-        file = folder / "instances.json"
-        if not file.is_file():
-            with console.status(f"drawing {count} pictures into {folder}"):
-                write_coco(folder, count, SIDE_PX, seed)
-        names.append(f"coco:{file}:{folder}")
-    return names[0], names[1]
+def _draw(config: Detector, split: str, count: int) -> str:
+    """The name of a labelled set for `detection.datasets`; the set is drawn if it is missing."""
+    folder = config.out / f"{split}-{count}"
+    file = folder / "instances.json"
+    if not file.is_file():
+        with console.status(f"drawing {count} images into {folder}"):
+            write_coco(folder, count, SIDE_PX, _SEEDS[split])
+    return f"coco:{file}:{folder}"
 
 
 def pretrain(config: Detector) -> Path:
-    """Weights for Detectron2 of an encoder pretrained on unlabelled pictures."""
-    pictures, out = config.out / f"unlabelled-{config.unlabelled}", config.out / "pretrained"
+    """Detectron2 weights of an encoder pretrained on unlabelled images."""
+    images, out = config.out / f"unlabelled-{config.unlabelled}", config.out / "pretrained"
     keep_settings(out, {"unlabelled": config.unlabelled, "epochs": config.epochs})
-    compiled, weights = pictures.with_suffix(".beton"), out / "detectron2.pth"
+    compiled, weights = images.with_suffix(".beton"), out / "detectron2.pth"
     if not is_compiled(compiled, config.unlabelled):
-        with console.status(f"drawing {config.unlabelled} pictures into {pictures}"):
-            write_coco(pictures, config.unlabelled, SIDE_PX, seed=0)
-        (pictures / "instances.json").unlink()
-        run_python(console, "-m", "dataset_tools", "convert", pictures, compiled, "--overwrite")
+        with console.status(f"drawing {config.unlabelled} images into {images}"):
+            write_coco(images, config.unlabelled, SIDE_PX, seed=0).unlink()
+        run_python(console, "-m", "dataset_tools", "convert", images, compiled, "--overwrite")
     if not (out / "backbone.safetensors").is_file():
         run_python(
             console,
@@ -135,55 +124,34 @@ def pretrain(config: Detector) -> Path:
     return weights
 
 
-def train(
-    config: Detector, weights: str, name: str, seed: int, train_set: str, test_set: str
-) -> list[dict[str, float]]:
-    """One detector's AP after every few iterations."""
-    out = config.out / name
+def train(config: Detector, weights: str, out: Path, seed: int, sets: list[str]) -> list[dict[str, float]]:
+    """AP of one detector after each evaluation; ``sets`` are the names of its training and test set."""
     encoder = weights and fingerprint(load_backbone(Path(weights).with_name("backbone.safetensors")).state)
-    wanted = ("labelled", "test", "iterations", "eval_every")
-    keep_settings(out, {"encoder_sha256": encoder} | {name: getattr(config, name) for name in wanted})
+    keep_settings(
+        out,
+        {"encoder_sha256": encoder, "labelled": config.labelled, "test": config.test}
+        | {"iterations": config.iterations, "eval_every": config.eval_every},
+    )
     if not (out / "result.json").is_file():
-        at = [str(config.iterations * share // 10) for share in (7, 9)]
-        words = {
+        options = {
             "MODEL.WEIGHTS": weights,
             "OUTPUT_DIR": out,
             "SEED": seed,
-            "DATASETS.TRAIN": f"('{train_set}',)",
-            "DATASETS.TEST": f"('{test_set}',)",
-            "DATALOADER.NUM_WORKERS": 0,
-            "INPUT.MIN_SIZE_TRAIN": f"({SIDE_PX},)",
-            "INPUT.MIN_SIZE_TEST": SIDE_PX,
-            "MODEL.RESNETS.DEPTH": 18,
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-            "MODEL.FPN.OUT_CHANNELS": 64,
-            "MODEL.ROI_BOX_HEAD.FC_DIM": 256,
-            "MODEL.ROI_MASK_HEAD.CONV_DIM": 64,
-            "MODEL.ANCHOR_GENERATOR.SIZES": "[[8], [16], [32], [64], [128]]",
-            "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 500,
-            "MODEL.RPN.POST_NMS_TOPK_TRAIN": 200,
-            "MODEL.RPN.PRE_NMS_TOPK_TEST": 200,
-            "MODEL.RPN.POST_NMS_TOPK_TEST": 100,
-            "MODEL.ROI_HEADS.NUM_CLASSES": len(CLASSES),
-            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64,
-            "SOLVER.IMS_PER_BATCH": 4,
-            "SOLVER.BASE_LR": 0.02,
+            "DATASETS.TRAIN": f"('{sets[0]}',)",
+            "DATASETS.TEST": f"('{sets[1]}',)",
             "SOLVER.MAX_ITER": config.iterations,
-            "SOLVER.STEPS": f"({', '.join(at)})",
+            "SOLVER.STEPS": f"({config.iterations * 7 // 10}, {config.iterations * 9 // 10})",
             "SOLVER.WARMUP_ITERS": min(50, config.iterations - 1),
             "SOLVER.CHECKPOINT_PERIOD": config.eval_every,
             "TEST.EVAL_PERIOD": config.eval_every,
-            "TEST.PRECISE_BN.NUM_ITER": 20,
-            "TEST.DETECTIONS_PER_IMAGE": 20,
         }
         run_python(
             console,
-            *("-m", "detection.train_net", "--resume"),
-            *("--config-file", "detection/configs/coco_R_50_FPN_1x.yaml"),
-            *(word for pair in words.items() for word in pair),
+            *("-m", "detection.train_net", "--resume", "--config-file", "benchmarks/detector.yaml"),
+            *(word for pair in options.items() for word in pair),
         )
     rows = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
-    # Rows are counted from 0, but that after the last step is not.
+    # Rows count iterations from 0, except the one after the last step.
     every = config.eval_every
     evaluated = {-(-row["iteration"] // every) * every: row for row in rows if "bbox/AP" in row}
     return [
@@ -193,7 +161,7 @@ def train(
 
 
 def _ap(value: float) -> float:
-    """Detectron2 says that it is not a number where nothing is found."""
+    """Detectron2 reports NaN where nothing is found."""
     return 0.0 if math.isnan(value) else value
 
 
@@ -211,29 +179,26 @@ def _mean(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 
 def block(result: Mapping[str, Any]) -> str:
-    """The table in Markdown, with the line breaks that part it from the comments."""
-    means = {start: result["detector"][start]["mean"] for start in STARTS}
-    num_seeds = len(result["config"]["seeds"])
+    """The table in Markdown, with a line break before and after it."""
+    config, where = result["config"], result["environment"]
+    several = len(config["seeds"]) > 1
     lines = [
         "| iterations | box AP, random | box AP, pretrained | mask AP, random | mask AP, pretrained |",
         "|---:|---:|---:|---:|---:|",
     ]
-    for rows in zip(*means.values(), strict=True):
-        cells = (_cell(row, name, num_seeds) for name in ("bbox_AP", "segm_AP") for row in rows)
-        lines.append(f"| {rows[0]['iteration']:.0f} | " + " | ".join(cells) + " |")
-    config, where = result["config"], result["environment"]
-    runs = "one seed" if num_seeds == 1 else f"mean ± standard deviation over {num_seeds} seeds"
-    said = (
+    for rows in zip(*(result["detector"][start]["mean"] for start in STARTS), strict=True):
+        cells = [f"{rows[0]['iteration']:.0f}"]
+        for name in ("bbox_AP", "segm_AP"):
+            cells += [f"{row[name]:.1f}" + f" ± {row[f'{name}_std']:.1f}" * several for row in rows]
+        lines.append(f"| {' | '.join(cells)} |")
+    runs = f"mean ± standard deviation over {len(config['seeds'])} seeds" if several else "one seed"
+    caption = (
         f"Mask R-CNN, ResNet-18 with a feature pyramid, {config['labelled']} labelled pictures of "
         f"{config['side_px']} px with drawn shapes, four a step, evaluated on {config['test']} others; "
         f"{runs}. Pretrained: MixMask, {config['epochs']} epochs on {config['unlabelled']:,} pictures "
         f"without labels. {where['processor']}, {where['cores']} cores."
     )
-    return "\n" + "\n".join([*lines, "", said]) + "\n"
-
-
-def _cell(row: Mapping[str, float], name: str, num_seeds: int) -> str:
-    return f"{row[name]:.1f}" + (f" ± {row[f'{name}_std']:.1f}" if num_seeds > 1 else "")
+    return "\n" + "\n".join([*lines, "", caption]) + "\n"
 
 
 if __name__ == "__main__":

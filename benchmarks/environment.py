@@ -11,7 +11,6 @@ import PIL.features
 import torch
 from rich.console import Console
 
-from benchmarks.marked_block import MarkedBlock
 from training.files import write_json
 
 _PACKAGES = (
@@ -27,22 +26,6 @@ def write_figures(path: Path, result: dict[str, Any], console: Console) -> None:
     """Write a benchmark's figures as JSON and print where they are."""
     write_json(path, result)
     console.print(f"written to {path}")
-
-
-def tell_on_page(
-    result: dict[str, Any],
-    text: str,
-    block: MarkedBlock,
-    page: Path,
-    json_file: Path | None,
-    console: Console,
-) -> None:
-    """Print a table; with a JSON file write the figures there, and a full run's table on a page."""
-    console.print(text)
-    if json_file:
-        write_figures(json_file, result, console)
-        if not result["quick"]:
-            block.rewrite(page, text)
 
 
 def environment() -> dict[str, Any]:

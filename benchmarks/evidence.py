@@ -1,10 +1,10 @@
-"""Does masked mixing help? Every method, several seeds, on Fashion-MNIST, each run pretrained and probed.
+"""Does masked mixing help? Pretrain and probe every method with several seeds on Fashion-MNIST.
 
     python -m benchmarks.evidence --json benchmarks/results/evidence.json
 
-Every method has the same encoder, head, queue, schedule and number of epochs (preset ``fashion``), so a
-mixing method takes longer than MoCo: it embeds more views of each picture. Runs stay in --out; stopped at any
-moment and started again, it goes on with the run it was in, from that run's last checkpoint.
+All methods have the same encoder, head, queue, schedule and number of epochs (preset ``fashion``). A mixing
+method takes longer than MoCo, because it embeds more views of each image. Runs stay in --out; started again,
+the program skips finished runs and resumes the unfinished one from its last checkpoint.
 """
 
 import json
@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from benchmarks.environment import environment, write_figures
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, probe, run_python
-from benchmarks.run_options import RunOptions
+from benchmarks.run_options import finish, keep_full_figures, print_table
 from training import cli
 from training.checkpoint import latest
 from training.cli import console
@@ -28,7 +25,7 @@ RANDOM = "random"
 METHODS = ("moco", "erase", "unmix", "mixmask", "both")
 PROBES = ("knn_top1", "linear_top1")
 _CURVES = ("loss", "loss_clean", "pos_sim", "neg_sim", "feature_std", "acc1")
-"""Metrics of the steps of which a curve is kept, as means over an epoch."""
+"""Step metrics that are kept as means over each epoch."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +33,17 @@ class Evidence:
     """Pretrain and probe every method with several seeds on Fashion-MNIST."""
 
     epochs: int = 4
-    """Passes of each pretraining."""
+    """Epochs of each pretraining."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of initialisation, order, views and probe."""
+    """Seeds of initialisation, order, views and probe."""
     methods: tuple[str, ...] = (RANDOM, *METHODS)
-    """What is compared; random is the encoder as it is initialised."""
+    """What is compared; random is an encoder without training."""
     out: Path = Path("runs/evidence")
     """Folder of the runs; what is finished there is not run again."""
     data: Path = Path("data")
     """Folder of the two compiled sets, made there if they are missing."""
     fashion: int = FASHION_PICTURES
-    """Training pictures of Fashion-MNIST, of 60,000."""
+    """Training images of Fashion-MNIST, of 60,000."""
     json: Path | None = None
     """Where the figures go."""
 
@@ -66,93 +63,77 @@ class Evidence:
 
 def main(config: Evidence) -> dict[str, Any]:
     """Run what is not finished yet, print a table, write the JSON; returns what was written."""
-    RunOptions(quick=config.quick, json=config.json).keep_full_figures()
+    keep_full_figures(config.quick, config.json)
     train, test = fashion_sets(console, config.data, config.fashion)
-    # Seed by seed, so that whoever stops early has seen all methods equally often.
-    wanted = [(method, seed) for seed in config.seeds for method in config.methods]
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in config.methods}
-    for number, (method, seed) in enumerate(wanted, start=1):
-        console.print(f"\n[bold]run {number} of {len(wanted)}: {method}, seed {seed}[/]")
+    # Seed by seed, so that a study that is stopped early has as many seeds of every method.
+    order = [(method, seed) for seed in config.seeds for method in config.methods]
+    for number, (method, seed) in enumerate(order, start=1):
+        console.print(f"\n[bold]run {number} of {len(order)}: {method}, seed {seed}[/]")
         runs[method].append(_run(config, method, seed, train, test))
     evidence = {method: _summary(done) for method, done in runs.items()}
-    result = {
-        "benchmark": "evidence",
-        "quick": config.quick,
-        "evidence": evidence,
-        "config": {"epochs": config.epochs, "seeds": config.seeds, "pictures": config.fashion},
-        "environment": environment(),
-    }
-    _print(evidence)
-    if config.json:
-        write_figures(config.json, result, console)
-    return result
+    print_table(
+        "Fashion-MNIST, frozen encoder, top-1 in %, mean ± standard deviation",
+        {method: _in_words(summary) for method, summary in evidence.items()},
+    )
+    facts = {"epochs": config.epochs, "seeds": config.seeds, "pictures": config.fashion}
+    return finish("evidence", config.quick, config.json, evidence=evidence, config=facts)
 
 
 def _run(config: Evidence, method: str, seed: int, train: Path, test: Path) -> dict[str, Any]:
-    """Pretrain and probe once, or read what an earlier start left."""
+    """Pretrain and probe once, or read the result of an earlier start."""
     out = config.out / f"{method}-{seed}"
     finished = out / "run.json"
-    asked = {"method": method, "seed": seed, "epochs": config.epochs, "pictures": config.fashion}
-    keep_settings(out, asked)
+    settings = {"method": method, "seed": seed, "epochs": config.epochs, "pictures": config.fashion}
+    keep_settings(out, settings)
     if finished.is_file():
         run: dict[str, Any] = json.loads(finished.read_text())
         console.print(f"finished before: {finished}")
         return run
-    mixing = ("--method", "moco", "--epochs", 0) if method == RANDOM else ("--method", method)
-    backbone = out / "backbone.safetensors"
-    if not backbone.is_file():
+    if not (out / "backbone.safetensors").is_file():
         run_python(
             console,
-            *("train_pretrain.py", train, "--preset", "fashion", "--epochs", config.epochs, *mixing),
+            *("train_pretrain.py", train, "--preset", "fashion", "--epochs", config.epochs),
+            *(("--method", "moco", "--epochs", 0) if method == RANDOM else ("--method", method)),
             *("--seed", seed, "--val", test, "--out", out),
             *(("--resume",) if latest(out) else ()),
         )
     probed = probe(console, train, test, out, seed)
-    run = asked | {name: probed[name] for name in PROBES} | _curves(out / "metrics.jsonl")
+    run = settings | {name: probed[name] for name in PROBES} | _curves(out / "metrics.jsonl")
     write_json(finished, run)
     return run
 
 
 def _curves(metrics: Path) -> dict[str, Any]:
-    """How a pretraining went, epoch by epoch, and how fast."""
+    """The metrics of a pretraining by epoch, and its median rate."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]
-    curve: list[dict[str, float]] = []
+    curve = []
     for evaluated in (row for row in rows if row["kind"] == "eval"):
         epoch = [row for row in steps if row["epoch"] == evaluated["epoch"] - 1]
         num = [row["step"] - row["first_step"] + 1 for row in epoch]
-        means = {
-            name: sum(n * row[name] for n, row in zip(num, epoch, strict=True)) / sum(num) for name in _CURVES
-        }
+        means = {name: statistics.fmean([row[name] for row in epoch], num) for name in _CURVES}
         curve.append({name: evaluated[name] for name in ("epoch", "knn_top1", "rankme")} | means)
     rates = [row["samples_per_s"] for row in steps]
     return {"curve": curve, "samples_per_s": round(statistics.median(rates), 1) if rates else None}
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread of one method's runs, and the runs."""
-    return {**{name: _mean_and_spread([run[name] for run in runs]) for name in PROBES}, "runs": runs}
+    """Mean and standard deviation (0 for a single run) of one method's probes, and the runs."""
+    found: dict[str, Any] = {}
+    for name in PROBES:
+        values = [run[name] for run in runs]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        found[name] = {"mean": round(statistics.mean(values), 5), "std": round(spread, 5)}
+    return {**found, "runs": runs}
 
 
-def _mean_and_spread(values: list[float]) -> dict[str, float]:
-    """The sample's standard deviation is 0 for a single value."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": round(statistics.mean(values), 5), "std": round(spread, 5)}
-
-
-def _print(evidence: Mapping[str, Mapping[str, Any]]) -> None:
-    table = Table(title="Fashion-MNIST, frozen encoder, top-1 in %, mean ± standard deviation")
-    for heading in ("method", "kNN", "linear", "samples/s", "runs"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for method, summary in evidence.items():
-        rates = [run["samples_per_s"] for run in summary["runs"] if run["samples_per_s"]]
-        table.add_row(
-            method,
-            *(f"{100 * summary[name]['mean']:.2f} ± {100 * summary[name]['std']:.2f}" for name in PROBES),
-            f"{statistics.median(rates):.0f}" if rates else "–",
-            str(len(summary["runs"])),
-        )
-    console.print(table)
+def _in_words(summary: Mapping[str, Any]) -> dict[str, str]:
+    """One method's row of the table."""
+    knn, linear = (f"{100 * summary[p]['mean']:.2f} ± {100 * summary[p]['std']:.2f}" for p in PROBES)
+    rates = [run["samples_per_s"] for run in summary["runs"] if run["samples_per_s"]]
+    rate = f"{statistics.median(rates):.0f}" if rates else "–"
+    return {"kNN": knn, "linear": linear, "samples/s": rate, "runs": str(len(summary["runs"]))}
 
 
 if __name__ == "__main__":

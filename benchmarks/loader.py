@@ -26,8 +26,8 @@ from benchmarks.ratios import GROUPS, ratios
 from benchmarks.run_options import CROP_PX, Bars, RunOptions
 from benchmarks.sample_sets import SampleSets
 from benchmarks.timing import Turns
-from pipelines.cores import usable_cores
 from pipelines.recipe import moco_v2
+from pipelines.workers import usable_cores
 from training import cli
 from training.cli import console
 

@@ -53,12 +53,12 @@ def main(config: MemoryBenchmark) -> dict[str, Any]:
     for epoch in track(range(config.epochs), "epochs", console=console, disable=not console.is_terminal):
         loader.set_epoch(epoch)
         peaks_mib.append(max(status_mib("RssAnon") for _ in loader))
-    # The first epoch compiles, and allocates the buffers that later epochs use again.
+    # The first epoch compiles, and takes memory that the process keeps.
     growth = peaks_mib[-1] / peaks_mib[1] - 1
     settings = {key: value for key, value in asdict(config).items() if key not in ("compiled", "json")}
     result = {
         "benchmark": "memory",
-        "config": settings | {"pictures": loader.engine.count},
+        "config": settings | {"pictures": loader.set.count},
         "peaks_mib": [round(peak, 1) for peak in peaks_mib],
         "growth": round(growth, 4),
         "environment": environment(),

@@ -41,9 +41,10 @@ from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, Mixing, Mixture
-from pipelines.augment.mixing import Drawn, blend, draw_mixtures
-from pipelines.augment.parameters import NUM_PARAMETERS
+from pipelines.augment.draws import NUM_PARAMETERS
+from pipelines.augment.mixing import DrawnMixture, blend, draw_mixtures
 from pipelines.augment.photometric import augment
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe, moco_v2
 from training import cli
 from training.cli import console
@@ -214,9 +215,9 @@ def _as_on_a_gpu() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(losses, "_rows_of_a_block", lambda _: rows)
 
 
-def _drawn(config: OpsBenchmark, method: Method) -> tuple[Drawn, ...]:
+def _drawn(config: OpsBenchmark, method: Method) -> tuple[DrawnMixture, ...]:
     recipe = Recipe(crop_px=config.crop_px, mixing=Mixing(method=method))
-    return draw_mixtures(recipe, 0, 0, np.arange(config.batch_size))
+    return draw_mixtures(recipe, Draw(0, 0, np.arange(config.batch_size)))
 
 
 def count_step(config: OpsBenchmark, method: Method, bn_splits: int) -> dict[str, Any]:

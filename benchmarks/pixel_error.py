@@ -9,9 +9,10 @@ from PIL import Image
 
 from benchmarks.peers.contract import FixedCrops, Job, Peer
 from benchmarks.sample_sets import read_with_pil
-from pipelines.augment.crops import draw_boxes
+from pipelines.augment.draws import draw_boxes
 from pipelines.decode.pillow import FORMATS
-from pipelines.sets.listing import FolderListing
+from pipelines.randomness import Draw
+from pipelines.sets.folder import FolderListing
 
 
 def choose_crops(job: Job, num: int) -> FixedCrops:
@@ -24,7 +25,7 @@ def choose_crops(job: Job, num: int) -> FixedCrops:
         with Image.open(file, formats=FORMATS) as image:
             sizes.append((image.height, image.width))
     # A box's last number says whether it is flipped; that has nothing to do with how exact pixels are.
-    boxes_NV4 = draw_boxes(job.recipe, 0, 0, index_N, np.array(sizes))[:, :, :4]
+    boxes_NV4 = draw_boxes(job.recipe, Draw(0, 0, index_N), np.array(sizes))[:, :, :4]
     return FixedCrops(job.beton, job.shards, files, index_N, boxes_NV4, job.recipe.crop_px)
 
 

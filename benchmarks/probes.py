@@ -1,11 +1,11 @@
-"""How far the fast probe lies from the published one, on encoders of `make evidence`.
+"""How far the fast probe is from the published one, on encoders of `make evidence`.
 
     python -m benchmarks.probes --json benchmarks/results/probes.json
 
-Each encoder is probed twice on all of Fashion-MNIST: by the published protocol (random crops through the
-encoder in each of 100 epochs, lr 30) and from features cached once, with every learning rate and weight decay
-that ``--cached`` tries. Runs stay in --out; started again, it goes on with the one it was in. With --json the
-table in docs/evaluation.md is written anew.
+Each encoder is probed twice on all of Fashion-MNIST: by the published protocol, with random crops through
+the encoder in each of 100 epochs and lr 30, and from features cached once, with every learning rate and
+weight decay of ``--cached``. Runs stay in --out; started again, the program resumes the unfinished one. With
+--json a full run also rewrites the table in docs/evaluation.md.
 """
 
 import json
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment, tell_on_page
 from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, run_python
-from benchmarks.run_options import RunOptions
+from benchmarks.run_options import finish, keep_full_figures
 from training import cli
 from training.cli import console
 from training.export import fingerprint, load_backbone
@@ -32,7 +31,7 @@ class Probes:
     """Compare the fast probe with the published one."""
 
     encoders: tuple[str, ...] = ("random-0", "both-0")
-    """Runs of the evidence."""
+    """Names of runs of the evidence."""
     evidence: Path = Path("runs/evidence")
     """Folder of the evidence's runs."""
     out: Path = Path("runs/probes")
@@ -40,9 +39,9 @@ class Probes:
     data: Path = Path("data")
     """Folder of the two compiled sets, made there if they are missing."""
     fashion: int = FASHION_PICTURES
-    """Training pictures of Fashion-MNIST, of 60,000."""
+    """Training images of Fashion-MNIST, of 60,000."""
     epochs: int = EPOCHS
-    """Of both protocols."""
+    """Epochs of both protocols."""
     json: Path | None = None
     """Where the figures go."""
 
@@ -55,65 +54,51 @@ class Probes:
 def main(config: Probes) -> dict[str, Any]:
     """Probe what is not probed yet, print the table, write the JSON; returns what was written.
 
-    Raises ValueError if an encoder is not there.
+    Raises:
+        ValueError: if an encoder is missing.
     """
-    RunOptions(quick=config.quick, json=config.json).keep_full_figures()
+    keep_full_figures(config.quick, config.json)
     train, test = fashion_sets(console, config.data, config.fashion)
-    rows = {}
-    for name in config.encoders:
-        backbone = config.evidence / name / "backbone.safetensors"
-        if not backbone.is_file():
-            raise ValueError(f"there is no {backbone}; run `make evidence` first")
-        rows[name] = _row(*_probed(config, config.out / name, backbone, train, test))
-    result = {
-        "benchmark": "probes",
-        "quick": config.quick,
-        "probes": rows,
-        "config": {"epochs": config.epochs, "pictures": config.fashion},
-        "environment": environment(),
-    }
-    tell_on_page(result, block(result), BLOCK, PAGE, config.json, console)
+    rows = {name: _row(config, name, train, test) for name in config.encoders}
+    facts = {"epochs": config.epochs, "pictures": config.fashion}
+    result = finish("probes", config.quick, config.json, probes=rows, config=facts)
+    console.print(block(result))
+    if config.json and not config.quick:
+        BLOCK.rewrite(PAGE, block(result))
     return result
 
 
-def _probed(config: Probes, out: Path, backbone: Path, train: Path, test: Path) -> list[dict[str, Any]]:
-    """Results of the fast and of the published probe of one encoder, made now if an earlier start has not."""
+def _row(config: Probes, name: str, train: Path, test: Path) -> dict[str, Any]:
+    """The figures of one encoder; both probes are run unless an earlier start has finished them."""
+    backbone, out = config.evidence / name / "backbone.safetensors", config.out / name
+    if not backbone.is_file():
+        raise ValueError(f"there is no {backbone}; run `make evidence` first")
     encoder = fingerprint(load_backbone(backbone).state)
     keep_settings(out, {"encoder_sha256": encoder, "epochs": config.epochs, "pictures": config.fashion})
     results = []
-    for file, more in (("cached.json", ("--cached",)), ("result.json", ("--no-knn", "--resume"))):
+    for file, options in (("cached.json", ("--cached",)), ("result.json", ("--no-knn", "--resume"))):
         if not (out / file).is_file():
             run_python(
                 console,
                 *("train_lincls.py", train, "--val", test, "--pretrained", backbone, "--out", out),
-                *("--epochs", config.epochs, *more),
+                *("--epochs", config.epochs, *options),
             )
         results.append(json.loads((out / file).read_text()))
-    return results
-
-
-def _row(cached: Mapping[str, Any], published: Mapping[str, Any]) -> dict[str, Any]:
+    cached, published = results
     settings = [
-        {name: setting[name] for name in ("lr", "weight_decay", "top1")}
-        for setting in cached["linear_settings"]
+        {key: each[key] for key in ("lr", "weight_decay", "top1")} for each in cached["linear_settings"]
     ]
     return {
-        "published": {name: published[name] for name in ("linear_top1", "linear_best_top1", "seconds")},
+        "published": {key: published[key] for key in ("linear_top1", "linear_best_top1", "seconds")},
         "cached": {
-            **{name: cached[name] for name in ("linear_top1", "linear_lr", "linear_weight_decay", "seconds")},
+            **{key: cached[key] for key in ("linear_top1", "linear_lr", "linear_weight_decay", "seconds")},
             "settings": settings,
         },
     }
 
 
-def _at_lr_30(cached: Mapping[str, Any]) -> float:
-    """The cached probe's top-1 with the published rate and weight decay."""
-    settings = cached["settings"]
-    return float(next(one["top1"] for one in settings if one["lr"] == 30 and one["weight_decay"] == 0))
-
-
 def block(result: Mapping[str, Any]) -> str:
-    """The table in Markdown, with the line breaks that part it from the comments."""
+    """The table in Markdown, with a line break before and after it."""
     lines = [
         "| encoder | published | cached, lr 30 | cached, best setting | difference | published | cached |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -121,20 +106,22 @@ def block(result: Mapping[str, Any]) -> str:
     gaps = []
     for name, row in result["probes"].items():
         published, cached = row["published"], row["cached"]
+        # The cached probe with the published learning rate and weight decay.
+        same = next(s["top1"] for s in cached["settings"] if s["lr"] == 30 and s["weight_decay"] == 0)
         gaps.append(100 * (cached["linear_top1"] - published["linear_top1"]))
         lines.append(
-            f"| {name} | {100 * published['linear_top1']:.2f} % | {100 * _at_lr_30(cached):.2f} % "
+            f"| {name} | {100 * published['linear_top1']:.2f} % | {100 * same:.2f} % "
             f"| {100 * cached['linear_top1']:.2f} % "
             f"(lr {cached['linear_lr']:g}, weight decay {cached['linear_weight_decay']:g}) "
             f"| {gaps[-1]:+.2f} | {published['seconds']:,.0f} s | {cached['seconds']:,.0f} s |"
         )
     config, where = result["config"], result["environment"]
-    said = (
+    caption = (
         f"Fashion-MNIST, {config['pictures']:,} pictures, {config['epochs']} epochs of both, encoders of "
         f"`make evidence`, one seed; {where['processor']}, {where['cores']} cores. The fast way's answer "
         f"lies {min(gaps):+.2f} … {max(gaps):+.2f} points from the published one."
     )
-    return "\n" + "\n".join([*lines, "", said]) + "\n"
+    return "\n" + "\n".join([*lines, "", caption]) + "\n"
 
 
 if __name__ == "__main__":

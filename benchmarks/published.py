@@ -1,11 +1,11 @@
-"""The published objective written the plain way: the oracle of our tests and the peer of our benchmarks.
+"""The published method in plain PyTorch: the reference of our tests and the peer of our benchmarks.
 
-It works as public MoCo and MixMask code does (arXiv 1911.05722 and 2210.11456): the queue is stored D × K,
-and every loss term clones it, multiplies it in full, puts the positive before the negatives and leaves the
-rest to `F.cross_entropy`, so a mixture multiplies its negatives twice. The key encoder follows parameter by
-parameter; images stay in contiguous memory. Two things go further than that code, so that both can be
-compared everywhere: λ may differ from image to image, and the queue takes batches that do not divide it.
-What that code computes only to print it, accuracies, is left out in its favour.
+It follows the public MoCo and MixMask code (arXiv 1911.05722 and 2210.11456): the queue is stored D × K;
+every loss term clones it, multiplies it in full, puts the positive before the negatives and calls
+`F.cross_entropy`, so a mixture multiplies its negatives twice. The key encoder is updated parameter by
+parameter, and images stay in contiguous memory. Two extensions make it comparable everywhere: λ may differ
+between images, and the queue accepts batches that do not divide it. The accuracies that the public code
+computes for its log are left out, which is in its favour.
 
 Shape letters: N batch, D embedding, K queue, F features, S side, G cells along a mask's side.
 """
@@ -19,21 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.batch import BatchLike, Method, MixtureLike
+from models.batch import Batch, Method, Mixture
 from models.encoders import EncoderFactory
 from models.moco import MoCo
-from pipelines import Batch, Mixture
 from pipelines.recipe import Mixing
 
 _MIN_RECTANGLE_CELLS = 4
 _LOG_ASPECT = math.log(1 / 0.3)
 
 
-# ------------------------------------------------------------------------------------------------- the loss
-
-
 def plain_cross_entropy(q_ND: Tensor, k_ND: Tensor, queue_DK: Tensor, temperature: float) -> Tensor:
-    """(N,) CE(q, k): cross-entropy of N × (1 + K) logits whose first column is the right one."""
+    """(N,) CE(q, k): cross-entropy of N × (1 + K) logits; the first column holds the positives."""
     negatives_DK = queue_DK.clone().detach()
     positive_N = torch.einsum("nd,nd->n", q_ND, k_ND)
     negative_NK = torch.einsum("nd,dk->nk", q_ND, negatives_DK)
@@ -48,14 +44,14 @@ def plain_objective(
     q_ND: Tensor,
     k_ND: Tensor,
     mixed_ND: Sequence[Tensor],
-    mixtures: Sequence[MixtureLike],
+    mixtures: Sequence[Mixture],
     queue_DK: Tensor,
     temperature: float,
 ) -> Tensor:
-    """The loss of one direction, a scalar: the clean term, and two terms for each mixture.
+    """The loss of one direction, a scalar: CE(q, k), and two more terms for each mixture.
 
-    method: "erase" takes CE(q_e, k) for its mixture, the others λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]).
-    mixed_ND: the mixtures' embedded images, one (N, D) for each.
+    They are λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]), or CE(q_e, k) for "erase"; ``mixed_ND`` holds the embedded
+    images of each mixture.
     """
     loss = plain_cross_entropy(q_ND, k_ND, queue_DK, temperature).mean()
     for qm_ND, mixture in zip(mixed_ND, mixtures, strict=True):
@@ -68,14 +64,11 @@ def plain_objective(
     return loss
 
 
-# ------------------------------------------------------------------------------------------------ the model
-
-
 class PlainMoCo(nn.Module):
-    """The reference model, for training on one device; ``forward(batch)`` returns the loss.
+    """The reference model, for one device; ``forward(batch)`` returns the loss.
 
-    Like `models.moco.MoCo` it moves the key encoder first and the queue last. BatchNorm is plain, every view
-    and mixture goes through the encoder by itself. ``queue_DK`` and ``queue_ptr`` are the queue.
+    Like `models.moco.MoCo` it updates the key encoder first and the queue (``queue_DK``, ``queue_ptr``) last.
+    BatchNorm is plain; every view and mixture is one forward pass of the encoder.
     """
 
     def __init__(
@@ -90,7 +83,7 @@ class PlainMoCo(nn.Module):
         symmetric: bool = False,
         queue_seed: int = 0,
     ) -> None:
-        """Options are those of `models.moco.MoCo`; the head is the MLP of MoCo v2."""
+        """See `models.moco.MoCo` for the arguments; the head is the MLP of MoCo v2."""
         super().__init__()
         self.method: Method = method
         self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
@@ -105,15 +98,15 @@ class PlainMoCo(nn.Module):
         self.queue_ptr = 0
 
     def start_like(self, moco: MoCo) -> "PlainMoCo":
-        """Take over the weights, the queue and its position of ours; returns itself."""
+        """Copy the weights, the queue and its position from ours; returns itself."""
         self.encoder_q.load_state_dict(moco.encoder_q.state_dict())
         self.encoder_k.load_state_dict(moco.encoder_k.state_dict())
         self.queue_DK.copy_(moco.queue_KD.T)
         self.queue_ptr = int(moco.queue_ptr)
         return self
 
-    def forward(self, batch: BatchLike) -> Tensor:
-        """Loss, a scalar, of one batch; for a symmetric loss the sum of both directions."""
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of one batch, a scalar; for a symmetric loss the sum of both directions."""
         directions = [(batch.query, batch.key, batch.mixtures)]
         if self.symmetric:
             directions.append((batch.key, batch.query, batch.key_mixtures))
@@ -139,7 +132,7 @@ class PlainMoCo(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, k_ND: Tensor) -> None:
-        """Write keys over the oldest columns; at once where they fit, as published, else one by one."""
+        """Replace the oldest columns: with one copy if the keys fit, as published, else key by key."""
         queue_len = self.queue_DK.shape[1]
         if self.queue_ptr + len(k_ND) <= queue_len:
             self.queue_DK[:, self.queue_ptr : self.queue_ptr + len(k_ND)] = k_ND.T
@@ -150,11 +143,8 @@ class PlainMoCo(nn.Module):
             self.queue_ptr = (self.queue_ptr + 1) % queue_len
 
 
-# ----------------------------------------------------------------------------------------------- the mixing
-
-
 def plain_block_mask(grid_size: int, keep: float, rng: random.Random) -> Tensor:
-    """(1, 1, G, G) of ones, in rectangles until at least that share of the cells is kept, and zeros."""
+    """(1, 1, G, G) mask of rectangles of ones that keep at least the share ``keep`` of the cells."""
     quota = int(keep * grid_size**2)
     mask_GG = torch.zeros(grid_size, grid_size)
     while (left := quota - int(mask_GG.sum())) > 0:
@@ -168,7 +158,7 @@ def plain_block_mask(grid_size: int, keep: float, rng: random.Random) -> Tensor:
 
 
 def plain_mixmask(query: Tensor, key: Tensor, mixing: Mixing, rng: random.Random) -> Batch:
-    """A batch of two views whose query views are mixed by one block mask with the batch in reverse order."""
+    """A batch of two views; one block mask mixes the query views with those in reverse order."""
     num = len(query)
     mask = plain_block_mask(mixing.grid_size, mixing.mask_lam, rng)
     mask = F.interpolate(mask, size=query.shape[-2:], mode="nearest")

@@ -1,37 +1,62 @@
-"""Who learns more from Fashion-MNIST in the same minutes: our MoCo v2 and MixMask beside lightly's MoCo v2.
+"""Learning from Fashion-MNIST for the same wall time: our MoCo v2 and MixMask against lightly's MoCo v2.
 
     python -m benchmarks.race --json benchmarks/results/race.json
 
-All train the same small encoder from the same initial weights, with the same head, queue, batch, temperature,
-momenta and optimizer, on all cores and for the same wall time, one after the other. lightly starts twice:
-used as its documentation shows, with MoCoV2Transform as it comes and a process for each core; and at its
-best, with the distribution of views that ours has and with the cores divided between its processes and
-torch's threads as short trials show to be fastest. The cosine schedule runs by the wall time too. Each clock
-starts when the first batch has arrived; judging by nearest neighbours, before and after, does not count.
+Every entry trains the encoder of the preset ``fashion`` from the same initial weights, with the same head,
+queue, batch, temperature, momenta and optimizer, on all cores, one entry after the other. lightly is entered
+twice: as its documentation shows it, with MoCoV2Transform's defaults and one worker process per core; and at
+its best, with our views and the division of the cores that is fastest in short trials. The cosine schedule
+follows the wall time too. The clock starts when the first batch arrives and leaves the kNN evaluations out.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+import torch
+from rich.progress import Progress
+from torch import nn
 
-from benchmarks.environment import environment, write_figures
 from benchmarks.programs import fashion_sets
-from benchmarks.race_figures import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, OURS, configured, figures, print_race
-from benchmarks.race_ours import FEW, Runner, Setting, Stint, knn, ours, train
-from benchmarks.run_options import RunOptions
-from pipelines.cores import usable_cores
+from benchmarks.run_options import finish, keep_full_figures, print_table
+from models.batch import Method
+from models.encoders import backbone_features, build_encoder
+from models.moco import MoCo
+from pipelines import build_loader, evaluation_batches
+from pipelines.device import keep_freed_memory
+from pipelines.recipe import evaluation
+from pipelines.workers import usable_cores
+from presets import PretrainConfig, fashion
 from training import cli
 from training.cli import console
-from training.memory import keep_freed_memory
+from training.features import Features, extract_features
+from training.knn import knn_top1
+from training.optimizer import sgd
+from training.precision import Precision
+from training.schedule import lr_at, set_lr
+from training.step import LossOf, TrainStep
 
-Build = Callable[[int], Runner]
-"""A fresh runner of a seed."""
+OURS, MIXMASK = "ours, MoCo v2", "ours, MixMask"
+LIGHTLY, LIGHTLY_AT_BEST = "lightly as documented", "lightly at its best"
+_PREFIXES, _SUFFIXES = (
+    {OURS: "", MIXMASK: "mixmask_"},
+    {LIGHTLY: "lightly", LIGHTLY_AT_BEST: "lightly_at_best"},
+)
+"""How the JSON's keys that compare one of our entries with one of lightly's begin and end."""
+SMALL_BANK, QUICK_IMAGES = 5000, 6000
+"""Training images of the main kNN figure (among all 60,000 even a random encoder does well), and those that
+--quick evaluates on."""
+_PRECISION = Precision.choose("fp32", torch.device("cpu"))
+Batches = Generator[Any, None, None]
 
 
 @dataclass(frozen=True)
@@ -41,79 +66,92 @@ class Race:
     seconds: float | None = None
     """Wall time of each training: 240, or 4 with --quick."""
     seeds: tuple[int, ...] = (0,)
-    """Of initialisation, order and views; each is a race of its own."""
+    """Seeds of initialisation, order and views; each is a race of its own."""
     quick: bool = False
-    """A few seconds each, judged on 6,000 pictures; for a look, not for figures."""
+    """A few seconds each, evaluated on 6,000 images; for a look, not for figures."""
     json: Path | None = None
     """Where the figures go."""
     data: Path = Path("data")
     """Folder of the two compiled sets, which are made there if they are missing."""
     hands: tuple[int, int] | None = None
-    """How lightly's second start divides the cores: processes of its DataLoader, and threads of torch beside
-    them; by default whichever of several divisions is the fastest in a short trial."""
+    """Worker processes and torch threads of lightly's second entry; by default the fastest of several
+    divisions of the cores in a short trial."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A training that takes part, freshly initialised."""
+
+    preset: PretrainConfig
+    """Its settings."""
+    model: nn.Module
+    """Everything; parameters that require a gradient are trained."""
+    encoder: nn.Module
+    """The query encoder in it, which kNN evaluates."""
+    batches: Callable[[], Batches]
+    """Endless batches; closing them frees what they hold."""
+    loss_of: LossOf
+    """Loss and metrics of a batch; updates the key encoder and the queue."""
+    torch_threads: int
+    """Threads of torch's operators during the training."""
+    configured: str
+    """How it is set up, in words."""
+
+
+class Trained(NamedTuple):
+    """How far a training has come."""
+
+    samples: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Samples/s."""
+        return self.samples / self.seconds
 
 
 def main(config: Race) -> dict[str, Any]:
     """Race, print a table, write the JSON; returns what was written.
 
     Raises:
-        ValueError: for settings that measure nothing, or where the sets cannot be made.
+        ValueError: for settings that measure nothing, or if the sets cannot be made.
         ImportError: if lightly is missing.
     """
-    seconds = _seconds(config)
-    RunOptions(quick=config.quick, json=config.json).keep_full_figures()
-    theirs = _import_lightly()
-    train_set, test_set = fashion_sets(console, config.data)
-    setting = Setting()
-    limit = 6000 if config.quick else None
-    judge = functools.partial(knn, train_set=train_set, test_set=test_set, limit=limit)
-    with _progress() as progress:
-        best, trials = config.hands, {}
-        if best is None:
-            trials = _try_hands(theirs, setting, train_set, seconds, progress)
-            best = max(trials, key=lambda tried: trials[tried])
-        rivals = {
-            LIGHTLY: (theirs.documented(setting), theirs.documented_hands()),
-            LIGHTLY_AT_BEST: (setting, best),
-        }
-        # First, because what our trainer asks of the C library stays with the process.
-        builds: dict[str, tuple[Setting, Build]] = {
-            **{
-                name: (own, functools.partial(theirs.lightly, own, train_set, hands))
-                for name, (own, hands) in rivals.items()
-            },
-            OURS: (setting, functools.partial(ours, "moco", setting, train_set)),
-            MIXMASK: (setting, functools.partial(ours, "mixmask", setting, train_set)),
-        }
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in builds}
-        for name, (own, build) in builds.items():
-            if name == OURS:
-                keep_freed_memory()
-            for seed in config.seeds:
-                told = f"{name}, seed {seed}" if len(config.seeds) > 1 else name
-                runs[name].append(_run(build(seed), own, seconds, judge, progress, told))
-    result = {
-        "benchmark": "race",
-        "quick": config.quick,
-        "race": figures(runs, configured(setting, rivals)),
-        "config": _facts(config, setting, seconds, trials),
-        "environment": environment(),
-    }
-    print_race(console, result)
-    if config.json:
-        write_figures(config.json, result, console)
-    return result
-
-
-def _seconds(config: Race) -> float:
     seconds = (4.0 if config.quick else 240.0) if config.seconds is None else config.seconds
     workers, torch_threads = config.hands or (0, 1)
     if seconds <= 0 or not config.seeds or workers < 0 or torch_threads < 1:
         raise ValueError(
-            f"{seconds} s, seeds {config.seeds} and hands {config.hands} make no race; take some seconds, at "
-            "least one seed, and 0 workers and 1 thread or more"
+            f"{seconds} s, seeds {config.seeds} and hands {config.hands} make no race; give more than 0 s, "
+            "at least one seed, and at least 0 workers and 1 thread"
         )
-    return seconds
+    keep_full_figures(config.quick, config.json)
+    peer = _import_lightly()
+    train_set, test_set = fashion_sets(console, config.data)
+    preset = fashion(train_set)
+    evaluate = functools.partial(knn, test_set=test_set, limit=QUICK_IMAGES if config.quick else None)
+    runs: dict[str, list[dict[str, float]]] = {}
+    words: dict[str, str] = {}
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        trials = {} if config.hands else _try_divisions(peer, preset, min(10.0, seconds / 4), progress)
+        best = config.hands or max(trials, key=trials.__getitem__)
+        builds: dict[str, Callable[[int], Entry]] = {
+            LIGHTLY: functools.partial(lightly, peer, peer.documented(preset), peer.documented_division()),
+            LIGHTLY_AT_BEST: functools.partial(lightly, peer, preset, best),
+            OURS: functools.partial(ours, with_method(preset, "moco")),
+            MIXMASK: functools.partial(ours, preset),
+        }
+        for name, build in builds.items():
+            if name == OURS:  # after lightly's entries, because it applies to the process from now on
+                keep_freed_memory()
+            runs[name] = []
+            for seed in config.seeds:
+                entry = build(seed)
+                runs[name].append(_run(f"{name}, seed {seed}", entry, seconds, evaluate, progress))
+                words[name] = entry.configured
+    race = figures(runs, words)
+    facts = _facts(config, preset, seconds, trials)
+    _print(race, facts)
+    return finish("race", config.quick, config.json, race=race, config=facts)
 
 
 def _import_lightly() -> ModuleType:
@@ -127,66 +165,167 @@ def _import_lightly() -> ModuleType:
     return race_lightly
 
 
-def _try_hands(
-    theirs: ModuleType, setting: Setting, data: Path, seconds: float, progress: Progress
-) -> dict[tuple[int, int], float]:
-    """Samples/s of lightly by its processes and threads, in trials of at most ten seconds."""
-    task = progress.add_task("", total=None, rate="")
-    told = functools.partial(progress.update, task)
-    trials: dict[tuple[int, int], float] = theirs.try_hands(
-        setting, data, min(10.0, seconds / 4), lambda what: told(description=what)
+# --------------------------------------------------------------------------------------------- the entries
+
+
+def with_method(preset: PretrainConfig, method: Method) -> PretrainConfig:
+    """The preset with another method."""
+    return dataclasses.replace(preset, mixing=dataclasses.replace(preset.mixing, method=method))
+
+
+def _model_settings(preset: PretrainConfig) -> dict[str, Any]:
+    """The preset's values by their names in `MoCo`."""
+    names = {"dim": "moco_dim", "queue_len": "moco_k", "momentum": "moco_m", "temperature": "moco_t"}
+    return {key: getattr(preset, name) for key, name in names.items()} | {"bn_splits": preset.splits(1)}
+
+
+def ours(preset: PretrainConfig, seed: int) -> Entry:
+    """Our training of a preset, as `train_pretrain` runs it."""
+    torch.manual_seed(seed)
+    method = preset.mixing.method
+    build = functools.partial(build_encoder, preset.arch)
+    model = MoCo(build, method=method, queue_seed=seed, **_model_settings(preset))
+    model.to(memory_format=torch.channels_last)
+
+    def batches() -> Batches:
+        loader = build_loader(preset.data, preset.recipe(), batch_size=preset.batch_size, seed=seed)
+        for epoch in itertools.count():
+            loader.set_epoch(epoch)
+            yield from loader
+
+    words = (
+        f"the compiled set by our loader, all cores, channels_last, BN over {preset.bn_splits} parts of the "
+        "batch and keys dealt anew, freed memory kept between steps"
     )
+    if method != "moco":
+        words += f"; one block mask per image on a grid of {preset.mixing.grid_size}"
+    threads = torch.get_num_threads()
+    return Entry(preset, model, model.encoder_q, batches, model, threads, words)
+
+
+def lightly(peer: ModuleType, preset: PretrainConfig, division: tuple[int, int], seed: int) -> Entry:
+    """lightly's MoCo v2; ``division``: worker processes of its DataLoader, and torch threads."""
+    workers, torch_threads = division
+    torch.manual_seed(seed)
+    model = peer.LightlyMoCo(preset)
+    batches = functools.partial(peer.endless_batches, preset, workers)
+    words = peer.in_words(preset, workers, torch_threads)
+    return Entry(preset, model, model.encoder, batches, model, torch_threads, words)
+
+
+def _try_divisions(
+    peer: ModuleType, preset: PretrainConfig, seconds: float, progress: Progress
+) -> dict[tuple[int, int], float]:
+    """Samples/s of lightly by division; processes and threads compete for cores, so fewer may be faster."""
+    cores, task = usable_cores(0), progress.add_task("", total=None)
+    rates = {}
+    for division in dict.fromkeys([peer.documented_division(), (cores, 1), (1, 1), (0, cores)]):
+        progress.update(task, description="trying lightly with {} workers and {} threads".format(*division))
+        rates[division] = train(lightly(peer, preset, division, 0), seconds, lambda _: None).rate
     progress.remove_task(task)
-    return trials
+    return rates
+
+
+# ------------------------------------------------------------------------------------------ one entry's run
 
 
 def _run(
-    runner: Runner,
-    setting: Setting,
-    seconds: float,
-    judge: Callable[..., dict[str, float]],
-    progress: Progress,
-    name: str,
+    name: str, entry: Entry, seconds: float, evaluate: Callable[[Entry], dict[str, float]], progress: Progress
 ) -> dict[str, float]:
-    """Judge, train, judge; the figures of one runner and seed."""
-    task = progress.add_task(name, total=seconds, rate="judging")
-    before = judge(runner.encoder, setting)
+    """Evaluate, train, evaluate; the figures of one entry and seed."""
+    task = progress.add_task(f"{name}: evaluating", total=seconds)
 
-    def show(done: Stint) -> None:
-        progress.update(task, completed=done.seconds, rate=f"{done.samples / done.seconds:,.0f} samples/s")
+    def show(now: Trained) -> None:
+        progress.update(task, completed=now.seconds, description=f"{name}: {now.rate:,.0f} samples/s")
 
-    progress.update(task, rate="starting")
-    stint = train(runner, setting, seconds, show)
-    progress.update(task, rate="judging")
-    after = judge(runner.encoder, setting)
+    before = evaluate(entry)
+    done = train(entry, seconds, show)
+    progress.update(task, description=f"{name}: evaluating")
+    after = evaluate(entry)
     progress.remove_task(task)
-    rate = stint.samples / stint.seconds
-    told = f"{100 * before['knn']:.1f} → {100 * after['knn']:.1f} %"
-    console.print(f"{name}: {rate:,.0f} samples/s, kNN {told}")
-    return {
-        "samples_per_s": rate,
-        "samples": stint.samples,
-        "seconds": stint.seconds,
-        **{f"{kind}_before": share for kind, share in before.items()},
-        **{f"{kind}_after": share for kind, share in after.items()},
+    gain = f"{100 * before['knn']:.1f} → {100 * after['knn']:.1f} %"
+    console.print(f"{name}: {done.rate:,.0f} samples/s, kNN {gain}")
+    shares = {"before": before, "after": after}
+    return {"samples_per_s": done.rate, **done._asdict()} | {
+        f"{kind}_{when}": share for when, found in shares.items() for kind, share in found.items()
     }
 
 
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+def train(entry: Entry, seconds: float, progress: Callable[[Trained], None]) -> Trained:
+    """Train for a wall time that starts when the first batch arrives; calls ``progress`` after each step."""
+    preset = entry.preset
+    optimizer = sgd(entry.model, preset.lr, preset.sgd_momentum, preset.weight_decay)
+    step = TrainStep(entry.loss_of, optimizer, _PRECISION)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(entry.torch_threads)
+    entry.model.train()
+    done = Trained(0, 0.0)
+    with closing(entry.batches()) as batches:
+        batch = next(batches)
+        start = time.perf_counter()
+        while done.seconds < seconds:
+            set_lr(optimizer, _lr_after(done.seconds, seconds, preset.lr))
+            step(batch)
+            batch = next(batches)
+            done = Trained(done.samples + preset.batch_size, time.perf_counter() - start)
+            progress(done)
+    torch.set_num_threads(threads_before)
+    return done
+
+
+def _lr_after(elapsed_s: float, total_s: float, base_lr: float) -> float:
+    """The cosine schedule by wall time, in steps of a millisecond."""
+    return lr_at(int(1000 * elapsed_s), math.ceil(1000 * total_s), base_lr)
+
+
+def knn(entry: Entry, test_set: Path, limit: int | None) -> dict[str, float]:
+    """kNN top-1 (k = 200, t = 0.1) in [0, 1], with `SMALL_BANK` training images and with all (``knn_whole``).
+
+    limit: draw this many training images and a sixth as many test images; None takes all.
+    """
+    entry.encoder.eval()
+    encode = functools.partial(backbone_features, entry.encoder)
+    view = evaluation(entry.preset.recipe())
+    bank, test = (
+        extract_features(encode, evaluation_batches(images, view, limit=num), _PRECISION)
+        for images, num in ((entry.preset.data, limit), (test_set, limit and limit // 6))
     )
-    return Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True, refresh_per_second=2
-    )
+    drawn = torch.randperm(len(bank.label_N), generator=torch.Generator().manual_seed(0))[:SMALL_BANK]
+    small = Features(bank.feature_ND[drawn], bank.label_N[drawn])
+    return {"knn": knn_top1(small, test), "knn_whole": knn_top1(bank, test)}
+
+
+# ------------------------------------------------------------------------------------------------- figures
+
+
+def figures(runs: dict[str, list[dict[str, float]]], configured: dict[str, str]) -> dict[str, Any]:
+    """The JSON's ``race`` from each entry's runs, by seed: means, deviations, and ours over lightly's."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, seeds in runs.items():
+        values = {key: [run[key] for run in seeds] for key in seeds[0]}
+        spread = {key: statistics.stdev(values[key]) for key in _SPREAD} if len(seeds) > 1 else None
+        means = {key: statistics.fmean(each) for key, each in values.items()}
+        rows[name] = {**means, "spread": spread, "runs": seeds, "configured": configured[name]}
+    ratios: dict[str, float] = {}
+    for (name, prefix), (peer, suffix) in itertools.product(_PREFIXES.items(), _SUFFIXES.items()):
+        mine, theirs = rows[name], rows[peer]
+        gain = f"{prefix}knn_gain_over_{suffix}"
+        ratios |= {
+            f"{prefix}samples_per_s_vs_{suffix}": mine["samples_per_s"] / theirs["samples_per_s"],
+            gain: 100 * (mine["knn_after"] - theirs["knn_after"]),
+            f"{gain}_whole_bank": 100 * (mine["knn_whole_after"] - theirs["knn_whole_after"]),
+        }
+    return {**ratios, "runners": rows}
+
+
+_SPREAD = ("samples_per_s", "knn_after")
 
 
 def _facts(
-    config: Race, setting: Setting, seconds: float, trials: dict[tuple[int, int], float]
+    config: Race, preset: PretrainConfig, seconds: float, trials: dict[tuple[int, int], float]
 ) -> dict[str, Any]:
+    """The JSON's ``config``."""
+    same = ("arch", "batch_size", "lr", "sgd_momentum", "weight_decay")
     return {
         "seconds": seconds,
         "seeds": list(config.seeds),
@@ -198,14 +337,39 @@ def _facts(
         "knn": {
             "k": 200,
             "temperature": 0.1,
-            "bank": FEW,
-            "whole_bank": 6000 if config.quick else "all training pictures",
+            "bank": SMALL_BANK,
+            "whole_bank": QUICK_IMAGES if config.quick else "all training pictures",
         },
         "schedule": "cosine by the share of the wall time gone",
         "clock": "from the arrival of the first batch; kNN does not count",
         "precision": "fp32",
-        **dataclasses.asdict(setting),
+        "recipe": dataclasses.asdict(with_method(preset, "moco").recipe()),
+        "mixing": dataclasses.asdict(preset.mixing),
+        **_model_settings(preset),
+        **{name: getattr(preset, name) for name in same},
     }
+
+
+def _print(race: dict[str, Any], facts: dict[str, Any]) -> None:
+    """A table of all entries, and ours against lightly's."""
+    rows = {}
+    for name, row in race["runners"].items():
+        rate, after = f"{row['samples_per_s']:,.0f}", f"{100 * row['knn_after']:.1f}"
+        if row["spread"]:
+            rate += f" ± {row['spread']['samples_per_s']:,.0f}"
+            after += f" ± {100 * row['spread']['knn_after']:.1f}"
+        rows[name] = {
+            "samples/s": rate,
+            "samples": f"{row['samples']:,.0f}",
+            "kNN, %": f"{100 * row['knn_before']:.1f} → {after}",
+            "… whole bank": f"{100 * row['knn_whole_before']:.1f} → {100 * row['knn_whole_after']:.1f}",
+        }
+    print_table(f"Fashion-MNIST, {facts['seconds']:g} s of training on {facts['threads']} cores", rows)
+    for (name, prefix), (peer, suffix) in itertools.product(_PREFIXES.items(), _SUFFIXES.items()):
+        console.print(
+            f"{name}: {race[f'{prefix}samples_per_s_vs_{suffix}']:.1f} × the samples/s of {peer}, "
+            f"{race[f'{prefix}knn_gain_over_{suffix}']:+.1f} points of kNN"
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""A runner of the race made of lightly's parts, put together as its documentation's MoCo example does.
+"""MoCo v2 from lightly's parts, put together as in the MoCo example of its documentation.
 
 https://docs.lightly.ai/self-supervised-learning/examples/moco.html
+
+Shape letters: N batch or images, H height, W width, S side of a view.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Generator
 
 import numpy as np
-import torch
 from lightly.loss import NTXentLoss
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -19,25 +19,26 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.race_ours import Batches, Runner, Setting, train
 from models.encoders import build_encoder
-from pipelines import build_loader
-from pipelines.cores import usable_cores
-from pipelines.recipe import Recipe, moco_v2
+from pipelines import open_set
+from pipelines.decode.pillow import decode_image
+from pipelines.recipe import Recipe
+from pipelines.workers import usable_cores
+from presets import PretrainConfig, Views
 
 
-class Pictures(Dataset[list[Tensor]]):
-    """The pictures of a compiled set, decoded into memory; each item is its views."""
+class Images(Dataset[list[Tensor]]):
+    """Images decoded into memory; each item is the two views of one image."""
 
-    def __init__(self, pictures_NHW3: NDArray[np.uint8], transform: MoCoV2Transform) -> None:
-        self._pictures_NHW3, self._transform = pictures_NHW3, transform
+    def __init__(self, image_NHW3: NDArray[np.uint8], transform: MoCoV2Transform) -> None:
+        self._image_NHW3, self._transform = image_NHW3, transform
 
     def __len__(self) -> int:
-        return len(self._pictures_NHW3)
+        return len(self._image_NHW3)
 
     def __getitem__(self, index: int) -> list[Tensor]:
         """Query and key, each (3, S, S) float32."""
-        views: list[Tensor] = self._transform(Image.fromarray(self._pictures_NHW3[index]))
+        views: list[Tensor] = self._transform(Image.fromarray(self._image_NHW3[index]))
         return views
 
 
@@ -59,84 +60,67 @@ def transform_of(recipe: Recipe) -> MoCoV2Transform:
     )
 
 
-class LightlyMoCo(nn.Module):
-    """Query and key encoders with lightly's head, loss, memory bank and momentum update."""
+def documented(preset: PretrainConfig) -> PretrainConfig:
+    """The preset with the views of the documentation's example, MoCoV2Transform's defaults.
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__()
-        self.encoder, feature_dim = build_encoder(setting.arch)
-        head = MoCoProjectionHead(feature_dim, feature_dim, setting.dim)
-        self.query = nn.Sequential(self.encoder, head)
-        self.key = copy.deepcopy(self.query)
-        deactivate_requires_grad(self.key)
-        self.criterion = NTXentLoss(setting.temperature, (setting.queue_len, setting.dim))
-        self._momentum = setting.momentum
-
-    def forward(self, batch: list[Tensor]) -> Tensor:
-        """Loss of the query and key views, a scalar; moves the key encoder and the memory bank."""
-        query_N3SS, key_N3SS = batch
-        update_momentum(self.query, self.key, m=self._momentum)
-        loss: Tensor = self.criterion(self.query(query_N3SS), self.key(key_N3SS).detach())
-        return loss
-
-
-def lightly(setting: Setting, data: Path, hands: tuple[int, int], seed: int) -> Runner:
-    """lightly's MoCo v2 on the pictures of a compiled set, which must all have the same size.
-
-    hands: processes of its DataLoader, and threads of torch's operators beside them.
+    Those are MoCo v2's numbers, normalisation included. The evaluation's crop stays the preset's.
     """
-    workers, torch_threads = hands
-    torch.manual_seed(seed)
-    model = LightlyMoCo(setting)
-
-    def batches() -> Batches:
-        engine = build_loader(data, setting.recipe, batch_size=setting.batch_size).engine
-        pictures = [picture for i in range(engine.count) if (picture := engine.picture(i)) is not None]
-        loader = DataLoader(
-            Pictures(np.stack(pictures), transform_of(setting.recipe)),
-            batch_size=setting.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            # A server without threads forks the workers; this process has threads that a fork would cut off.
-            multiprocessing_context="forkserver" if workers else None,
-        )
-        while True:
-            yield from loader
-
-    return Runner(model, model.encoder, batches, model, torch_threads)
-
-
-def documented_hands() -> tuple[int, int]:
-    """What the documentation's example comes to: a process for each core, and torch's default of threads."""
-    return usable_cores(0), usable_cores(0)
-
-
-def documented(setting: Setting) -> Setting:
-    """A setting with the views of the documentation's example: MoCoV2Transform as it comes.
-
-    Those are MoCo v2's numbers, normalisation included. The judge's view is the whole picture, as in ours.
-    """
-    recipe = setting.recipe
+    views = preset.views
     return dataclasses.replace(
-        setting,
-        recipe=dataclasses.replace(moco_v2(recipe.crop_px), center_share=recipe.center_share),
+        preset, views=Views(crop_px=views.crop_px, eval_center_share=views.eval_center_share)
     )
 
 
-def try_hands(
-    setting: Setting, data: Path, seconds: float, told: Callable[[str], None]
-) -> dict[tuple[int, int], float]:
-    """Samples/s of lightly with several divisions of the cores, each trained for so many seconds.
+def documented_division() -> tuple[int, int]:
+    """What the documentation's example amounts to: a worker per core, and torch's default of threads."""
+    return usable_cores(0), usable_cores(0)
 
-    As in the documentation's example, processes and threads take the cores from each other; fewer of either
-    may be faster.
-    """
-    cores = usable_cores(0)
-    rates = {}
-    for hands in dict.fromkeys([documented_hands(), (cores, 1), (1, 1), (0, cores)]):
-        told(f"trying lightly with {hands[0]} workers and {hands[1]} threads")
-        stint = train(lightly(setting, data, hands, 0), setting, seconds, lambda _: None)
-        rates[hands] = stint.samples / stint.seconds
-    return rates
+
+def in_words(preset: PretrainConfig, workers: int, torch_threads: int) -> str:
+    """How lightly is set up."""
+    views = "as it comes" if preset == documented(preset) else "with the numbers of our views"
+    return (
+        f"MoCoV2Transform {views}, MoCoProjectionHead, NTXentLoss with its memory bank, "
+        "update_momentum, as in the documentation's example; PIL images made from pixels in memory, a "
+        f"DataLoader with {workers} lasting worker(s), {torch_threads} thread(s) in torch, contiguous memory,"
+        " BN over the whole batch (the example has no other)"
+    )
+
+
+class LightlyMoCo(nn.Module):
+    """Query and key encoders with lightly's head, loss, memory bank and momentum update."""
+
+    def __init__(self, preset: PretrainConfig) -> None:
+        super().__init__()
+        self.encoder, feature_dim = build_encoder(preset.arch)
+        head = MoCoProjectionHead(feature_dim, feature_dim, preset.moco_dim)
+        self.query = nn.Sequential(self.encoder, head)
+        self.key = copy.deepcopy(self.query)
+        deactivate_requires_grad(self.key)
+        self.criterion = NTXentLoss(preset.moco_t, (preset.moco_k, preset.moco_dim))
+        self._momentum = preset.moco_m
+
+    def forward(self, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the query and key views, a scalar; updates the key encoder and the memory bank."""
+        query_N3SS, key_N3SS = batch
+        update_momentum(self.query, self.key, m=self._momentum)
+        return self.criterion(self.query(query_N3SS), self.key(key_N3SS).detach()), {}
+
+
+def endless_batches(preset: PretrainConfig, workers: int) -> Generator[list[Tensor], None, None]:
+    """Batches of the preset's compiled set, epoch after epoch; all its images must have the same size."""
+    images = open_set(preset.data)
+    decoded = (decode_image(images.fetch(np.array([i]))) for i in range(images.count))
+    image_NHW3 = np.stack([image for image in decoded if image is not None])
+    loader = DataLoader(
+        Images(image_NHW3, transform_of(preset.recipe())),
+        batch_size=preset.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        # A server without threads forks the workers; this process has threads that a fork would cut off.
+        multiprocessing_context="forkserver" if workers else None,
+    )
+    while True:
+        yield from loader

@@ -1,16 +1,22 @@
-"""What the programs that let loaders take turns share: options, and the bars that show how far they are."""
+"""What the measuring programs share: options, progress bars, and the result file."""
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.progress import Progress
+from rich.table import Column, Table
 
+from benchmarks.environment import environment, write_figures
 from benchmarks.sample_sets import PHOTOGRAPHS
+from training.cli import console
 
 CROP_PX = 224
 """Side of the views."""
+_Amounts = TypeVar("_Amounts", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,9 @@ class Scale:
 
     def config(self, threads: int) -> dict[str, float]:
         """The JSON's ``config``."""
-        return {
-            "threads": threads,
-            "batch_size": self.batch_size,
-            "crop_px": CROP_PX,
-            "turns": self.turns,
-            "seconds": self.seconds,
-        }
+        amounts = dataclasses.asdict(self)
+        del amounts["pictures"]
+        return {"threads": threads, "crop_px": CROP_PX, **amounts}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class RunOptions:
     """How much is measured, on what, and where the figures go."""
 
     quick: bool = False
-    """Fewer pictures, smaller batches, fewer and shorter turns; for a look, not for figures."""
+    """Fewer images, smaller batches, fewer and shorter turns; for a look, not for figures."""
     threads: int = 0
     """Threads, or processes, of each loader; 0 takes all cores."""
     json: Path | None = None
@@ -48,32 +50,15 @@ class RunOptions:
     pictures: int | None = None
     """Photographs in each set: 2,000, or 128 with --quick."""
     batch_size: int | None = None
-    """Pictures per batch: 64, or 16 with --quick."""
+    """Images per batch: 64, or 16 with --quick."""
     turns: int | None = None
     """Turns of each after its warm-up: 5, or 2 with --quick."""
     seconds: float | None = None
-    """Least length of a turn: 4, or 0.5 with --quick."""
-
-    def full(self) -> Scale:
-        """What a run for figures measures."""
-        return Scale(pictures=PHOTOGRAPHS, batch_size=64, turns=5, seconds=4.0)
-
-    def brief(self) -> Scale:
-        """What a run with ``--quick`` measures."""
-        return Scale(pictures=128, batch_size=16, turns=2, seconds=0.5)
+    """Shortest length of a turn: 4, or 0.5 with --quick."""
 
     def scale(self) -> Scale:
-        """How much is measured: what is given, else the default of a full or a quick run.
-
-        Raises ValueError for batches larger than the set.
-        """
-        usual = self.brief() if self.quick else self.full()
-        scale = Scale(
-            usual.pictures if self.pictures is None else self.pictures,
-            usual.batch_size if self.batch_size is None else self.batch_size,
-            usual.turns if self.turns is None else self.turns,
-            usual.seconds if self.seconds is None else self.seconds,
-        )
+        """How much is measured; raises ValueError for batches larger than the set."""
+        scale = given_or(self, Scale(128, 16, 2, 0.5) if self.quick else Scale(PHOTOGRAPHS, 64, 5, 4.0))
         if not 1 <= scale.batch_size <= scale.pictures:
             raise ValueError(
                 f"a batch of {scale.batch_size} pictures does not fit a set of {scale.pictures}; "
@@ -82,17 +67,42 @@ class RunOptions:
         return scale
 
     def keep_full_figures(self) -> None:
-        """Raise ValueError where the figures of a quick run would replace those of a full one."""
-        if self.quick and self.json and self.json.is_file() and not _is_quick(self.json):
-            raise ValueError(f"{self.json} holds a full run's figures; give a quick run another --json")
+        """See `keep_full_figures`."""
+        keep_full_figures(self.quick, self.json)
 
 
-def _is_quick(figures: Path) -> bool:
-    return bool(json.loads(figures.read_text()).get("quick"))
+def given_or(options: object, usual: _Amounts) -> _Amounts:
+    """The dataclass ``usual``, with those of its fields that are not None in ``options``."""
+    given = {name: getattr(options, name) for name in vars(usual)}
+    return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
+
+
+def keep_full_figures(quick: bool, file: Path | None) -> None:
+    """Raise ValueError if the figures of a quick run would replace those of a full one."""
+    if quick and file and file.is_file() and not json.loads(file.read_text()).get("quick"):
+        raise ValueError(f"{file} holds a full run's figures; give a quick run another --json")
+
+
+def finish(name: str, quick: bool, file: Path | None, **figures: Any) -> dict[str, Any]:
+    """The result of a benchmark, with its environment; also written to ``file``, if that is not None."""
+    result = {"benchmark": name, "quick": quick, **figures, "environment": environment()}
+    if file:
+        write_figures(file, result, console)
+    return result
+
+
+def print_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Print rows by name; the columns are the keys of the rows, which are the same for all."""
+    table = Table(Column(no_wrap=True), title=title)
+    for column in next(iter(rows.values())):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *row.values())
+    console.print(table)
 
 
 class Bars:
-    """Two progress bars: the parts of the run, and the steps of the present one."""
+    """Two progress bars: the parts of the run, and the steps of the current part."""
 
     def __init__(self, display: Progress, num_parts: int) -> None:
         self._display = display
@@ -100,18 +110,14 @@ class Bars:
         self._steps = display.add_task("", total=None)
 
     def next_part(self, name: str) -> None:
-        """A part begins."""
+        """Start a part."""
         self._display.update(self._parts, advance=1, description=name)
 
     def note(self, what: str) -> None:
-        """Say what is being done beside the steps."""
+        """Show what is being done outside of the steps."""
         self._display.update(self._steps, description=what)
 
     def steps(self, total: int) -> Callable[[str], None]:
-        """Steps begin, as many as told; the function given back is to be told of each before it is done."""
+        """Start counting ``total`` steps; call the result with a name before each of them."""
         self._display.reset(self._steps, total=total, completed=-1)
-
-        def step(name: str) -> None:
-            self._display.update(self._steps, advance=1, description=name)
-
-        return step
+        return lambda name: self._display.update(self._steps, advance=1, description=name)

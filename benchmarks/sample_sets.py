@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.programs import output_of
 from pipelines.decode.pillow import FORMATS
-from pipelines.sets.listing import FolderListing
+from pipelines.sets.folder import FolderListing
 from pipelines.sets.manifest import Manifest, manifest_path
 
 QUALITY = 86

@@ -30,12 +30,12 @@ from benchmarks.memory import status_mib
 from benchmarks.synthetic import write_synthetic
 from benchmarks.timing import sampling
 from pipelines import build_loader
-from pipelines.cores import usable_cores
 from pipelines.kernels.turbojpeg import library
 from pipelines.loader import ViewLoader
 from pipelines.randomness import EpochOrder
 from pipelines.recipe import moco_v2
 from pipelines.sets.beton import open_beton
+from pipelines.workers import usable_cores
 from training import cli
 from training.cli import console
 
@@ -165,7 +165,7 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
         opened = _memory_mib()
         first_batch_s = _until_first_batch(loader)
         start = time.perf_counter()
-        EpochOrder(loader.seed, 1, loader.engine.count)[0:batch_size]
+        EpochOrder(loader.config.seed, 1, loader.set.count)[0:batch_size]
         shuffle_s = time.perf_counter() - start
         epoch_s = _until_first_batch(loader, lambda: loader.set_epoch(1))
         middle = {**loader.state_dict(), "epoch": 2, "batches_done": len(loader) // 2}

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from benchmarks.ratios import COMPILED, EAGER, FUSED
 from benchmarks.timing import Runner
-from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import draw_parameters
+from pipelines import PictureSet, open_set
+from pipelines.augment.draws import draw_boxes, draw_parameters
 from pipelines.augment.photometric import augment
 from pipelines.augment.photometric_cpu import augment_on_cpu
-from pipelines.decode.turbo import FFCVEngine
+from pipelines.decode.turbo import TurboDecoder
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
-from pipelines.sets.stores import open_store
 
 _REPEATS = 7
 _AT_ONCE = 16
@@ -54,13 +54,13 @@ def stage_times(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
     Raises:
         ValueError: if the set has fewer than 16 images.
     """
-    engine = FFCVEngine(open_store(Path(path), "map"))
-    num = min(num, engine.count) // _AT_ONCE * _AT_ONCE
+    images, decoder = open_set(path, "map"), TurboDecoder()
+    num = min(num, images.count) // _AT_ONCE * _AT_ONCE
     if num == 0:
-        raise ValueError(f"{path} has {engine.count} images; at least {_AT_ONCE} are needed")
+        raise ValueError(f"{path} has {images.count} images; at least {_AT_ONCE} are needed")
     times: dict[str, list[float]] = {}
     for repeat in range(_REPEATS + 1):
-        for name, task in _tasks(engine, recipe).items():
+        for name, task in _tasks(images, decoder, recipe).items():
             started = time.perf_counter()
             for first in range(0, num, _AT_ONCE):
                 task(np.arange(first, first + _AT_ONCE))
@@ -77,7 +77,9 @@ def stage_times(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
     }
 
 
-def _tasks(engine: FFCVEngine, recipe: Recipe) -> dict[str, Callable[[NDArray[np.int64]], object]]:
+def _tasks(
+    images: PictureSet, decoder: TurboDecoder, recipe: Recipe
+) -> dict[str, Callable[[NDArray[np.int64]], object]]:
     """Return what is timed, each a function of the indices of some images."""
     side = recipe.crop_px
     views = np.zeros((_AT_ONCE, recipe.num_views, side, side, 3), np.uint8)
@@ -85,20 +87,20 @@ def _tasks(engine: FFCVEngine, recipe: Recipe) -> dict[str, Callable[[NDArray[np
     no_boxes = np.zeros((_AT_ONCE, 0, 5), np.int32)
 
     def crop(index: NDArray[np.int64]) -> None:
-        fetched = engine.fetch(index)
-        engine.crop(fetched, draw_boxes(recipe, 0, 0, index, fetched.size_N2), views)
+        encoded = images.fetch(index)
+        decoder.crop(encoded, draw_boxes(recipe, Draw(0, 0, index), encoded.size_N2), views)
 
     def draw(index: NDArray[np.int64]) -> None:
-        draw_boxes(recipe, 0, 0, index, engine.fetch(index).size_N2)
-        draw_parameters(recipe, 0, 0, index)
+        draw_boxes(recipe, Draw(0, 0, index), images.fetch(index).size_N2)
+        draw_parameters(recipe, Draw(0, 0, index))
 
     def augmented(by: Recipe) -> Callable[[NDArray[np.int64]], None]:
-        return lambda index: augment_on_cpu(views, draw_parameters(by, 0, 0, index), by, floats)
+        return lambda index: augment_on_cpu(views, draw_parameters(by, Draw(0, 0, index)), by, floats)
 
     sharp = replace(recipe, blur_prob=0.0)
     return {
         "drawing": draw,
-        "decoding": lambda index: engine.crop(engine.fetch(index), no_boxes, views[:, :0]),
+        "decoding": lambda index: decoder.crop(images.fetch(index), no_boxes, views[:, :0]),
         "crops": crop,
         "photometric": augmented(recipe),
         "without blur": augmented(sharp),
@@ -108,7 +110,7 @@ def _tasks(engine: FFCVEngine, recipe: Recipe) -> dict[str, Callable[[NDArray[np
 
 def photometric(views_NSS3: NDArray[np.uint8], recipe: Recipe, num_threads: int) -> dict[str, Runner]:
     """Return the three ways to the photometric stage over the same (N, S, S, 3) crops."""
-    params_VNP = draw_parameters(recipe, 0, 0, np.arange(len(views_NSS3)))
+    params_VNP = draw_parameters(recipe, Draw(0, 0, np.arange(len(views_NSS3))))
     on_torch = torch.from_numpy(views_NSS3), torch.from_numpy(params_VNP[0]), recipe
     compiled = torch.compile(augment, fullgraph=True)
     ways = {

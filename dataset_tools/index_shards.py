@@ -21,7 +21,7 @@ from dataset_tools.tar_members import scan_tar
 from dataset_tools.work import MAX_BAD, check_bad, check_share
 from pipelines.decode.pillow import read_size
 from pipelines.sets.beton import MAX_SIDE_PX
-from pipelines.sets.listing import NO_LABEL, PICTURE_SUFFIXES, PassedOver
+from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES, PassedOver
 from pipelines.sets.manifest import Manifest, Shard, of_kind
 from pipelines.sets.shards import INDEX_DTYPE, dali_index_path, open_shards, pictures_on_disk
 from training.files import write_atomically

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.sets.listing import PICTURE_SUFFIXES
+from pipelines.sets.folder import PICTURE_SUFFIXES
 
 
 def encode_key(path: str) -> str:

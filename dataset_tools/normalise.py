@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.decode.pillow import JPEG_START, open_picture, upright_rgb
-from pipelines.kernels.jpeg_markers import EXIF_ORIENTATION
-from pipelines.kernels.turbojpeg import Jpeg, check_jpeg, encode_planes, read_header
+from pipelines.decode.jpeg import Jpeg, check_jpeg, encode_planes, read_header
+from pipelines.decode.pillow import JPEG_START, open_image, upright_rgb
+from pipelines.kernels.jpeg_crops import EXIF_ORIENTATION
 from pipelines.sets.beton import MAX_SIDE_PX
 from pipelines.sets.manifest import TIERS, Tier
 
@@ -97,7 +97,7 @@ def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> Norma
     try:
         if (normal := _as_it_is(payload, how)) is not None:
             return normal
-        with open_picture(payload) as image:
+        with open_image(payload) as image:
             return _normalise_opened(payload, image, how)
     except (BadPicture, MemoryError, ImportError):
         raise

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from pipelines.cores import usable_cores
+from pipelines.workers import usable_cores
 
 Result = TypeVar("Result")
 _AHEAD_PER_WORKER = 4

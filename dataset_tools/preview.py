@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pipelines import Batch, ViewLoader, build_loader
-from pipelines.augment.masks import cell_of_pixel, draw_masks
+from pipelines.augment.mixing import cell_of_pixel, draw_masks
+from pipelines.decode.pillow import decode_image
+from pipelines.randomness import Draw
 from pipelines.recipe import Mixing, moco_v2
 from training.files import write_atomically
 
@@ -51,7 +53,7 @@ def preview(
     loader = build_loader(data, moco_v2(crop_px, mixing), batch_size=rows, seed=seed)
     batch = next(iter(loader))
     cell_S = cell_of_pixel(grid_size, crop_px)
-    masks = torch.from_numpy(draw_masks(mixing, seed, 0, batch.index.numpy()))[:, cell_S][:, :, cell_S]
+    masks = torch.from_numpy(draw_masks(mixing, Draw(seed, 0, batch.index.numpy())))[:, cell_S][:, :, cell_S]
 
     # A figure without a window, drawn straight into the file.
     matplotlib.use("Agg")
@@ -78,7 +80,7 @@ def _draw_row(axes: Any, row: int, loader: ViewLoader, batch: Batch, masks: Tens
         axis.set_xticks([])
         axis.set_yticks([])
     index = batch.index[row : row + 1].numpy()
-    picture = loader.engine.picture(int(index[0]))
+    picture = decode_image(loader.set.fetch(index))
     assert picture is not None, "the loader has just decoded it"
     axes[0].imshow(picture)
     axes[0].set_ylabel(f"row {row + 1}", fontsize=11)

@@ -11,7 +11,7 @@ from dataset_tools.keys import decode_key
 from dataset_tools.shard_set import PLAN_KEY
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tar_members import scan_tar
-from pipelines.sets.listing import PassedOver
+from pipelines.sets.folder import PassedOver
 from pipelines.sets.manifest import verify_hint
 from pipelines.sets.shards import open_shards, pictures_on_disk
 

@@ -16,7 +16,7 @@ from dataset_tools.keys import Keys
 from dataset_tools.normalise import BadPicture, Normal
 from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, tar_name
 from dataset_tools.tar_members import Member
-from pipelines.sets.listing import NO_LABEL
+from pipelines.sets.folder import NO_LABEL
 from pipelines.sets.manifest import Shard
 from pipelines.sets.shards import TAR_BLOCK, dali_index_path
 from training.files import sync_folder, write_atomically

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tar_members import Member, Window, tar_members
-from pipelines.sets.listing import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
+from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
 
 Folder = tuple[str, ...]
 """The parts of a folder's path."""
@@ -123,7 +123,8 @@ class _Scan:
 
     def folders(self, progress: Callable[[], None] | None) -> list[_Folder]:
         """Find all pictures; return their folders in the order of a listing, a folder's pictures before its
-        folders."""
+        folders.
+        """
         folders: dict[Folder, _Folder] = {}
         for parts, member in self._pictures():
             folder = folders.setdefault(parts[:-1], _Folder(parts[:-1]))

@@ -11,7 +11,7 @@ from dataset_tools.beton_writer import contents_hash_end
 from dataset_tools.parallel import ordered_map
 from dataset_tools.report import NUM_NAMED, BadIndex, Report, Stats, label_problems, per_class, spread
 from dataset_tools.verify_shards import shards_stats, verify_shards
-from pipelines.kernels.turbojpeg import check_jpeg
+from pipelines.decode.jpeg import check_jpeg
 from pipelines.sets.beton import MODE_JPEG, TIER_MODES, BetonFile, open_beton, pixel_bytes
 from pipelines.sets.manifest import Manifest, read_source_path
 from pipelines.sets.shards import open_shards

@@ -15,9 +15,9 @@ from dataset_tools.parallel import ordered_map
 from dataset_tools.report import BadIndex, Report, Stats, label_problems, per_class, spread
 from dataset_tools.shard_set import unfinished
 from dataset_tools.tar_members import Member, scan_tar
+from pipelines.decode.jpeg import check_jpeg
 from pipelines.decode.pillow import is_jpeg, read_rgb, read_size
-from pipelines.kernels.turbojpeg import check_jpeg
-from pipelines.sets.listing import PICTURE_SUFFIXES
+from pipelines.sets.folder import PICTURE_SUFFIXES
 from pipelines.sets.manifest import Shard, of_kind
 from pipelines.sets.shards import (
     check_tar,

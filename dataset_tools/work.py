@@ -9,7 +9,7 @@ from typing import Protocol
 from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
 from dataset_tools.parallel import num_workers, ordered_map
 from dataset_tools.sources import Source
-from pipelines.sets.listing import NO_LABEL
+from pipelines.sets.folder import NO_LABEL
 
 Progress = Callable[[], None]
 MAX_BAD = 0.01

@@ -1,32 +1,59 @@
-"""The command line and config of a detector's run, made to fit this machine."""
+"""The config of a detector: read from the command line, adapted to this machine, and checked."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.engine import default_argument_parser
+from detectron2.layers import get_norm
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import Res5ROIHeads
 
 from detection.foreign_files import config_files
-from detection.heads import Res5ROIHeadsExtraNorm
 from training.cli import console
 
-_WITH_A_NORM = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+_PARTS_WITH_NORM = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+
+
+@ROI_HEADS_REGISTRY.register()
+class Res5ROIHeadsExtraNorm(Res5ROIHeads):
+    """The C4 detector's head with a norm after res5, as in MoCo's transfer (arXiv 1911.05722).
+
+    Pretrained features are not normalised after res5; ``res5.norm`` does that.
+    """
+
+    @configurable
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+
+    @classmethod
+    def from_config(cls, cfg: Any, input_shape: Any) -> dict[str, Any]:
+        """Arguments of ``__init__`` from a config: those of Res5ROIHeads, with the norm added to res5."""
+        parts: dict[str, Any] = super().from_config(cfg, input_shape)
+        channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8
+        parts["res5"].add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
+        return parts
 
 
 def parse(argv: list[str], description: str | None) -> argparse.Namespace:
-    """Detectron2's own command line."""
+    """Parse a command line with Detectron2's own parser."""
     parser: argparse.ArgumentParser = default_argument_parser(description)
     return parser.parse_args(argv)
 
 
-def configure(args: argparse.Namespace, *, telling: bool = False) -> CfgNode:
-    """The config of a command line, made to fit this machine.
+def configure(args: argparse.Namespace, *, verbose: bool = False) -> CfgNode:
+    """Build the config of a command line and adapt it to this machine.
 
-    telling: say what was made to fit.
-    Raises FileNotFoundError for files that are missing, and ValueError for what is no config, or would run
-    code of others or fetch files.
+    Args:
+        args: from :func:`parse`.
+        verbose: print what was adapted.
+
+    Raises:
+        FileNotFoundError: if the config or the weights are missing.
+        ValueError: if the config is invalid, or would run foreign code or download files.
     """
     if not args.config_file:
         raise ValueError("give --config-file, such as detection/configs/pascal_voc_R_50_C4_24k.yaml")
@@ -42,41 +69,42 @@ def configure(args: argparse.Namespace, *, telling: bool = False) -> CfgNode:
         ) from error
     file = "" if resumes(cfg, args) else cfg.MODEL.WEIGHTS
     if "://" in file:
-        raise ValueError(f"MODEL.WEIGHTS is {file}; fetch the file, and give its path")
+        raise ValueError(f"MODEL.WEIGHTS is {file}; download the file and give its local path")
     if file and not Path(file).is_file():
-        raise FileNotFoundError(f"there is no {file}; check the path, MODEL.WEIGHTS")
+        raise FileNotFoundError(f"there is no {file}; check the path in MODEL.WEIGHTS")
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
-        use_plain_bn(cfg, telling=telling)
+        _use_plain_batchnorm(cfg, verbose)
     cfg.freeze()
     return cfg
 
 
-def use_plain_bn(cfg: CfgNode, *, telling: bool) -> None:
-    """Put BatchNorm in place of SyncBN, which only GPUs have."""
-    changed = [part for part in _WITH_A_NORM if getattr(cfg.MODEL, part).NORM == "SyncBN"]
+def _use_plain_batchnorm(cfg: CfgNode, verbose: bool) -> None:
+    """Replace SyncBN, which needs a GPU."""
+    changed = [part for part in _PARTS_WITH_NORM if getattr(cfg.MODEL, part).NORM == "SyncBN"]
     for part in changed:
         getattr(cfg.MODEL, part).NORM = "BN"
-    if changed and telling:
+    if changed and verbose:
         console.print(
-            f"on a CPU: plain BatchNorm in place of SyncBN in {', '.join(changed)}; statistics are of "
-            f"{cfg.SOLVER.IMS_PER_BATCH} pictures"
+            f"on a CPU: plain BatchNorm in place of SyncBN in {', '.join(changed)}; statistics are over "
+            f"{cfg.SOLVER.IMS_PER_BATCH} images"
         )
 
 
 def resumes(cfg: CfgNode, args: argparse.Namespace) -> bool:
-    """Whether a run goes on from a checkpoint of its own, in place of MODEL.WEIGHTS.
+    """Whether a run continues from its own checkpoint instead of MODEL.WEIGHTS.
 
-    Raises as `last_checkpoint` does.
+    Raises ValueError as :func:`last_checkpoint` does.
     """
     return bool(args.resume) and last_checkpoint(cfg.OUTPUT_DIR) is not None
 
 
 def last_checkpoint(folder: str) -> Path | None:
-    """The checkpoint that a run's folder names as its last, None if it names none.
+    """The last checkpoint of a run, as named by the file ``last_checkpoint``; None without that file.
 
-    Raises ValueError if that is not one of Detectron2's own in the same folder.
+    Raises:
+        ValueError: if the name is not that of a .pth file in the same folder.
     """
     note = Path(folder) / "last_checkpoint"
     if not note.is_file():
@@ -84,31 +112,20 @@ def last_checkpoint(folder: str) -> Path | None:
     name = note.read_text(errors="replace").strip()
     if Path(name).name != name or not name.endswith(".pth"):
         raise ValueError(
-            f"{note} names {name!r}, a run's own checkpoint is a .pth in the same folder; write the name of "
-            "the newest there, or leave --resume out"
+            f"{note} names {name!r}, but a run's own checkpoint is a .pth in the same folder; write the name "
+            "of the newest checkpoint into that file, or omit --resume"
         )
     return note.with_name(name)
 
 
 def check_config(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Raise ValueError for options that cannot go together, or not on this machine."""
-    gpus, num_processes = torch.cuda.device_count(), args.num_gpus * args.num_machines
-    if not 1 <= args.num_gpus <= max(gpus, 1):
-        told = f"give 1 … {gpus}" if gpus else "leave it out on a CPU"
-        raise ValueError(f"--num-gpus is {args.num_gpus}, this machine shows {gpus}; {told}")
-    if args.num_machines < 1:
-        raise ValueError(f"--num-machines is {args.num_machines}; give at least 1")
-    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {num_processes} processes cannot "
-            "share evenly; give a multiple"
-        )
+    """Raise ValueError for options that cannot be combined or are not possible on this machine."""
+    _check_processes(cfg, args)
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS is on, and Detectron2 reads proposals from pickles, which can run code; "
-            "set it to False, and the detector makes its own"
+            "set it to False, and the detector computes its own proposals"
         )
-    depth, head = cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.ROI_HEADS.NAME
     if not (cfg.DATASETS.TRAIN or args.eval_only):
         raise ValueError("DATASETS.TRAIN is empty; name at least one set, see detection/datasets.py")
     if len(cfg.DATASETS.TEST) != 1:
@@ -116,18 +133,37 @@ def check_config(cfg: CfgNode, args: argparse.Namespace) -> None:
             f"DATASETS.TEST has {len(cfg.DATASETS.TEST)} sets, {list(cfg.DATASETS.TEST)}; give exactly one, "
             "and evaluate on others with --eval-only"
         )
-    if depth in (18, 34) and head.startswith("Res5ROIHeads"):
+    _check_resnet(cfg)
+
+
+def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
+    gpus, num_processes = torch.cuda.device_count(), args.num_gpus * args.num_machines
+    if not 1 <= args.num_gpus <= max(gpus, 1):
+        advice = f"give 1 … {gpus}" if gpus else "omit it on a CPU"
+        raise ValueError(f"--num-gpus is {args.num_gpus}, this machine has {gpus}; {advice}")
+    if args.num_machines < 1:
+        raise ValueError(f"--num-machines is {args.num_machines}; give at least 1")
+    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
         raise ValueError(
-            f"MODEL.RESNETS.DEPTH is {depth}, and {head} always builds the bottleneck blocks of 50 and more; "
-            "take detection/configs/coco_R_50_FPN_1x.yaml with MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {num_processes} processes cannot "
+            "share evenly; give a multiple"
         )
-    if depth in (18, 34) and cfg.MODEL.RESNETS.RES2_OUT_CHANNELS != 64:
+
+
+def _check_resnet(cfg: CfgNode) -> None:
+    resnets, head = cfg.MODEL.RESNETS, cfg.MODEL.ROI_HEADS.NAME
+    if resnets.DEPTH in (18, 34) and head.startswith("Res5ROIHeads"):
         raise ValueError(
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {cfg.MODEL.RESNETS.RES2_OUT_CHANNELS}, and "
-            f"MODEL.RESNETS.DEPTH {depth} has 64; give MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+            f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}, and {head} always builds the bottleneck blocks of 50 "
+            "and more; use detection/configs/coco_R_50_FPN_1x.yaml with MODEL.RESNETS.RES2_OUT_CHANNELS 64"
         )
-    if head == Res5ROIHeadsExtraNorm.__name__ and not cfg.MODEL.RESNETS.NORM:
+    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
         raise ValueError(
-            f"MODEL.RESNETS.NORM is empty, but {head} ends in a norm; give SyncBN or BN, or take "
-            "MODEL.ROI_HEADS.NAME Res5ROIHeads"
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, and MODEL.RESNETS.DEPTH "
+            f"{resnets.DEPTH} has 64; give MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+        )
+    if head == Res5ROIHeadsExtraNorm.__name__ and not resnets.NORM:
+        raise ValueError(
+            f"MODEL.RESNETS.NORM is empty, but {head} ends in a norm; give SyncBN or BN, or set "
+            "MODEL.ROI_HEADS.NAME to Res5ROIHeads"
         )

@@ -1,6 +1,6 @@
-"""Sets of pictures with boxes: Detectron2's own, and those given by their files, all checked before a run.
+"""Sets of images with boxes: registration with Detectron2, and checks before a run.
 
-A set's name in DATASETS is one of Detectron2's (coco_2017_train, voc_2007_test, …, whose files lie below
+A set's name in DATASETS is one of Detectron2's (coco_2017_train, voc_2007_test, …, with files below
 $DETECTRON2_DATASETS), or ``coco:ANNOTATIONS.json:PICTURES`` or ``voc:FOLDER:SPLIT``, where FOLDER holds
 Annotations, ImageSets and JPEGImages.
 """
@@ -17,15 +17,16 @@ from detectron2.data.datasets import register_coco_instances, register_pascal_vo
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 
-TOLERATED_PX = 2.0
-"""By how much a box may leave its picture: COCO's own do, by rounding."""
+TOLERANCE_PX = 2.0
+"""How far a box may extend beyond its image; boxes of COCO do, by rounding."""
 
 
 def register(names: Iterable[str]) -> None:
-    """Make sets known that are named by their files.
+    """Register the sets that are named by their files.
 
-    Raises FileNotFoundError for files that are missing, and ValueError for a name that is unknown or of
-    another form and for annotations that cannot be read.
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a name is unknown or malformed, or annotations cannot be read.
     """
     for name in names:
         if name in DatasetCatalog.list():
@@ -35,46 +36,53 @@ def register(names: Iterable[str]) -> None:
         if kind not in ("coco", "voc") or not first:
             raise ValueError(
                 f"the set {name!r} is neither coco:ANNOTATIONS.json:PICTURES nor voc:FOLDER:SPLIT, nor one "
-                "of Detectron2's, such as coco_2017_train and voc_2007_test, whose files lie below "
+                "of Detectron2's, such as coco_2017_train and voc_2007_test, with files below "
                 "$DETECTRON2_DATASETS; check its name"
             )
         if kind == "coco":
-            _there(Path(first), Path(second))
+            _check_exist(Path(first), Path(second))
             register_coco_instances(name, {}, first, second)
         else:
-            folder = Path(first)
-            _there(
-                folder / "ImageSets" / "Main" / f"{second}.txt", folder / "Annotations", folder / "JPEGImages"
-            )
-            with _readable(name):
-                classes = _voc_classes(folder)
-            if len((folder / "ImageSets" / "Main" / f"{second}.txt").read_text().split()) < 2:
-                raise ValueError(
-                    f"{name} has fewer than two pictures, which Detectron2 cannot read; add some"
-                )
-            # 2012's way of counting: the area under the whole curve.
-            register_pascal_voc(name, first, second, 2012, classes)
-            MetadataCatalog.get(name).set(evaluator_type="pascal_voc")
+            _register_voc(name, Path(first), second)
 
 
-def check(train: Sequence[str], test: Sequence[str], num_classes: int, *, masks: bool = False) -> None:
-    """Raise ValueError, naming the file, picture and box, for sets that cannot be trained or evaluated on.
+def _register_voc(name: str, folder: Path, split: str) -> None:
+    listing = folder / "ImageSets" / "Main" / f"{split}.txt"
+    _check_exist(listing, folder / "Annotations", folder / "JPEGImages")
+    with _readable(name):
+        classes = _voc_classes(folder)
+    if len(listing.read_text().split()) < 2:
+        raise ValueError(f"{name} has fewer than two images, which Detectron2 cannot read; add some")
+    # 2012 selects AP as the area under the whole precision-recall curve.
+    register_pascal_voc(name, str(folder), split, 2012, classes)
+    MetadataCatalog.get(name).set(evaluator_type="pascal_voc")
 
-    train, test: names; all sets must have the same classes, and in VOC's test sets each must have a box.
-    masks: whether every box must have an outline.
+
+def check_sets(train: Sequence[str], test: Sequence[str], num_classes: int, *, masks: bool = False) -> None:
+    """Check that a detector can be trained and evaluated on these sets.
+
+    Args:
+        train: names of the sets to train on.
+        test: names of the sets to evaluate on. In VOC's layout each class must have a box there.
+        num_classes: number of classes of the detector; all sets must have the same ones.
+        masks: whether every box must have an outline.
+
+    Raises:
+        FileNotFoundError: if an image is missing.
+        ValueError: for an invalid set; the message names the file, the image and the box.
     """
     names = list(dict.fromkeys((*train, *test)))
     for name in names:
         with _readable(name):
             dicts = DatasetCatalog.get(name)
         if not dicts:
-            raise ValueError(f"the set {name} holds no picture; check its annotations")
-        if not any(picture["annotations"] for picture in dicts):
-            raise ValueError(f"none of the {len(dicts)} pictures of {name} has a box; check its annotations")
-        for picture in dicts:
-            _check_picture(name, picture, num_classes, masks)
+            raise ValueError(f"the set {name} holds no images; check its annotations")
+        if not any(image["annotations"] for image in dicts):
+            raise ValueError(f"none of the {len(dicts)} images of {name} has a box; check its annotations")
+        for image in dicts:
+            _check_image(name, image, num_classes, masks)
         if name in test and MetadataCatalog.get(name).evaluator_type == "pascal_voc":
-            _check_counted(name, dicts)
+            _check_class_counts(name, dicts)
     _check_same_classes(names)
     classes = MetadataCatalog.get(names[0]).thing_classes
     if len(classes) != num_classes:
@@ -84,20 +92,20 @@ def check(train: Sequence[str], test: Sequence[str], num_classes: int, *, masks:
         )
 
 
-def _check_picture(name: str, picture: dict[str, Any], num_classes: int, masks: bool) -> None:
-    where = f"{picture['file_name']} of {name}"
-    if not Path(picture["file_name"]).is_file():
-        raise FileNotFoundError(f"{where} is not there; check the folder of the pictures")
-    width, height = picture["width"], picture["height"]
-    for annotation in picture["annotations"]:
+def _check_image(name: str, image: dict[str, Any], num_classes: int, masks: bool) -> None:
+    where = f"{image['file_name']} of {name}"
+    if not Path(image["file_name"]).is_file():
+        raise FileNotFoundError(f"{where} does not exist; check the folder of the images")
+    width, height = image["width"], image["height"]
+    for annotation in image["annotations"]:
         with _readable(name):
             box = list(map(float, annotation["bbox"]))
             x0, y0, x1, y1 = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        slack = TOLERATED_PX
+        slack = TOLERANCE_PX
         if not (-slack <= x0 <= x1 <= width + slack and -slack <= y0 <= y1 <= height + slack):
             raise ValueError(
                 f"the box {[round(side, 1) for side in (x0, y0, x1, y1)]} (left, top, right, bottom) "
-                f"in {where} leaves the picture of {width} × {height} px; mend the annotations"
+                f"in {where} exceeds the image of {width} × {height} px; correct the annotations"
             )
         label = annotation["category_id"]
         if not 0 <= label < num_classes:
@@ -107,45 +115,45 @@ def _check_picture(name: str, picture: dict[str, Any], num_classes: int, masks: 
             )
         if masks and not annotation.get("segmentation"):
             raise ValueError(
-                f"a box in {where} has no outline (segmentation), which masks are learned from; mend the "
-                "annotations, or give MODEL.MASK_ON False"
+                f"a box in {where} has no outline (segmentation), which training of masks needs; add it to "
+                "the annotations, or give MODEL.MASK_ON False"
             )
 
 
-def _check_counted(name: str, dicts: list[dict[str, Any]]) -> None:
-    """VOC's AP is the mean over all classes, and that of a class without boxes is not a number."""
+def _check_class_counts(name: str, dicts: list[dict[str, Any]]) -> None:
+    """Raise ValueError if a class has no box: VOC's AP, the mean over classes, would then be NaN."""
     meta = MetadataCatalog.get(name)
     with _readable(name):
         objects = [
             found
-            for picture in dicts
-            for found in parse_rec(str(Path(meta.dirname) / "Annotations" / f"{picture['image_id']}.xml"))
+            for image in dicts
+            for found in parse_rec(str(Path(meta.dirname) / "Annotations" / f"{image['image_id']}.xml"))
         ]
     counted = {found["name"] for found in objects if not found["difficult"]}
-    lacking = [label for label in meta.thing_classes if label not in counted]
-    if lacking:
+    missing = [label for label in meta.thing_classes if label not in counted]
+    if missing:
         raise ValueError(
-            f"{len(lacking)} classes have no box in {name} that is not difficult, the first are "
-            f"{lacking[:3]}, and AP would not be a number; take a test set that has every class"
+            f"{len(missing)} classes have no box in {name} that is not difficult, the first are "
+            f"{missing[:3]}, and AP would be NaN; use a test set that has every class"
         )
 
 
 def _check_same_classes(names: list[str]) -> None:
-    """Labels are places in a set's list of classes."""
+    """Raise ValueError unless all sets list the same classes in the same order: a label is an index."""
     first, *others = ((name, list(MetadataCatalog.get(name).thing_classes)) for name in names)
     for other, classes in others:
         if classes != first[1]:
             differing = sorted(set(classes) ^ set(first[1]))
-            what = f"{', '.join(differing[:5])}" if differing else "their order"
+            difference = ", ".join(differing[:5]) if differing else "their order"
             raise ValueError(
-                f"the classes of {first[0]} and {other} differ in {what}; give sets with the same classes in "
-                "the same order"
+                f"the classes of {first[0]} and {other} differ in {difference}; give sets with the same "
+                "classes in the same order"
             )
 
 
 @contextlib.contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Turn what reading a set's annotations raises into one sentence."""
+    """Report any error from reading a set's annotations as one ValueError."""
     try:
         yield
     except (
@@ -159,23 +167,23 @@ def _readable(name: str) -> Iterator[None]:
     ) as error:
         root = os.environ.get("DETECTRON2_DATASETS", "datasets")
         raise ValueError(
-            f"the set {name} cannot be read ({str(error) or type(error).__name__}); mend its annotations, or "
-            f"$DETECTRON2_DATASETS (here {root}) if it is one of Detectron2's"
+            f"the set {name} cannot be read ({str(error) or type(error).__name__}); correct its annotations, "
+            f"or $DETECTRON2_DATASETS (now {root}) if it is one of Detectron2's"
         ) from error
 
 
-def _there(*paths: Path) -> None:
+def _check_exist(*paths: Path) -> None:
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{path} is not there; check the name of the set")
+            raise FileNotFoundError(f"{path} does not exist; check the name of the set")
 
 
 def _voc_classes(folder: Path) -> list[str]:
-    """The classes of all boxes in a folder, sorted: every split of it has the same."""
+    """Sorted classes of all boxes in a folder, so that all its splits have the same."""
     found: set[str] = set()
     for file in (folder / "Annotations").glob("*.xml"):
         try:
             found |= {str(name.text) for name in ET.parse(file).findall("object/name")}
         except ET.ParseError as error:
-            raise ValueError(f"{file} is no XML: {error}") from error
+            raise ValueError(f"{file} is not valid XML: {error}") from error
     return sorted(found)

@@ -1,4 +1,4 @@
-"""Configs and pickled weights of others, read without running their code."""
+"""Reading foreign configs and pickled weights without running code in them."""
 
 import io
 import math
@@ -16,31 +16,34 @@ from numpy.typing import NDArray
 from training.checkpoint import CheckpointError
 
 BASE = "_BASE_"
-"""The key of a config by which it names the ones it is based on."""
+"""The key under which a config names the configs it is based on."""
 
 
 def config_files(file: Path) -> list[Path]:
-    """A config and all configs it is based on, each of them local and plain YAML.
+    """A config and all configs it is based on, each checked to be local and plain YAML.
 
-    Detectron2 by itself runs code that YAML tags ask for, and fetches bases from the network.
-    Raises FileNotFoundError for a file that is missing, ValueError for one that is no plain YAML mapping, for
-    a base that is no local file, and for configs that are based on themselves.
+    Detectron2 itself would run code named by YAML tags, and download bases.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not a plain YAML mapping, a base is not a local file, or a config is based on
+            itself.
     """
     return _with_bases(file, ())
 
 
 def _with_bases(file: Path, above: tuple[Path, ...]) -> list[Path]:
     if file.resolve() in above:
-        raise ValueError(f"{file} is based on itself by its {BASE}; take one of the two out")
+        raise ValueError(f"{file} is based on itself through {BASE}; remove one of the references")
     if not file.is_file():
-        needed = f", which {above[-1]} is based on" if above else ""
-        raise FileNotFoundError(f"there is no {file}{needed}; check the path")
+        reference = f", which {above[-1]} is based on" if above else ""
+        raise FileNotFoundError(f"there is no {file}{reference}; check the path")
     try:
         content = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"the config is refused: {told}; {file} must be YAML with Detectron2's options, without tags"
+            f"the config is refused: {reason}; {file} must be YAML with Detectron2's options, without tags"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
@@ -49,23 +52,28 @@ def _with_bases(file: Path, above: tuple[Path, ...]) -> list[Path]:
     found, bases = [file], content.get(BASE, [])
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or "://" in base or "\0" in base:
-            raise ValueError(f"{file} is based on {base!r}; a base must be a local file, fetch it first")
-        # os.path leaves the name of an unknown user as it is, as Detectron2 does.
+            raise ValueError(f"{file} is based on {base!r}; a base must be a local file, download it first")
+        # As in Detectron2, os.path.expanduser keeps the name of an unknown user.
         base_file = file.parent / os.path.expanduser(base)  # noqa: PTH111
         found += _with_bases(base_file, (*above, file.resolve()))
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pickles of arrays
+# Pickled arrays
 
 
 def read_pickled_weights(path: Path) -> dict[str, Any]:
-    """The arrays in a .pkl of Detectron2's or Caffe2's kind, as Detectron2's checkpointer takes them.
+    """Read the arrays of a .pkl in Detectron2's or Caffe2's format.
 
-    No function named in a pickle is imported; the few that build arrays are replaced by our own.
-    Returns ``{"model": {name: array}, "__author__", "matching_heuristics"}``.
-    Raises CheckpointError for a file that is damaged, or holds anything but arrays of numbers.
+    Nothing that the pickle names is imported; the few functions that build arrays are replaced by our own.
+
+    Returns:
+        ``{"model": {name: array}, "__author__", "matching_heuristics"}``, as Detectron2's checkpointer
+        expects it.
+
+    Raises:
+        CheckpointError: if the file is damaged, or holds anything but arrays of numbers.
     """
     try:
         content = _Unpickler(path.read_bytes()).load()
@@ -86,8 +94,8 @@ def read_pickled_weights(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged pickle may fail in any way
         raise CheckpointError(
-            f"{path} is cut short or no pickle of arrays ({error}); convert the encoder again, by "
-            "detection.convert_to_detectron2 to a .pth"
+            f"{path} is truncated or not a pickle of arrays ({error}); convert the encoder again "
+            "to a .pth with detection.convert_to_detectron2"
         ) from error
     if ours:
         heuristics = content.get("matching_heuristics") is True
@@ -96,7 +104,7 @@ def read_pickled_weights(path: Path) -> dict[str, Any]:
 
 
 class _DType:
-    """Stands for ``numpy.dtype`` in a pickle."""
+    """Replaces ``numpy.dtype`` in a pickle."""
 
     def __init__(self, code: object, *_: object) -> None:
         self._code, self._order = code, "="
@@ -106,14 +114,14 @@ class _DType:
 
     def numpy(self) -> np.dtype[Any]:
         if not (isinstance(self._code, str) and re.fullmatch("b1|f[248]|[iu][1248]", self._code)):
-            raise ValueError(f"an array of {self._code!r}, which is no kind of number")
+            raise ValueError(f"an array of {self._code!r}, which is not a numeric type")
         if self._order not in ("=", "|", "<", ">"):
             raise ValueError(f"an array in the byte order {self._order!r}")
         return np.dtype(f"{self._order}{self._code}")
 
 
 class _Array:
-    """Stands for an array in a pickle."""
+    """Replaces ``numpy.ndarray`` in a pickle."""
 
     def __init__(self, *_: object) -> None:
         self._value: NDArray[Any] | None = None
@@ -123,17 +131,17 @@ class _Array:
         self._fill(data, dtype, shape, "F" if by_columns else "C")
 
     @classmethod
-    def of_buffer(cls, data: object, dtype: object, shape: object, order: object) -> "_Array":
-        """What pickles of protocol 5 have."""
+    def from_buffer(cls, data: object, dtype: object, shape: object, order: object) -> "_Array":
+        """Build an array of a pickle of protocol 5."""
         array = cls()
         array._fill(data, dtype, shape, order)
         return array
 
     def _fill(self, data: object, dtype: object, shape: object, order: object) -> None:
-        if isinstance(data, str):  # of Python 2
+        if isinstance(data, str):  # written by Python 2
             data = data.encode("latin1")
-        known = isinstance(data, (bytes, bytearray)) and isinstance(dtype, _DType) and order in ("C", "F")
-        if not known or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        valid = isinstance(data, (bytes, bytearray)) and isinstance(dtype, _DType) and order in ("C", "F")
+        if not valid or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"an array of shape {shape!r} and order {order!r}")
         kind = cast(_DType, dtype).numpy()
         content = bytearray(cast(bytes, data))
@@ -149,43 +157,43 @@ class _Array:
 
 
 class _Bytes:
-    """What makes bytes in a pickle. Methods, because a pickle may change the attributes of functions."""
+    """Replaces functions that build bytes. Methods, because a pickle can change attributes of functions."""
 
     @classmethod
     def encoded(cls, text: str, encoding: str) -> bytes:
-        """How pickles of protocol 2 hold bytes."""
+        """Decode bytes as pickles of protocol 2 hold them."""
         if encoding != "latin1":
             raise ValueError(f"bytes written as {encoding!r}")
         return text.encode("latin1")
 
     @classmethod
-    def none(cls) -> bytes:
-        """How they hold no bytes at all."""
+    def empty(cls) -> bytes:
+        """Empty bytes, as pickles of protocol 2 hold them."""
         return b""
 
 
-_MAKERS: dict[tuple[str, str], object] = {
+_REPLACEMENTS: dict[tuple[str, str], object] = {
     ("numpy", "dtype"): _DType,
-    ("numpy", "ndarray"): "numpy.ndarray",  # an argument only
+    ("numpy", "ndarray"): "numpy.ndarray",  # only an argument, never called
     ("_codecs", "encode"): _Bytes.encoded,
-    ("__builtin__", "bytes"): _Bytes.none,
+    ("__builtin__", "bytes"): _Bytes.empty,
     ("collections", "OrderedDict"): OrderedDict,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _Array.of_buffer for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _Array.from_buffer for core in ("core", "_core")},
 }
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names in _MAKERS alone."""
+    """Resolves only the names in _REPLACEMENTS."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content), encoding="latin1")
 
     def find_class(self, module: str, name: str) -> object:
-        """What stands for a name."""
-        if (module, name) not in _MAKERS:
+        """The replacement for a name. Raises CheckpointError for any other name."""
+        if (module, name) not in _REPLACEMENTS:
             raise CheckpointError(
-                f"the pickle asks for {module}.{name}, which could run code, and was not loaded; take a file "
-                "of arrays alone, or convert it to a .pth where you trust it"
+                f"the pickle imports {module}.{name}, which could run code, and was not loaded; give a file "
+                "that holds only arrays, or convert it to a .pth if you trust it"
             )
-        return _MAKERS[module, name]
+        return _REPLACEMENTS[module, name]

@@ -1,14 +1,13 @@
-"""Train a detector several times with other seeds, and tell mean and spread.
+r"""Train a detector several times with different seeds, and report mean and standard deviation.
 
-    python -m detection.repeat --runs 5 --config-file detection/configs/pascal_voc_R_50_C4_24k.yaml \\
+    python -m detection.repeat --runs 5 --config-file detection/configs/pascal_voc_R_50_C4_24k.yaml \
         MODEL.WEIGHTS runs/mixmask/detectron2.pth OUTPUT_DIR runs/voc
 
-All words but --runs are those of detection.train_net, which makes the runs in OUTPUT_DIR/run-0 and on. A run
-that has its result.json is not made again; one that was stopped goes on from its last checkpoint. Runs may be
-added later, with the same words and weights: OUTPUT_DIR/settings.json says which they were.
+All arguments except --runs are those of detection.train_net, which trains in OUTPUT_DIR/run-0, run-1 and so
+on. A run with a result.json is not repeated; an interrupted run continues from its last checkpoint. More runs
+may be added later with the same arguments and weights, which OUTPUT_DIR/settings.json records.
 """
 
-import hashlib
 import json
 import shlex
 import statistics
@@ -21,43 +20,49 @@ from typing import Any
 from detection.foreign_files import config_files
 from training import cli
 from training.cli import console
-from training.files import write_json
+from training.files import file_sha256, write_json
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    """Make the runs that are missing; returns what is written to OUTPUT_DIR/result.json.
+    """Train the missing runs, and summarise all of them.
 
-    Raises ValueError for a command line without a number of runs or a folder, for a folder with runs of
-    other words or weights, if a run fails, and if one has no AP.
+    Returns:
+        What was written to OUTPUT_DIR/result.json.
+
+    Raises:
+        ValueError: if --runs or OUTPUT_DIR is missing, the folder holds runs with other arguments or weights,
+            a run fails, or one has no AP.
     """
     runs, rest, out = _split(argv)
     _keep_settings(out, rest)
     results = []
-    for seed in range(runs):
-        folder = out / f"run-{seed}"
+    for number in range(runs):
+        folder = out / f"run-{number}"
         if not (folder / "result.json").is_file():
-            console.print(f"[bold]run {seed + 1} of {runs}[/]")
-            words = ["-m", "detection.train_net", "--resume", *rest]
-            words += ["SEED", str(seed + 1), "OUTPUT_DIR", str(folder)]
-            code = subprocess.run([sys.executable, *words], check=False).returncode
+            console.print(f"[bold]run {number + 1} of {runs}[/]")
+            arguments = ["-m", "detection.train_net", "--resume", *rest]
+            arguments += ["SEED", str(number + 1), "OUTPUT_DIR", str(folder)]
+            code = subprocess.run([sys.executable, *arguments], check=False).returncode
             if code:
-                raise ValueError(f"run {seed} ended with code {code}; mend what it says and run this again")
+                raise ValueError(
+                    f"run {number} ended with code {code}; correct the error above and run this again"
+                )
         results.append(json.loads((folder / "result.json").read_text()))
-    own = {name: results[0][name] for name in ("encoder_sha256", "config") if name in results[0]}
-    summary = {**own, "runs": results, "figures": summarised([result["figures"] for result in results])}
+    about = {name: results[0][name] for name in ("encoder_sha256", "config") if name in results[0]}
+    summary = {**about, "runs": results, "figures": summarise([result["figures"] for result in results])}
     path = out / "result.json"
     write_json(path, summary)
     for task, names in summary["figures"].items():
-        told = "  ".join(f"{name} {row['mean']:.2f} ± {row['std']:.2f}" for name, row in names.items())
-        console.print(f"{task}, {runs} runs: {told}")
+        line = "  ".join(f"{name} {row['mean']:.2f} ± {row['std']:.2f}" for name, row in names.items())
+        console.print(f"{task}, {runs} runs: {line}")
     console.print(f"→ {path}")
     return summary
 
 
-def summarised(figures: list[dict[str, dict[str, float | None]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Task → AP, AP50, AP75 → mean and standard deviation over runs (0 for a single one).
+def summarise(figures: list[dict[str, dict[str, float | None]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and standard deviation over runs, by task and by AP, AP50 and AP75.
 
-    Raises ValueError where a run has null for one of them.
+    The standard deviation of a single run is 0. Raises ValueError if a run has null for one of them.
     """
     return {
         task: {name: _spread(task, name, figures) for name in ("AP", "AP50", "AP75")} for task in figures[0]
@@ -70,54 +75,48 @@ def _spread(task: str, name: str, figures: list[dict[str, dict[str, float | None
         value = run.get(task, {}).get(name)
         if value is None:
             raise ValueError(
-                f"run {number} has no {name} of {task}, null stands in its result.json; see its log.txt, "
-                "mend what it says, delete its folder and run this again"
+                f"run {number} has no {name} of {task}, its result.json holds null; see its log.txt, "
+                "correct the cause, delete its folder and run this again"
             )
         values.append(value)
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
-def _keep_settings(out: Path, words: list[str]) -> None:
-    """Write what makes the runs of a folder, or raise ValueError if those begun there were made otherwise."""
-    config = _value(words, "--config-file")
+def _keep_settings(out: Path, arguments: list[str]) -> None:
+    """Write settings.json. Raises ValueError if the folder holds runs with other settings."""
+    config = _file_argument(arguments, "--config-file")
+    weights = _file_argument(arguments, "MODEL.WEIGHTS")
     settings: dict[str, Any] = {
-        "words": words,
-        "weights_sha256": _sha256(_value(words, "MODEL.WEIGHTS")),
-        "config_sha256": [_sha256(path) for path in config_files(config)] if config else [],
+        "words": arguments,
+        "weights_sha256": weights and file_sha256(weights),
+        "config_sha256": [file_sha256(path) for path in config_files(config)] if config else [],
     }
     path = out / "settings.json"
     before = json.loads(path.read_text()) if path.is_file() else settings | {"words": []}
     differing = []
-    if before["words"] != words:
-        differing.append(f"the words were {shlex.join(before['words'])!r}, now {shlex.join(words)!r}")
+    if before["words"] != arguments:
+        differing.append(f"the arguments were {shlex.join(before['words'])!r}, now {shlex.join(arguments)!r}")
     if before["weights_sha256"] != settings["weights_sha256"]:
-        differing.append("the file of MODEL.WEIGHTS is another")
+        differing.append("the file of MODEL.WEIGHTS has changed")
     if before["config_sha256"] != settings["config_sha256"]:
         differing.append("the config's file has changed")
-    # A command line that was refused has begun nothing and may be mended.
-    begun = any(out.glob("run-*/last_checkpoint")) or any(out.glob("run-*/result.json"))
-    if begun and differing:
+    # Arguments that were refused have started no run and may be corrected.
+    started = any(out.glob("run-*/last_checkpoint")) or any(out.glob("run-*/result.json"))
+    if started and differing:
         raise ValueError(
-            f"{out} holds runs of other settings: {'; '.join(differing)}; take another OUTPUT_DIR"
+            f"{out} holds runs of other settings: {'; '.join(differing)}; use another OUTPUT_DIR"
         )
     write_json(path, settings)
 
 
-def _value(words: list[str], name: str) -> Path | None:
-    """The file that a word names, None where it is no file of this machine."""
-    given = [value for word, value in pairwise(words) if word == name]
+def _file_argument(arguments: list[str], name: str) -> Path | None:
+    """The file given for an option; None if there is no such local file."""
+    given = [value for word, value in pairwise(arguments) if word == name]
     return Path(given[-1]) if given and Path(given[-1]).is_file() else None
 
 
-def _sha256(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _split(argv: list[str]) -> tuple[int, list[str], Path]:
-    """Number of runs, the words for each, and the folder of all."""
+    """Number of runs, the arguments of each, and the folder of all."""
     rest = list(argv)
     found: dict[str, str] = {}
     for flag in ("--runs", "OUTPUT_DIR"):
@@ -127,7 +126,7 @@ def _split(argv: list[str]) -> tuple[int, list[str], Path]:
         found[flag] = rest[place + 1]
         del rest[place : place + 2]
     if not found["--runs"].isdecimal() or int(found["--runs"]) < 1:
-        raise ValueError(f"--runs is {found['--runs']}; give a number from 1")
+        raise ValueError(f"--runs is {found['--runs']}; give a number of at least 1")
     return int(found["--runs"]), rest, Path(found["OUTPUT_DIR"])
 
 

@@ -1,14 +1,14 @@
-"""Fine-tune a detector on COCO or VOC from a pretrained encoder, and evaluate it.
+r"""Fine-tune a detector on COCO or VOC from a pretrained encoder, and evaluate it.
 
-A node of eight GPUs:
-    python -m detection.train_net --num-gpus 8 --config-file detection/configs/pascal_voc_R_50_C4_24k.yaml \\
+On a node of eight GPUs:
+    python -m detection.train_net --num-gpus 8 --config-file detection/configs/pascal_voc_R_50_C4_24k.yaml \
         MODEL.WEIGHTS runs/mixmask/detectron2.pth OUTPUT_DIR runs/voc
 
-The configs are for 16 pictures a step; with fewer GPUs give the SOLVER's values in proportion, such as
+The configs use 16 images per step; with fewer GPUs reduce the SOLVER's values in proportion, such as
 SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.005. MODEL.WEIGHTS comes from detection.convert_to_detectron2; an
-empty one ("") begins from random weights. Sets: see detection/datasets.py. On a CPU, BatchNorm over all GPUs
-becomes plain BatchNorm. --resume continues, --eval-only evaluates MODEL.WEIGHTS. Left in OUTPUT_DIR:
-Detectron2's checkpoints and logs, and result.json, or with --eval-only evaluation.json.
+empty one ("") starts from random weights. For the names of sets see detection/datasets.py. On a CPU plain
+BatchNorm replaces SyncBN. --resume continues, --eval-only evaluates MODEL.WEIGHTS. OUTPUT_DIR receives
+Detectron2's checkpoints and logs, and result.json, or evaluation.json with --eval-only.
 """
 
 import sys
@@ -18,16 +18,17 @@ from training import cli
 
 
 def main(argv: list[str]) -> None:
-    """Train or evaluate; see the top of this file.
+    """Train and evaluate a detector.
 
-    Raises ImportError if Detectron2 is missing, and for mistakes what `detection.training.prepare` raises,
-    before processes are started.
+    Raises:
+        ImportError: if Detectron2 is missing.
+        Exception: as :func:`detection.trainer.prepare`, before any process is started.
     """
-    training = import_training()
-    args = training.parse(argv, __doc__)
-    training.prepare(args)
-    training.launch(
-        training.run,
+    trainer = import_trainer()
+    args = trainer.parse(argv, __doc__)
+    trainer.prepare(args)
+    trainer.launch(
+        trainer.train_and_evaluate,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
@@ -36,16 +37,16 @@ def main(argv: list[str]) -> None:
     )
 
 
-def import_training() -> ModuleType:
-    """`detection.training`. Raises ImportError, saying what to install, if Detectron2 is missing."""
+def import_trainer() -> ModuleType:
+    """Import `detection.trainer`. Raises ImportError with the command to run if Detectron2 is missing."""
     try:
-        from detection import training
+        from detection import trainer
     except ImportError as error:
         raise ImportError(
             f"detection needs Detectron2, which cannot be imported ({error}); `make setup` installs a build "
-            "for CPUs, and its own page tells how to install it for your CUDA"
+            "for CPUs, and Detectron2's own instructions cover CUDA"
         ) from error
-    return training
+    return trainer
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MODEL.WEIGHTS held against the detector that shall start from it."""
+"""Reading MODEL.WEIGHTS safely, and checking that they fit the detector."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ from detection.config import last_checkpoint
 from detection.foreign_files import read_pickled_weights
 from training.checkpoint import CheckpointError, read_safely
 
-TOLERATED_GREY = 0.5
-"""By how much the config's pixel mean and standard deviation may differ from the encoder's, of 0 … 255."""
+TOLERANCE_GREY = 0.5
+"""Largest difference of the config's pixel mean and standard deviation from the encoder's, of 0 … 255."""
 
 _BACKBONE = ("backbone.", "roi_heads.res5.")
 _NEVER_PRETRAINED = ("backbone.fpn_", "roi_heads.res5.norm.")
-_SAID = ("pixel_mean", "pixel_std", "encoder_sha256")
+_METADATA = ("pixel_mean", "pixel_std", "encoder_sha256")
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's, which reads files without running code in them, from local folders alone."""
+    """Detectron2's checkpointer, restricted to local files and to loading without running code."""
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         path = Path(filename)
@@ -39,36 +39,43 @@ class Checkpointer(DetectionCheckpointer):
         )
 
     def get_checkpoint_file(self) -> str:
-        """The newest checkpoint in the run's folder. Raises ValueError if it names one from elsewhere."""
+        """Path of the newest checkpoint in the run's folder. Raises ValueError if it is named elsewhere."""
         return str(last_checkpoint(self.save_dir) or "")
 
 
-class _Checkpointer(Checkpointer):
-    """Keeps which keys do not fit, in place of logging them."""
+class _KeyChecker(Checkpointer):
+    """Stores the incompatible keys instead of logging them."""
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         self.incompatible = incompatible
 
 
-def said_of_encoder(file: str) -> dict[str, Any]:
-    """What our converter wrote into a .pth beside the tensors: pixel_mean, pixel_std, encoder_sha256.
+def read_metadata(file: str) -> dict[str, Any]:
+    """Read what our converter stored in a .pth: pixel_mean, pixel_std and encoder_sha256.
 
-    Nothing for another kind of file. Raises CheckpointError for one that is damaged or could run code.
+    Returns an empty dictionary for other files. Raises CheckpointError for a file that is damaged or could
+    run code.
     """
     if not file.endswith(".pth") or not Path(file).is_file():
         return {}
     content = read_safely(Path(file))
-    return {name: content[name] for name in _SAID if name in content}
+    return {name: content[name] for name in _METADATA if name in content}
 
 
-def check(cfg: CfgNode, *, whole: bool = False) -> None:
-    """Raise ValueError if MODEL.WEIGHTS does not fit the detector, or was trained on other pixels.
+def check_weights(cfg: CfgNode, *, whole: bool = False) -> None:
+    """Check that MODEL.WEIGHTS fit the detector and its pixel normalisation.
 
-    whole: whether it must be all of a detector, and not its encoder alone.
+    Args:
+        cfg: the detector's config.
+        whole: whether the weights must be a whole detector, not only its encoder.
+
+    Raises:
+        ValueError: if they do not.
+        CheckpointError: if the file cannot be read.
     """
     file = cfg.MODEL.WEIGHTS
     if file:
-        _check_pixels(cfg, said_of_encoder(file))
+        _check_pixels(cfg, read_metadata(file))
         _check_keys(cfg, file, whole)
     elif whole:
         raise ValueError(
@@ -76,14 +83,14 @@ def check(cfg: CfgNode, *, whole: bool = False) -> None:
         )
 
 
-def _check_pixels(cfg: CfgNode, said: dict[str, Any]) -> None:
+def _check_pixels(cfg: CfgNode, metadata: dict[str, Any]) -> None:
     for name, given in (("pixel_mean", cfg.MODEL.PIXEL_MEAN), ("pixel_std", cfg.MODEL.PIXEL_STD)):
-        wanted = [round(value, 3) for value in said.get(name, given)]
-        if any(abs(a - b) > TOLERATED_GREY for a, b in zip(wanted, given, strict=True)):
+        expected = [round(value, 3) for value in metadata.get(name, given)]
+        if any(abs(a - b) > TOLERANCE_GREY for a, b in zip(expected, given, strict=True)):
             option = f"MODEL.{name.upper()}"
             raise ValueError(
-                f"{option} is {list(given)}, the encoder of {cfg.MODEL.WEIGHTS} was trained with {wanted}; "
-                f"give {option} '{wanted}'"
+                f"{option} is {list(given)}, the encoder of {cfg.MODEL.WEIGHTS} was trained with {expected}; "
+                f"give {option} '{expected}'"
             )
 
 
@@ -91,31 +98,28 @@ def _check_keys(cfg: CfgNode, file: str, whole: bool) -> None:
     on_cpu = cfg.clone()
     on_cpu.defrost()
     on_cpu.MODEL.DEVICE = "cpu"
-    checkpointer = _Checkpointer(build_model(on_cpu))
+    checkpointer = _KeyChecker(build_model(on_cpu))
     checkpointer.load(file, checkpointables=[])
-    if whole and (absent := checkpointer.incompatible.missing_keys):
+    absent = checkpointer.incompatible.missing_keys
+    if whole and absent:
         raise ValueError(
             f"{file} lacks {len(absent)} tensors of the detector, the first are {absent[:3]}; to evaluate "
             "give a trained detector's file, such as OUTPUT_DIR/model_final.pth"
         )
-    missing = [
-        key
-        for key in checkpointer.incompatible.missing_keys
-        if key.startswith(_BACKBONE) and not key.startswith(_NEVER_PRETRAINED)
-    ]
-    # Published converters leave the classifier in, and a frozen norm does not count its batches.
+    missing = [key for key in absent if key.startswith(_BACKBONE) and not key.startswith(_NEVER_PRETRAINED)]
+    # Published converters keep the classifier, and frozen norms do not count batches.
     unexpected = [
         key
         for key in checkpointer.incompatible.unexpected_keys
         if not key.startswith("stem.fc.") and not key.endswith(".num_batches_tracked")
     ]
-    for keys, trouble in (
+    for keys, problem in (
         (missing, f"of the backbone's tensors are not in {file}"),
         (unexpected, f"tensors of {file} have no place in the detector"),
     ):
         if keys:
             raise ValueError(
-                f"{len(keys)} {trouble}, the first are {keys[:3]}; MODEL.RESNETS.DEPTH is "
-                f"{cfg.MODEL.RESNETS.DEPTH}, give the one that detection.convert_to_detectron2 named, or "
+                f"{len(keys)} {problem}, the first are {keys[:3]}; MODEL.RESNETS.DEPTH is "
+                f"{cfg.MODEL.RESNETS.DEPTH}, give the one that detection.convert_to_detectron2 printed, or "
                 "convert the encoder again"
             )

@@ -1,9 +1,9 @@
-"""The whole way once: sample pictures → compiled sets → pretraining → probe → loader figures → preview.
+"""The whole workflow once: sample sets → pretraining → probes → loader figures → preview.
 
     make demo
 
-Every step is one of the house's own programs, run as a user would run it. Made data stays in data/ and is
-used again; the run's files lie in runs/demo, summary.json and preview.png among them.
+Every step runs one of the project's programs as a user would. The sets stay in data/ and are reused.
+runs/demo receives the run's files, summary.json and preview.png.
 """
 
 import json
@@ -22,21 +22,21 @@ from training import cli
 from training.cli import console
 from training.files import write_json
 
-_KEYS = ("knn_top1", "linear_top1")
+_METRICS = {"knn_top1": "kNN", "linear_top1": "linear"}
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Show the whole way, from pictures to a probed encoder."""
+    """Show the whole workflow, from images to a probed encoder."""
 
     out: Path = Path("runs/demo")
     """Folder of the run; an earlier demo there is replaced."""
     data: Path = Path("data")
-    """Folder of the two sample sets."""
+    """Folder of the sample sets."""
     photographs: int = 2000
-    """Pictures in the set of photographs."""
+    """Images in the set of photographs."""
     fashion: int = FASHION_PICTURES
-    """Training pictures of Fashion-MNIST, of 60,000."""
+    """Training images of Fashion-MNIST, of 60,000."""
     epochs: int = 2
     """Passes of the pretraining over Fashion-MNIST."""
     loader_seconds: float = 3.0
@@ -44,65 +44,36 @@ class Demo:
 
 
 def main(config: Demo) -> None:
-    """Run the demo; see the top of this file."""
+    """Run the demo. Raises ValueError if a step fails, or the pretrained encoder is not the better one."""
     start = time.perf_counter()
-    for earlier in ("pretrain", "random"):
-        shutil.rmtree(config.out / earlier, ignore_errors=True)
-    files = config.data / "photographs"
-    photographs = config.data / "photographs.beton"
-
     _banner("1  Sample sets: photographs cut from installed packages, and Fashion-MNIST")
-    if not is_compiled(photographs, config.photographs):
-        run_python(
-            console,
-            *("-m", "dataset_tools", "photographs", files, "--count", config.photographs, "--overwrite"),
-        )
-        run_python(console, "-m", "dataset_tools", "convert", files / "train", photographs, "--overwrite")
-    train, test = fashion_sets(console, config.data, config.fashion)
-    console.print(f"{photographs}, {train} and {test} are there")
-
-    _banner("2  Pretraining with MixMask on Fashion-MNIST, labels unseen")
-    pretrain = config.out / "pretrain"
-    run = ("train_pretrain.py", train, "--preset", "fashion")
-    run_python(console, *run, "--out", pretrain, "--epochs", config.epochs)
-    # The same encoder before its first step, to compare with.
-    run_python(console, *run, "--out", config.out / "random", "--epochs", 0)
-
+    photographs, train, test = _make_sets(config)
+    _banner("2  Pretraining with MixMask on Fashion-MNIST, without its labels")
+    encoders = _pretrain(config, train)
     _banner("3  Probing: nearest neighbours and a linear classifier on frozen features")
-    probes = {}
-    for name, folder in (("random", config.out / "random"), ("mixmask", pretrain)):
-        probes[name] = probe(console, train, test, folder)
-
-    _banner("4  Loading the photographs at 224 px, beside torchvision")
-    figures = config.out / "loader.json"
-    run_python(
-        console,
-        *("-m", "benchmarks.loader", "--data", config.data, "--pictures", config.photographs),
-        *("--parts", "pass-through-recipe", "--peers", "torchvision-pil"),
-        *("--seconds", config.loader_seconds, "--batch-size", 32, "--json", figures),
-    )
-    rates = json.loads(figures.read_text())["tables"]["pass_through"]["recipe"]
-
-    _banner("5  What the loader makes of the photographs")
+    probes = {name: probe(console, train, test, folder) for name, folder in encoders.items()}
+    _banner("4  Loading the photographs at 224 px, compared with torchvision")
+    rates = _measure_loader(config)
+    _banner("5  Views and mixtures of the photographs")
     preview = config.out / "preview.png"
     run_python(console, "-m", "dataset_tools", "preview", photographs, preview)
 
-    summary = {
-        **{f"{key}_{name}": probes[name][key] for key in _KEYS for name in probes},
+    summary: dict[str, Any] = {
+        **{f"{metric}_{name}": probes[name][metric] for metric in _METRICS for name in probes},
         "loader_samples_per_s": rates[OURS]["median"],
         "torchvision_samples_per_s": rates[TORCHVISION_PIL]["median"],
-        "data_wait_fraction": _data_wait_fraction(pretrain / "metrics.jsonl"),
+        "data_wait_fraction": _data_wait_fraction(encoders["mixmask"] / "metrics.jsonl"),
         "knn_k": probes["mixmask"]["knn_k"],
         "seconds": round(time.perf_counter() - start, 1),
         "environment": environment(),
     }
     path = config.out / "summary.json"
     write_json(path, summary)
-    _print(summary)
-    console.print(f"figures: {path}\npicture: {preview}")
-    console.print("next, with your own pictures: make convert DATA=<folder>")
+    _print_summary(summary)
+    console.print(f"figures: {path}\npreview: {preview}")
+    console.print("next, with your own images: make convert DATA=<folder>")
     if config == Demo(out=config.out, data=config.data):
-        worse = [key for key in _KEYS if summary[f"{key}_mixmask"] <= summary[f"{key}_random"]]
+        worse = [name for name in _METRICS if summary[f"{name}_mixmask"] <= summary[f"{name}_random"]]
         if worse:
             raise ValueError(f"the pretrained encoder does not beat the random one in {' and '.join(worse)}")
 
@@ -111,31 +82,70 @@ def _banner(title: str) -> None:
     console.print(f"\n[bold]{title}[/]")
 
 
-def _data_wait_fraction(metrics: Path) -> float:
-    """Share of the pretraining's time spent waiting for data, over all steps but those of the first row.
+def _make_sets(config: Demo) -> tuple[Path, Path, Path]:
+    """Compile the sets that do not exist: photographs, and Fashion-MNIST's training and test set."""
+    files = config.data / "photographs"
+    photographs = config.data / "photographs.beton"
+    if not is_compiled(photographs, config.photographs):
+        count = ("--count", config.photographs)
+        run_python(console, "-m", "dataset_tools", "photographs", files, *count, "--overwrite")
+        run_python(console, "-m", "dataset_tools", "convert", files / "train", photographs, "--overwrite")
+    train, test = fashion_sets(console, config.data, config.fashion)
+    console.print(f"sets: {photographs}, {train}, {test}")
+    return photographs, train, test
 
-    The first row holds the first batch, whose time is the compiler's.
+
+def _pretrain(config: Demo, train: Path) -> dict[str, Path]:
+    """Pretrain an encoder, and save the same encoder before its first step; returns both runs' folders."""
+    folders = {"random": config.out / "random", "mixmask": config.out / "pretrain"}
+    for folder in folders.values():
+        shutil.rmtree(folder, ignore_errors=True)
+    command = ("train_pretrain.py", train, "--preset", "fashion")
+    run_python(console, *command, "--out", folders["mixmask"], "--epochs", config.epochs)
+    run_python(console, *command, "--out", folders["random"], "--epochs", 0)
+    return folders
+
+
+def _measure_loader(config: Demo) -> dict[str, dict[str, float]]:
+    """Measure our loader and torchvision's with MoCo v2's recipe; returns samples/s by loader."""
+    figures = config.out / "loader.json"
+    run_python(
+        console,
+        *("-m", "benchmarks.loader", "--data", config.data, "--pictures", config.photographs),
+        *("--parts", "pass-through-recipe", "--peers", "torchvision-pil"),
+        *("--seconds", config.loader_seconds, "--batch-size", 32, "--json", figures),
+    )
+    rates: dict[str, dict[str, float]] = json.loads(figures.read_text())["tables"]["pass_through"]["recipe"]
+    return rates
+
+
+def _data_wait_fraction(metrics: Path) -> float:
+    """Share of the pretraining's time spent waiting for data, without the steps of the first row.
+
+    The first batch is part of the first row, and its time is mostly compilation.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps: list[dict[str, float]] = [row for row in rows if row["kind"] == "step"][1:]
     if not steps:
-        raise ValueError(f"{metrics} has too few rows to tell the waiting time; train for longer")
+        raise ValueError(f"{metrics} has too few rows to compute the waiting time; train for longer")
     num = [row["step"] - row["first_step"] + 1 for row in steps]
     time_s = [n / row["samples_per_s"] for n, row in zip(num, steps, strict=True)]
     waited = [t * row["wait_percent"] / 100 for t, row in zip(time_s, steps, strict=True)]
     return sum(waited) / sum(time_s)
 
 
-def _print(summary: dict[str, Any]) -> None:
+def _print_summary(summary: dict[str, Any]) -> None:
     table = Table(title="Fashion-MNIST, frozen encoder")
     for heading in ("top-1", "random encoder", "pretrained with MixMask"):
         table.add_column(heading, justify="left" if heading == "top-1" else "right")
-    for key, name in zip(_KEYS, (f"kNN (k = {summary['knn_k']})", "linear"), strict=True):
-        table.add_row(name, *(f"{100 * summary[f'{key}_{which}']:.1f} %" for which in ("random", "mixmask")))
+    for metric, name in _METRICS.items():
+        label = f"{name} (k = {summary['knn_k']})" if name == "kNN" else name
+        values = (summary[f"{metric}_{encoder}"] for encoder in ("random", "mixmask"))
+        table.add_row(label, *(f"{100 * value:.1f} %" for value in values))
     console.print("\n", table)
     ours, theirs = summary["loader_samples_per_s"], summary["torchvision_samples_per_s"]
     console.print(
-        f"loader {ours:.0f} samples/s, torchvision {theirs:.0f} samples/s on the same pictures: "
+        f"loader {ours:.0f} samples/s, torchvision {theirs:.0f} samples/s on the same images: "
         f"{ours / theirs:.1f} ×; {100 * summary['data_wait_fraction']:.1f} % of the pretraining was "
         f"waiting for data; {summary['seconds']:.0f} s in all"
     )

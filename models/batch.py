@@ -1,88 +1,97 @@
-"""What the model reads of a batch, and who is query and who is key in it.
+"""The batch that loaders return and models train on.
 
-Shape letters: N batch on this rank, S side.
+Shape letters: N images of the batch on this rank, S side in pixels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
 
 Method = Literal["moco", "mixmask", "unmix", "both", "erase"]
 
 NUM_MIXTURES: dict[Method, int] = {"moco": 0, "mixmask": 1, "unmix": 1, "both": 2, "erase": 1}
-"""Mixtures a batch must bring for each method. Each weighs as much as the clean term."""
+"""Number of mixtures in a batch for each method. Each weighs as much as the clean term of the loss."""
 
 
-class MixtureLike(Protocol):
-    """What the model reads of a mixture."""
+@dataclass(frozen=True)
+class Mixture:
+    """Query views mixed with each other: image i keeps the share ``lam[i]`` of ``query[i]``.
 
-    @property
-    def images(self) -> Tensor:
-        """(N, 3, S, S) mixed or erased query views."""
+    In ``Batch.key_mixtures`` the same holds for the key views.
+    """
 
-    @property
-    def partner(self) -> Tensor:
-        """(N,) int64, whose pixels fill each view."""
+    images: Tensor
+    """(N, 3, S, S) of the views' dtype, channels_last, on the training device."""
+    partner: Tensor
+    """(N,) int64: images[i] is made of query[i] and query[partner[i]]. A permutation without fixed points.
+    Erased views contain no other image; there partner[i] is i."""
+    lam: Tensor
+    """(N,) float32 in [0, 1]: the share of query[i] in images[i]."""
 
-    @property
-    def lam(self) -> Tensor:
-        """(N,) float32, share of the anchor's own pixels."""
+
+@dataclass(frozen=True)
+class Batch:
+    """Two augmented views of each image, and their mixtures."""
+
+    query: Tensor
+    """(N, 3, S, S) of the loader's dtype (float32 by default), normalised, channels_last."""
+    key: Tensor
+    """(N, 3, S, S), likewise. Has zero rows where the recipe makes one view per image."""
+    mixtures: tuple[Mixture, ...]
+    """Of the query views, as many as `NUM_MIXTURES` says; for method "both" they are (unmix, mixmask)."""
+    index: Tensor
+    """(N,) int64, position in the compiled set."""
+    label: Tensor
+    """(N,) int64, −1 where the set has no labels."""
+    key_mixtures: tuple[Mixture, ...] = ()
+    """Of the key views: as many as of the query views for a symmetric loss, else none."""
 
 
-class BatchLike(Protocol):
-    """What the model reads of a batch."""
-
-    @property
-    def query(self) -> Tensor:
-        """(N, 3, S, S)."""
-
-    @property
-    def key(self) -> Tensor:
-        """(N, 3, S, S)."""
-
-    @property
-    def mixtures(self) -> Sequence[MixtureLike]:
-        """Of the query views, as many as `NUM_MIXTURES` says."""
-
-    @property
-    def key_mixtures(self) -> Sequence[MixtureLike]:
-        """Of the key views: as many again for a symmetric loss, else none."""
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Every tensor of a batch, in an order that is always the same."""
+    mixtures = (*batch.mixtures, *batch.key_mixtures)
+    mixed = [part for mixture in mixtures for part in (mixture.images, mixture.partner, mixture.lam)]
+    return [batch.query, batch.key, batch.index, batch.label, *mixed]
 
 
 @dataclass(frozen=True)
 class Direction:
-    """One view in the role of the query, the other in that of the key."""
+    """One view in the role of the query, the other in the role of the key."""
 
     query: Tensor
+    """(N, 3, S, S)."""
     key: Tensor
-    mixtures: Sequence[MixtureLike]
+    """(N, 3, S, S)."""
+    mixtures: tuple[Mixture, ...]
+    """Of the query."""
 
     @property
     def branches(self) -> list[Tensor]:
-        """(N, 3, S, S) images the query encoder is to see: the clean view and its mixtures."""
+        """(N, 3, S, S) inputs of the query encoder: the clean view, then its mixtures."""
         return [self.query, *(mixture.images for mixture in self.mixtures)]
 
 
-def directions_of(batch: BatchLike, method: Method, *, symmetric: bool) -> list[Direction]:
-    """Query to key, and for a symmetric loss the other way as well.
+def directions_of(batch: Batch, method: Method, *, symmetric: bool) -> list[Direction]:
+    """Query to key, and for a symmetric loss also key to query.
 
-    Raises ValueError for a batch that was made for another method.
+    Raises:
+        ValueError: if the batch was made for another method.
     """
-    wanted = NUM_MIXTURES[method]
+    num_mixtures = NUM_MIXTURES[method]
     for views, mixtures, num in (
-        ("query", batch.mixtures, wanted),
-        ("key", batch.key_mixtures, wanted if symmetric else 0),
+        ("query", batch.mixtures, num_mixtures),
+        ("key", batch.key_mixtures, num_mixtures if symmetric else 0),
     ):
         if len(mixtures) != num:
             raise ValueError(
-                f"method {method!r} takes {num} mixtures of the {views} views, the batch brings "
-                f"{len(mixtures)}; build the loader with the same method, symmetric or not, as the model"
+                f"method {method!r} needs {num} mixtures of the {views} views, the batch has "
+                f"{len(mixtures)}; build the loader with the model's method and symmetry"
             )
     if len(batch.query) != len(batch.key):
         raise ValueError(
-            f"the batch has {len(batch.query)} query and {len(batch.key)} key views; take a recipe of two"
+            f"the batch has {len(batch.query)} query and {len(batch.key)} key views; use a recipe with "
+            "num_views=2"
         )
     directions = [Direction(batch.query, batch.key, batch.mixtures)]
     if symmetric:

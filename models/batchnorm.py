@@ -14,7 +14,7 @@ import shutil
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,25 @@ def missing_for_kernels() -> str:
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         return "Python's headers are not installed: apt-get install python3-dev"
     return ""
+
+
+class NormArguments(NamedTuple):
+    """The arguments of `split_batch_norm` other than its input."""
+
+    weight_C: Tensor
+    """(C,) float32, as the three after it."""
+    bias_C: Tensor
+    """Added after the multiplication by the weight."""
+    running_mean_C: Tensor
+    """Changed in place."""
+    running_var_C: Tensor
+    """Changed in place."""
+    num_splits: int
+    """G."""
+    momentum: float
+    """Share of the new statistics in the running ones."""
+    eps: float
+    """Added to variances."""
 
 
 # One operation forward and one backward. Their kernels write each part where it belongs, so that nothing is
@@ -81,9 +100,8 @@ def split_batch_norm(
     if input.device.type == "cuda":
         from models import batchnorm_triton
 
-        return batchnorm_triton.forward(
-            input, weight_C, bias_C, running_mean_C, running_var_C, num_splits, momentum, eps
-        )
+        norm = NormArguments(weight_C, bias_C, running_mean_C, running_var_C, num_splits, momentum, eps)
+        return batchnorm_triton.forward(input, norm)
     output = torch.empty_like(input)
     # Each part updates a copy of the running statistics, and the copies are averaged.
     means_GC, vars_GC = running_mean_C.repeat(num_splits, 1), running_var_C.repeat(num_splits, 1)
@@ -162,26 +180,17 @@ class _SplitBatchNorm(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def split_batch_norm_for_compiler(
-    input: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor,
-    running_mean_C: Tensor,
-    running_var_C: Tensor,
-    num_splits: int,
-    momentum: float,
-    eps: float,
-) -> Tensor:
+def split_batch_norm_for_compiler(input: Tensor, norm: NormArguments) -> Tensor:
     """The output of `split_batch_norm` as plain arithmetic, which a compiler fuses with what is around it."""
-    x_GNCSS = input.unflatten(0, (num_splits, -1)).to(weight_C.dtype)
+    x_GNCSS = input.unflatten(0, (norm.num_splits, -1)).to(norm.weight_C.dtype)
     var_GC, mean_GC = torch.var_mean(x_GNCSS, dim=(1, 3, 4), correction=0)
     with torch.no_grad():
         num = x_GNCSS[0, :, 0].numel()
-        running_mean_C.lerp_(mean_GC.mean(0), momentum)
-        running_var_C.lerp_(var_GC.mean(0) * (num / (num - 1)), momentum)
-    scale_GC = weight_C * torch.rsqrt(var_GC + eps)
+        norm.running_mean_C.lerp_(mean_GC.mean(0), norm.momentum)
+        norm.running_var_C.lerp_(var_GC.mean(0) * (num / (num - 1)), norm.momentum)
+    scale_GC = norm.weight_C * torch.rsqrt(var_GC + norm.eps)
     mean, scale = (x_GC[:, None, :, None, None] for x_GC in (mean_GC, scale_GC))
-    y_GNCSS: Tensor = (x_GNCSS - mean) * scale + bias_C[:, None, None]
+    y_GNCSS: Tensor = (x_GNCSS - mean) * scale + norm.bias_C[:, None, None]
     return y_GNCSS.flatten(0, 1).to(input.dtype)
 
 
@@ -206,12 +215,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         _check_divisible(len(input), self.num_splits)
         mean_C, var_C = self._running(self.running_mean), self._running(self.running_var)
         self._running(self.num_batches_tracked).add_(1)
-        arguments = self.weight, self.bias, mean_C, var_C, self.num_splits, self.momentum or 0.0, self.eps
-        if torch.compiler.is_compiling() or (input.is_cuda and missing_for_kernels()):
-            return split_batch_norm_for_compiler(input, *arguments)
-        output: Tensor = _SplitBatchNorm.apply(
-            input.contiguous(memory_format=torch.channels_last), *arguments
+        norm = NormArguments(
+            self.weight, self.bias, mean_C, var_C, self.num_splits, self.momentum or 0.0, self.eps
         )
+        if torch.compiler.is_compiling() or (input.is_cuda and missing_for_kernels()):
+            return split_batch_norm_for_compiler(input, norm)
+        output: Tensor = _SplitBatchNorm.apply(input.contiguous(memory_format=torch.channels_last), *norm)
         return output
 
     @staticmethod

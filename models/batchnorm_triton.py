@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.batchnorm import NormArguments
+
 _ROWS, _CHANNELS = 64, 64
 """Of a tile."""
 _FINISH_CHANNELS = 8
@@ -226,17 +228,9 @@ class _Sizes:
         return torch.empty(*leading, self.channels, dtype=self.float, device=like.device)
 
 
-def forward(
-    x: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor,
-    running_mean_C: Tensor,
-    running_var_C: Tensor,
-    num_parts: int,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, norm: NormArguments) -> tuple[Tensor, Tensor, Tensor]:
     """As `models.batchnorm.split_batch_norm`; x is (N, C, S, S) in channels_last."""
+    num_parts = norm.num_splits
     sizes = _Sizes(x, num_parts)
     y = torch.empty_like(x)
     mean_GC, inverse_std_GC = sizes.empty(x, num_parts), sizes.empty(x, num_parts)
@@ -244,12 +238,13 @@ def forward(
     rows, channels, blocks, block_rows = sizes.rows, sizes.channels, sizes.blocks, sizes.block_rows
     _partial_statistics[sizes.grid](x, mean_GBC, square_GBC, rows, channels, blocks, block_rows, **sizes.tile)
     _finish_statistics[sizes.finish_grid](
-        mean_GBC, square_GBC, mean_GC, inverse_std_GC, running_mean_C, running_var_C,
-        rows, channels, num_parts, blocks, block_rows, momentum, eps, **sizes.finish,
+        mean_GBC, square_GBC, mean_GC, inverse_std_GC, norm.running_mean_C, norm.running_var_C,
+        rows, channels, num_parts, blocks, block_rows, norm.momentum, norm.eps, **sizes.finish,
     )  # fmt: skip
     _normalise[sizes.row_grid](
-        x, y, mean_GC, inverse_std_GC, weight_C, bias_C, rows, channels, sizes.row_block_rows, **sizes.tile
-    )
+        x, y, mean_GC, inverse_std_GC, norm.weight_C, norm.bias_C,
+        rows, channels, sizes.row_block_rows, **sizes.tile,
+    )  # fmt: skip
     return y, mean_GC, inverse_std_GC
 
 

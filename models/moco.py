@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import losses
-from models.batch import NUM_MIXTURES, BatchLike, Method, MixtureLike, directions_of
+from models.batch import NUM_MIXTURES, Batch, Method, Mixture, directions_of
 from models.batchnorm import (
     SplitBatchNorm2d,
     deal_over_splits,
@@ -114,7 +114,7 @@ class MoCo(nn.Module):
             return nn.Linear(feature_dim, dim)
         return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim))
 
-    def forward(self, batch: BatchLike) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (scalar) and metrics (0-d, detached, on the device) of one batch.
 
         In training mode it also moves the key encoder (before the keys are made) and the queue (last).
@@ -198,7 +198,7 @@ class MoCo(nn.Module):
         q_MD = self._embed(self.encoder_q, join_branches(branches, splits))
         return part_branches(q_MD, len(branches), splits)
 
-    def _mixture_term(self, mixture: MixtureLike, qm_ND: Tensor, k_ND: Tensor, lse_N: Tensor) -> Tensor:
+    def _mixture_term(self, mixture: Mixture, qm_ND: Tensor, k_ND: Tensor, lse_N: Tensor) -> Tensor:
         if self.method == "erase":
             return losses.info_nce(qm_ND, k_ND, lse_N, self.temperature)
         return losses.mixture_loss(qm_ND, k_ND, mixture.partner, mixture.lam, lse_N, self.temperature)

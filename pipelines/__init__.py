@@ -4,27 +4,22 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import Batch, Mixture
-from pipelines.cores import usable_cores
-from pipelines.decode.choose import Backend, choose, look_around
-from pipelines.decode.dali import DALIEngine
+from models.batch import Batch, Mixture
+from pipelines.decode.choose import Backend, choose, describe_machine, open_decoder
 from pipelines.decode.dali_operators import DALIOptions
-from pipelines.decode.decoder import Engine, Reading
-from pipelines.decode.turbo import FFCVEngine
 from pipelines.loader import ViewLoader
+from pipelines.randomness import key_of
 from pipelines.recipe import Mixing, Recipe
-from pipelines.sets.folder import FolderEngine
-from pipelines.sets.shards import index_hint
-from pipelines.sets.stores import StoreEngine, open_store
+from pipelines.sets import PictureSet, RankShare, Reading
+from pipelines.sets.stores import ShardStore, open_set
 from pipelines.sets.stream import ShardStream
-from pipelines.workers import WORKERS_OF_A_DEVICE
+from pipelines.workers import DEVICE_WORKERS, LoaderConfig, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +29,13 @@ __all__ = [
     "DALIOptions",
     "Mixing",
     "Mixture",
+    "PictureSet",
     "Reading",
     "Recipe",
     "ViewLoader",
     "build_loader",
     "evaluation_batches",
+    "open_set",
 ]
 
 
@@ -63,104 +60,107 @@ def build_loader(
 ) -> ViewLoader:
     """Build a loader over a compiled set or a folder.
 
-    Whatever the backend, a picture's views are a function of (seed, epoch, index, view) alone. So are the
-    order and where a run resumes, except with ``reading="stream"``, whose promises stand in
-    :mod:`pipelines.sets.stream`.
+    With every backend, an image's views are a function of (seed, epoch, index, view) alone. So are the order
+    and the position after a resume, except with ``reading="stream"``, see :mod:`pipelines.sets.stream`.
 
     Args:
-        path: a ``.beton`` file, a folder of indexed shards, or a folder of pictures.
+        path: a ``.beton`` file, a folder of indexed shards, or a folder of images.
         recipe: what views and mixtures look like.
         backend: who decodes. ``ffcv``, our kernels on the CPU, and ``dali`` take compiled sets, ``folder``
-            takes folders of pictures; ``auto`` chooses, see :mod:`pipelines.decode.choose`.
-        batch_size: pictures per batch on this rank.
-        seed: of every draw.
+            takes folders of images; ``auto`` chooses, see :mod:`pipelines.decode.choose`.
+        batch_size: images per batch on this rank.
+        seed: of every draw, in [0, 2⁶⁴).
         rank: of this process.
         world_size: number of processes.
-        device: where batches are wanted. On a GPU the ``dali`` backend decodes and crops there.
-        num_threads: for decoding; 0 takes every core this process may use, shared among local ranks.
+        device: the training device, on which batches are returned. On a GPU the ``dali`` backend also decodes
+            and crops there.
+        num_threads: threads that decode; 0 uses every core this process may use, shared among local ranks.
         shuffle: visit the set in a new order each epoch.
         drop_last: leave out the last, smaller batch of an epoch.
-        subset: (n,) positions in the set of the pictures that an epoch goes through, instead of all, in any
-            order. Their views are those they have in the whole set.
-        reading: how a compiled set is read, see :data:`pipelines.decode.decoder.Reading`.
+        subset: (n,) positions in the set, in any order: an epoch has these images only. Their views are the
+            same as in an epoch of the whole set.
+        reading: how a compiled set is read, see :data:`pipelines.sets.Reading`.
         dali: how the ``dali`` backend decodes on a GPU.
-        dtype: of the views and mixtures; the compute precision of the run, so that a 16-bit run moves half
-            the bytes.
-        compiled: have torch.compile fuse a GPU's photometric stage and mixing, which takes some seconds at
-            the first batch; False runs them operation by operation. The CPU's stage is compiled in any case.
-
-    Raises:
-        FileNotFoundError: if the compiled set, or a file of it, is not there.
-        ValueError: if the path does not fit the backend, or the batch is larger than the set.
-        ImportError: if a package of the backend is missing.
+        dtype: of the views and mixtures. The compute precision of the run lets a 16-bit run move half the
+            bytes.
+        compiled: let torch.compile fuse a GPU's photometric stage and mixing, which takes some seconds at the
+            first batch. The CPU's stage is always compiled.
 
     Returns:
-        The loader; its ``chosen`` says in a line which backend was taken, and why.
+        The loader; its ``chosen`` says in a line which backend was chosen, and why.
+
+    Raises:
+        FileNotFoundError: if the compiled set, or a file of it, is missing.
+        ValueError: if the path does not fit the backend, or the batch is larger than the set.
+        ImportError: if a package of the backend is missing.
     """
     path, device = Path(path), torch.device(device)
     if str(device) == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     num_threads = usable_cores(num_threads)
-    choice = choose(path, backend, look_around(device, num_threads))
+    choice = choose(path, backend, describe_machine(device, num_threads))
     log.info("%s", choice)
-    if reading not in get_args(Reading) or (choice.backend == "folder" and reading != "auto"):
-        raise ValueError(
-            f"reading is {reading!r}; compiled sets know {', '.join(get_args(Reading))}, the folder backend "
-            "reads files ahead in any case (auto)"
-        )
-    if choice.backend != "dali" and dali not in (None, DALIOptions()):
-        raise ValueError(f"{dali} are given, but the backend is {choice.backend}; choose backend dali")
-    engine = _open_engine(path, choice.backend, reading, device, num_threads, dali)
-    stream = None
-    if reading == "stream":
-        if subset is not None:
-            raise ValueError("a stream goes through whole shards and knows no subset; choose reading auto")
-        assert isinstance(engine, StoreEngine)
-        stream = ShardStream(
-            engine.store, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle
-        )
-    return ViewLoader(
-        engine,
-        recipe,
+    picture_set = open_set(path, reading)
+    # One graph on a device decodes while the other is prepared; each has its share of the threads.
+    graph_threads = max(1, num_threads // DEVICE_WORKERS)
+    decoder = open_decoder(choice.backend, picture_set, device, graph_threads, dali)
+    config = LoaderConfig(
         batch_size=batch_size,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
         device=device,
         num_threads=num_threads,
+        seed=seed,
+        share=RankShare(rank, world_size),
         shuffle=shuffle,
         drop_last=drop_last,
-        subset=subset,
-        stream=stream,
-        device_engine=engine if isinstance(engine, DALIEngine) and device.type == "cuda" else None,
+        subset=None if subset is None else _sorted_subset(subset, picture_set.count),
         dtype=dtype,
         compiled=compiled,
-        chosen=str(choice),
+    )
+    stream = _open_stream(picture_set, config) if reading == "stream" else None
+    loader = ViewLoader(picture_set, decoder, recipe, config, stream=stream, chosen=str(choice))
+    _check(loader)
+    return loader
+
+
+def _sorted_subset(subset: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The subset in ascending order, each image once. Raises ValueError if it is empty or leaves the set."""
+    if not (len(subset) and subset.min() >= 0 and subset.max() < count):
+        raise ValueError(f"a subset of {len(subset)} images is empty or leaves the set's {count}")
+    return np.unique(subset)
+
+
+def _open_stream(picture_set: PictureSet, config: LoaderConfig) -> ShardStream:
+    """DALI's reader of the set. Raises ValueError for options that it does not have."""
+    if config.subset is not None:
+        raise ValueError("a stream reads whole shards and cannot take a subset; choose reading auto")
+    if not config.drop_last:
+        raise ValueError("drop_last=False leaves a smaller last batch, which a stream does not have")
+    assert isinstance(picture_set, ShardStore), "open_set refuses to stream other sets"
+    return ShardStream(
+        picture_set,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        share=config.share,
+        shuffle=config.shuffle,
     )
 
 
-def _open_engine(
-    path: Path,
-    backend: Backend,
-    reading: Reading,
-    device: torch.device,
-    num_threads: int,
-    options: DALIOptions | None,
-) -> Engine:
-    """Open a set with the backend chosen for it."""
-    if backend == "folder":
-        try:
-            return FolderEngine(path)
-        except ValueError as error:
-            if path.is_dir() and next(path.glob("*.tar"), None) is not None:
-                raise ValueError(f"{path} holds tar files without an index; {index_hint(path)}") from error
-            raise
-    store = open_store(path, reading)
-    if backend == "ffcv":
-        return FFCVEngine(store)
-    # On a device one graph decodes while another waits; each has its share of the threads.
-    threads = max(1, num_threads // WORKERS_OF_A_DEVICE)
-    return DALIEngine(store, device=device, num_threads=threads, options=options)
+def _check(loader: ViewLoader) -> None:
+    """Raise ValueError if the options are out of range or do not fit each other."""
+    config, world_size = loader.config, loader.config.share.world_size
+    key_of(config.seed)  # raises for a seed out of range
+    if not config.batch_size >= 1:
+        raise ValueError(f"batch size is {config.batch_size}; it must be at least 1")
+    if config.drop_last and config.batch_size * world_size > loader.count:
+        raise ValueError(
+            f"a batch of {config.batch_size} on {world_size} rank(s) is larger than the set of "
+            f"{loader.count} images; choose a batch size of at most {loader.count // world_size}"
+        )
+    if not config.drop_last and (world_size > 1 or loader.recipe.mixing.method != "moco"):
+        raise ValueError(
+            "drop_last=False leaves a smaller last batch, which several ranks cannot share and which may be "
+            "too small for mixing; use it with one rank and without mixing"
+        )
 
 
 def evaluation_batches(
@@ -176,43 +176,44 @@ def evaluation_batches(
     device: torch.device | str = "cpu",
     num_threads: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of a set, each picture once, in order; for features, kNN and validation.
+    """Images and labels of a set, each image once, in order; for features, kNN and validation.
 
-    Several processes take a run of batches each, the first rank the first one; the last ranks go without
-    where there are too few.
+    Each process gets consecutive batches, the first rank the first ones. If there are too few batches, the
+    last ranks get none.
 
     Args:
         path: as for :func:`build_loader`.
         recipe: normally :func:`pipelines.recipe.evaluation` of a run's recipe.
         backend: as for :func:`build_loader`.
-        limit: take this many pictures, drawn at random by ``seed``, instead of all.
-        batch_size: pictures per batch over all processes; the last may be smaller.
-        seed: of the drawing.
+        limit: take this many images, drawn at random by ``seed``, instead of all.
+        batch_size: images per batch over all processes; the last may be smaller.
+        seed: of the draw.
         rank: of this process.
         world_size: number of processes that share the set.
-        device: where images are wanted.
-        num_threads: for decoding; 0 takes all cores.
+        device: the device on which images are returned.
+        num_threads: threads that decode; 0 uses all cores.
 
     Yields:
         (N, 3, S, S) float32 images and (N,) int64 labels.
     """
+    size = -(-min(batch_size, limit or batch_size) // world_size)
     loader = build_loader(
         path,
         recipe,
         backend,
-        batch_size=-(-min(batch_size, limit or batch_size) // world_size),
+        batch_size=size,
         seed=seed,
         device=device,
         num_threads=num_threads,
         shuffle=limit is not None,
         drop_last=False,
-        compiled=False,  # the stage only normalises here
+        compiled=False,  # here the stage only normalises
     )
-    wanted = loader.engine.count if limit is None else limit
-    batches = -(-wanted // loader.batch_size)
-    most = -(-batches // world_size)
-    first, stop = (min(share * most, batches) for share in (rank, rank + 1))
+    num_images = loader.count if limit is None else limit
+    num_batches = -(-num_images // size)
+    per_rank = -(-num_batches // world_size)
+    first, stop = (min(number * per_rank, num_batches) for number in (rank, rank + 1))
     loader.load_state_dict(loader.state_dict() | {"batches_done": first})
     for number, batch in enumerate(islice(loader, stop - first), start=first):
-        left = wanted - number * loader.batch_size
+        left = num_images - number * size
         yield batch.query[:left], batch.label[:left]

@@ -1,12 +1,15 @@
 """Random numbers by address: every draw is a function of (seed, epoch, index, view, purpose).
 
-Nothing is consumed, so views do not depend on threads, batch size, world size or on where a run was
-resumed. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011). Everything is drawn on the host, by compiled code, and sent to the training device with the batch.
+A counter-based generator has no state that draws use up. It maps a counter and a key to random bits; here the
+counter is the sample's position in the set, the epoch, the purpose, the view and a block number, and the key
+is the seed. So a view does not depend on threads, batch size, world size, or on where a run was resumed. The
+generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). All draws
+are made on the host by compiled code and are sent to the training device with the batch.
 
 Shape letters: N samples, V views, R draws.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -14,14 +17,17 @@ from numpy.typing import NDArray
 
 from pipelines.kernels.compiled import kernel
 
+NUM_EPOCHS = 1 << 32
+"""The epoch is one 32-bit word of the generator's counter. So is the position in the set."""
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_FEISTEL_ROUNDS = 6
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of the promise: changing one changes every run."""
+    """What a draw is for. A change of these numbers changes every seeded run."""
 
     CROP = 1
     PHOTOMETRIC = 2
@@ -36,30 +42,41 @@ class Purpose(IntEnum):
 _ORDER = int(Purpose.ORDER)
 
 
-def bits(
-    seed: int, epoch: int, index_N: NDArray[np.int64], purpose: Purpose, num: int, view: int = 0
-) -> NDArray[np.int64]:
+@dataclass(frozen=True)
+class Draw:
+    """The address of some samples' random decisions in one epoch of one run."""
+
+    seed: int
+    """In [0, 2⁶⁴)."""
+    epoch: int
+    """In [0, 2³²)."""
+    index_N: NDArray[np.int64]
+    """(N,) positions in the compiled set, in [0, 2³²)."""
+
+    def first(self) -> "Draw":
+        """The address of the first sample, for decisions that a whole batch shares."""
+        return Draw(self.seed, self.epoch, self.index_N[:1])
+
+
+def bits(draw: Draw, purpose: Purpose, num: int, view: int = 0) -> NDArray[np.int64]:
     """``num`` words of 32 random bits for each sample.
 
     Args:
-        seed: in [0, 2⁶⁴).
-        epoch: in [0, 2³²).
-        index_N: (N,) int64 in [0, 2³²), positions in the compiled set.
-        purpose: what the draws are for; draws of different purposes are independent.
-        num: R, draws per sample.
+        draw: address of the samples.
+        purpose: what the draws are for. Draws for different purposes are independent.
+        num: R, draws per sample. More draws leave the first ones as they are.
         view: in [0, 256).
 
     Returns:
         (N, R) int64 in [0, 2³²).
     """
-    return _bits(key_of(seed), epoch, np.ascontiguousarray(index_N), int(purpose), num, view)
+    index_N = np.ascontiguousarray(draw.index_N)
+    return _bits(key_of(draw.seed), draw.epoch, index_N, int(purpose), num, view)
 
 
-def uniform(
-    seed: int, epoch: int, index_N: NDArray[np.int64], purpose: Purpose, num: int, view: int = 0
-) -> NDArray[np.float32]:
+def uniform(draw: Draw, purpose: Purpose, num: int, view: int = 0) -> NDArray[np.float32]:
     """Like :func:`bits`, as (N, R) float32 in [0, 1): the upper 24 bits of each word."""
-    return (bits(seed, epoch, index_N, purpose, num, view) >> 8).astype(np.float32) * np.float32(2.0**-24)
+    return (bits(draw, purpose, num, view) >> 8).astype(np.float32) * np.float32(2.0**-24)
 
 
 @kernel
@@ -77,22 +94,28 @@ def _bits(
 
 @kernel
 def words(key: int, epoch: int, index: int, purpose: int, view: int, block: int) -> tuple[int, int, int, int]:
-    """Four of the draws that :func:`bits` gives, numbers 4 · block and on; ``key`` of :func:`key_of`."""
+    """Draws 4 · block … 4 · block + 3 of those that :func:`bits` gives, for compiled callers.
+
+    Args:
+        key: of :func:`key_of`.
+        epoch: as in :class:`Draw`.
+        index: position of one sample.
+        purpose: a :class:`Purpose` as a plain int.
+        view: in [0, 256).
+        block: in [0, 2³²).
+    """
     return _philox(index, epoch, purpose << 8 | view, block, key & _MASK, key >> 32 & _MASK)
 
 
 @kernel
 def _philox(c0: int, c1: int, c2: int, c3: int, k0: int, k1: int) -> tuple[int, int, int, int]:
+    """Ten rounds over the counter words c0 … c3 with the key words k0 and k1."""
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = (product1 >> 32 & _MASK) ^ c1 ^ k0, product1 & _MASK
         c2, c3 = (product0 >> 32 & _MASK) ^ c3 ^ k1, product0 & _MASK
         k0, k1 = k0 + _WEYL[0] & _MASK, k1 + _WEYL[1] & _MASK
     return c0, c1, c2, c3
-
-
-NUM_EPOCHS = 1 << 32
-"""Epochs, like positions in a set, are one word of the generator's counter."""
 
 
 def key_of(seed: int) -> int:
@@ -107,30 +130,36 @@ def key_of(seed: int) -> int:
 
 
 class EpochOrder:
-    """The order in which an epoch visits the set; the same on every rank.
+    """The order in which an epoch visits the set; it is the same on every rank.
 
-    A keyed permutation that is evaluated where it is asked, so neither a shuffle nor a resume costs anything,
-    whatever the size of the set: a Feistel network (Luby and Rackoff, "How to construct pseudorandom
-    permutations", 1988) over the next even power of two, walked on until it lands within the set.
+    The order is a keyed permutation that is computed only for the places that are read. So a shuffle and a
+    resume cost nothing, whatever the size of the set. The permutation is a Feistel network (Luby and Rackoff,
+    "How to construct pseudorandom permutations", 1988) over the next even power of two. A value outside the
+    set is permuted again until it falls inside.
+
+    Args:
+        seed: of the run.
+        epoch: number of the epoch.
+        count: images in the set, in [1, 2³²].
+
+    Raises:
+        ValueError: if seed or count is out of range.
     """
 
     def __init__(self, seed: int, epoch: int, count: int) -> None:
         if not 1 <= count <= 1 << 32:
-            raise ValueError(f"a set of {count} pictures cannot be ordered; it must have 1 … 2³²")
+            raise ValueError(f"a set of {count} pictures cannot be ordered; it must have 1 … 2^32")
         self._key, self._epoch, self._count = key_of(seed), epoch, count
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, places: slice) -> NDArray[np.int64]:
-        """(n,) positions in the set of the epoch's pictures ``places``; steps other than 1 are refused."""
+        """(n,) positions in the set of the images at ``places``, a slice with step 1."""
         start, stop, step = places.indices(self._count)
         if step != 1:
-            raise ValueError(f"an epoch is read forwards, its order in steps of {step} is not to be had")
+            raise ValueError(f"slices of an epoch's order must have step 1, got {step}")
         return _permute(self._key, self._epoch, self._count, start, max(start, stop))
-
-
-_FEISTEL_ROUNDS = 6
 
 
 @kernel

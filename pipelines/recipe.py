@@ -1,4 +1,4 @@
-"""One place for every number of the augmentation and the mixing; every backend reads it.
+"""Every number of the augmentation and the mixing; all backends use it.
 
 Sources: MoCo v1 (arXiv 1911.05722), MoCo v2 (arXiv 2003.04297), MixMask (arXiv 2210.11456),
 Un-Mix (arXiv 2003.05438).
@@ -8,7 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["moco", "mixmask", "unmix", "both", "erase"]
+from models.batch import Method
+
 MaskType = Literal["block", "grid"]
 MaskPer = Literal["batch", "image"]
 Partner = Literal["reverse", "random"]
@@ -30,23 +31,23 @@ class Mixing:
     method: Method = "mixmask"
     """moco mixes nothing; both adds an Un-Mix and a MixMask mixture; erase fills cells with a constant."""
     mask_type: MaskType = "block"
-    """block: rectangles of kept cells; grid: every cell kept or replaced by itself."""
+    """block: rectangles of kept cells; grid: every cell is kept or replaced independently."""
     grid_size: int = 8
     """Cells along a side of the mask."""
     mask_lam: float = 0.5
-    """Share of cells kept from the anchor; block keeps exactly int(mask_lam · grid_size²), grid about so."""
+    """Share of cells kept from the anchor: int(mask_lam · grid_size²) for block, about as many for grid."""
     mask_per: MaskPer = "batch"
     """One mask for the whole batch, as published, or one for each image."""
     partner: Partner = "reverse"
-    """Whom an image is mixed with. `both` always uses reverse for Un-Mix and random for MixMask."""
+    """How the partner of an image is chosen. `both` always uses reverse for Un-Mix and random for MixMask."""
     unmix_beta: float = 1.0
     """Un-Mix draws its share from Beta(unmix_beta, unmix_beta)."""
     unmix_global_prob: float = 0.5
     """Probability of a global mixture; otherwise a rectangle is pasted."""
     erase_fill: Fill = "mean"
-    """What erased cells hold: the normalised zero (black), the data set's mean, or Gaussian noise."""
+    """What fills erased cells: the normalised zero (black), the data set's mean, or Gaussian noise."""
     symmetric: bool = False
-    """Each view is query once and key once, and both are mixed; the loss is the sum of the two directions."""
+    """Use each view once as query and once as key, and mix both; the loss is the sum of both directions."""
 
     def __post_init__(self) -> None:
         cells = self.grid_size**2
@@ -70,19 +71,19 @@ class Recipe:
     crop_px: int = 224
     """Side of a view."""
     num_views: int = 2
-    """Views per picture: 2 (query, key), or 1 for a classifier's training."""
+    """Views per image: 2 (query, key), or 1 for a classifier's training."""
     crop: Literal["random", "center"] = "random"
-    """center: the evaluation's view, a square from the middle."""
+    """center: the view for evaluation, a square from the middle."""
     center_share: float = 224 / 256
-    """Side of the centre crop over the picture's short side; as published for 224 px, 1 for tiny pictures."""
+    """Side of the centre crop over the image's short side; as published for 224 px, 1 for tiny images."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Range of the crop's share of the picture's area."""
+    """Range of the crop's share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's width over height."""
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
     jitter_prob: float = 0.8
-    """Probability that the four jitters are applied at all."""
+    """Probability that brightness, contrast, saturation and hue are changed."""
     brightness: float = 0.4
     """Brightness factor drawn from [1 − brightness, 1 + brightness]."""
     contrast: float = 0.4
@@ -138,7 +139,7 @@ class Recipe:
 
 
 def moco_v1(crop_px: int = 224, mixing: Mixing | None = None) -> Recipe:
-    """MoCo v1: grey before a jitter that always fires with hue 0.4, no blur."""
+    """MoCo v1: grey before a jitter that is always applied, with hue 0.4; no blur."""
     return Recipe(
         crop_px=crop_px,
         jitter_prob=1.0,

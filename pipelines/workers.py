@@ -1,180 +1,280 @@
-"""The threads that make batches: each takes the next slice and does to it all that can be done on the host.
+"""The threads that make batches. Each takes the next slice of a batch and does all the host's work on it.
 
-It draws the boxes, has the engine decode and crop, replaces what cannot be decoded, and on a machine without
-a GPU runs the photometric stage while the views are still in the cache. Workers go on to the next batch
-without waiting for each other. An engine that leaves crops on the training device is given whole batches
-instead of slices, by two workers in turn.
+A worker draws the crop boxes, calls the decoder, replaces images that cannot be decoded, and on a machine
+without a GPU applies the photometric stage while the views are still in the cache. Workers start on the next
+batch without waiting for each other. A decoder that leaves crops on the device gets whole batches instead of
+slices, from two workers in turn.
 
-Shape letters: N pictures of a slice, B bad ones among them, V views, S side in pixels, P parameters.
+Shape letters: N images of a slice or batch, B bad ones among them, V views, S side in pixels, P parameters.
 """
 
+import logging
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import draw_parameters
+from pipelines.augment.draws import draw_boxes, draw_parameters
 from pipelines.augment.photometric_cpu import augment_on_cpu
-from pipelines.decode.decoder import MAX_TRIES, BadPicturesError, DeviceEngine, Engine
-from pipelines.decode.payloads import Payloads
-from pipelines.memory import Lender
+from pipelines.decode import Decoder, DeviceDecoder
+from pipelines.device import queued_work, synchronize
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
+from pipelines.sets import Encoded, PictureSet, RankShare
 from pipelines.sets.manifest import verify_hint
 
-_LEAST_SLICE = 8
-"""Pictures; smaller slices cost more in hand-overs than they gain in balance."""
-_READERS_PER_THREAD = 4
-"""Threads that wait for the disk, for each one that decodes."""
-WORKERS_OF_A_DEVICE = 2
+log = logging.getLogger(__name__)
+
+DEVICE_WORKERS = 2
 """Threads that wait for crops on a device: one batch is made while another is prepared."""
+_MIN_SLICE = 8
+"""Images; smaller slices cost more in hand-overs than they gain in balance."""
+_READERS_PER_THREAD = 4
+"""Threads that wait for the disk, for each thread that decodes."""
+_MAX_TRIES = 16
+"""Neighbours that are tried in place of an image that cannot be decoded."""
+_MAX_BAD_SHARE, _MIN_BAD_LIMIT = 0.01, 10
+"""The run stops if more images than this share of an epoch are bad; up to the limit they never stop it."""
+_MAX_NAMED = 1000
+"""Bad images that are reported by name; of more only the index is reported."""
+
+
+class BadImagesError(ValueError):
+    """Too many images of a set cannot be decoded."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A batch to be made: the pictures wanted, and where a stream brings them, themselves."""
+class Fault:
+    """An image that could not be decoded, and the neighbour that was used in its place."""
 
-    wanted_N: NDArray[np.int64]
-    fetched: Payloads | None = None
+    index: int
+    name: str
+    replaced_by: int
+
+
+def usable_cores(num_threads: int = 0) -> int:
+    """``num_threads``, or if it is 0, this process's share of the cores that it may run on.
+
+    Raises:
+        ValueError: if there are fewer cores than threads.
+    """
+    allowed = len(os.sched_getaffinity(0))
+    if num_threads > allowed or num_threads < 0:
+        raise ValueError(
+            f"{num_threads} threads are requested, this process may use 1 … {allowed} (0 uses all)"
+        )
+    return num_threads or max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are made; the recipe says what views look like."""
+
+    batch_size: int
+    """Images per batch on this rank."""
+    device: torch.device
+    """The training device; a GPU with its number."""
+    num_threads: int
+    """Threads that decode."""
+    seed: int = 0
+    """Of every draw."""
+    share: RankShare = field(default_factory=RankShare)
+    """The part of each global batch that this process loads."""
+    shuffle: bool = True
+    """Whether each epoch has a new order."""
+    drop_last: bool = True
+    """Whether the last, smaller batch of an epoch is left out."""
+    subset: NDArray[np.int64] | None = None
+    """(n,) sorted positions in the set of the images of an epoch; None for all."""
+    dtype: torch.dtype = torch.float32
+    """Of views and mixtures."""
+    compiled: bool = True
+    """Whether torch.compile fuses the photometric stage and the mixing on a GPU."""
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """A batch to be made."""
+
+    epoch: int
+    index_N: NDArray[np.int64]
+    """(N,) positions in the set."""
+    augmented: bool
+    """Whether workers apply the photometric stage; else the batch has crops."""
+    encoded: Encoded | None = None
+    """The images, where a stream has read them already."""
     stream_state: str = ""
-    """The stream's checkpoint behind this batch."""
+    """The stream's checkpoint after this batch."""
 
 
-@dataclass(frozen=True)
-class Made:
-    """What workers have found out of a batch, or of a slice of one, beside the pixels."""
+class _Slice(NamedTuple):
+    """What a worker has made of a slice, besides the pixels."""
 
     index_N: NDArray[np.int64]
-    """(N,) the pictures used."""
     label_N: NDArray[np.int64]
     params_VNP: NDArray[np.float32]
-    stream_state: str = ""
-    """Of a whole batch: what was asked for with it."""
 
 
 @dataclass(frozen=True)
-class Started:
-    """A batch under way: what was asked for, the memory that is being filled, the slices."""
+class MadeBatch:
+    """A batch as workers make it."""
 
-    asked: Asked
+    request: BatchRequest
     pixels: Tensor
-    slices: list[Future[Made]]
+    """(V, N, S, S, 3) float32 augmented views, or (N, V, S, S, 3) uint8 crops. Has room for a full batch."""
+    index_N: NDArray[np.int64]
+    """(N,) positions of the images used; other than requested where an image was replaced."""
+    label_N: NDArray[np.int64]
+    """(N,) −1 where the set has no labels."""
+    params_VNP: NDArray[np.float32]
+    """(V, N, P) parameters of the photometric stage."""
 
-    def result(self) -> Made:
-        """Wait for all slices; the first error among them is raised here."""
-        parts = [part.result() for part in self.slices]
-        return Made(
-            np.concatenate([part.index_N for part in parts]),
-            np.concatenate([part.label_N for part in parts]),
-            np.concatenate([part.params_VNP for part in parts], axis=1),
-            self.asked.stream_state,
+
+@dataclass(frozen=True)
+class PendingBatch:
+    """A batch that workers are making."""
+
+    request: BatchRequest
+    pixels: Tensor
+    slices: list[Future[_Slice]]
+
+    def result(self) -> MadeBatch:
+        """Wait for all slices. Raises the first error among them."""
+        index_N, label_N, params_VNP = zip(*(part.result() for part in self.slices), strict=True)
+        return MadeBatch(
+            self.request,
+            self.pixels,
+            np.concatenate(index_N),
+            np.concatenate(label_N),
+            np.concatenate(params_VNP, axis=1),
         )
 
 
 class Workers:
-    """Makes batches of one loader. The threads live as long as the ``with`` block of :meth:`hired`."""
+    """Makes the batches of one loader."""
 
     def __init__(
-        self,
-        engine: Engine,
-        recipe: Recipe,
-        *,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        num_threads: int,
-        subset: NDArray[np.int64] | None,
-        device_engine: DeviceEngine | None,
+        self, picture_set: PictureSet, decoder: Decoder, recipe: Recipe, config: LoaderConfig
     ) -> None:
-        """Nobody is hired yet; arguments as of :class:`pipelines.loader.ViewLoader`, ``subset`` rising."""
-        self._engine, self._recipe, self._seed = engine, recipe, seed
-        self._batch_size, self._num_threads = batch_size, num_threads
-        self._subset, self._device_engine = subset, device_engine
-        side, views, on_device = recipe.crop_px, recipe.num_views, device_engine is not None
-        self._bytes = Lender(
-            (batch_size, views, side, side, 3),
-            torch.uint8,
-            device=device if on_device else None,
-            pinned=device.type == "cuda" and not on_device,
-        )
-        self._floats = Lender((views, batch_size, side, side, 3), torch.float32)
+        """No threads are started yet; ``config.subset`` must be sorted."""
+        self._set, self._decoder, self._recipe, self._config = picture_set, decoder, recipe, config
+        self._device_decoder = decoder if isinstance(decoder, DeviceDecoder) else None
         self._scratch = threading.local()
-        self.stand_ins: dict[int, int] = {}
-        """Pictures known to be bad, and which take their places; they are not tried again."""
+        self.faults: dict[int, Fault] = {}
+        """By index; bad images are not tried again."""
 
-    def hired(self, stack: ExitStack, *, streamed: bool) -> Callable[[int, Asked, bool], Started]:
-        """Start the threads, which end with the stack; returns the function that gives them a batch.
+    @contextmanager
+    def running(self, *, streamed: bool) -> Iterator[Callable[[BatchRequest], PendingBatch]]:
+        """Start the threads, which end with the block; gives the function that submits a batch.
 
-        It takes the epoch, what is asked for and whether views shall be augmented, else they are crops.
-        ``streamed`` batches bring their pictures and need nobody who reads.
+        Args:
+            streamed: whether requests bring their images, so that no threads are needed to read.
         """
-        num_workers = WORKERS_OF_A_DEVICE if self._device_engine else self._num_threads
-        workers = _pool("view-loader", num_workers, stack)
-        readers = None
-        if self._engine.reads_ahead and not streamed:
-            readers = _pool("view-reader", _READERS_PER_THREAD * self._num_threads, stack)
-        return partial(self._start, workers, readers)
+        num_workers = DEVICE_WORKERS if self._device_decoder else self._config.num_threads
+        with ExitStack() as stack:
+            workers = _thread_pool("view-loader", num_workers, stack)
+            readers = None
+            if self._set.reads_ahead and not streamed:
+                num_readers = _READERS_PER_THREAD * self._config.num_threads
+                readers = _thread_pool("view-reader", num_readers, stack)
+            yield partial(self._submit, workers, readers)
 
-    def _start(
-        self,
-        workers: ThreadPoolExecutor,
-        readers: ThreadPoolExecutor | None,
-        epoch: int,
-        asked: Asked,
-        augmented: bool,
-    ) -> Started:
-        """Give a batch's slices to the workers, and to the readers before them where there are any."""
-        pixels = (self._floats if augmented else self._bytes).take()
-        size = max(_LEAST_SLICE, -(-self._batch_size // (2 * self._num_threads)))
-        if self._device_engine:
-            size = self._batch_size
+    def _submit(
+        self, workers: ThreadPoolExecutor, readers: ThreadPoolExecutor | None, request: BatchRequest
+    ) -> PendingBatch:
+        """Queue the slices of a batch, first for the readers if there are any."""
+        config = self._config
+        pixels = self._allocate(augmented=request.augmented)
+        free = queued_work(pixels.device) if pixels.is_cuda else None
+        size = max(_MIN_SLICE, -(-config.batch_size // (2 * config.num_threads)))
+        if self._device_decoder:
+            size = config.batch_size
         slices = []
-        for start in range(0, len(asked.wanted_N), size):
-            some = slice(start, start + size)
-            index_N = asked.wanted_N[some]
-            if asked.fetched is not None:
-                fetch: Callable[[], Any] = partial(asked.fetched.part, some)
+        for start in range(0, len(request.index_N), size):
+            rows = slice(start, start + size)
+            index_N = request.index_N[rows]
+            if request.encoded is not None:
+                fetch: Callable[[], Encoded] = partial(request.encoded.part, rows)
             else:
-                index_N = self._without_known_bad(index_N)
-                fetch = partial(self._engine.fetch, index_N)
+                index_N = self._replace_known_bad(index_N)
+                fetch = partial(self._set.fetch, index_N)
             if readers:
                 fetch = readers.submit(fetch).result
-            slices.append(workers.submit(self._make, epoch, index_N, fetch, pixels, start, augmented))
-        return Started(asked, pixels, slices)
+            slices.append(workers.submit(self._make, request, index_N, fetch, pixels, start, free))
+        return PendingBatch(request, pixels, slices)
 
-    def _without_known_bad(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        if not self.stand_ins:
+    def _allocate(self, *, augmented: bool) -> Tensor:
+        """Uninitialised memory for the pixels of a batch; pinned if they go to a GPU."""
+        num, device = self._config.batch_size, self._config.device
+        views, side = self._recipe.num_views, self._recipe.crop_px
+        if augmented:
+            return torch.empty((views, num, side, side, 3), dtype=torch.float32)
+        shape = (num, views, side, side, 3)
+        if self._device_decoder:
+            return torch.empty(shape, dtype=torch.uint8, device=device)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def _replace_known_bad(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        if not self.faults:
             return index_N
-        return np.array([self.stand_ins.get(index, index) for index in index_N.tolist()], np.int64)
+        known = ((index, self.faults.get(index)) for index in index_N.tolist())
+        return np.array([fault.replaced_by if fault else index for index, fault in known], np.int64)
+
+    def note_faults(self, made: MadeBatch, count: int) -> None:
+        """List and log the images of a batch that were replaced.
+
+        Raises:
+            BadImagesError: if there are too many among the ``count`` images of an epoch.
+        """
+        index_N = made.request.index_N
+        for n in np.flatnonzero(index_N != made.index_N):
+            index, used = int(index_N[n]), int(made.index_N[n])
+            if index in self.faults:
+                continue
+            # A name is looked up in a list of names, which takes time.
+            name = self._set.name(index) if len(self.faults) < _MAX_NAMED else "not looked up"
+            self.faults[index] = Fault(index, name, used)
+            log.warning("image %d (%s) cannot be decoded; image %d is used in its place", index, name, used)
+        limit = max(_MIN_BAD_LIMIT, int(_MAX_BAD_SHARE * count))
+        if len(self.faults) > limit:
+            raise BadImagesError(
+                f"{len(self.faults)} images cannot be decoded, the limit is {limit} of {count}; one is "
+                f"{next(iter(self.faults.values())).name}; {verify_hint()}"
+            )
 
     def _make(
         self,
-        epoch: int,
-        wanted_N: NDArray[np.int64],
-        fetch: Callable[[], Any],
+        request: BatchRequest,
+        index_N: NDArray[np.int64],
+        fetch: Callable[[], Encoded],
         pixels: Tensor,
         start: int,
-        augmented: bool,
-    ) -> Made:
-        """A worker's task: crops of one slice, written to its place in the batch; or finished views."""
-        num = len(wanted_N)
-        views_NVSS3 = self._scratch_views(num) if augmented else pixels[start : start + num]
-        index_N = self._crop(epoch, wanted_N, fetch(), views_NVSS3)
-        params_VNP = draw_parameters(self._recipe, self._seed, epoch, index_N)
-        if augmented:
+        free: torch.cuda.Event | None,
+    ) -> _Slice:
+        """The task of a worker: write the crops of one slice, or the augmented views, into the batch."""
+        num, epoch, seed = len(index_N), request.epoch, self._config.seed
+        views_NVSS3 = self._scratch_views(num) if request.augmented else pixels[start : start + num]
+        encoded = fetch()
+        if free is not None:
+            # The decoder writes on a stream of its own, and earlier work may still use this memory.
+            free.synchronize()
+        used_N = self._crop(epoch, index_N, encoded, views_NVSS3)
+        params_VNP = draw_parameters(self._recipe, Draw(seed, epoch, used_N))
+        if request.augmented:
             augment_on_cpu(views_NVSS3.numpy(), params_VNP, self._recipe, pixels.numpy(), start)
-        return Made(index_N, self._engine.labels(index_N), params_VNP)
+        return _Slice(used_N, self._set.labels(used_N), params_VNP)
 
     def _scratch_views(self, num: int) -> Tensor:
-        """This worker's own memory for the crops of a slice."""
+        """This thread's own memory for the crops of a slice."""
         recipe, views = self._recipe, getattr(self._scratch, "views", None)
         if views is None or len(views) < num:
             shape = (num, recipe.num_views, recipe.crop_px, recipe.crop_px, 3)
@@ -183,49 +283,44 @@ class Workers:
         return part
 
     def _crop(
-        self, epoch: int, wanted_N: NDArray[np.int64], fetched: Any, views_NVSS3: Tensor
+        self, epoch: int, index_N: NDArray[np.int64], encoded: Encoded, views_NVSS3: Tensor
     ) -> NDArray[np.int64]:
-        """Crop a slice; an undecodable picture gives way to the next sound one. Returns the ones used."""
-        index_N = wanted_N.copy()
-        ok_N = self._cut(epoch, fetched, views_NVSS3)
+        """Crop a slice. Bad images are replaced by the next sound ones; returns the images used."""
+        used_N = index_N.copy()
+        ok_N = self._decode(epoch, encoded, views_NVSS3)
         tries = 0
         while len(bad_B := np.flatnonzero(~ok_N)):
-            if tries == MAX_TRIES:
-                name = self._engine.picture_name(int(wanted_N[bad_B[0]]))
-                raise BadPicturesError(
-                    f"{MAX_TRIES} pictures in a row from {name} on cannot be decoded; {verify_hint()}"
+            if tries == _MAX_TRIES:
+                name = self._set.name(int(index_N[bad_B[0]]))
+                raise BadImagesError(
+                    f"{_MAX_TRIES} images in a row from {name} on cannot be decoded; {verify_hint()}"
                 )
             tries += 1
-            index_N[bad_B] = self._next(index_N[bad_B])
-            stand_in_BVSS3 = torch.empty_like(views_NVSS3[: len(bad_B)])
-            _settle(views_NVSS3)  # its memory may be somebody's whose work on it is still under way
-            ok_N[bad_B] = self._cut(epoch, self._engine.fetch(index_N[bad_B]), stand_in_BVSS3)
-            views_NVSS3[torch.from_numpy(bad_B).to(views_NVSS3.device)] = stand_in_BVSS3
-            _settle(views_NVSS3)
-        return index_N
+            used_N[bad_B] = self._next(used_N[bad_B])
+            replacement_BVSS3 = torch.empty_like(views_NVSS3[: len(bad_B)])
+            synchronize(views_NVSS3.device)  # work queued by others may still use this memory
+            ok_N[bad_B] = self._decode(epoch, self._set.fetch(used_N[bad_B]), replacement_BVSS3)
+            views_NVSS3[torch.from_numpy(bad_B).to(views_NVSS3.device)] = replacement_BVSS3
+            synchronize(views_NVSS3.device)
+        return used_N
 
     def _next(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The pictures after some, of those that an epoch goes through."""
-        if self._subset is None:
-            return (index_B + 1) % self._engine.count
-        return self._subset[np.searchsorted(self._subset, index_B, "right") % len(self._subset)]
+        """The next images of the epoch's, by position in the set."""
+        subset = self._config.subset
+        if subset is None:
+            return (index_B + 1) % self._set.count
+        return subset[np.searchsorted(subset, index_B, "right") % len(subset)]
 
-    def _cut(self, epoch: int, fetched: Any, views_NVSS3: Tensor) -> NDArray[np.bool_]:
-        """Have the engine write the crops of some pictures; which of them could be decoded."""
-        boxes_NV5 = draw_boxes(self._recipe, self._seed, epoch, fetched.index_N, fetched.size_N2)
-        if self._device_engine:
-            return self._device_engine.crop_on_device(fetched, boxes_NV5, views_NVSS3)
-        return self._engine.crop(fetched, boxes_NV5, views_NVSS3.numpy())
-
-
-def _settle(views: Tensor) -> None:
-    """Wait for all that this thread has asked of a GPU."""
-    if views.is_cuda:
-        torch.cuda.current_stream(views.device).synchronize()
+    def _decode(self, epoch: int, encoded: Encoded, views_NVSS3: Tensor) -> NDArray[np.bool_]:
+        """Draw the boxes and write the crops; returns which images could be decoded."""
+        boxes_NV5 = draw_boxes(self._recipe, Draw(self._config.seed, epoch, encoded.index_N), encoded.size_N2)
+        if self._device_decoder:
+            return self._device_decoder.crop_on_device(encoded, boxes_NV5, views_NVSS3)
+        return self._decoder.crop(encoded, boxes_NV5, views_NVSS3.numpy())
 
 
-def _pool(name: str, num_threads: int, stack: ExitStack) -> ThreadPoolExecutor:
-    """Threads that end with the stack, after what each is doing and before what still waits."""
+def _thread_pool(name: str, num_threads: int, stack: ExitStack) -> ThreadPoolExecutor:
+    """Threads that end with the stack: they complete their current task, waiting tasks are cancelled."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
     stack.callback(pool.shutdown, cancel_futures=True)
     return pool

@@ -1,4 +1,4 @@
-"""Pictures and compiled sets that many tests share, and torch's settings, the same for all on any machine."""
+"""Images and compiled sets that many tests share, and the settings of torch for all tests."""
 
 import contextlib
 import os
@@ -19,25 +19,25 @@ from models.losses import true_float32
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test where a package of its mark ``needs`` is missing; of several marks the closest counts."""
+    """Skip a test if a package of its mark ``needs`` is missing; of several marks the closest counts."""
     if mark := item.get_closest_marker("needs"):
         for package in mark.args:
             pytest.importorskip(package)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _no_reports_of_numba() -> None:
-    """Where such a report comes in the middle of Python's parsing of other code, 3.11 raises SystemError."""
+def _silence_numba_reports() -> None:
+    """A report of numba while Python parses other code raises SystemError in Python 3.11."""
     hush_numba()
 
 
-# Held from the start, because numba keeps its types by weak reference.
+# Referenced here, because numba holds its types by weak reference.
 _NUMBA_TYPES = (numba.uint8[::1], numba.uint8[:, ::1], numba.uint64[::1], numba.uint32[::1])
 
 
 @pytest.fixture(autouse=True)
-def _numba_as_it_was() -> Iterator[None]:
-    """Undo what stock FFCV's memory managers do to numba's types; see ``benchmarks.peers.with_ffcv``."""
+def _restore_numba_types() -> Iterator[None]:
+    """Undo the change that FFCV makes to numba's types; see ``benchmarks.peers.with_ffcv``."""
     yield
     for array_type in _NUMBA_TYPES:
         array_type.mutable = True
@@ -48,10 +48,10 @@ _NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0])
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread_of_torch() -> None:
-    """So small products are done before a second thread is awake, which beside other work only waits.
+def _set_num_threads() -> None:
+    """Use one thread of torch, which is fastest for the tests' small tensors, or OMP_NUM_THREADS.
 
-    OMP_NUM_THREADS asks for more, whatever a module has set on being imported, as stock FFCV does.
+    Set explicitly, because importing a module may change it, as importing FFCV does.
     """
     torch.set_num_threads(_NUM_THREADS)
 
@@ -60,8 +60,8 @@ def _one_thread_of_torch() -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Hide GPUs from tests that are not marked ``gpu``, and from the programs that they start.
 
-    Those tests say what a CPU computes. With a GPU the device "auto" would be another one, with 16-bit
-    formats, other bits and one process for each GPU.
+    Those tests expect the results of a CPU. With a GPU the device "auto" would select it, with 16-bit
+    formats, other results and one process per GPU.
     """
     with pytest.MonkeyPatch.context() as patch:
         if _HAS_GPU and item.get_closest_marker("gpu") is None:
@@ -71,8 +71,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
 
 
-def _settings_of_torch() -> dict[str, object]:
-    """What is global in torch and decides what is computed, apart from the number of threads."""
+def _torch_settings() -> dict[str, object]:
+    """Global settings of torch that affect results, except the number of threads."""
     return {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
@@ -88,9 +88,10 @@ def _settings_of_torch() -> dict[str, object]:
 
 @contextlib.contextmanager
 def _exact_on_gpus() -> Iterator[None]:
-    """Products and convolutions in whole float32 and the same way each time; settings are restored.
+    """Make products and convolutions exact in float32 and deterministic; settings are restored.
 
-    Not by torch.use_deterministic_algorithms, whose scatter_add_ makes the host wait, as some tests forbid.
+    torch.use_deterministic_algorithms is not used: its scatter_add_ waits for the GPU, and some tests forbid
+    such waiting.
     """
     cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     with true_float32(), cudnn:
@@ -98,26 +99,26 @@ def _exact_on_gpus() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _torch_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves one of torch's settings changed; set those for tests marked ``gpu``.
+def _check_torch_settings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a setting of torch changed; make the tests marked ``gpu`` exact.
 
-    Threads and compiled graphs are put back instead: a test may be the first to import stock FFCV, which
-    sets torch to one thread.
+    The number of threads and compiled graphs are restored instead: a test may be the first to import FFCV,
+    which sets torch to one thread.
     """
     on_gpu = request.node.get_closest_marker("gpu") is not None
-    num_threads, before = torch.get_num_threads(), _settings_of_torch()
+    num_threads, before = torch.get_num_threads(), _torch_settings()
     with _exact_on_gpus() if on_gpu else contextlib.nullcontext():
         yield
     torch.set_num_threads(num_threads)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-    after = _settings_of_torch()
+    after = _torch_settings()
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
-    assert not changed, f"settings of torch that this test has changed and left so (before, after): {changed}"
+    assert not changed, f"this test left settings of torch changed (before, after): {changed}"
 
 
 def photograph_like(seed: int, width: int, height: int) -> Image.Image:
-    """A smooth, coloured picture with some noise: what JPEG and resampling are made for."""
+    """A smooth, coloured image with some noise, as JPEG and resampling expect."""
     return Image.fromarray(colourful(seed, height, width))
 
 
@@ -129,14 +130,14 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label, name in enumerate(("bird", "cat")):
         (root / name).mkdir()
         for i in range(20):
-            picture = photograph_like(100 * label + i, *sizes[i % len(sizes)])
-            picture.save(root / name / f"{i:02}.JPEG", quality=92, subsampling=2 * (i % 2))
+            image = photograph_like(100 * label + i, *sizes[i % len(sizes)])
+            image.save(root / name / f"{i:02}.JPEG", quality=92, subsampling=2 * (i % 2))
     return root
 
 
 @pytest.fixture(scope="session")
 def beton(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures compiled."""
+    """The same images as a compiled set."""
     out = tmp_path_factory.mktemp("compiled") / "pictures.beton"
     convert(FolderSource(picture_folder), out, workers=1)
     return out
@@ -144,7 +145,7 @@ def beton(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def shards(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures in six WebDataset shards."""
+    """The same images in six WebDataset shards."""
     out = tmp_path_factory.mktemp("sharded") / "pictures.shards"
     convert(FolderSource(picture_folder), out, workers=1, sharding=Sharding(shard_size=7, seed=1))
     return out

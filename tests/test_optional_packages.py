@@ -1,4 +1,4 @@
-"""Every module and program that does not by its nature need an optional package works without it."""
+"""Without an optional package only the modules that are built on it cannot be imported."""
 
 import json
 import subprocess
@@ -13,26 +13,25 @@ import torch
 from pipelines import Recipe, build_loader
 
 ROOT = Path(__file__).resolve().parents[1]
-# What needs a package by its nature: the peers that are measured, and classes that extend it.
-NEEDING: dict[str, list[str]] = {
+# Modules built on a package: other loaders that are measured, and subclasses of its classes.
+BUILT_ON: dict[str, list[str]] = {
     "ffcv": ["benchmarks.peers.with_ffcv"],
     "nvidia.dali": ["benchmarks.parity.dali_operators", "benchmarks.peers.with_dali"],
     "detectron2": [
         "detection.config",
         "detection.datasets",
-        "detection.heads",
-        "detection.training",
+        "detection.trainer",
         "detection.weights",
     ],
     "spdl": ["benchmarks.peers.with_spdl"],
     "lightly": ["benchmarks.race_lightly"],
     "simplejpeg": ["benchmarks.peers.decode_limit"],
 }
-# Further packages that one function or another imports; no module needs them.
+# Packages that only some functions import.
 OTHERS = ("cv2", "skimage", "sklearn", "timm", "wandb", "webdataset")
-HIDDEN = [*((package,) for package in NEEDING), OTHERS]
+HIDDEN = [*((package,) for package in BUILT_ON), OTHERS]
 
-# Imports once what nobody goes without, and runs each job in a fork that cannot import some packages.
+# Imports the required packages once, and runs each job in a fork that cannot import some others.
 _RUN_JOBS = """
 import json, os, sys, traceback
 import matplotlib.figure, numba, safetensors.torch, torch, torchvision, tyro
@@ -70,10 +69,10 @@ _IMPORT_ALL = """
 import contextlib, importlib, io, json, pathlib, runpy, sys, traceback, warnings
 
 warnings.simplefilter("ignore")
-rooms = ("pipelines", "models", "training", "dataset_tools", "detection", "benchmarks", "examples")
-files = [file for room in rooms for file in sorted(pathlib.Path(room).rglob("*.py"))]
+packages = ("pipelines", "models", "training", "dataset_tools", "detection", "benchmarks", "examples")
+files = [file for package in packages for file in sorted(pathlib.Path(package).rglob("*.py"))]
 files += sorted(pathlib.Path().glob("*.py"))
-# They have no options of their own.
+# They have no --help.
 install = ("training.install.doctor", "training.install.activate")
 without_help = (*install, "detection.repeat")
 failed, programs = {}, {}
@@ -92,14 +91,14 @@ for file in files:
     name = name.removesuffix(".__main__")
     sys.argv[0] = name
     arguments, sys.argv[1:] = sys.argv[1:], ["--help"]
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             runpy.run_module(name, run_name="__main__", alter_sys=True)
-        programs[name] = "did not end"
+        programs[name] = "did not exit"
     except SystemExit as end:
-        ended_well = not end.code and "usage" in said.getvalue()
-        programs[name] = "" if ended_well else said.getvalue() or "said nothing"
+        printed_usage = not end.code and "usage" in output.getvalue()
+        programs[name] = "" if printed_usage else output.getvalue() or "printed nothing"
     except ImportError:
         programs[name] = traceback.format_exc()
     sys.argv[1:] = arguments
@@ -114,7 +113,7 @@ folder, out = map(pathlib.Path, sys.argv[1:])
 assert main(["convert", str(folder), str(out)]) == 0
 assert main(["verify", str(out)]) == 0
 loader = build_loader(out, Recipe(crop_px=32), batch_size=8, seed=3)
-assert loader.engine.name == "ffcv"
+assert loader.decoder.name == "ffcv"
 torch.save([batch.query for batch in loader], out.with_suffix(".pt"))
 """
 _CONVERT_WITHOUT_DECODER = """
@@ -122,7 +121,7 @@ import pathlib, sys
 from dataset_tools.__main__ import main
 from pipelines.kernels import turbojpeg
 
-turbojpeg._SYSTEM_NAME = "libturbojpeg-of-nobody.so.0"
+turbojpeg._SYSTEM_NAME = "libturbojpeg-missing.so.0"
 folder, out = map(pathlib.Path, sys.argv[1:])
 assert main(["convert", str(folder), str(out)]) == 2
 assert [file.name for file in out.parent.glob(out.stem + "*")] == []
@@ -130,7 +129,7 @@ assert [file.name for file in out.parent.glob(out.stem + "*")] == []
 
 
 class Job(NamedTuple):
-    """Code, and the packages that it finds missing."""
+    """Code to run, and the packages that are hidden from it."""
 
     hidden: tuple[str, ...]
     code: str
@@ -141,15 +140,15 @@ class Job(NamedTuple):
 def results(
     picture_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[int, str]]:
-    """Runs all jobs once; gives the exit status of one, and what it printed."""
+    """Run all jobs once; returns a function that gives a job's exit status and output."""
     folder = tmp_path_factory.mktemp("jobs")
     jobs = {"convert": Job(("ffcv",), _CONVERT_AND_LOAD, [str(picture_folder), str(folder / "set.beton")])}
     jobs["no decoder"] = Job(
         ("ffcv",), _CONVERT_WITHOUT_DECODER, [str(picture_folder), str(folder / "other.beton")]
     )
     for hidden in HIDDEN:
-        spared = [name for package, names in NEEDING.items() if package not in hidden for name in names]
-        jobs[hidden[0]] = Job(hidden, _IMPORT_ALL, spared)
+        skipped = [name for package, names in BUILT_ON.items() if package not in hidden for name in names]
+        jobs[hidden[0]] = Job(hidden, _IMPORT_ALL, skipped)
     done = subprocess.run(
         [sys.executable, "-c", _RUN_JOBS, str(folder)],
         input=json.dumps(list(jobs.values())),
@@ -169,38 +168,38 @@ def results(
 
 
 @pytest.mark.parametrize("hidden", HIDDEN, ids=lambda names: names[0])
-def test_only_what_needs_a_package_by_its_nature_is_lost_without_it(
+def test_only_modules_built_on_a_package_fail_without_it(
     hidden: tuple[str, ...], results: Callable[[str], tuple[int, str]]
 ) -> None:
     status, output = results(hidden[0])
     assert status == 0, output
     failed, programs = json.loads(output.splitlines()[-1])
-    needing = {name for package in hidden for name in NEEDING.get(package, [])}
-    assert failed.keys() == needing, failed
-    refused = {name: said for name, said in programs.items() if said}
-    # Its parser is Detectron2's.
-    assert "needs Detectron2" in refused.pop("detection.train_net", "needs Detectron2")
-    assert not refused
+    expected = {name for package in hidden for name in BUILT_ON.get(package, [])}
+    assert failed.keys() == expected, failed
+    failing = {name: message for name, message in programs.items() if message}
+    # Its command line is parsed by Detectron2.
+    assert "needs Detectron2" in failing.pop("detection.train_net", "needs Detectron2")
+    assert not failing
     assert {"train_pretrain", "train_lincls", "train_finetune", "dataset_tools"} <= programs.keys()
 
 
 def test_sets_are_compiled_and_loaded_without_ffcv(
     results: Callable[[str], tuple[int, str]], beton: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The same bytes and views as with it."""
+    """The bytes and views equal those with FFCV."""
     status, output = results("convert")
     assert status == 0, output
-    (made,) = tmp_path_factory.getbasetemp().glob("jobs?/set.beton")
-    assert made.read_bytes() == beton.read_bytes()
+    (compiled,) = tmp_path_factory.getbasetemp().glob("jobs?/set.beton")
+    assert compiled.read_bytes() == beton.read_bytes()
     views = [batch.query for batch in build_loader(beton, Recipe(crop_px=32), batch_size=8, seed=3)]
-    for view, other in zip(views, torch.load(made.with_suffix(".pt")), strict=True):
+    for view, other in zip(views, torch.load(compiled.with_suffix(".pt")), strict=True):
         assert torch.equal(view, other)
 
 
-def test_a_missing_decoder_is_an_error_and_not_a_set_of_damaged_pictures(
+def test_a_missing_decoder_is_an_error_and_not_a_set_of_damaged_images(
     results: Callable[[str], tuple[int, str]],
 ) -> None:
     status, output = results("no decoder")
     assert status == 0, output
-    assert output.startswith("error: libturbojpeg 2.0 or newer was not found (libturbojpeg-of-nobody.so.0: ")
+    assert output.startswith("error: libturbojpeg 2.0 or newer was not found (libturbojpeg-missing.so.0: ")
     assert output.rstrip().endswith("or name its file in LIBTURBOJPEG")

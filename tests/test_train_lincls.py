@@ -124,7 +124,6 @@ def test_a_stopped_probe_resumes_to_the_same_weights(
     stop_after: int, run: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the first epoch, at its last step, at the ends of both, before they are measured."""
-
     more = "--epochs 2 --batch-size 8 --no-knn --num-threads 1"
 
     def argv(name: str) -> list[str]:
@@ -232,7 +231,7 @@ def test_mistakes_are_one_sentence(
     assert "differ" in refusal(beton, "--val", other, *good)
     empty = tmp_path / "empty"
     (empty / "cat").mkdir(parents=True)
-    assert "no pictures in" in refusal(beton, "--val", empty, *good)
+    assert "no images in" in refusal(beton, "--val", empty, *good)
     assert "torchrun starts the processes" in refusal(beton, *good, "--world-size", 1)
 
 

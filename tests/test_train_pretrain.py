@@ -199,9 +199,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In the middle of the first epoch, at its very end, and in the middle of the second; as on GPUs, where a
-    batch is ready ahead of the stop, too."""
+    batch is ready ahead of the stop, too.
+    """
     if one_ahead:
-        monkeypatch.setattr("pipelines.loader._RUN_BESIDE_THE_HOST", {"cpu"})
+        monkeypatch.setattr("pipelines.loader._ASYNC_DEVICES", {"cpu"})
     pictures, more = request.getfixturevalue(data), ("--method", "both", *flags)
     main(parse(_argv(pictures, tmp_path / "whole", *more)))
 
@@ -252,7 +253,7 @@ def test_mistakes_are_one_sentence(
     empty.mkdir()
     run = tmp_path / "run"
     assert "larger than the set of 40" in _refusal(_argv(beton, run, "--batch-size", "64"), capsys)
-    assert "no pictures" in _refusal(_argv(empty, run), capsys)
+    assert "no images" in _refusal(_argv(empty, run), capsys)
     assert "make convert" in _refusal(_argv(tmp_path / "absent.beton", run), capsys)
     assert "resnet50" in _refusal(_argv(beton, run, "--arch", "resnet51"), capsys)
     assert "mask_lam" in _refusal(_argv(beton, run, "--mask-lam", "0.01"), capsys)

@@ -1,5 +1,6 @@
 """Files that are either complete or not there."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -41,3 +42,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor, nn
 
 from models.encoders import build_encoder
-from pipelines import Backend, build_loader
+from pipelines import Backend, open_set
 from pipelines.recipe import Recipe, evaluation
 from training.export import Backbone, load_backbone
 from training.features import check_labels
@@ -75,9 +75,8 @@ class LabelledSets:
 def labelled_sets(config: PretrainedConfig) -> LabelledSets:
     """The sets of a config. Raises ValueError unless all pictures have labels, the same ones in both."""
     train, val = config.sets()
-    view = evaluation(Recipe())
-    engines = [build_loader(path, view, batch_size=1, drop_last=False).engine for path in (train, val)]
-    names, others = (engine.classes for engine in engines)
+    sets = [open_set(path) for path in (train, val)]
+    names, others = (images.classes for images in sets)
     if names and others and names != others:
         first = next((pair for pair in zip(names, others, strict=False) if pair[0] != pair[1]), None)
         told = f"{first[0]!r} stands where the other has {first[1]!r}" if first else "one has more"
@@ -85,11 +84,11 @@ def labelled_sets(config: PretrainedConfig) -> LabelledSets:
             f"the {len(names)} classes of {train} and the {len(others)} of {val} differ: {told}; "
             "make both sets from folders of the same classes"
         )
-    labels = [torch.from_numpy(engine.labels(np.arange(engine.count))) for engine in engines]
+    labels = [torch.from_numpy(images.labels(np.arange(images.count))) for images in sets]
     num_classes = len(names) or (int(labels[0].max()) + 1 if len(labels[0]) else 0)
     for path, label_N in zip((train, val), labels, strict=True):
         check_labels(str(path), label_N, num_classes)
-    return LabelledSets(train, val, num_classes, engines[1].fingerprint)
+    return LabelledSets(train, val, num_classes, sets[1].fingerprint)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from training.distributed import Launch, check_agreement
 from training.export import BackboneMeta, fingerprint
 from training.logs import RunLog
 from training.loop import due, train_epochs
-from training.memory import keep_freed_memory
 from training.optimizer import sgd_groups
 from training.precision import Precision
 from training.pretrained import LabelledSets, Pretrained, PretrainedConfig, labelled_sets, load_pretrained
@@ -203,8 +202,6 @@ def assemble(
         raise ValueError(
             f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes"
         )
-    if launch.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(config.seed)
     precision = Precision.choose(config.precision, launch.device)
     sets = labelled_sets(config)

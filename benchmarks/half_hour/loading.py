@@ -20,10 +20,10 @@ from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device, epochs
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.timing import Closing
 from pipelines import ViewLoader, build_loader
-from pipelines.cores import usable_cores
-from pipelines.decode.choose import look_around
+from pipelines.decode.choose import describe_machine
 from pipelines.decode.dali_operators import INSTALL_DALI
 from pipelines.recipe import moco_v2
+from pipelines.workers import usable_cores
 from training.precision import Precision
 
 _Batches = Callable[[ViewLoader], Iterator[object]]
@@ -89,7 +89,7 @@ def _ours(setup: Setup, threads: int, batches: _Batches, compiled: bool) -> dict
 
 def _peer(setup: Setup, source: GPUPeerName, name: str, kind: WorkName, threads: int) -> dict[str, Any]:
     images, size = setup.images, setup.size
-    if source != "torchvision" and not look_around(setup.on, threads).dali:
+    if source != "torchvision" and not describe_machine(setup.on, threads).dali:
         raise ImportError(f"DALI is not installed; {INSTALL_DALI}")
     (peer,) = (peer for peer in load_gpu_peers([source], setup.on) if peer.name == name)
     if not (images.folder and (images.shards or source == "torchvision")):

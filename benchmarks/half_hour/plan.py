@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from benchmarks.timing import summary
-from pipelines.cores import usable_cores
+from pipelines.workers import usable_cores
 
 PartName = Literal["check", "ceilings", "loader", "nvjpeg", "step", "train", "dali"]
 PARTS: tuple[PartName, ...] = get_args(PartName)

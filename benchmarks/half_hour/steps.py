@@ -18,10 +18,9 @@ import torch
 
 from benchmarks.half_hour.plan import Row, Setup, peak_mib, published_name, rates, row
 from benchmarks.published import PlainMoCo
-from models.batch import NUM_MIXTURES, Method
+from models.batch import NUM_MIXTURES, Batch, Method, Mixture, tensors_of
 from models.encoders import build_encoder
 from models.moco import MoCo
-from pipelines.batch import Batch, Mixture, tensors_of
 from training.optimizer import sgd
 from training.precision import Precision, PrecisionName, settings_of_training
 from training.step import WARM_UP_STEPS, TrainStep

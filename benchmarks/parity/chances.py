@@ -17,8 +17,7 @@ from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 
 from benchmarks.parity.limits import FIRING, MEASURES, NUM_DRAWS
 from benchmarks.parity.measures import Errors, Row
-from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import (
+from pipelines.augment.draws import (
     BLUR,
     BRIGHTNESS,
     CONTRAST,
@@ -27,14 +26,16 @@ from pipelines.augment.parameters import (
     PLACES,
     SATURATION,
     SOLARIZE,
+    draw_boxes,
     draw_parameters,
 )
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
 
 EVERYBODY = "all backends"
 Floats = NDArray[np.float64]
-DrawBoxes = Callable[[Recipe, int, int, NDArray[np.int64], NDArray[np.int64]], NDArray[np.int32]]
-DrawParameters = Callable[[Recipe, int, int, NDArray[np.int64]], NDArray[np.float32]]
+DrawBoxes = Callable[[Recipe, Draw, NDArray[np.int64]], NDArray[np.int32]]
+DrawParameters = Callable[[Recipe, Draw], NDArray[np.float32]]
 
 _SIZES_PX = ((375, 500), (640, 200))
 """Height, width. In the second most boxes do not fit, so that torchvision's fallback has its say."""
@@ -55,9 +56,9 @@ def rows(
 ) -> Iterator[Row]:
     """Boxes, then flips, factors, orders and how often each operation fires."""
     yield from _crop_rows(draw_boxes)
-    index_N = np.arange(NUM_DRAWS)
-    boxes_NV5 = draw_boxes(FIRING, 1, 0, index_N, np.full((NUM_DRAWS, 2), 300))
-    params_NP = np.concatenate(draw_parameters(FIRING, 1, 0, index_N))
+    draw = Draw(1, 0, np.arange(NUM_DRAWS))
+    boxes_NV5 = draw_boxes(FIRING, draw, np.full((NUM_DRAWS, 2), 300))
+    params_NP = np.concatenate(draw_parameters(FIRING, draw))
     yield from _factor_rows(params_NP)
     yield from _order_rows(params_NP)
     fired = {
@@ -87,7 +88,8 @@ def _crop_rows(draw_boxes: DrawBoxes) -> Iterator[Row]:
     errors = {name: Errors() for name in ("crop, area", "crop, ratio", "crop, centre")}
     for height, width in _SIZES_PX:
         size_N2 = np.broadcast_to([height, width], (NUM_DRAWS, 2)).astype(np.int64)
-        ours_N4 = draw_boxes(FIRING, 0, 0, np.arange(NUM_DRAWS), size_N2)[:, 0, :4].astype(np.float64)
+        draw = Draw(0, 0, np.arange(NUM_DRAWS))
+        ours_N4 = draw_boxes(FIRING, draw, size_N2)[:, 0, :4].astype(np.float64)
         theirs_N4 = _torchvision_boxes(height, width)
         for name, describe in (
             ("crop, area", lambda box: box[:, 2] * box[:, 3]),

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as on_tensor
 
 from benchmarks.parity.limits import MEASURES
 from benchmarks.parity.measures import Errors, Row
-from pipelines.augment.parameters import (
+from pipelines.augment.draws import (
     BLUR,
     BRIGHTNESS,
     BY_BRIGHTNESS,
@@ -38,6 +38,7 @@ from pipelines.augment.parameters import (
 )
 from pipelines.augment.photometric import augment
 from pipelines.augment.photometric_cpu import augment_on_cpu
+from pipelines.randomness import Draw
 from pipelines.recipe import Recipe, moco_v1, moco_v2
 
 Stage = Callable[[Tensor, Tensor, Recipe], Tensor]
@@ -95,7 +96,7 @@ def rows(name: str, stage: Stage, views: Tensor) -> Iterator[Row]:
     against = {PIL: Errors(), FLOAT: Errors()}
     for number, recipe in enumerate(CHAINS):
         params_NP = draw_parameters(
-            dataclasses.replace(recipe, num_views=1), number, 0, np.arange(len(views))
+            dataclasses.replace(recipe, num_views=1), Draw(number, 0, np.arange(len(views)))
         )[0]
         got = 255 * stage(views, torch.from_numpy(params_NP), recipe)
         for reference, errors in against.items():

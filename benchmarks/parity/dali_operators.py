@@ -20,7 +20,7 @@ from benchmarks.parity.colour import FLOAT, REFERENCES, VALUES
 from benchmarks.parity.limits import MEASURES
 from benchmarks.parity.measures import Errors, Row
 from benchmarks.parity.samples import Samples
-from pipelines.augment.parameters import blur_radius_px
+from pipelines.augment.draws import blur_radius_px
 from pipelines.recipe import moco_v2
 
 NAME = "DALI operators"

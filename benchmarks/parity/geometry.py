@@ -16,9 +16,11 @@ from torchvision.transforms.functional import InterpolationMode, resized_crop
 from benchmarks.parity.limits import MEASURES
 from benchmarks.parity.measures import Errors, Row
 from benchmarks.parity.samples import Samples
-from benchmarks.peers.ours import engine_crops
-from pipelines import Backend, build_loader
-from pipelines.recipe import moco_v2
+from benchmarks.peers.ours import decoder_crops
+from pipelines import Backend, DALIOptions, open_set
+from pipelines.decode import Decoder
+from pipelines.decode.choose import open_decoder
+from pipelines.decode.dali import DALIDeviceDecoder
 
 Cropper = Callable[[NDArray[np.int64], NDArray[np.int32], int], NDArray[np.uint8]]
 """(N,) positions, (N, 2, 5) boxes, S → (N, 2, S, S, 3) crops."""
@@ -45,14 +47,18 @@ def cropper_of(path: Path, subject: str) -> Cropper:
         ImportError: if a package of the backend is missing.
         ValueError: later, if it cannot decode one of the pictures.
     """
-    backend = SUBJECTS[subject].backend
-    engine = build_loader(path, moco_v2(), backend, batch_size=1, num_threads=1).engine
+    images, cpu = open_set(path), torch.device("cpu")
+    decoder: Decoder
+    device: torch.device | None
+    if subject == DALI_GRAPH:
+        decoder, device = DALIDeviceDecoder(images, cpu, 1, DALIOptions()), cpu
+    else:
+        decoder, device = open_decoder(SUBJECTS[subject].backend, images, cpu, 1), None
 
     def crops(index_N: NDArray[np.int64], boxes_NV5: NDArray[np.int32], side: int) -> NDArray[np.uint8]:
-        operators_on = torch.device("cpu") if subject == DALI_GRAPH else None
-        out_NVSS3, ok_N = engine_crops(engine, index_N, boxes_NV5, side, operators_on)
+        out_NVSS3, ok_N = decoder_crops(images, decoder, index_N, boxes_NV5, side, device)
         if not ok_N.all():
-            names = ", ".join(engine.picture_name(int(index)) for index in index_N[~ok_N])
+            names = ", ".join(images.name(int(index)) for index in index_N[~ok_N])
             raise ValueError(f"{subject} cannot decode {names} of {path}, which Pillow can")
         return out_NVSS3
 

@@ -15,9 +15,9 @@ from torch.nn.functional import interpolate
 from benchmarks.parity.chances import EVERYBODY, add_distance
 from benchmarks.parity.limits import GRID_CELL_DRAWS, MEASURES, NUM_DRAWS, NUM_UNMIX
 from benchmarks.parity.measures import Errors, Row
-from pipelines.augment.masks import block_masks, draw_masks, grid_masks
-from pipelines.augment.mixing import blend, draw_mixtures
-from pipelines.batch import Mixture
+from models.batch import Mixture
+from pipelines.augment.mixing import blend, block_masks, draw_masks, draw_mixtures, grid_masks
+from pipelines.randomness import Draw
 from pipelines.recipe import Mixing, Recipe, moco_v2
 
 Mix = Callable[[Recipe, int, int, Tensor, Tensor], tuple[Mixture, ...]]
@@ -32,7 +32,7 @@ _UNMIX_SIDE_PX = 64
 
 def mix(recipe: Recipe, seed: int, epoch: int, index_N: Tensor, query: Tensor) -> tuple[Mixture, ...]:
     """What the loader does to a batch: draw on the host, blend where the views are."""
-    return tuple(blend(query, drawn) for drawn in draw_mixtures(recipe, seed, epoch, index_N.numpy()))
+    return tuple(blend(query, drawn) for drawn in draw_mixtures(recipe, Draw(seed, epoch, index_N.numpy())))
 
 
 def rows(mix: Mix = mix) -> Iterator[Row]:
@@ -48,15 +48,15 @@ def _mask_rows() -> Iterator[Row]:
     index_N = np.arange(64)
     for grid_size in _GRIDS:
         for keep in _KEEPS:
-            kept_N = block_masks(grid_size, keep, 0, 0, index_N).mean(axis=(1, 2))
+            kept_N = block_masks(grid_size, keep, Draw(0, 0, index_N)).mean(axis=(1, 2))
             exact.add(kept_N, np.full(len(kept_N), int(keep * grid_size**2) / grid_size**2))
     yield exact.row(MEASURES["block mask, share kept"], EVERYBODY)
     for grid_size, keep in ((2, 0.5), (4, 0.3), (8, 0.5)):
-        masks_NGG = grid_masks(grid_size, keep, 0, 0, np.arange(NUM_DRAWS))
+        masks_NGG = grid_masks(grid_size, keep, Draw(0, 0, np.arange(NUM_DRAWS)))
         theirs_N = redrawn_grids(rng, grid_size, keep).sum(axis=(1, 2))
         add_distance(counts, masks_NGG.sum(axis=(1, 2)), theirs_N)
     yield counts.row(MEASURES["grid mask, cells kept"], EVERYBODY)
-    masks_NGG = grid_masks(8, 0.5, 1, 0, np.arange(GRID_CELL_DRAWS))
+    masks_NGG = grid_masks(8, 0.5, Draw(1, 0, np.arange(GRID_CELL_DRAWS)))
     cells.add(masks_NGG.mean(axis=0), np.full((8, 8), 0.5))
     yield cells.row(MEASURES["grid mask, each cell"], EVERYBODY)
 
@@ -84,7 +84,7 @@ def cell_rows(mix: Mix) -> Iterator[Row]:
                 recipe = dataclasses.replace(moco_v2(_SIDE_PX), mixing=mixing)
                 mixture = mix(recipe, number, 2, index_N, query)[-1]
                 address_N = index_N if mixing.mask_per == "image" else index_N[:1]
-                masks_NGG = torch.from_numpy(draw_masks(mixing, number, 2, address_N.numpy()))
+                masks_NGG = torch.from_numpy(draw_masks(mixing, Draw(number, 2, address_N.numpy())))
                 # torch's own nearest enlargement; its rows and columns are those of floor(i · G / S).
                 mask = interpolate(masks_NGG[:, None], _SIDE_PX, mode="nearest").numpy().astype(np.float64)
                 mask = np.broadcast_to(mask, (num, 1, _SIDE_PX, _SIDE_PX))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import sample_sets
 from pipelines.decode.pillow import FORMATS
-from pipelines.sets.listing import FolderListing
+from pipelines.sets.folder import FolderListing
 
 PHOTOGRAPHS = 19
 """One from each photograph of the sample set."""

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.recipe import Recipe
-from pipelines.sets.listing import FolderListing
+from pipelines.sets.folder import FolderListing
 
 WorkName = Literal["crops", "recipe"]
 WORKS: tuple[WorkName, ...] = get_args(WorkName)

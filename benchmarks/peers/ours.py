@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks.peers import contract
 from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, synchronizer
-from pipelines import Backend, DALIOptions, Reading, ViewLoader, build_loader
-from pipelines.decode.dali import DALIEngine
-from pipelines.decode.decoder import Engine
+from pipelines import Backend, DALIOptions, PictureSet, Reading, ViewLoader, build_loader
+from pipelines.decode import Decoder, DeviceDecoder
+from pipelines.decode.dali import DALIDeviceDecoder
 from pipelines.recipe import Recipe, moco_v2
 from pipelines.sets.stream import BUFFER
 
@@ -66,7 +66,7 @@ def crops_on_device(loader: ViewLoader) -> Iterator[Tensor]:
     """Yield the views of crops() on the loader's device; host memory is held until its copy is over."""
     held: tuple[torch.cuda.Event, Tensor] | None = None
     for batch in loader.crops():
-        views = batch.views.to(loader.device, non_blocking=True)
+        views = batch.views.to(loader.config.device, non_blocking=True)
         if views.device != batch.views.device:
             copied = torch.cuda.Event()
             copied.record()
@@ -78,35 +78,39 @@ def crops_on_device(loader: ViewLoader) -> Iterator[Tensor]:
         held[0].synchronize()
 
 
-def engine_crops(
-    engine: Engine,
+def decoder_crops(
+    images: PictureSet,
+    decoder: Decoder,
     index_N: NDArray[np.int64],
     boxes_NV5: NDArray[np.int32],
     crop_px: int,
-    operators_on: torch.device | None = None,
+    device: torch.device | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Crop images with an engine: with DALI's operators on a device if one is given, else on the host.
+    """Crop images with a decoder, which must be a :class:`pipelines.decode.DeviceDecoder` if given a device.
 
     Returns:
         (N, V, S, S, 3) crops, and (N,) whether each image could be decoded.
     """
     crops_NVSS3 = np.zeros((*boxes_NV5.shape[:2], crop_px, crop_px, 3), np.uint8)
-    fetched = engine.fetch(index_N)
-    if operators_on is None:
-        return crops_NVSS3, engine.crop(fetched, boxes_NV5, crops_NVSS3)
-    assert isinstance(engine, DALIEngine)
-    on_device = torch.from_numpy(crops_NVSS3).to(operators_on)
-    ok_N = engine.crop_on_device(fetched, boxes_NV5, on_device)
+    encoded = images.fetch(index_N)
+    if device is None:
+        return crops_NVSS3, decoder.crop(encoded, boxes_NV5, crops_NVSS3)
+    assert isinstance(decoder, DeviceDecoder)
+    on_device = torch.from_numpy(crops_NVSS3).to(device)
+    ok_N = decoder.crop_on_device(encoded, boxes_NV5, on_device)
     return on_device.cpu().numpy(), ok_N
 
 
 def _fixed_crops(way: _Way, fixed: FixedCrops) -> NDArray[np.uint8]:
     num, num_views = fixed.boxes_NV4.shape[:2]
     recipe = replace(moco_v2(fixed.crop_px), num_views=num_views)
-    engine = way.open(fixed, recipe, batch_size=num, threads=1).engine
+    loader = way.open(fixed, recipe, batch_size=num, threads=1)
     unflipped_NV5 = np.pad(fixed.boxes_NV4, ((0, 0), (0, 0), (0, 1)))
-    crops_NVSS3, ok_N = engine_crops(
-        engine, fixed.index_N, unflipped_NV5, fixed.crop_px, way.device if way.options else None
+    decoder, device = loader.decoder, None
+    if way.options:
+        decoder, device = DALIDeviceDecoder(loader.set, way.device, 1, way.options), way.device
+    crops_NVSS3, ok_N = decoder_crops(
+        loader.set, decoder, fixed.index_N, unflipped_NV5, fixed.crop_px, device
     )
     if not ok_N.all():
         path = fixed.shards if way.on_shards else fixed.beton

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional
 from benchmarks.peers import contract
 from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, shuffled_batches, synchronizer
 from benchmarks.sample_sets import read_with_pil
-from pipelines.augment.parameters import blur_radius_px
+from pipelines.augment.draws import blur_radius_px
 from pipelines.recipe import Recipe
 
 _BATCHES_PER_WORKER = 2

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.epoch import OURS, OURS_ONE_BN, PLAIN
 from benchmarks.evidence import METHODS, PROBES, RANDOM
-from benchmarks.race_figures import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK
-from benchmarks.race_figures import OURS as OURS_IN_RACE
+from benchmarks.race import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK
+from benchmarks.race import OURS as OURS_IN_RACE
 from benchmarks.report.files import Node
 from benchmarks.report.results import Rate
 

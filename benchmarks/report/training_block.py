@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.evidence import RANDOM
 from benchmarks.marked_block import MarkedBlock
-from benchmarks.race_figures import LIGHTLY, LIGHTLY_AT_BEST
+from benchmarks.race import LIGHTLY, LIGHTLY_AT_BEST
 from benchmarks.report.charts import number, times
 from benchmarks.report.training import EvidenceFigures, RaceFigures, StepFigures, TrainingFigures
 from benchmarks.report.training_page import PROBE_TITLES, knn_plot, percent, samples_per_s

@@ -1,57 +1,70 @@
 """Masked mixing of query views: MixMask, Un-Mix, both, and erasing.
 
-x_m = M · x + (1 − M) · x[π], λ = mean of M: always the share of the anchor (arXiv 2210.11456, section 3).
-Partners, masks and λ are drawn on the host and sent to the training device with the batch; the device
-blends, in a handful of operations.
+x_m = M · x + (1 − M) · x[π], and λ is the mean of M: the share of the anchor x (arXiv 2210.11456, section 3).
+A mask is 1 where the anchor is kept and 0 where the partner shows. Masks have G × G cells, are never all ones
+or all zeros, and no image is its own partner.
 
-Shape letters: N batch, S side in pixels, G cells along a mask's side, M masks (N, or 1 for a whole batch).
+:func:`draw_mixtures` draws partners, masks and λ on the host. They go to the training device with the batch,
+where :func:`blend` enlarges the masks and mixes, in a handful of operations.
+
+Shape letters: N batch, S side in pixels, G cells along a mask's side, C = G² cells, T proposed rectangles, M
+masks (N, or 1 for a whole batch).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment.masks import cell_of_pixel, draw_masks, kept_share
-from pipelines.batch import Mixture
-from pipelines.randomness import Purpose, bits, uniform
+from models.batch import Mixture
+from pipelines.kernels.compiled import kernel
+from pipelines.randomness import Draw, Purpose, bits, uniform
 from pipelines.recipe import Mixing, Recipe
+
+_PROPOSALS = 24
+"""T, rectangles proposed for one block mask."""
+_MIN_RECTANGLE_CELLS = 4
+_LOG_ASPECT = math.log(1 / 0.3)  # the aspect is log-uniform in [0.3, 1/0.3]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnMixture:
     """The random decisions of one mixture of a batch, on the host or on the training device."""
 
     partner: Tensor
-    """(N,) int64: image i is mixed with image partner[i]; an erased view has itself here."""
+    """(N,) int64: image i is mixed with image partner[i]. An erased view has its own position here."""
     lam: Tensor
     """(N,) float32: the share of the anchor."""
     mask: Tensor
     """(M, G, G) float32; blending enlarges it. G is 1 for a global mixture and S for a pasted rectangle."""
     fill: Tensor | None = None
-    """(1, 3, 1, 1) float32: what erased cells hold; None where cells show the partner."""
+    """(1, 3, 1, 1) float32: the value of erased cells; None where cells show the partner."""
     noise_seed: int | None = None
-    """Of Gaussian noise that erased cells hold in place of ``fill``."""
+    """Seed of Gaussian noise, which erased cells hold in place of ``fill``."""
 
-    def to(self, move: Callable[[Tensor], Tensor]) -> "Drawn":
-        """The same with its tensors moved."""
+    def to(self, move: Callable[[Tensor], Tensor]) -> "DrawnMixture":
+        """The same decisions with ``move`` applied to each tensor."""
         fill = None if self.fill is None else move(self.fill)
-        return Drawn(move(self.partner), move(self.lam), move(self.mask), fill, self.noise_seed)
+        return DrawnMixture(move(self.partner), move(self.lam), move(self.mask), fill, self.noise_seed)
 
 
-def draw_mixtures(recipe: Recipe, seed: int, epoch: int, index_N: NDArray[np.int64]) -> tuple[Drawn, ...]:
+# ------------------------------------------------------------------------------------------------------------
+# Drawing, on the host
+
+
+def draw_mixtures(recipe: Recipe, draw: Draw) -> tuple[DrawnMixture, ...]:
     """Draw partners, masks and λ for a batch.
 
     Args:
-        recipe: its ``mixing`` says what is drawn; its ``crop_px`` is S.
-        seed: of the run.
-        epoch: number of the epoch.
-        index_N: (N,) int64 positions in the compiled set, which address every draw. Draws of a whole batch
-            (`mask_per="batch"`, Un-Mix) are addressed by its first row.
+        recipe: ``mixing`` says what is drawn; ``crop_px`` is S.
+        draw: address of the batch. The first sample addresses what the whole batch shares: the mask with
+            ``mask_per="batch"``, and Un-Mix.
 
     Returns:
         moco: (); mixmask, unmix, erase: one; both: (unmix, mixmask).
@@ -59,45 +72,213 @@ def draw_mixtures(recipe: Recipe, seed: int, epoch: int, index_N: NDArray[np.int
     Raises:
         ValueError: if a batch of one is to be mixed.
     """
-    mixing, address = recipe.mixing, (seed, epoch, index_N)
+    mixing = recipe.mixing
     if mixing.method == "moco":
         return ()
     if mixing.method == "erase":
-        own_N = np.arange(len(index_N))
-        erased = _drawn(recipe, own_N, _cell_mask(mixing, *address))
+        own_N = np.arange(len(draw.index_N))
+        erased = _with_mask(recipe, own_N, _cell_masks(mixing, draw))
         if mixing.erase_fill != "noise":
             return (dataclasses.replace(erased, fill=_fill(recipe)),)
-        noise_seed = int(bits(seed, epoch, index_N[:1], Purpose.NOISE, 1)[0, 0])
+        noise_seed = int(bits(draw.first(), Purpose.NOISE, 1)[0, 0])
         return (dataclasses.replace(erased, noise_seed=noise_seed),)
-    if len(index_N) < 2:
+    if len(draw.index_N) < 2:
         raise ValueError("a batch of 1 has no other image to be mixed with; use a batch of at least 2")
     drawn = []
     if mixing.method in ("unmix", "both"):
         kind = mixing.partner if mixing.method == "unmix" else "reverse"
-        mask = _unmix_mask(mixing, recipe.crop_px, *address)
-        drawn.append(_drawn(recipe, draw_partner(kind, *address), mask))
+        mask = _unmix_mask(mixing, recipe.crop_px, draw.first())
+        drawn.append(_with_mask(recipe, draw_partner(kind, draw), mask))
     if mixing.method in ("mixmask", "both"):
         kind = mixing.partner if mixing.method == "mixmask" else "random"
-        drawn.append(_drawn(recipe, draw_partner(kind, *address), _cell_mask(mixing, *address)))
+        drawn.append(_with_mask(recipe, draw_partner(kind, draw), _cell_masks(mixing, draw)))
     return tuple(drawn)
 
 
-def _drawn(recipe: Recipe, partner_N: NDArray[np.int64], mask_MGG: NDArray[np.float32]) -> Drawn:
+def _with_mask(recipe: Recipe, partner_N: NDArray[np.int64], mask_MGG: NDArray[np.float32]) -> DrawnMixture:
     lam_N = np.broadcast_to(kept_share(mask_MGG, recipe.crop_px), partner_N.shape).copy()
-    return Drawn(torch.from_numpy(partner_N), torch.from_numpy(lam_N), torch.from_numpy(mask_MGG))
+    return DrawnMixture(torch.from_numpy(partner_N), torch.from_numpy(lam_N), torch.from_numpy(mask_MGG))
 
 
-def blend(query: Tensor, drawn: Drawn) -> Mixture:
-    """M · x + (1 − M) · x[π], or what fills erased cells in place of x[π].
+def _cell_masks(mixing: Mixing, draw: Draw) -> NDArray[np.float32]:
+    return draw_masks(mixing, draw if mixing.mask_per == "image" else draw.first())
+
+
+def _fill(recipe: Recipe) -> Tensor:
+    """The value of erased cells: the normalised mean, which is zero, or normalised black."""
+    if recipe.mixing.erase_fill == "mean":
+        return torch.zeros(1, 3, 1, 1)
+    black = [-mean / std for mean, std in zip(recipe.mean, recipe.std, strict=True)]
+    return torch.tensor(black).view(1, 3, 1, 1)
+
+
+def draw_partner(kind: str, draw: Draw) -> NDArray[np.int64]:
+    """(N,) int64: a permutation of the batch without fixed points.
+
+    ``reverse`` is the batch backwards. In a batch of odd size the middle image would be its own partner, so
+    it, its left neighbour and their partners form a cycle of three. ``random`` is a random cycle through all.
+    """
+    num = len(draw.index_N)
+    if kind == "random":
+        # Random keys order the batch; the partner of each image is the next one in that order.
+        order_N = bits(draw, Purpose.PARTNER, 1)[:, 0].argsort(kind="stable")
+        partner_N = np.empty_like(order_N)
+        partner_N[order_N] = np.roll(order_N, -1)
+        return partner_N
+    partner_N = np.arange(num - 1, -1, -1)
+    if num % 2:
+        middle = num // 2
+        partner_N[middle], partner_N[middle - 1] = middle + 1, middle
+    return partner_N
+
+
+def _unmix_mask(mixing: Mixing, side: int, draw: Draw) -> NDArray[np.float32]:
+    """Un-Mix (arXiv 2003.05438): λ ~ Beta(β, β) per batch; a global mixture or a pasted rectangle.
+
+    Returns:
+        (1, 1, 1) float32 that holds λ, or (1, S, S) with zeros in the rectangle.
+    """
+    word0, word1 = bits(draw, Purpose.UNMIX, 2)[0].tolist()
+    lam = np.random.Generator(np.random.Philox(key=word0 << 32 | word1)).beta(
+        mixing.unmix_beta, mixing.unmix_beta
+    )
+    is_global, centre_y, centre_x = uniform(draw, Purpose.UNMIX, 3, view=1)[0].tolist()
+    if is_global < mixing.unmix_global_prob:
+        return np.full((1, 1, 1), lam, np.float32)
+    half = int(side * (1 - lam) ** 0.5) // 2
+    top, left = (max(int(centre * side) - half, 0) for centre in (centre_y, centre_x))
+    bottom, right = (min(int(centre * side) + half, side) for centre in (centre_y, centre_x))
+    mask = np.ones((1, side, side), np.float32)
+    mask[:, top:bottom, left:right] = 0
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Masks of cells
+
+
+def draw_masks(mixing: Mixing, draw: Draw) -> NDArray[np.float32]:
+    """(N, G, G) float32 masks of ones (kept) and zeros, of ``mixing.mask_type``, one for each address.
+
+    ``block`` keeps exactly int(mask_lam · G²) cells, in rectangles. ``grid`` keeps every cell independently
+    with probability mask_lam, under the condition that neither all nor no cells are kept.
+    """
+    masks = block_masks if mixing.mask_type == "block" else grid_masks
+    return masks(mixing.grid_size, mixing.mask_lam, draw)
+
+
+def block_masks(grid_size: int, keep: float, draw: Draw) -> NDArray[np.float32]:
+    """Rectangles of kept cells, until exactly int(keep · G²) cells are kept.
+
+    Rectangles have at least four cells and an aspect of 0.3 … 3.3 (arXiv 2210.11456, after BEiT). Cells are
+    kept in the order in which 24 proposed rectangles cover them, row by row within a rectangle, until the
+    quota is full. Cells that no rectangle covers come last, row by row.
+
+    Args:
+        grid_size: G, at least 2.
+        keep: share of cells kept, with 1 ≤ int(keep · G²) < G².
+        draw: address of the N masks.
+
+    Returns:
+        (N, G, G) float32 of ones (kept) and zeros.
+    """
+    mask_NGG = np.zeros((len(draw.index_N), grid_size, grid_size), np.float32)
+    u_NT4 = uniform(draw, Purpose.MASK, 4 * _PROPOSALS).reshape(-1, _PROPOSALS, 4)
+    _keep_rectangles(u_NT4, int(keep * grid_size**2), mask_NGG)
+    return mask_NGG
+
+
+@kernel
+def _keep_rectangles(u_NT4: NDArray[np.float32], quota: int, mask_NGG: NDArray[np.float32]) -> None:
+    grid_size = mask_NGG.shape[1]
+    smallest = np.float32(min(_MIN_RECTANGLE_CELLS, quota))
+    spread = np.float32(quota) - smallest
+    for n in range(len(mask_NGG)):
+        mask_GG, num_left = mask_NGG[n], quota
+        for u_4 in u_NT4[n]:
+            area = smallest + spread * u_4[0]
+            aspect = np.exp(np.float32(_LOG_ASPECT) * (np.float32(2) * u_4[1] - np.float32(1)))
+            height = min(max(int(np.rint(np.sqrt(area * aspect))), 1), grid_size)
+            width = min(max(int(np.rint(np.sqrt(area / aspect))), 1), grid_size)
+            # A rectangle that rounding or clamping makes smaller than the smallest is skipped.
+            if height * width >= smallest:
+                top = int(u_4[2] * np.float32(grid_size - height + 1))
+                left = int(u_4[3] * np.float32(grid_size - width + 1))
+                num_left = _keep(mask_GG, top, left, height, width, num_left)
+        _keep(mask_GG, 0, 0, grid_size, grid_size, num_left)
+
+
+@kernel
+def _keep(mask_GG: NDArray[np.float32], top: int, left: int, height: int, width: int, num: int) -> int:
+    """Keep up to ``num`` more cells of a rectangle, row by row; returns how many are still to be kept."""
+    for row in range(top, top + height):
+        for column in range(left, left + width):
+            if num and mask_GG[row, column] == 0:
+                mask_GG[row, column] = 1
+                num -= 1
+    return num
+
+
+def grid_masks(grid_size: int, keep: float, draw: Draw) -> NDArray[np.float32]:
+    """Masks whose cells are kept independently with probability ``keep``, never all and never none.
+
+    The published code draws again when all or no cells are kept. That is the same as drawing the number of
+    kept cells from the binomial distribution restricted to 1 … G² − 1 and then the cells uniformly, which
+    needs no loop. Arguments and result are those of :func:`block_masks`.
+    """
+    cells = grid_size**2
+    u_N = uniform(draw, Purpose.MASK, 1)[:, 0]
+    count_N = np.searchsorted(_restricted_binomial_cdf(cells, keep), u_N, side="right") + 1
+    # Every cell draws its rank. View 1 keeps these draws apart from the draw of the count.
+    score_NC = uniform(draw, Purpose.MASK, cells, view=1)
+    rank_NC = score_NC.argsort(axis=1, kind="stable").argsort(axis=1)
+    kept_NC: NDArray[np.bool_] = rank_NC < count_N[:, None]
+    return kept_NC.astype(np.float32).reshape(-1, grid_size, grid_size)
+
+
+@lru_cache(maxsize=32)
+def _restricted_binomial_cdf(cells: int, keep: float) -> NDArray[np.float32]:
+    """(cells − 2,) inner edges of P(count ≤ k), k = 1 … cells − 2, given 0 < count < cells."""
+    log_pmf = [
+        math.lgamma(cells + 1) - math.lgamma(k + 1) - math.lgamma(cells - k + 1)
+        + k * math.log(keep) + (cells - k) * math.log1p(-keep)
+        for k in range(1, cells)
+    ]  # fmt: skip
+    pmf = np.exp(log_pmf)
+    return np.asarray((pmf.cumsum() / pmf.sum())[:-1], np.float32)
+
+
+def cell_of_pixel(grid_size: int, side_px: int, device: torch.device | str = "cpu") -> Tensor:
+    """(S,) int64: the cell of each row or column of pixels, as torch's nearest enlargement has it."""
+    return torch.arange(side_px, device=device) * grid_size // side_px
+
+
+def kept_share(mask_NGG: NDArray[np.float32], side_px: int) -> NDArray[np.float32]:
+    """(N,) float32: the mean of each mask once it is enlarged to S × S pixels, with S at least G."""
+    grid_size = mask_NGG.shape[-1]
+    num_G = np.bincount(cell_of_pixel(grid_size, side_px).numpy(), minlength=grid_size)
+    share_N: NDArray[np.float64] = mask_NGG.astype(np.float64) @ num_G @ num_G
+    return np.asarray(share_N / side_px**2, np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Blending, on the training device
+
+
+def blend(query: Tensor, drawn: DrawnMixture) -> Mixture:
+    """M · x + (1 − M) · x[π]; in erased views the fill value or noise replaces x[π].
 
     Args:
         query: (N, 3, S, S) normalised views of any floating dtype; the arithmetic is at least float32.
         drawn: on the same device.
+
+    Returns:
+        The mixture, whose images have the dtype of ``query`` and are channels_last.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     if drawn.noise_seed is not None:
-        # One stream for the whole batch: N · S² addressed draws would cost more than the encoder's input is
-        # worth. Erased views therefore depend on the batch, as mixtures do.
+        # One stream of noise for the whole batch: N · S² addressed draws would take too long. So erased views
+        # depend on the batch, as mixtures do.
         generator = torch.Generator(query.device).manual_seed(drawn.noise_seed)
         other = torch.randn(query.shape, generator=generator, device=query.device)
     elif drawn.fill is not None:
@@ -110,55 +291,3 @@ def blend(query: Tensor, drawn: Drawn) -> Mixture:
         mask = mask[:, cell_S][:, :, cell_S]
     images = torch.lerp(other.to(dtype), query.to(dtype), mask[:, None].to(dtype)).to(query.dtype)
     return Mixture(images.contiguous(memory_format=torch.channels_last), drawn.partner, drawn.lam)
-
-
-def draw_partner(kind: str, seed: int, epoch: int, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(N,) int64: a permutation of the batch without fixed points.
-
-    ``reverse``: the batch backwards. In a batch of odd size the middle image would meet itself, so it and
-    its left neighbour hand their partners on: a cycle of three. ``random``: a random cycle through all.
-    """
-    num = len(index_N)
-    if kind == "random":
-        # Addressed keys order the batch; each image's partner is the next one in that order.
-        order_N = bits(seed, epoch, index_N, Purpose.PARTNER, 1)[:, 0].argsort(kind="stable")
-        partner_N = np.empty_like(order_N)
-        partner_N[order_N] = np.roll(order_N, -1)
-        return partner_N
-    partner_N = np.arange(num - 1, -1, -1)
-    if num % 2:
-        middle = num // 2
-        partner_N[middle], partner_N[middle - 1] = middle + 1, middle
-    return partner_N
-
-
-def _cell_mask(mixing: Mixing, seed: int, epoch: int, index_N: NDArray[np.int64]) -> NDArray[np.float32]:
-    return draw_masks(mixing, seed, epoch, index_N if mixing.mask_per == "image" else index_N[:1])
-
-
-def _unmix_mask(
-    mixing: Mixing, side: int, seed: int, epoch: int, index_N: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Un-Mix (arXiv 2003.05438): λ ~ Beta(β, β) per batch; a global mixture or a pasted rectangle."""
-    first_N = index_N[:1]
-    word0, word1 = bits(seed, epoch, first_N, Purpose.UNMIX, 2)[0].tolist()
-    lam = np.random.Generator(np.random.Philox(key=word0 << 32 | word1)).beta(
-        mixing.unmix_beta, mixing.unmix_beta
-    )
-    is_global, centre_y, centre_x = uniform(seed, epoch, first_N, Purpose.UNMIX, 3, view=1)[0].tolist()
-    if is_global < mixing.unmix_global_prob:
-        return np.full((1, 1, 1), lam, np.float32)
-    half = int(side * (1 - lam) ** 0.5) // 2
-    top, left = (max(int(centre * side) - half, 0) for centre in (centre_y, centre_x))
-    bottom, right = (min(int(centre * side) + half, side) for centre in (centre_y, centre_x))
-    mask = np.ones((1, side, side), np.float32)
-    mask[:, top:bottom, left:right] = 0
-    return mask
-
-
-def _fill(recipe: Recipe) -> Tensor:
-    """What erased cells hold: the normalised mean, which is zero, or the normalised zero, which is black."""
-    if recipe.mixing.erase_fill == "mean":
-        return torch.zeros(1, 3, 1, 1)
-    black = [-mean / std for mean, std in zip(recipe.mean, recipe.std, strict=True)]
-    return torch.tensor(black).view(1, 3, 1, 1)

@@ -1,6 +1,6 @@
 """Photometric augmentation of a batch: colour jitter, grey, blur, solarise, normalise.
 
-The parameters of every view are drawn on the host (:mod:`pipelines.augment.parameters`) and sent to the
+The parameters of every view are drawn on the host (:mod:`pipelines.augment.draws`) and sent to the
 device as one small tensor; the stage itself is batched torch code of fixed shapes with no host sync. An
 operation that does not fire for a view has its identity parameter, so all views take the same path. Semantics
 are torchvision's: factors and hue as in ``ColorJitter``, its four operations in an order drawn per view, blur
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipelines.augment.parameters import (
+from pipelines.augment.draws import (
     BLUR,
     BRIGHTNESS,
     BY_BRIGHTNESS,
@@ -45,7 +45,7 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe, dtype: torch.dtype
 
     Args:
         views: (N, S, S, 3) uint8 crops.
-        params_NP: (N, P) float32 of :func:`pipelines.augment.parameters.draw_parameters`, on the same device.
+        params_NP: (N, P) float32 of :func:`pipelines.augment.draws.draw_parameters`, on the same device.
         recipe: mean, std, the largest blur and the place of grey.
         dtype: of the result. The arithmetic is float32; with 16 bits the blur's products are float16, whose
             11 bits are finer than a grey level.

@@ -1,17 +1,31 @@
-"""The photometric stage for machines without a GPU: the same operations, one view at a time, in numba.
+"""The photometric stage for machines without a GPU: one view at a time, in compiled loops.
 
-:mod:`pipelines.augment.photometric` takes some forty passes over a whole batch. Here a view is swept at most
-three times, in pieces that stay in the nearest cache: up to the contrast, which needs the mean of all that
-came before it; from there through the blur along rows; and the blur along columns. Operations that do not
-fire cost nothing. Equal to the batched stage within a hundredth of a grey level, held by test.
+In: uint8 crops and the parameters of :mod:`pipelines.augment.draws`. Out: normalised float32 views. The
+operations and their order are those of :mod:`pipelines.augment.photometric`, and results are equal within a
+hundredth of a grey level (a test holds that).
+
+The batched stage takes some forty passes over a whole batch. Here each view has at most three sweeps, in
+pieces of about a thousand pixels that stay in the L1 cache:
+
+1. up to the contrast, only where contrast fires: it needs the mean grey of the view just before it;
+2. from there to the blur along rows;
+3. the blur along columns.
+
+Solarising and normalising end the last sweep. Operations that do not fire cost nothing. The three colour
+planes are separate arrays, so that every loop runs over contiguous float32 and vectorises.
+
+No kernel here uses fastmath: its result depends on where a function is inlined, so a kernel loaded from the
+cache would differ in the last bits from the one just compiled.
 
 Shape letters: N batch, V views, S side in pixels, C pixels of a piece, P parameters, K blur taps.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.augment.parameters import (
+from pipelines.augment.draws import (
     BLUR,
     BRIGHTNESS,
     BY_CONTRAST,
@@ -28,82 +42,81 @@ from pipelines.kernels.compiled import kernel
 from pipelines.recipe import Recipe
 
 _Floats = NDArray[np.float32]
+_Planes = tuple[_Floats, _Floats, _Floats]
+"""Red, green and blue in [0, 1], (C,) each."""
 _RED, _GREEN, _BLUE = (np.float32(share) for share in LUMA)
 _FIRST_PLACE = PLACES.start
 _PIECE_PX = 1024
-_HUE, _GREY = 4, 5  # after the three blends
-# No fastmath anywhere: what the compiler makes of it depends on where a function is inlined, and a kernel
-# loaded from the cache would differ in its last bits from the one just compiled.
+_HUE, _GREY = 4, 5  # numbers of operations, after the three blends
+
+
+class _Scratch(NamedTuple):
+    """Memory for one view."""
+
+    x_3C: _Floats
+    """(3, S²) planes between the first two sweeps."""
+    rows_3C: _Floats
+    """(3, S²) planes blurred along rows."""
+    weight_K: _Floats
+    """Blur weights of the centre and of one side."""
+    padded: _Floats
+    """One row with its reflected borders."""
+    program: NDArray[np.int64]
+    """Operations that fire, in their order."""
 
 
 def augment_on_cpu(
     views_NVSS3: NDArray[np.uint8],
-    params_VNP: NDArray[np.float32],
+    params_VNP: _Floats,
     recipe: Recipe,
-    out_VNSS3: NDArray[np.float32],
+    out_VNSS3: _Floats,
     first: int = 0,
 ) -> None:
     """Apply the photometric operations and normalise; see :func:`pipelines.augment.photometric.augment`.
 
-    Runs on the calling thread and without the interpreter's lock, so several threads may share a batch.
+    Runs on the calling thread without the GIL, so several threads may work on one batch.
 
     Args:
         views_NVSS3: (n, V, S, S, 3) uint8 crops.
-        params_VNP: (V, n, P) float32 of :func:`pipelines.augment.parameters.draw_parameters`.
-        recipe: mean, std, the largest blur and the place of grey.
-        out_VNSS3: (V, N, S, S, 3) float32, whose samples first … first + n − 1 are written.
-        first: where in the batch these samples stand.
+        params_VNP: (V, n, P) float32 of :func:`pipelines.augment.draws.draw_parameters`.
+        recipe: mean, std, the largest blur, and whether grey comes before the jitter.
+        out_VNSS3: (V, N, S, S, 3) float32; samples first … first + n − 1 are written.
+        first: position of these samples in the batch.
     """
     scale = np.float32(1) / np.array(recipe.std, np.float32)
     offset = np.array(recipe.mean, np.float32) * -scale
-    _augment_views(
-        views_NVSS3,
-        params_VNP,
-        offset,
-        scale,
-        blur_radius_px(recipe.blur_sigma_px[1], out_VNSS3.shape[2]),
-        recipe.grey_before_jitter,
-        out_VNSS3,
-        first,
-    )
+    radius = blur_radius_px(recipe.blur_sigma_px[1], out_VNSS3.shape[2])
+    grey_first = recipe.grey_before_jitter
+    _augment_views(views_NVSS3, params_VNP, (scale, offset), radius, grey_first, out_VNSS3, first)
 
 
 @kernel
 def _augment_views(
     views_NVSS3: NDArray[np.uint8],
     params_VNP: _Floats,
-    offset_3: _Floats,
-    scale_3: _Floats,
+    normalise: tuple[_Floats, _Floats],
     radius: int,
     grey_first: bool,
     out_VNSS3: _Floats,
     first: int,
 ) -> None:
     num, num_views, side = views_NVSS3.shape[:3]
-    x_3C = np.empty((3, side * side), np.float32)
-    rows_3C = np.empty((3, side * side), np.float32)
-    # The blur takes taps three at a time from each side.
+    # The blur adds taps three at a time on each side.
     reach = -(-radius // 3) * 3
-    weight_K = np.empty(reach + 1, np.float32)
-    padded = np.zeros(side + 2 * reach, np.float32)
-    program = np.empty(8, np.int64)
+    scratch = _Scratch(
+        np.empty((3, side * side), np.float32),
+        np.empty((3, side * side), np.float32),
+        np.empty(reach + 1, np.float32),
+        np.zeros(side + 2 * reach, np.float32),
+        np.empty(8, np.int64),
+    )
     for v in range(num_views):
         for n in range(num):
             params = params_VNP[v, n]
-            _augment_view(
-                views_NVSS3[n, v].reshape(side * side * 3),
-                side,
-                params,
-                program[: _write_program(params, grey_first, program)],
-                offset_3,
-                scale_3,
-                _blur_weights(params[BLUR], radius, weight_K),
-                weight_K,
-                padded,
-                x_3C,
-                rows_3C,
-                out_VNSS3[v, first + n].reshape(side * side * 3),
-            )
+            view_C3, out_C3 = views_NVSS3[n, v].reshape(-1), out_VNSS3[v, first + n].reshape(-1)
+            program = scratch.program[: _write_program(params, grey_first, scratch.program)]
+            this_radius = _blur_weights(params[BLUR], radius, scratch.weight_K)
+            _augment_view(view_C3, side, params, program, normalise, this_radius, scratch, out_C3)
 
 
 @kernel
@@ -131,60 +144,72 @@ def _augment_view(
     side: int,
     params: _Floats,
     program: NDArray[np.int64],
-    offset_3: _Floats,
-    scale_3: _Floats,
+    normalise: tuple[_Floats, _Floats],
     radius: int,
-    weight_K: _Floats,
-    padded: _Floats,
-    x_3C: _Floats,
-    rows_3C: _Floats,
+    scratch: _Scratch,
     out_C3: _Floats,
 ) -> None:
-    size = side * side
+    """Sweep a view at most three times; ``radius`` is 0 for no blur."""
+    size, solarize = side * side, params[SOLARIZE] > 0
     piece = max(1, _PIECE_PX // side) * side
-    split = len(program)
+    contrast_at = len(program)
     for place in range(len(program)):
         if program[place] == BY_CONTRAST:
-            split = place
+            contrast_at = place
+    has_contrast = contrast_at < len(program)
     grey = np.float32(0)
-    if split < len(program):
-        total = 0.0
-        for start in range(0, size, piece):
-            stop = min(start + piece, size)
-            red, green, blue = x_3C[0, start:stop], x_3C[1, start:stop], x_3C[2, start:stop]
-            _load(view_C3[3 * start : 3 * stop], red, green, blue)
-            _run(program[:split], params, red, green, blue)
-            total += _sum_of_luma(red, green, blue)
-        grey = np.float32(total / size)
+    if has_contrast:
+        grey = _run_to_contrast(view_C3, piece, program[:contrast_at], params, scratch.x_3C)
     for start in range(0, size, piece):
         stop = min(start + piece, size)
-        # Without a sweep before this one, one piece of memory serves them all and stays in the cache.
-        at = start if split < len(program) else 0
-        end = at + stop - start
-        red, green, blue = x_3C[0, at:end], x_3C[1, at:end], x_3C[2, at:end]
-        if split < len(program):
-            for c in range(3):
-                _mix_with(x_3C[c, at:end], params[BRIGHTNESS - 1 + BY_CONTRAST], grey)
-            _run(program[split + 1 :], params, red, green, blue)
+        # Without a sweep before this one, all pieces use the same memory, which stays in the cache.
+        at = start if has_contrast else 0
+        rgb = _part(scratch.x_3C, at, at + stop - start)
+        if has_contrast:
+            for plane in rgb:
+                _mix_with(plane, params[BRIGHTNESS - 1 + BY_CONTRAST], grey)
+            _run(program[contrast_at + 1 :], params, rgb)
         else:
-            _load(view_C3[3 * start : 3 * stop], red, green, blue)
-            _run(program, params, red, green, blue)
+            _load(view_C3[3 * start : 3 * stop], rgb)
+            _run(program, params, rgb)
         if radius > 0:
             for c in range(3):
-                _blur_rows(x_3C[c, at:end], side, weight_K, padded, rows_3C[c, start:stop])
+                blurred = scratch.rows_3C[c, start:stop]
+                _blur_rows(rgb[c], side, scratch.weight_K, scratch.padded, blurred)
         else:
-            _store(red, green, blue, params[SOLARIZE] > 0, offset_3, scale_3, out_C3[3 * start : 3 * stop])
+            _store(rgb, solarize, normalise, out_C3[3 * start : 3 * stop])
     if radius > 0:
-        red, green, blue = x_3C[0, :side], x_3C[1, :side], x_3C[2, :side]
+        row = _part(scratch.x_3C, 0, side)
         for y in range(side):
             for c in range(3):
-                _blur_column(rows_3C[c], y, side, weight_K, x_3C[c, :side])
-            at = 3 * y * side
-            _store(red, green, blue, params[SOLARIZE] > 0, offset_3, scale_3, out_C3[at : at + 3 * side])
+                _blur_column(scratch.rows_3C[c], y, side, scratch.weight_K, row[c])
+            _store(row, solarize, normalise, out_C3[3 * y * side : 3 * (y + 1) * side])
 
 
 @kernel
-def _load(view_C3: NDArray[np.uint8], red: _Floats, green: _Floats, blue: _Floats) -> None:
+def _run_to_contrast(
+    view_C3: NDArray[np.uint8], piece: int, program: NDArray[np.int64], params: _Floats, x_3C: _Floats
+) -> np.float32:
+    """The first sweep: run the operations before the contrast; returns the mean grey of the result."""
+    size, total = x_3C.shape[1], 0.0
+    for start in range(0, size, piece):
+        stop = min(start + piece, size)
+        rgb = _part(x_3C, start, stop)
+        _load(view_C3[3 * start : 3 * stop], rgb)
+        _run(program, params, rgb)
+        total += _sum_of_luma(rgb)
+    return np.float32(total / size)
+
+
+@kernel
+def _part(x_3C: _Floats, start: int, stop: int) -> _Planes:
+    return x_3C[0, start:stop], x_3C[1, start:stop], x_3C[2, start:stop]
+
+
+@kernel
+def _load(view_C3: NDArray[np.uint8], rgb: _Planes) -> None:
+    """Separate interleaved bytes into planes in [0, 1]."""
+    red, green, blue = rgb
     unit = np.float32(1 / 255)
     for i in range(len(red)):
         red[i] = view_C3[3 * i] * unit
@@ -193,16 +218,17 @@ def _load(view_C3: NDArray[np.uint8], red: _Floats, green: _Floats, blue: _Float
 
 
 @kernel
-def _run(program: NDArray[np.int64], params: _Floats, red: _Floats, green: _Floats, blue: _Floats) -> None:
+def _run(program: NDArray[np.int64], params: _Floats, rgb: _Planes) -> None:
+    """Apply the operations listed, all but contrast, in place."""
     for which in program:
         if which == _HUE:
-            _shift_hue(red, green, blue, np.float32(6 * params[HUE]))
+            _shift_hue(rgb, np.float32(6 * params[HUE]))
         elif which == _GREY:
-            _mix_with_grey(red, green, blue, np.float32(0))
+            _mix_with_grey(rgb, np.float32(0))
         elif which == BY_SATURATION:
-            _mix_with_grey(red, green, blue, params[BRIGHTNESS - 1 + which])
+            _mix_with_grey(rgb, params[BRIGHTNESS - 1 + which])
         else:
-            for plane in (red, green, blue):
+            for plane in rgb:
                 _mix_with(plane, params[BRIGHTNESS - 1 + which], np.float32(0))
 
 
@@ -215,8 +241,9 @@ def _mix_with(plane: _Floats, factor: np.float32, other: np.float32) -> None:
 
 
 @kernel
-def _mix_with_grey(red: _Floats, green: _Floats, blue: _Floats, factor: np.float32) -> None:
-    """The same with each pixel's own grey: saturation."""
+def _mix_with_grey(rgb: _Planes, factor: np.float32) -> None:
+    """The same with each pixel's own grey: saturation, and grey with factor 0."""
+    red, green, blue = rgb
     rest = np.float32(1) - factor
     for i in range(len(red)):
         grey = rest * (_RED * red[i] + _GREEN * green[i] + _BLUE * blue[i])
@@ -226,8 +253,9 @@ def _mix_with_grey(red: _Floats, green: _Floats, blue: _Floats, factor: np.float
 
 
 @kernel
-def _sum_of_luma(red: _Floats, green: _Floats, blue: _Floats) -> float:
-    # Sixteen sums side by side, because one sum alone would have to be taken one number after the other.
+def _sum_of_luma(rgb: _Planes) -> float:
+    """Sum of the grey of all pixels, as sixteen parallel sums, because one running sum does not vectorise."""
+    red, green, blue = rgb
     sums = np.zeros(16, np.float32)
     whole = len(red) // 16 * 16
     for start in range(0, whole, 16):
@@ -243,8 +271,9 @@ def _sum_of_luma(red: _Floats, green: _Floats, blue: _Floats) -> float:
 
 
 @kernel
-def _shift_hue(red: _Floats, green: _Floats, blue: _Floats, shift: np.float32) -> None:
+def _shift_hue(rgb: _Planes, shift: np.float32) -> None:
     """Through HSV and back as :func:`.photometric.shift_hue`; ``shift`` in sixths of a turn."""
+    red, green, blue = rgb
     zero, one, four, six = np.float32(0), np.float32(1), np.float32(4), np.float32(6)
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
@@ -270,9 +299,9 @@ def _shift_hue(red: _Floats, green: _Floats, blue: _Floats, shift: np.float32) -
 
 @kernel
 def _blur_weights(sigma: np.float32, largest_radius: int, weight_K: _Floats) -> int:
-    """Weights of the centre and of one side, zero beyond the radius; returns the radius, 0 for no blur.
+    """Fill in the weights, zero beyond the radius; returns the radius, 0 for no blur.
 
-    Beyond 4.5 σ a weight is below 5e-5 and left out.
+    Beyond 4.5 σ a weight is below 5e-5 and is left out.
     """
     if sigma <= 0:
         return 0
@@ -288,7 +317,7 @@ def _blur_weights(sigma: np.float32, largest_radius: int, weight_K: _Floats) -> 
 
 @kernel
 def _blur_rows(source_C: _Floats, side: int, weight_K: _Floats, padded: _Floats, target_C: _Floats) -> None:
-    """Along each row, borders reflected."""
+    """Blur along each row, borders reflected."""
     reach = len(weight_K) - 1
     for at in range(0, len(source_C), side):
         row, target = source_C[at : at + side], target_C[at : at + side]
@@ -302,20 +331,16 @@ def _blur_rows(source_C: _Floats, side: int, weight_K: _Floats, padded: _Floats,
         for k in range(1, reach, 3):
             if weight_K[k] == 0:
                 break
-            _add_three(
-                padded[reach - k - 2 : reach - k + side],
-                padded[reach + k : reach + k + 2 + side],
-                weight_K[k],
-                weight_K[k + 1],
-                weight_K[k + 2],
-                target,
-            )
+            left = padded[reach - k - 2 : reach - k + side]
+            right = padded[reach + k : reach + k + 2 + side]
+            _add_three(left, right, weight_K[k], weight_K[k + 1], weight_K[k + 2], target)
 
 
 @kernel
 def _add_three(
     left: _Floats, right: _Floats, near: np.float32, middle: np.float32, far: np.float32, target: _Floats
 ) -> None:
+    """Add three taps of each side to a row."""
     for x in range(len(target)):
         target[x] += (
             near * (left[x + 2] + right[x])
@@ -345,23 +370,19 @@ def _blur_column(rows_C: _Floats, y: int, side: int, weight_K: _Floats, target: 
 
 @kernel
 def _reflected(rows_C: _Floats, y: int, side: int) -> _Floats:
+    """Row y, reflected into the view where it lies outside."""
     y = abs(y)
     y = y if y < side else max(2 * (side - 1) - y, 0)
     return rows_C[y * side : (y + 1) * side]
 
 
 @kernel
-def _store(
-    red: _Floats,
-    green: _Floats,
-    blue: _Floats,
-    solarize: bool,
-    offset_3: _Floats,
-    scale_3: _Floats,
-    out_C3: _Floats,
-) -> None:
+def _store(rgb: _Planes, solarize: bool, normalise: tuple[_Floats, _Floats], out_C3: _Floats) -> None:
+    """Solarise where asked for, normalise, and interleave the planes."""
+    red, green, blue = rgb
+    scale_3, offset_3 = normalise
     if solarize:
-        for plane in (red, green, blue):
+        for plane in rgb:
             for i in range(len(plane)):
                 x = plane[i]
                 plane[i] = np.float32(1) - x if x >= np.float32(SOLARIZE_FROM) else x

@@ -1,6 +1,6 @@
-"""DALI's graphs: encoded pictures in, pixels or crops out; and the pool that keeps them between calls.
+"""DALI's graphs: encoded images in, pixels or crops out; and the pool that keeps them between calls.
 
-Shape letters: N pictures, V views, S side in pixels.
+Shape letters: N images, V views, S side in pixels.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ ENCODED, WINDOW, BOXES, MIRRORED = "encoded", "window", "boxes", "mirrored"
 
 @dataclass(frozen=True)
 class DALIOptions:
-    """How DALI decodes on a GPU; on a CPU none of it means anything."""
+    """How DALI decodes on a GPU; without effect on a CPU."""
 
     region_decode: bool = False
-    """Decode only the rectangle around a picture's crops instead of all of it. Saves most with small crops
-    and baseline JPEGs on GPUs without a JPEG unit; which way is faster has not been measured here."""
+    """Decode only the rectangle around an image's crops. Saves most with small crops and baseline JPEGs on
+    GPUs without a JPEG unit; which way is faster has not been measured here."""
     hw_decoder_load: float = 0.65
-    """Share of the pictures for the GPU's JPEG unit where it has one, the rest goes to its cores. DALI's own
-    default, and its advice is to try: the best share depends on the threads beside it."""
+    """Share of the images that the GPU's JPEG unit decodes, if it has one; its cores decode the rest. This is
+    DALI's default. Its documentation advises to try others: the best depends on the number of threads."""
     hybrid_huffman_threshold: int = 1_000_000
-    """Pictures of more pixels than this have their entropy decoding done by the GPU's cores too. DALI's own
-    default."""
+    """Images with more pixels than this have their entropy decoding done on the GPU's cores too. This is
+    DALI's default."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.hw_decoder_load <= 1:
@@ -41,7 +41,7 @@ class DALIOptions:
 
 
 def import_dali() -> ModuleType:
-    """Return ``nvidia.dali``. Raises ImportError, with the command that installs it, where it is missing."""
+    """Return ``nvidia.dali``. Raises ImportError, with the command that installs it, if it is missing."""
     try:
         import nvidia.dali
         import nvidia.dali.fn
@@ -53,9 +53,12 @@ def import_dali() -> ModuleType:
 
 
 def decoding_graph(max_batch: int) -> Any:
-    """A graph for one thread: encoded pictures → (H, W, 3) uint8 pixels, on the host.
+    """A graph for one thread: encoded images → (H, W, 3) uint8 pixels, on the host.
 
-    The accurate inverse transform, and upright by the EXIF tag: equal to PIL's pixels bit for bit.
+    Images are upright by the EXIF tag and equal to PIL's bit for bit.
+
+    Args:
+        max_batch: the most images that the graph accepts at once.
     """
     dali = import_dali()
     fn, types = dali.fn, dali.types
@@ -78,11 +81,19 @@ def cropping_graph(
     device_id: int | None,
     options: DALIOptions,
 ) -> Any:
-    """A graph that does all of it: encoded pictures and boxes → (N, 3) sizes, V lists of (N, S, S, 3) crops.
+    """A graph of all steps: encoded images and boxes → (N, 3) sizes, V lists of (N, S, S, 3) crops.
 
-    On a GPU (``device_id``) decoding is mixed, as DALI calls it, and all that follows stays on the device;
-    with None the same operators run on the host. Cut first, then resized: DALI's own region of interest in
-    the resize lets pixels from outside of the box into its edges, up to 63 grey levels off.
+    Images are cut first, then resized: the region of interest in DALI's resize lets pixels from outside the
+    box into its edges, which are then up to 63 grey levels off.
+
+    Args:
+        max_batch: the most images that the graph accepts at once.
+        num_views: V.
+        crop_px: S.
+        num_threads: CPU threads of the graph.
+        device_id: number of a GPU. Decoding is then "mixed" in DALI's terms, and the rest runs on the device.
+            None runs the same operators on the host.
+        options: of decoding on a GPU.
     """
     dali = import_dali()
     fn, types = dali.fn, dali.types
@@ -90,7 +101,7 @@ def cropping_graph(
     if device_id is not None:
         decode |= {
             "device": "mixed",
-            # As the decoders on the host do it, so that both give the same pixels as far as they can.
+            # As on the host, so that the pixels differ as little as possible.
             "jpeg_fancy_upsampling": True,
             "hw_decoder_load": options.hw_decoder_load,
             "hybrid_huffman_threshold": options.hybrid_huffman_threshold,
@@ -109,19 +120,19 @@ def cropping_graph(
         mirrored = fn.external_source(name=MIRRORED, dtype=types.INT32, ndim=1)
         if options.region_decode:
             window = fn.external_source(name=WINDOW, dtype=types.INT32, ndim=1)
-            picture = fn.decoders.image_slice(
+            image = fn.decoders.image_slice(
                 encoded, start=window[:2], shape=window[2:], axes=[0, 1], **decode
             )
         else:
-            picture = fn.decoders.image(encoded, **decode)
-        views = (_view(fn, types, picture, boxes[v], mirrored[v], crop_px) for v in range(num_views))
+            image = fn.decoders.image(encoded, **decode)
+        views = (_view(fn, types, image, boxes[v], mirrored[v], crop_px) for v in range(num_views))
         return fn.peek_image_shape(encoded), *views
 
     return _built(graph())
 
 
-def _view(fn: Any, types: Any, picture: Any, box: Any, mirrored: Any, crop_px: int) -> Any:
-    cut = fn.slice(picture, box[:2], box[2:4], axes=[0, 1])
+def _view(fn: Any, types: Any, image: Any, box: Any, mirrored: Any, crop_px: int) -> Any:
+    cut = fn.slice(image, box[:2], box[2:4], axes=[0, 1])
     crop = fn.resize(cut, size=[crop_px, crop_px], antialias=True, interp_type=types.INTERP_LINEAR)
     return fn.flip(crop, horizontal=mirrored)
 
@@ -131,35 +142,36 @@ def _built(pipeline: Any) -> Any:
     return pipeline
 
 
-class Graphs:
-    """Built graphs that wait for work; each is used by one thread at a time.
+class GraphPool:
+    """Built graphs that are not in use; each is used by one thread at a time.
 
-    A graph that has raised is not used again: DALI says of it that it is no longer valid.
+    A graph that has raised is dropped, because DALI declares it invalid.
     """
 
     def __init__(self, build: Callable[[int], Any]) -> None:
-        """``build`` takes the largest batch that a graph must accept."""
+        """``build`` builds a graph for the largest batch that it must accept."""
         self._build, self._largest = build, 1
-        self._waiting: list[tuple[int, Any]] = []
+        self._idle: list[tuple[int, Any]] = []
         self._lock = threading.Lock()
         self._process = os.getpid()
-        self._of_parent: list[tuple[int, Any]] = []
+        self._inherited: list[tuple[int, Any]] = []
 
     @contextlib.contextmanager
-    def one(self, batch: int) -> Iterator[Any]:
-        """Lend a graph that takes a batch of this size, building it where none waits."""
+    def take(self, batch: int) -> Iterator[Any]:
+        """A graph that accepts a batch of this size; built if none is idle."""
         if os.getpid() != self._process:
-            # The threads of the parent's graphs are not here; even their end would wait for them.
+            # The process was forked: the threads of these graphs exist only in the parent. Even deleting a
+            # graph would wait for them, so a reference is kept.
             self._lock, self._process = threading.Lock(), os.getpid()
-            self._of_parent, self._waiting = self._waiting, []
+            self._inherited, self._idle = self._idle, []
         with self._lock:
             self._largest = max(self._largest, batch)
-            small = [each for each in self._waiting if each[0] < self._largest]
-            self._waiting = [each for each in self._waiting if each[0] >= self._largest]
-            size, graph = self._waiting.pop() if self._waiting else (self._largest, None)
-        del small  # outside of the lock: taking a graph down takes a while
+            small = [each for each in self._idle if each[0] < self._largest]
+            self._idle = [each for each in self._idle if each[0] >= self._largest]
+            size, graph = self._idle.pop() if self._idle else (self._largest, None)
+        del small  # outside the lock, because destroying a graph takes a while
         if graph is None:
             graph = self._build(size)
         yield graph
         with self._lock:
-            self._waiting.append((size, graph))
+            self._idle.append((size, graph))

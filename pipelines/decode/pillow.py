@@ -1,43 +1,98 @@
-"""Any picture file → upright 8-bit RGB, the same way for the converter and for every backend."""
+"""Decoding with Pillow: the ``folder`` backend, and one image at a time for everything else.
+
+The ``folder`` backend is the reference for all others, and needs no conversion. Pillow reports no damage
+inside the coded data of a JPEG; conversion and ``python -m dataset_tools verify`` find it.
+
+Shape letters: N images, V views, H height, W width, S side in pixels.
+"""
 
 import io
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import InterpolationMode, hflip, resized_crop
 
-from pipelines.kernels.jpeg_markers import EXIF_ORIENTATION, TABLE_MISSING, missing_table
+from pipelines.kernels.jpeg_crops import EXIF_ORIENTATION, TABLE_MISSING, missing_table
+from pipelines.sets import Encoded
+from pipelines.sets.beton import MODE_JPEG, MODE_RAW
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
-"""Pillow's names of the formats that pictures may have. It knows others, some of which run programs: a file
-of PostScript starts Ghostscript, whatever its name."""
+"""Pillow's names of the supported formats. Pillow knows others, some of which run programs: a PostScript file
+starts Ghostscript, whatever its name."""
 JPEG_START = b"\xff\xd8"
-"""What every JPEG file begins with."""
+"""First bytes of every JPEG file."""
+
+
+class PillowDecoder:
+    """Pillow's decoder and torchvision's ``resized_crop``; see :class:`pipelines.decode.Decoder`."""
+
+    name = "folder"
+
+    def crop(
+        self, encoded: Encoded, boxes_NV5: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
+    ) -> NDArray[np.bool_]:
+        """Decode each image once and write its crops; returns which images could be decoded."""
+        contents = (content_C.tobytes() for content_C in encoded)
+        return np.fromiter(map(_crop, contents, boxes_NV5, out_NVSS3), np.bool_, len(encoded.index_N))
+
+
+def _crop(content: bytes, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
+    image = read_rgb(content)
+    if image is None:
+        return False
+    size = list(out_VSS3.shape[1:3])
+    for box, out_SS3 in zip(boxes_V5, out_VSS3, strict=True):
+        top, left, height, width, mirrored = (int(x) for x in box)
+        view = resized_crop(image, top, left, height, width, size, InterpolationMode.BILINEAR)
+        out_SS3[...] = hflip(view) if mirrored else view
+    return True
+
+
+def decode_image(encoded: Encoded) -> NDArray[np.uint8] | None:
+    """The whole pixels of one image.
+
+    Args:
+        encoded: one image, in any way that a set stores images.
+
+    Returns:
+        (H, W, 3) RGB, upright; None if the image cannot be decoded.
+    """
+    (data_C,) = encoded
+    height, width = encoded.size_N2[0].tolist()
+    if encoded.mode_N[0] == MODE_JPEG:
+        image = read_rgb(data_C.tobytes())
+        return None if image is None else np.asarray(image)
+    if encoded.mode_N[0] == MODE_RAW:
+        return np.array(data_C).reshape(height, width, 3)
+    return planes_to_rgb(data_C, height, width)
 
 
 def is_jpeg(payload: NDArray[np.uint8]) -> bool:
-    """Whether these bytes begin as a JPEG file does."""
+    """Whether the bytes start like a JPEG file."""
     return payload[: len(JPEG_START)].tobytes() == JPEG_START
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode, turn as the EXIF tag says, convert to 8-bit RGB; transparency is dropped.
+    """Decode, rotate by the EXIF tag, convert to 8-bit RGB; transparency is dropped.
 
-    Raises ValueError for floating-point pixels, and what Pillow raises for a file that is no whole picture.
+    Raises:
+        ValueError: for floating-point pixels.
+        Exception: whatever Pillow raises for a damaged file.
     """
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):
-        # Sixteen bits a pixel: Pillow's conversion would clip instead of scale.
+        # Sixteen bits per pixel: Pillow's conversion would clip instead of scale.
         grey = np.asarray(upright).astype(np.float32)
         return Image.fromarray(np.clip(grey / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if upright.mode == "F":
-        raise ValueError("floating-point pixels, whose range is unknown; convert them to 8 bits first")
+        raise ValueError("floating-point pixels of unknown range; convert them to 8 bits first")
     return upright.convert("RGB")
 
 
 def planes_to_rgb(payload: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Make (H, W, 3) uint8 pixels of planes at 4:2:0 (see pipelines.sets.beton), as a JPEG's decoder does.
+    """(H, W, 3) uint8 pixels of planes at 4:2:0 (see :mod:`pipelines.sets.beton`), as JPEG decoders do it.
 
     The chroma is enlarged with the weights ¾ and ¼, which JPEG decoders call fancy upsampling.
     """
@@ -58,11 +113,13 @@ def _doubled(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return pairs.reshape(-1, rows.shape[1]).astype(np.float32, copy=False)
 
 
-def open_picture(payload: bytes) -> Image.Image:
-    """Open an encoded picture of one of FORMATS by Pillow, which decodes it at the first use of its pixels.
+def open_image(payload: bytes) -> Image.Image:
+    """Open an encoded image of one of ``FORMATS``; Pillow decodes it when its pixels are first used.
 
-    Raises ValueError for a JPEG that lacks a table it needs, and what Pillow raises for a file of another
-    format (UnidentifiedImageError) or a damaged header.
+    Raises:
+        ValueError: for a JPEG that lacks a table it needs.
+        PIL.UnidentifiedImageError: for another format.
+        Exception: whatever Pillow raises for a damaged header.
     """
     if missing := missing_table(np.frombuffer(payload, np.uint8)):
         raise ValueError(TABLE_MISSING[missing])
@@ -70,10 +127,10 @@ def open_picture(payload: bytes) -> Image.Image:
 
 
 def read_rgb(payload: bytes) -> Image.Image | None:
-    """The picture in ``payload`` by :func:`upright_rgb`, None where it cannot be decoded."""
-    # Pillow's readers meet arbitrary bytes here and raise nearly anything; all of it means a bad picture.
+    """The image in ``payload`` by :func:`upright_rgb`, None if it cannot be decoded."""
+    # On arbitrary bytes Pillow's readers raise nearly any exception; all of them mean a bad image.
     try:
-        with open_picture(payload) as image:
+        with open_image(payload) as image:
             return upright_rgb(image)
     except MemoryError:
         raise
@@ -82,9 +139,9 @@ def read_rgb(payload: bytes) -> Image.Image | None:
 
 
 def read_size(payload: bytes) -> tuple[int, int] | None:
-    """(height, width) in pixels of the upright picture, by its header; None where that cannot be read."""
+    """(height, width) in pixels of the upright image, by its header; None if that cannot be read."""
     try:
-        with open_picture(payload) as image:
+        with open_image(payload) as image:
             turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
     except MemoryError:

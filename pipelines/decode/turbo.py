@@ -1,55 +1,65 @@
-"""The ``ffcv`` backend: each picture decoded once on the CPU, every view cut out of that by our own kernels.
+"""The ``ffcv`` backend: each image is decoded once on the CPU, and all its views are cut from the result.
 
-It is named after FFCV, whose format ``.beton`` files have (FFCV's own loader reads those of the jpeg and raw
-tiers); FFCV itself is not needed. FFCV's loader keeps Python objects for every picture, decodes once for each
-view, draws its own randomness and cannot resume in the middle of an epoch; so pictures are decoded and
-cropped by :mod:`pipelines.kernels.jpeg_crops`, from ``.beton`` files and shards. libturbojpeg is asked for
-its accurate transform (FFCV's own decoder takes the fast one, off by up to 8 grey levels).
+The backend is named after FFCV, which defined the format of ``.beton`` files; FFCV itself is not needed. (Its
+loader can read our files of the tiers jpeg and raw.) FFCV's loader keeps Python objects for every image,
+decodes once per view, draws its own randomness and cannot resume within an epoch. So images are decoded by
+libturbojpeg and cropped by :mod:`pipelines.kernels.jpeg_crops`. libturbojpeg uses its accurate inverse
+transform here; FFCV's decoder uses the fast one, which is off by up to 8 grey levels.
 
-Shape letters: N pictures, V views, S side in pixels.
+Shape letters: N images, V views, S side in pixels.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.decode.payloads import Payloads
-from pipelines.kernels.jpeg_crops import NO_DECODER, crop_pictures, functions
-from pipelines.sets.stores import Store, StoreEngine
+from pipelines.decode.jpeg import check_jpeg
+from pipelines.decode.pillow import decode_image, is_jpeg
+from pipelines.kernels.jpeg_crops import NO_DECODER, crop_pictures
+from pipelines.kernels.resample import crop_picture
+from pipelines.kernels.turbojpeg import functions
+from pipelines.sets import Encoded
 
 
-class FFCVEngine(StoreEngine):
-    """Views from a compiled set by libturbojpeg and the kernels of :mod:`pipelines.kernels.jpeg_crops`."""
+class TurboDecoder:
+    """Decodes with libturbojpeg, crops with our own kernels; see :class:`pipelines.decode.Decoder`."""
 
     name = "ffcv"
 
-    def __init__(self, store: Store) -> None:
-        """Find the decoder.
-
-        Raises:
-            ImportError: if libturbojpeg is missing.
-        """
-        super().__init__(store)
+    def __init__(self) -> None:
+        """Load libturbojpeg. Raises ImportError if it is missing."""
         functions()
 
     def crop(
-        self, fetched: Payloads, boxes_NV5: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
+        self, encoded: Encoded, boxes_NV5: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
-        """Decode each picture once and write its crops; see :class:`pipelines.decode.decoder.Engine`."""
-        status_N = np.empty(len(fetched.index_N), np.int64)
+        """Decode each image once and write its crops; returns which images could be decoded."""
+        status_N = np.empty(len(encoded.index_N), np.int64)
         crop_pictures(
             functions(),
-            fetched.data_C,
-            fetched.start_N,
-            fetched.num_bytes_N,
-            fetched.mode_N,
-            fetched.size_N2,
+            encoded.data_C,
+            encoded.start_N,
+            encoded.num_bytes_N,
+            encoded.mode_N,
+            encoded.size_N2,
             boxes_NV5,
             out_NVSS3,
             status_N,
         )
         if (status_N == NO_DECODER).any():
-            raise MemoryError("TurboJPEG gave no decoder")
+            raise MemoryError("libturbojpeg has no memory for a decoder")
         ok_N: NDArray[np.bool_] = status_N == 0
         for n in np.flatnonzero(~ok_N):
-            ok_N[n] = self.second_opinion(int(fetched.index_N[n]), boxes_NV5[n], out_NVSS3[n])
+            ok_N[n] = _retry_with_pil(encoded.part(slice(n, n + 1)), boxes_NV5[n], out_NVSS3[n])
         return ok_N
+
+
+def _retry_with_pil(image: Encoded, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
+    """Crop one image that the kernels refused: it is sound if no pixel is lost and PIL can read it."""
+    (data_C,) = image
+    if is_jpeg(data_C) and check_jpeg(data_C).state == "damaged":
+        return False
+    pixels_HW3 = decode_image(image)
+    if pixels_HW3 is None or pixels_HW3.shape[:2] != tuple(image.size_N2[0]):
+        return False
+    crop_picture(pixels_HW3, boxes_V5, out_VSS3)
+    return True

@@ -1,11 +1,20 @@
-"""How the loader's inner loops are compiled: ``@kernel``.
+"""How inner loops are compiled (``@kernel``) and how they call C functions.
 
-numba caches machine code on disk and invalidates it only when the file of the function itself changes, not
-when a function or a constant that it uses from another file does. Here the cache folder is named after a hash
-of the code of the whole ``pipelines`` package, without docstrings and comments, so an update never runs old
-code.
+numba compiles a decorated Python function to machine code at its first call, once for each combination of
+argument types, and keeps the result on disk. It reuses that code as long as the file of the function itself
+is unchanged, even if the function uses another function or a constant from a file that has changed. So here
+the cache folder is named after a hash of the code of the whole ``pipelines`` package, without docstrings and
+comments: after an update, old code never runs.
+
+numba can also call ctypes functions, but refuses to keep such code on disk. So compiled code here takes the
+address of a C function as an integer (:func:`address_of`) and calls it with :func:`call_int` or
+:func:`call_int64`.
 """
 
+# numba reads the number and the names of an intrinsic's arguments, used or not.
+# ruff: noqa: ARG001
+
+import ctypes
 import hashlib
 import os
 from collections.abc import Callable
@@ -14,6 +23,10 @@ from types import CodeType
 from typing import Any, TypeVar
 
 import numba
+from llvmlite import ir
+from numba import types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
 
 _HERE = Path(__file__).parent
 _PACKAGE = _HERE.parent
@@ -21,7 +34,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def kernel(function: _Function) -> _Function:
-    """Compile at the first call; no lock is held inside, and a division by zero gives infinity."""
+    """Compile at the first call. The code runs without the GIL, and a division by zero gives infinity."""
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(_cache_folder(before))
     try:
@@ -32,22 +45,22 @@ def kernel(function: _Function) -> _Function:
 
 
 def compiled_before() -> bool:
-    """Whether kernels of these sources lie on disk; else the first batch takes some fifteen seconds."""
+    """Whether code of these sources is on disk; if not, the first batch waits some fifteen seconds for it."""
     return any(_cache_folder(numba.config.CACHE_DIR).rglob("*.nbi"))
 
 
-def _cache_folder(wanted: str) -> Path:
-    """Below NUMBA_CACHE_DIR where that is set, else beside the sources, else in the user's own cache."""
-    if wanted:
-        return Path(wanted) / _SOURCES
-    beside = _HERE / "__pycache__"
-    if not os.access(beside if beside.exists() else _HERE, os.W_OK):
-        beside = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maskmix"
-    return beside / f"kernels-{_SOURCES}"
+def _cache_folder(numba_cache_dir: str) -> Path:
+    """Below NUMBA_CACHE_DIR where that is set, else next to the sources, else in the user's cache folder."""
+    if numba_cache_dir:
+        return Path(numba_cache_dir) / _SOURCES
+    folder = _HERE / "__pycache__"
+    if not os.access(folder if folder.exists() else _HERE, os.W_OK):
+        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maskmix"
+    return folder / f"kernels-{_SOURCES}"
 
 
 def hash_of_sources(folder: Path) -> str:
-    """A name for the code of all modules below a folder; docstrings and comments do not count."""
+    """Hash the code of all modules below a folder, without docstrings and comments."""
     hasher = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         hasher.update(str(file.relative_to(folder)).encode())
@@ -67,3 +80,42 @@ def _add_code(code: CodeType, add: Callable[[bytes], None]) -> None:
 
 
 _SOURCES = hash_of_sources(_PACKAGE)
+
+
+def address_of(function: Callable[..., Any]) -> int:
+    """The address of a ctypes function."""
+    address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert address is not None
+    return address
+
+
+def _call(returns: types.Type, bits: int, address: Any, arguments: Any) -> Any:
+    """Typing and code of a call: numba asks an intrinsic for its signature and a function that emits LLVM."""
+    if not all(isinstance(kind, types.Integer) for kind in arguments):
+        raise TypingError(f"only integers and addresses can be passed to a C function, not {arguments}")
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        int64 = ir.IntType(64)
+        kinds = signature.args[1].types
+        # Integers and pointers alike are passed as 64 bits; the callee reads the part that it declares.
+        passed = [
+            context.cast(builder, builder.extract_value(values[1], i), kind, types.int64)
+            for i, kind in enumerate(kinds)
+        ]
+        function = ir.FunctionType(ir.IntType(bits), [int64] * len(passed))
+        target = context.cast(builder, values[0], signature.args[0], types.int64)
+        return builder.call(builder.inttoptr(target, function.as_pointer()), passed)
+
+    return returns(address, arguments), code
+
+
+@intrinsic
+def call_int(typing: Any, address: Any, arguments: Any) -> Any:
+    """Call a C function that returns an int; ``arguments`` is a tuple of integers and addresses."""
+    return _call(types.int32, 32, address, arguments)
+
+
+@intrinsic
+def call_int64(typing: Any, address: Any, arguments: Any) -> Any:
+    """Call a C function that returns a pointer or a 64-bit integer; ``arguments`` as of :func:`call_int`."""
+    return _call(types.int64, 64, address, arguments)

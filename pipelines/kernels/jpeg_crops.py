@@ -1,21 +1,22 @@
-"""From encoded pictures to crops in one compiled loop: the inside of the ``ffcv`` backend.
+"""From encoded images to crops in one compiled loop: the core of the ``ffcv`` backend.
 
-A JPEG is decoded once, to the planes it is made of, and every view is cut out of those; planes and pixels
-that are stored as such are not even copied. The loop holds no lock and belongs to the thread that calls it.
+In: encoded bytes of N images in one flat array, and V crop boxes for each. Out: N × V uint8 RGB views of
+S × S px, and a status for each image. libturbojpeg decodes a JPEG once, to the Y, U and V planes that the
+file stores, and every view is resampled straight from those (:mod:`pipelines.kernels.resample`). Images that
+a set stores as planes or as pixels are not copied at all. The loop runs without the GIL on the thread that
+calls it.
 
-Shape letters: N pictures, V views, S side in pixels.
+Before decoding, the JPEG's markers are checked for two faults that libturbojpeg accepts: missing tables, and
+an EXIF tag that wants the image rotated. The check walks the markers as libjpeg does (ITU-T T.81, annex B):
+bytes between a segment and the next marker are skipped, which includes the coded data of a scan.
+
+Shape letters: N images, V views, S side in pixels, C bytes.
 """
-
-import ctypes
-from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.kernels.compiled import kernel
-from pipelines.kernels.jpeg_markers import is_turned, missing_table
-from pipelines.kernels.native import address_of, call_int, call_word
+from pipelines.kernels.compiled import call_int, call_int64, kernel
 from pipelines.kernels.resample import SLACK, crop_planes, crop_rgb, make_scratch
 from pipelines.kernels.turbojpeg import (
     TJCS_YCBCR,
@@ -25,43 +26,25 @@ from pipelines.kernels.turbojpeg import (
     TJSAMP_422,
     TJSAMP_440,
     TJSAMP_444,
-    library,
+    Functions,
 )
 from pipelines.sets.beton import MODE_JPEG, MODE_YUV420
 
-WRONG_SIZE = -2
-"""Status of a picture whose header disagrees with the set's index."""
-TURNED = -4
-"""Status of a JPEG that its EXIF tag wants turned, which libturbojpeg leaves to others."""
-NO_DECODER = -3
-"""Status where libturbojpeg had no memory for a decoder."""
-NO_TABLE = -5
-"""Status of a JPEG that lacks a table it needs; see :func:`pipelines.kernels.jpeg_markers.missing_table`."""
-# libjpeg enlarges the chroma of narrower pictures by repeating it.
-_LEAST_SIDE = 8
-
-
-class Functions(NamedTuple):
-    """Addresses of libturbojpeg's functions, as numbers."""
-
-    init: int
-    destroy: int
-    header: int
-    to_rgb: int
-    to_planes: int
-
-
-@cache
-def functions() -> Functions:
-    """Find libturbojpeg's functions; raises as :func:`pipelines.kernels.turbojpeg.library` does."""
-    found = library()
-    return Functions(
-        address_of(found.tjInitDecompress),
-        address_of(found.tjDestroy),
-        address_of(found.tjDecompressHeader3),
-        address_of(found.tjDecompress2),
-        address_of(found.tjDecompressToYUVPlanes),
-    )
+# Status of an image besides 0 for success and libturbojpeg's return code −1.
+WRONG_SIZE, NO_DECODER, TURNED, NO_TABLE = -2, -3, -4, -5
+"""The header disagrees with the set's index; libturbojpeg had no memory for a decoder; the EXIF tag wants a
+rotation or a mirror, which libturbojpeg ignores; a table is missing, see :func:`missing_table`."""
+EXIF_ORIENTATION = 0x0112
+QUANTISATION, HUFFMAN = 1, 2
+"""Kinds of tables, as :func:`missing_table` returns them."""
+TABLE_MISSING = {
+    QUANTISATION: "it uses a quantisation table that it does not define",
+    HUFFMAN: "it uses a Huffman table that it does not define",
+}
+"""What is wrong with a JPEG, by the kind of table it lacks."""
+_SOI, _EOI, _SOS, _DQT, _DHT, _APP1 = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xE1
+# libjpeg enlarges the chroma of narrower images by repeating it, so those are decoded to RGB.
+_MIN_PLANE_SIDE = 8
 
 
 @kernel
@@ -76,65 +59,85 @@ def crop_pictures(
     out_NVSS3: NDArray[np.uint8],
     status_N: NDArray[np.int64],
 ) -> None:
-    """Cut all views of some pictures.
+    """Cut all views of some images.
 
     Args:
-        functions: of :func:`functions`.
-        data_C: memory that holds the encoded pictures, with SLACK bytes behind them.
-        address_N: where in it each begins.
-        num_bytes_N: how long each is.
-        mode_N: how it is stored, MODE_JPEG, MODE_RAW or MODE_YUV420.
-        size_N2: heights and widths by the index.
-        boxes_NV5: see :mod:`pipelines.augment.crops`; of no views, for decoding alone.
-        out_NVSS3: (N, V, S, S, 3) uint8 views.
-        status_N: becomes 0 for a sound picture, else libturbojpeg's return code, WRONG_SIZE, TURNED,
+        functions: of :func:`pipelines.kernels.turbojpeg.functions`.
+        data_C: memory that holds the encoded images, with SLACK bytes behind them.
+        address_N: index of each image's first byte in ``data_C``.
+        num_bytes_N: number of bytes of each image.
+        mode_N: how each image is stored, MODE_JPEG, MODE_RAW or MODE_YUV420.
+        size_N2: heights and widths by the set's index, in px.
+        boxes_NV5: see :mod:`pipelines.augment.draws`; with V = 0, images are only decoded.
+        out_NVSS3: (N, V, S, S, 3) uint8 views, written here.
+        status_N: written here: 0 for a sound image, else libturbojpeg's return code, WRONG_SIZE, TURNED,
             NO_TABLE or NO_DECODER.
-
-    Every JPEG gets a decoder of its own. One that has seen an error, or another picture's tables, would let
-    the views depend on the pictures before; making one takes a thousandth of a decode.
     """
-    side = out_NVSS3.shape[2]
-    largest = boxes_NV5[:, :, 2:4].max() if boxes_NV5.size else 1
-    scratch = make_scratch(side, largest)
+    scratch = make_scratch(out_NVSS3.shape[2], boxes_NV5[:, :, 2:4].max() if boxes_NV5.size else 1)
     decoded_C = np.empty(SLACK, np.uint8)
-    header, starts_3 = np.empty(4, np.int32), np.empty(3, np.int64)
+    header_4, starts_3 = np.empty(4, np.int32), np.empty(3, np.int64)
     for n in range(len(address_N)):
-        height, width = size_N2[n]
+        size = int(size_N2[n, 0]), int(size_N2[n, 1])
         start, stop = int(address_N[n]), int(address_N[n] + num_bytes_N[n])
-        pixels_C, planes, halved = data_C, mode_N[n] == MODE_YUV420, (True, True)
-        layout = _plane_layout(height, width, halved, False)
+        pixels_C, is_planes, halved = data_C, mode_N[n] == MODE_YUV420, (True, True)
         status_N[n] = 0
         if mode_N[n] == MODE_JPEG:
-            jpeg_C = data_C[start:stop]
-            decoder = call_word(functions.init, ())
-            status_N[n] = _read_header(functions, decoder, jpeg_C, height, width, header)
-            if status_N[n] == 0 and missing_table(jpeg_C):
-                status_N[n] = NO_TABLE
-            if status_N[n] == 0 and is_turned(jpeg_C):
-                status_N[n] = TURNED
-            if status_N[n] == 0:
-                # Only now: a damaged index may promise a picture larger than the memory.
-                if len(decoded_C) < 3 * (width + 1) * (height + 1) + SLACK:
-                    decoded_C = np.empty(3 * (width + 1) * (height + 1) + SLACK, np.uint8)
-                planes, halved = _kind(header, height, width)
-                layout = _plane_layout(height, width, halved, True)
-                at = np.int64(decoded_C.ctypes.data)
-                starts_3[0], starts_3[1], starts_3[2] = at, at + layout[0], at + layout[1]
-                status_N[n] = _decode(functions, decoder, jpeg_C, height, width, planes, starts_3)
-            if decoder != 0:
-                call_int(functions.destroy, (decoder,))
+            status_N[n], is_planes, halved, decoded_C = _decode_jpeg(
+                functions, data_C[start:stop], size, decoded_C, header_4, starts_3
+            )
             pixels_C, start = decoded_C, 0
         if status_N[n] == 0:
+            layout = _plane_layout(size, halved, mode_N[n] == MODE_JPEG)
             for v in range(boxes_NV5.shape[1]):
                 b = boxes_NV5[n, v]
                 box = int(b[0]), int(b[1]), int(b[2]), int(b[3]), int(b[4])
-                out_C = out_NVSS3[n, v].reshape(side * side * 3)
-                if planes:
+                out_C = out_NVSS3[n, v].reshape(-1)
+                if is_planes:
                     starts = start, start + layout[0], start + layout[1]
                     pitches = layout[2], layout[3]
-                    crop_planes(pixels_C, starts, pitches, (height, width), halved, box, out_C, scratch)
+                    crop_planes(pixels_C, starts, pitches, size, halved, box, out_C, scratch)
                 else:
-                    crop_rgb(pixels_C[start:], width, box, out_C, scratch)
+                    crop_rgb(pixels_C[start:], size[1], box, out_C, scratch)
+
+
+@kernel
+def _decode_jpeg(
+    functions: Functions,
+    jpeg_C: NDArray[np.uint8],
+    size: tuple[int, int],
+    decoded_C: NDArray[np.uint8],
+    header_4: NDArray[np.int32],
+    starts_3: NDArray[np.int64],
+) -> tuple[int, bool, tuple[bool, bool], NDArray[np.uint8]]:
+    """Check and decode one JPEG to ``decoded_C``, or to a larger array where that is too small.
+
+    Every JPEG gets a decoder of its own, at a thousandth of the cost of a decode. A decoder that has seen an
+    error, or the tables of another image, would make views depend on the images before.
+
+    Returns:
+        Status, whether the result is planes and not RGB, whether chroma rows and columns are halved, and the
+        array that holds the result.
+    """
+    is_planes, halved = False, (False, False)
+    decoder = call_int64(functions.init, ())
+    status = _read_header(functions, decoder, jpeg_C, size, header_4)
+    if status == 0 and missing_table(jpeg_C):
+        status = NO_TABLE
+    if status == 0 and _is_turned(jpeg_C):
+        status = TURNED
+    if status == 0:
+        # Memory is taken only now: a damaged index may claim an image larger than the memory.
+        num_bytes = 3 * (size[1] + 1) * (size[0] + 1) + SLACK
+        if len(decoded_C) < num_bytes:
+            decoded_C = np.empty(num_bytes, np.uint8)
+        is_planes, halved = _kind(header_4, size)
+        layout = _plane_layout(size, halved, True)
+        at = np.int64(decoded_C.ctypes.data)
+        starts_3[0], starts_3[1], starts_3[2] = at, at + layout[0], at + layout[1]
+        status = _decode(functions, decoder, jpeg_C, size, is_planes, starts_3)
+    if decoder != 0:
+        call_int(functions.destroy, (decoder,))
+    return status, is_planes, halved, decoded_C
 
 
 @kernel
@@ -142,44 +145,44 @@ def _read_header(
     functions: Functions,
     decoder: int,
     jpeg_C: NDArray[np.uint8],
-    height: int,
-    width: int,
-    header: NDArray[np.int32],
+    size: tuple[int, int],
+    header_4: NDArray[np.int32],
 ) -> int:
     """Fill in width, height, subsampling and colour space; returns a status."""
     if decoder == 0:
         return NO_DECODER
-    at = np.int64(header.ctypes.data)  # an unsigned address plus a number would be a float
-    places = (at, at + 4, at + 8, at + 12)
-    status = call_int(functions.header, (decoder, jpeg_C.ctypes.data, len(jpeg_C), *places))
+    at = np.int64(header_4.ctypes.data)  # an unsigned address plus a number would be a float
+    targets = (at, at + 4, at + 8, at + 12)
+    status = call_int(functions.header, (decoder, jpeg_C.ctypes.data, len(jpeg_C), *targets))
     if status != 0:
         return int(status)
-    return 0 if header[0] == width and header[1] == height else WRONG_SIZE
+    return 0 if header_4[0] == size[1] and header_4[1] == size[0] else WRONG_SIZE
 
 
 @kernel
-def _kind(header: NDArray[np.int32], height: int, width: int) -> tuple[bool, tuple[bool, bool]]:
+def _kind(header_4: NDArray[np.int32], size: tuple[int, int]) -> tuple[bool, tuple[bool, bool]]:
     """Whether to decode to planes, and whether the chroma's rows and columns are halved.
 
-    Anything but the usual kinds is decoded to RGB by libturbojpeg, which knows them all.
+    All but the usual kinds are decoded to RGB by libturbojpeg, which knows them all.
     """
-    sampling = header[2]
-    planes = (
-        header[3] == TJCS_YCBCR
-        and min(height, width) >= _LEAST_SIDE
+    sampling = header_4[2]
+    is_planes = (
+        header_4[3] == TJCS_YCBCR
+        and min(size) >= _MIN_PLANE_SIDE
         and sampling in (TJSAMP_444, TJSAMP_422, TJSAMP_420, TJSAMP_440)
     )
-    return planes, (sampling in (TJSAMP_420, TJSAMP_440), sampling in (TJSAMP_420, TJSAMP_422))
+    return is_planes, (sampling in (TJSAMP_420, TJSAMP_440), sampling in (TJSAMP_420, TJSAMP_422))
 
 
 @kernel
 def _plane_layout(
-    height: int, width: int, halved: tuple[bool, bool], padded: bool
+    size: tuple[int, int], halved: tuple[bool, bool], padded: bool
 ) -> tuple[int, int, int, int]:
-    """Where U and V begin behind Y, and the pitches of Y and of U and V.
+    """Offsets of U and V from Y in bytes, and the pitches of Y and of the chroma.
 
-    libturbojpeg pads Y to whole samples of the chroma; our own compiled sets do not.
+    libturbojpeg pads Y to whole chroma samples; our own compiled sets do not.
     """
+    height, width = size
     chroma_rows = (height + 1) // 2 if halved[0] else height
     chroma_pitch = (width + 1) // 2 if halved[1] else width
     rows = 2 * chroma_rows if padded and halved[0] else height
@@ -192,46 +195,157 @@ def _decode(
     functions: Functions,
     decoder: int,
     jpeg_C: NDArray[np.uint8],
-    height: int,
-    width: int,
-    planes: bool,
+    size: tuple[int, int],
+    to_planes: bool,
     starts_3: NDArray[np.int64],
 ) -> int:
     """Decode to planes that begin at the addresses ``starts_3``, or to RGB at the first of them.
 
-    Whatever C is given the address of belongs to the caller: numba frees an array of ours after its last
-    mention, which may be the taking of its address.
+    The caller owns all memory that C gets an address of. numba frees a local array after its last use, which
+    may be the expression that takes its address.
     """
+    height, width = size
     source = (decoder, jpeg_C.ctypes.data, len(jpeg_C))
-    if not planes:
+    if not to_planes:
         target = (starts_3[0], width, 0, height, TJPF_RGB, TJFLAG_ACCURATEDCT)
         return int(call_int(functions.to_rgb, source + target))
-    to_planes = (starts_3.ctypes.data, width, 0, height, TJFLAG_ACCURATEDCT)
-    return int(call_int(functions.to_planes, source + to_planes))
+    planes = (starts_3.ctypes.data, width, 0, height, TJFLAG_ACCURATEDCT)
+    return int(call_int(functions.to_planes, source + planes))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Markers
 
 
 @kernel
-def read_pieces(
-    pread: int,
-    file_N: NDArray[np.int32],
-    address_N: NDArray[np.int64],
-    num_bytes_N: NDArray[np.int64],
-    start_N: NDArray[np.int64],
-    data_C: NDArray[np.uint8],
+def missing_table(jpeg_C: NDArray[np.uint8]) -> int:
+    """The kind of table that a JPEG uses and does not define; 0 where it defines all, or is no JPEG.
+
+    For a missing table a decoder takes that of the image before, or a standard one, so the pixels of such a
+    file depend on the decoder. Every scan that a decoder reads is checked; other damage is for the decoder to
+    find.
+    """
+    quantisation, dc, ac = 0, 0, 0  # bit t: table t is defined
+    frame, frame_at = 0, 0  # marker of the frame, and where its components begin
+    if len(jpeg_C) < 2 or jpeg_C[0] != 0xFF or jpeg_C[1] != _SOI:
+        return 0
+    stop = 2
+    while True:
+        marker, at, stop = _next_segment(jpeg_C, stop)
+        if marker == 0:
+            return 0
+        if marker == _DQT:
+            while at < stop:
+                quantisation |= 1 << (int(jpeg_C[at]) & 15)
+                at += 1 + (128 if jpeg_C[at] >> 4 else 64)
+        elif marker == _DHT:
+            while at + 17 <= stop:
+                if jpeg_C[at] & 16:
+                    ac |= 1 << (int(jpeg_C[at]) & 15)
+                else:
+                    dc |= 1 << (int(jpeg_C[at]) & 15)
+                at += 17 + int(jpeg_C[at + 1 : at + 17].sum())
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC8, 0xCC):
+            # A frame of another kind is one that no decoder here reads.
+            if marker not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA) or at + 6 > stop:
+                return 0
+            frame, frame_at = marker, at + 6
+            if frame_at + 3 * int(jpeg_C[at + 5]) > stop:
+                return 0
+        elif marker == _SOS and at < stop:
+            num_components = int(jpeg_C[frame_at - 1]) if frame else 0
+            if num_components == 0 or at + 4 + 2 * int(jpeg_C[at]) > stop:
+                return 0
+            missing = _missing_in_scan(jpeg_C, at, frame, frame_at, (quantisation, dc, ac))
+            is_only_scan = jpeg_C[at] == num_components and frame not in (0xC2, 0xCA)
+            if missing or is_only_scan:
+                return missing
+
+
+@kernel
+def _next_segment(jpeg_C: NDArray[np.uint8], at: int) -> tuple[int, int, int]:
+    """Marker, start and stop of the next segment from ``at`` on; marker 0 where none follows."""
+    while True:
+        while at + 1 < len(jpeg_C) and (jpeg_C[at] != 0xFF or jpeg_C[at + 1] in (0x00, 0xFF)):
+            at += 1
+        if at + 4 > len(jpeg_C):
+            return 0, at, at
+        marker = int(jpeg_C[at + 1])
+        at += 2
+        if marker == _EOI:
+            return 0, at, at
+        if 0xD0 <= marker <= _SOI or marker == 0x01:  # markers without a segment
+            continue
+        stop = at + _number(jpeg_C, at, 2, False)
+        return (marker, at + 2, stop) if stop <= len(jpeg_C) else (0, at, at)
+
+
+@kernel
+def _missing_in_scan(
+    jpeg_C: NDArray[np.uint8], at: int, frame: int, frame_at: int, defined: tuple[int, int, int]
 ) -> int:
-    """Read pieces of open files one after the other; returns −1, or the first that could not be had."""
-    for n in range(len(address_N)):
-        done, wanted = 0, int(num_bytes_N[n])
-        while done < wanted:
-            place = np.int64(data_C.ctypes.data) + start_N[n] + done
-            got = call_word(pread, (file_N[n], place, wanted - done, int(address_N[n]) + done))
-            if got <= 0:
-                return n
-            done += got
-    return -1
+    """The kind of table that the scan whose header begins at ``at`` lacks; 0 for none."""
+    quantisation, dc, ac = defined
+    huffman, progressive = frame <= 0xC2, frame in (0xC2, 0xCA)
+    spectrum_at = at + 1 + 2 * int(jpeg_C[at])
+    needs_dc = not progressive or (jpeg_C[spectrum_at] == 0 and jpeg_C[spectrum_at + 2] >> 4 == 0)
+    needs_ac = not progressive or jpeg_C[spectrum_at] != 0
+    for c in range(int(jpeg_C[at])):
+        component, tables = jpeg_C[at + 1 + 2 * c], int(jpeg_C[at + 2 + 2 * c])
+        for k in range(int(jpeg_C[frame_at - 1])):
+            if jpeg_C[frame_at + 3 * k] == component:
+                if not quantisation >> (int(jpeg_C[frame_at + 3 * k + 2]) & 15) & 1:
+                    return QUANTISATION
+                break
+        if huffman and needs_dc and not dc >> (tables >> 4) & 1:
+            return HUFFMAN
+        if huffman and needs_ac and not ac >> (tables & 15) & 1:
+            return HUFFMAN
+    return 0
 
 
-@cache
-def pread_address() -> int:
-    """Where the C library's ``pread`` lies."""
-    return address_of(ctypes.CDLL(None, use_errno=True).pread)
+@kernel
+def _is_turned(jpeg_C: NDArray[np.uint8]) -> bool:
+    """Whether the EXIF tag of a JPEG wants a rotation or a mirror.
+
+    Conversion applies the tag and removes it; shards that were only indexed may still have it.
+    """
+    at = 2
+    while at + 10 < len(jpeg_C) and jpeg_C[at] == 0xFF and jpeg_C[at + 1] != _SOS:
+        size = _number(jpeg_C, at + 2, 2, False)
+        exif = jpeg_C[at + 1] == _APP1 and jpeg_C[at + 4] == 0x45 and jpeg_C[at + 5] == 0x78  # "Ex"
+        if exif and at + 2 + size <= len(jpeg_C):
+            return 2 <= _orientation(jpeg_C[at + 10 : at + 2 + size]) <= 8
+        at += 2 + size
+    return False
+
+
+@kernel
+def _orientation(tiff_C: NDArray[np.uint8]) -> int:
+    """The orientation in the first directory of a TIFF header; 0 where there is none."""
+    if len(tiff_C) < 8:
+        return 0
+    little = tiff_C[0] == 0x49
+    start = _number(tiff_C, 4, 4, little)
+    if start + 2 > len(tiff_C):
+        return 0
+    for k in range(_number(tiff_C, start, 2, little)):
+        entry = start + 2 + 12 * k
+        if entry + 12 > len(tiff_C):
+            return 0
+        if _number(tiff_C, entry, 2, little) == EXIF_ORIENTATION:
+            return _number(tiff_C, entry + 8, 2, little)
+    return 0
+
+
+@kernel
+def _number(bytes_C: NDArray[np.uint8], start: int, num: int, little: bool) -> int:
+    """An unsigned number of ``num`` bytes, little-endian or big-endian."""
+    value = 0
+    for i in range(num):
+        value = value << 8 | int(bytes_C[start + num - 1 - i if little else start + i])
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading

@@ -1,17 +1,25 @@
-"""Antialiased bilinear crops, straight from a JPEG's planes or from RGB pixels, sixteen lanes at a time.
+"""Antialiased bilinear crops, straight from a JPEG's planes or from RGB pixels, sixteen values at a time.
 
-What PIL's ``resize`` of the cropped picture gives, within a grey level as long as it shrinks less than
-100-fold: two separable passes with a triangle filter that widens when it shrinks. Weights have 16 bits, sums
-between the passes 7 bits below the grey level.
+In: a decoded image as flat uint8 memory, and a crop box in px. Out: one uint8 RGB view of S × S px. The
+result is that of PIL's ``resize`` of the cropped image, within one grey level as long as the image shrinks
+less than 100-fold: two separable passes with a triangle filter that widens when the image shrinks.
+
+How one view is made:
+
+1. For each axis, list which input pixels make each output pixel, and their weights (:func:`fill_axis`).
+   Weights are 16-bit fractions.
+2. For sixteen rows of the view at a time: the vertical pass runs along the input rows and writes sums with 7
+   bits below the grey level to a strip. The strip is transposed, so that the horizontal pass handles sixteen
+   rows at once. A flip costs nothing: it reverses the list of step 1 for the columns.
+3. Y, U, V become R, G, B; the sixteen rows are transposed back and written.
 
 Chroma planes of half size are not enlarged first. JPEG decoders enlarge them with the weights ¾ and ¼
-("fancy upsampling"), which is itself a linear filter; its weights and the resampling's are multiplied out, so
-each output takes a few samples of the small plane and means the same. Colours are converted after the crop:
-half the samples are filtered, and only the view is converted.
+("fancy upsampling"), which is a linear filter too. :func:`halve_axis` multiplies its weights with those of
+the resampling, so each output pixel needs only a few samples of the small plane. Colours are converted after
+the crop, when there are fewer pixels to convert.
 
-The vertical pass comes first and runs along the rows. Its result, sixteen rows of the view at a time, is
-transposed so that the horizontal pass runs along sixteen rows at once; flipping is a matter of the order in
-which that pass writes its columns. Nothing is allocated here.
+The loops use the vector operations of :mod:`pipelines.kernels.simd`. Vectors may read past the end of what is
+needed; memory that is read has SLACK bytes behind it. Nothing is allocated except by :func:`make_scratch`.
 
 Shape letters: S side of the view, T filter taps, C elements of a flat array.
 """
@@ -21,30 +29,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.kernels import simd
 from pipelines.kernels.compiled import kernel
-from pipelines.kernels.simd import (
-    LANES,
-    add,
-    interleave3,
-    load_u8,
-    load_u16,
-    mul_high,
-    mul_high_signed,
-    shift_left,
-    shift_right,
-    shift_right_signed,
-    splat,
-    store_u8,
-    store_u16,
-    sub,
-    transpose_u8,
-    transpose_u16,
-)
+from pipelines.kernels.simd import LANES
 
 _ROWS = LANES
 """Rows of the view that are made together."""
 _FRACTION_BITS = 7
-"""Of sums between the passes: 255 · 2⁷ leaves room for rounding in 16 bits."""
+"""Bits below the grey level between the passes: 255 · 2⁷ leaves room for rounding in 16 bits."""
 _LARGEST_WEIGHT = (1 << 16) - 1
 SLACK = 64
 """Bytes that must be readable behind a plane's last one."""
@@ -54,9 +46,11 @@ class Axis(NamedTuple):
     """Which input pixels make each output pixel of one axis, and with what weights."""
 
     first_S: NDArray[np.int32]
+    """The first input pixel of each output pixel."""
     taps_S: NDArray[np.int32]
+    """How many input pixels follow from there."""
     weight_ST: NDArray[np.uint16]
-    """Times 2¹⁶."""
+    """Their weights, times 2¹⁶."""
 
 
 class Scratch(NamedTuple):
@@ -69,13 +63,13 @@ class Scratch(NamedTuple):
     strip_C: NDArray[np.uint16]
     """Sixteen rows between the passes."""
     turned_C: NDArray[np.uint16]
-    """The same, transposed."""
+    """The strip, transposed."""
     planes_C: NDArray[np.uint16]
     """Three planes of (S, 16): sixteen rows of the view, transposed."""
     bytes_C: NDArray[np.uint8]
-    """The same as RGB bytes."""
+    """The planes as RGB bytes."""
     block_C: NDArray[np.uint8]
-    """Sixteen by sixteen pixels, and one row of them interleaved."""
+    """Three blocks of 16 × 16 bytes, and one row of them with its colours interleaved."""
 
 
 @kernel
@@ -104,7 +98,7 @@ def make_scratch(side: int, largest_px: int) -> Scratch:
 
 @kernel
 def fill_axis(axis: Axis, start: int, length: int, backwards: bool) -> None:
-    """Weights that bring ``length`` pixels from ``start`` on to S outputs, mirrored if ``backwards``."""
+    """Set the weights that bring ``length`` pixels from ``start`` on to S outputs, maybe ``backwards``."""
     side = len(axis.first_S)
     scale = length / side
     support = max(scale, 1.0)
@@ -127,7 +121,7 @@ def fill_axis(axis: Axis, start: int, length: int, backwards: bool) -> None:
 
 @kernel
 def halve_axis(full: Axis, plane_px: int, half: Axis) -> None:
-    """Weights on a plane of half size that do what ``full`` does on the enlarged one.
+    """Set weights on a plane of half size that do what ``full`` does on the enlarged plane.
 
     Enlarging makes pixel 2i of ¾ sample i and ¼ sample i − 1, pixel 2i + 1 of ¾ sample i and ¼ sample i + 1,
     and repeats the samples at the border.
@@ -153,7 +147,7 @@ def halve_axis(full: Axis, plane_px: int, half: Axis) -> None:
 
 @kernel
 def _span(axis: Axis) -> tuple[int, int]:
-    """The first input pixel that an axis takes, and how many from there on."""
+    """The first input pixel of an axis, and how many pixels it covers."""
     a, b = 0, len(axis.first_S) - 1
     if axis.first_S[b] < axis.first_S[a]:
         a, b = b, a
@@ -172,27 +166,29 @@ def _vertical(
     strip_C: NDArray[np.uint16],
     strip_pitch: int,
 ) -> None:
-    """Sixteen rows of the view, from ``top`` on, of ``width`` columns that begin at ``start``."""
+    """Make sixteen rows of the view, from row ``top`` on, of ``width`` columns that begin at ``start``."""
     last = len(rows.first_S) - 1
     for r in range(_ROWS):
         out = min(top + r, last)
         taps = rows.taps_S[out]
         row = start + rows.first_S[out] * pitch
         for x in range(0, width, LANES):
-            total = splat(taps >> 1)
+            # mul_high rounds down, by half a unit on average; the sum starts with what that will cost.
+            total = simd.splat(taps >> 1)
             at = row + x
             for tap in range(taps):
-                sample = shift_left(load_u8(plane_C, at), _FRACTION_BITS)
-                total = add(total, mul_high(sample, splat(rows.weight_ST[out, tap])))
+                sample = simd.shift_left(simd.load_u8(plane_C, at), _FRACTION_BITS)
+                total = simd.add(total, simd.mul_high(sample, simd.splat(rows.weight_ST[out, tap])))
                 at += pitch
-            store_u16(strip_C, r * strip_pitch + x, total)
+            simd.store_u16(strip_C, r * strip_pitch + x, total)
 
 
 @kernel
 def _turn(strip_C: NDArray[np.uint16], strip_pitch: int, width: int, turned_C: NDArray[np.uint16]) -> None:
+    """Transpose the strip: ``turned_C`` is (width, 16)."""
     for x in range(0, width, 8):
         for r in range(0, _ROWS, 8):
-            transpose_u16(strip_C, r * strip_pitch + x, strip_pitch, turned_C, x * _ROWS + r, _ROWS)
+            simd.transpose_u16(strip_C, r * strip_pitch + x, strip_pitch, turned_C, x * _ROWS + r, _ROWS)
 
 
 @kernel
@@ -205,44 +201,48 @@ def _horizontal(
     planes_C: NDArray[np.uint16],
     start: int,
 ) -> None:
-    """All columns of sixteen rows; of interleaved input one channel."""
+    """Make all columns of sixteen rows, from one of the input's interleaved channels."""
     step = channels * _ROWS
     for out in range(len(columns.first_S)):
         taps = columns.taps_S[out]
-        total = splat(taps >> 1)
+        total = simd.splat(taps >> 1)
         at = (columns.first_S[out] - begin) * step + channel * _ROWS
         for tap in range(taps):
-            total = add(total, mul_high(load_u16(turned_C, at), splat(columns.weight_ST[out, tap])))
+            weight = simd.splat(columns.weight_ST[out, tap])
+            total = simd.add(total, simd.mul_high(simd.load_u16(turned_C, at), weight))
             at += step
-        store_u16(planes_C, start + out * _ROWS, total)
+        simd.store_u16(planes_C, start + out * _ROWS, total)
 
 
 @kernel
 def _to_rgb(planes_C: NDArray[np.uint16], size: int, bytes_C: NDArray[np.uint8]) -> None:
     """Y, U, V → R, G, B by JFIF's full-range BT.601, with six bits below the grey level.
 
-    Factors of 0.5 and more do not fit a signed 16-bit multiplication and are taken as 1 or 2 less the rest.
+    Factors of 0.5 and more do not fit a signed 16-bit multiplication; they are 1 or 2 minus the rest.
     """
-    middle, rounding = splat(128 << 6), splat(1 << 5)
-    red_v, blue_u = splat(int(0.402 * 65536 + 0.5)), splat(int(0.228 * 65536 + 0.5))
-    green_u, green_v = splat(int(0.344136 * 65536 + 0.5)), splat(int(0.285864 * 65536 + 0.5))
+    middle, rounding = simd.splat(128 << 6), simd.splat(1 << 5)
+    red_v, blue_u = simd.splat(int(0.402 * 65536 + 0.5)), simd.splat(int(0.228 * 65536 + 0.5))
+    green_u, green_v = simd.splat(int(0.344136 * 65536 + 0.5)), simd.splat(int(0.285864 * 65536 + 0.5))
     for i in range(0, size, LANES):
-        y = add(shift_right(load_u16(planes_C, i), 1), rounding)
-        u = sub(shift_right(load_u16(planes_C, size + i), 1), middle)
-        v = sub(shift_right(load_u16(planes_C, 2 * size + i), 1), middle)
-        red = add(add(y, v), mul_high_signed(v, red_v))
-        green = add(sub(sub(y, mul_high_signed(u, green_u)), v), mul_high_signed(v, green_v))
-        blue = sub(add(y, add(u, u)), mul_high_signed(u, blue_u))
-        store_u8(bytes_C, i, shift_right_signed(red, 6))
-        store_u8(bytes_C, size + i, shift_right_signed(green, 6))
-        store_u8(bytes_C, 2 * size + i, shift_right_signed(blue, 6))
+        y = simd.add(simd.shift_right(simd.load_u16(planes_C, i), 1), rounding)
+        u = simd.sub(simd.shift_right(simd.load_u16(planes_C, size + i), 1), middle)
+        v = simd.sub(simd.shift_right(simd.load_u16(planes_C, 2 * size + i), 1), middle)
+        red = simd.add(simd.add(y, v), simd.mul_high_signed(v, red_v))
+        green = simd.sub(simd.sub(y, simd.mul_high_signed(u, green_u)), v)
+        green = simd.add(green, simd.mul_high_signed(v, green_v))
+        blue = simd.sub(simd.add(y, simd.add(u, u)), simd.mul_high_signed(u, blue_u))
+        simd.store_u8(bytes_C, i, simd.shift_right_signed(red, 6))
+        simd.store_u8(bytes_C, size + i, simd.shift_right_signed(green, 6))
+        simd.store_u8(bytes_C, 2 * size + i, simd.shift_right_signed(blue, 6))
 
 
 @kernel
 def _round(planes_C: NDArray[np.uint16], size: int, bytes_C: NDArray[np.uint8]) -> None:
-    rounding = splat(1 << (_FRACTION_BITS - 1))
+    """Round three planes of RGB to bytes."""
+    rounding = simd.splat(1 << (_FRACTION_BITS - 1))
     for i in range(0, 3 * size, LANES):
-        store_u8(bytes_C, i, shift_right(add(load_u16(planes_C, i), rounding), _FRACTION_BITS))
+        rounded = simd.add(simd.load_u16(planes_C, i), rounding)
+        simd.store_u8(bytes_C, i, simd.shift_right(rounded, _FRACTION_BITS))
 
 
 @kernel
@@ -254,76 +254,19 @@ def _write_rows(
     block_C: NDArray[np.uint8],
     out_C: NDArray[np.uint8],
 ) -> None:
-    """Turn sixteen finished rows back and interleave their colours."""
+    """Transpose sixteen finished rows back, interleave their colours and write them to the view."""
     single = 3 * LANES * LANES
     for x in range(0, side, LANES):
         for c in range(3):
-            transpose_u8(bytes_C, c * size + x * _ROWS, _ROWS, block_C, c * LANES * LANES, LANES)
+            simd.transpose_u8(bytes_C, c * size + x * _ROWS, _ROWS, block_C, c * LANES * LANES, LANES)
         for r in range(min(_ROWS, side - top)):
             red, green, blue = r * LANES, (LANES + r) * LANES, (2 * LANES + r) * LANES
             at = ((top + r) * side + x) * 3
             if x + LANES <= side:
-                interleave3(block_C, red, green, blue, out_C, at)
+                simd.interleave3(block_C, red, green, blue, out_C, at)
             else:
-                interleave3(block_C, red, green, blue, block_C, single)
+                simd.interleave3(block_C, red, green, blue, block_C, single)
                 out_C[at : at + 3 * (side - x)] = block_C[single : single + 3 * (side - x)]
-
-
-@kernel
-def crop_rgb(
-    pixels_C: NDArray[np.uint8],
-    width: int,
-    box: tuple[int, int, int, int, int],
-    out_C: NDArray[np.uint8],
-    scratch: Scratch,
-) -> None:
-    """Write one view of a picture of interleaved RGB.
-
-    Args:
-        pixels_C: (H, W, 3) pixels, flat, with SLACK bytes behind them.
-        width: W.
-        box: top, left, height, width in px, and 1 to mirror; within the picture.
-        out_C: (S, S, 3) view, flat.
-        scratch: of :func:`make_scratch`.
-    """
-    top, left, box_height, box_width, mirrored = box
-    side, size = len(scratch.rows.first_S), len(scratch.planes_C) // 3
-    fill_axis(scratch.rows, top, box_height, False)
-    fill_axis(scratch.columns, left, box_width, mirrored != 0)
-    begin, num = _span(scratch.columns)
-    pitch = len(scratch.strip_C) // _ROWS
-    for row in range(0, side, _ROWS):
-        _vertical(pixels_C, 3 * begin, 3 * width, 3 * num, scratch.rows, row, scratch.strip_C, pitch)
-        _turn(scratch.strip_C, pitch, 3 * num, scratch.turned_C)
-        for c in range(3):
-            _horizontal(scratch.turned_C, begin, c, 3, scratch.columns, scratch.planes_C, c * size)
-        _round(scratch.planes_C, size, scratch.bytes_C)
-        _write_rows(scratch.bytes_C, size, side, row, scratch.block_C, out_C)
-
-
-@kernel
-def crop_views(
-    pixels_C: NDArray[np.uint8], width: int, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
-) -> None:
-    """Write all views of one picture of interleaved RGB; arguments as of :func:`crop_rgb`."""
-    side = out_VSS3.shape[1]
-    scratch = make_scratch(side, boxes_V5[:, 2:4].max() if boxes_V5.size else 1)
-    for v in range(len(boxes_V5)):
-        b = boxes_V5[v]
-        box = int(b[0]), int(b[1]), int(b[2]), int(b[3]), int(b[4])
-        crop_rgb(pixels_C, width, box, out_VSS3[v].reshape(side * side * 3), scratch)
-
-
-def crop_picture(
-    picture_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
-) -> None:
-    """Write all views of a decoded picture; what lies behind it in memory is not looked at."""
-    height, width, _ = picture_HW3.shape
-    pixels_C = np.ascontiguousarray(picture_HW3).reshape(-1)
-    # The kernels look up to SLACK bytes past the last pixel of a box, which must be memory of ours.
-    if 3 * width < SLACK or (boxes_V5[:, 0] + boxes_V5[:, 2] >= height).any():
-        pixels_C = np.concatenate([pixels_C, np.zeros(SLACK, np.uint8)])
-    crop_views(pixels_C, width, boxes_V5, out_VSS3)
 
 
 @kernel
@@ -337,30 +280,28 @@ def crop_planes(
     out_C: NDArray[np.uint8],
     scratch: Scratch,
 ) -> None:
-    """Write one view of a picture that is decoded to Y, U and V, as JPEG stores it.
+    """Write one view of an image that is decoded to Y, U and V, as a JPEG stores it.
 
     Args:
         planes_C: memory that holds the three planes, with SLACK bytes behind them.
-        start_3: where each begins.
-        pitch_2: from one row to the next, of Y and of U and V.
-        size: height and width of the picture.
-        halved: whether U and V have half as many rows, and half as many columns (rounded up).
-        box: as for :func:`crop_rgb`.
+        start_3: index of each plane's first byte.
+        pitch_2: bytes from one row to the next, of Y and of the chroma.
+        size: height and width of the image.
+        halved: whether the chroma has half as many rows, and half as many columns (rounded up).
+        box: top, left, height, width in px, and 1 to flip; within the image.
         out_C: (S, S, 3) view, flat.
         scratch: of :func:`make_scratch`.
     """
-    height, width = size
-    top, left, box_height, box_width, mirrored = box
     side, num_bytes = len(scratch.rows.first_S), len(scratch.planes_C) // 3
-    fill_axis(scratch.rows, top, box_height, False)
-    fill_axis(scratch.columns, left, box_width, mirrored != 0)
+    fill_axis(scratch.rows, box[0], box[2], False)
+    fill_axis(scratch.columns, box[1], box[3], box[4] != 0)
     chroma_rows, chroma_columns = scratch.rows, scratch.columns
     if halved[0]:
         chroma_rows = scratch.chroma_rows
-        halve_axis(scratch.rows, (height + 1) // 2, chroma_rows)
+        halve_axis(scratch.rows, (size[0] + 1) // 2, chroma_rows)
     if halved[1]:
         chroma_columns = scratch.chroma_columns
-        halve_axis(scratch.columns, (width + 1) // 2, chroma_columns)
+        halve_axis(scratch.columns, (size[1] + 1) // 2, chroma_columns)
     strip_pitch = len(scratch.strip_C) // _ROWS
     for row in range(0, side, _ROWS):
         for c in range(3):
@@ -373,3 +314,58 @@ def crop_planes(
             _horizontal(scratch.turned_C, begin, 0, 1, columns, scratch.planes_C, c * num_bytes)
         _to_rgb(scratch.planes_C, num_bytes, scratch.bytes_C)
         _write_rows(scratch.bytes_C, num_bytes, side, row, scratch.block_C, out_C)
+
+
+@kernel
+def crop_rgb(
+    pixels_C: NDArray[np.uint8],
+    width: int,
+    box: tuple[int, int, int, int, int],
+    out_C: NDArray[np.uint8],
+    scratch: Scratch,
+) -> None:
+    """Write one view of an image of interleaved RGB.
+
+    Args:
+        pixels_C: (H, W, 3) pixels, flat, with SLACK bytes behind them.
+        width: W.
+        box: as for :func:`crop_planes`.
+        out_C: (S, S, 3) view, flat.
+        scratch: of :func:`make_scratch`.
+    """
+    side, size = len(scratch.rows.first_S), len(scratch.planes_C) // 3
+    fill_axis(scratch.rows, box[0], box[2], False)
+    fill_axis(scratch.columns, box[1], box[3], box[4] != 0)
+    begin, num = _span(scratch.columns)
+    pitch = len(scratch.strip_C) // _ROWS
+    for row in range(0, side, _ROWS):
+        _vertical(pixels_C, 3 * begin, 3 * width, 3 * num, scratch.rows, row, scratch.strip_C, pitch)
+        _turn(scratch.strip_C, pitch, 3 * num, scratch.turned_C)
+        for c in range(3):
+            _horizontal(scratch.turned_C, begin, c, 3, scratch.columns, scratch.planes_C, c * size)
+        _round(scratch.planes_C, size, scratch.bytes_C)
+        _write_rows(scratch.bytes_C, size, side, row, scratch.block_C, out_C)
+
+
+@kernel
+def _crop_views(
+    pixels_C: NDArray[np.uint8], width: int, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
+) -> None:
+    """Write all views of one image of interleaved RGB; arguments as of :func:`crop_rgb`."""
+    scratch = make_scratch(out_VSS3.shape[1], boxes_V5[:, 2:4].max() if boxes_V5.size else 1)
+    for v in range(len(boxes_V5)):
+        b = boxes_V5[v]
+        box = int(b[0]), int(b[1]), int(b[2]), int(b[3]), int(b[4])
+        crop_rgb(pixels_C, width, box, out_VSS3[v].reshape(-1), scratch)
+
+
+def crop_picture(
+    picture_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
+) -> None:
+    """Write all views of a decoded RGB image. Memory behind the image is not read."""
+    height, width, _ = picture_HW3.shape
+    pixels_C = np.ascontiguousarray(picture_HW3).reshape(-1)
+    # Copy the image where the kernels' reads of up to SLACK bytes past a box would leave its memory.
+    if 3 * width < SLACK or (boxes_V5[:, 0] + boxes_V5[:, 2] >= height).any():
+        pixels_C = np.concatenate([pixels_C, np.zeros(SLACK, np.uint8)])
+    _crop_views(pixels_C, width, boxes_V5, out_VSS3)

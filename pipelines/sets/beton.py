@@ -1,10 +1,11 @@
-"""The layout of FFCV's ``.beton`` files, version 2, and a reader that distrusts them.
+"""The layout of FFCV's ``.beton`` files, version 2, and a reader that checks them.
 
-A file is: header, one descriptor per field, the metadata of all samples, payloads, and at the very end
-the allocation table (sample, address, size). Addresses are absolute. FFCV's process cache reads whole pages,
-page p being the bytes [p · page_size, (p + 1) · page_size) of the file, so no payload straddles two pages.
-Two samples may share one payload. Files of our writer have the hash of their contents in the arguments of the
-field ``label``, of which FFCV makes no use (see :mod:`pipelines.sets.manifest`).
+A file consists of a header, one descriptor per field, the metadata of all samples, the payloads (the bytes of
+the images), and at the very end the allocation table (sample, address, size). Addresses are absolute. FFCV's
+process cache reads whole pages, where page p has the bytes [p · page_size, (p + 1) · page_size) of the file;
+so no payload crosses the border of two pages. Two samples may share one payload. Files of our writer have the
+hash of their contents in the arguments of the field ``label``, which FFCV does not use (see
+:mod:`pipelines.sets.manifest`).
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.sets.blocks import blocks
-from pipelines.sets.manifest import HASH_AT, HASH_BYTES, Manifest, Tier
+from pipelines.sets.manifest import HASH_AT, HASH_BYTES, Manifest, Tier, blocks
 
 VERSION = 2
-"""Of the layout; the first number of every file."""
+"""Version of the layout; the first number of every file."""
 HEADER_DTYPE = np.dtype(
     [
         ("version", "<u2"),
@@ -29,27 +29,27 @@ HEADER_DTYPE = np.dtype(
     ],
     align=True,
 )
-"""The first 24 bytes of a file. This and the next three are byte for byte the types of ``ffcv.types``."""
+"""The first 24 bytes of a file. This type and the next three equal those of ``ffcv.types`` byte for byte."""
 FIELD_DTYPE = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", (1024,))], align=True)
-"""The descriptor of a field: its type, its name padded with zeros, and what the type defines."""
-# Made apart from the record, whose alignment would otherwise be its own too.
+"""The descriptor of a field: type, name padded with zeros, and arguments that the type defines."""
+# A type of its own, because inside the record it would be aligned too.
 _IMAGE_DTYPE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 METADATA_DTYPE = np.dtype([("f0", _IMAGE_DTYPE), ("f1", "<i8")], align=True)
-"""The record of one sample: f0, the image, packed to 13 bytes, and f1, the label, from byte 16 on."""
+"""The record of one sample: f0, the image, packed to 13 bytes; f1, the label, at byte 16."""
 TABLE_DTYPE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 """An entry of the allocation table."""
 MODE_JPEG, MODE_RAW = 0, 1
 """Values of an image's ``mode``, as in ffcv.fields.rgb_image.IMAGE_MODES."""
 MODE_YUV420 = 2
-"""Our own mode: raw planes Y (H × W), U, V (each ceil(H/2) × ceil(W/2)) one after the other, uint8, rows
-without padding; JFIF's full-range BT.601, chroma sited as in JPEG. FFCV itself cannot read it."""
+"""A mode that FFCV does not have: planes Y (H × W), U, V (each ceil(H/2) × ceil(W/2)) one after the other,
+uint8, rows without padding; JFIF's full-range BT.601, chroma sited as in JPEG."""
 TIER_MODES: dict[Tier, int] = {"jpeg": MODE_JPEG, "yuv420": MODE_YUV420, "raw": MODE_RAW}
-"""The mode of every picture of a tier."""
+"""The mode of all images of a tier."""
 TYPE_INT, TYPE_IMAGE = 1, 2
 """Field type numbers, as in ffcv.types.TYPE_ID_HANDLER."""
 TYPE_PLANES = 255
-"""Field type of an image stored in MODE_YUV420. It is FFCV's number of a custom field, which its own reader
-refuses without a handler; under TYPE_IMAGE it would take planes for pixels and read past their end."""
+"""Field type of images stored in MODE_YUV420. It is FFCV's number of a custom field, which FFCV's reader
+refuses without a handler. With TYPE_IMAGE it would take planes for pixels and read past their end."""
 MAX_SIDE_PX = 65_535
 """Width and height are stored in 16 bits."""
 _AGAIN = "convert it again"
@@ -61,7 +61,7 @@ _Integers = TypeVar("_Integers", int, npt.NDArray[np.uint64])
 
 @dataclass(frozen=True)
 class BetonFile:
-    """An opened set of the fields ``image`` and ``label``; N samples."""
+    """An opened file with the fields ``image`` and ``label``; N samples."""
 
     path: Path
     data: npt.NDArray[np.uint8]
@@ -72,9 +72,9 @@ class BetonFile:
     pointers: npt.NDArray[np.uint64]
     """(N,) addresses of the payloads in ``data``; a strided, unaligned view of ``metadata``."""
     sizes: npt.NDArray[np.uint64]
-    """(N,) payload sizes in bytes; a strided view of the file where its table is in sample order."""
+    """(N,) payload sizes in bytes; a strided view of the file if its table is in sample order."""
     sha256: str
-    """The hash of the contents, see Manifest, as the file itself has it; "" where it has none."""
+    """The hash of the contents as the file records it, see Manifest; "" if it records none."""
 
     def __len__(self) -> int:
         return len(self.metadata)
@@ -85,25 +85,28 @@ class BetonFile:
         return self.metadata["f1"]
 
     def payload(self, index: int) -> npt.NDArray[np.uint8]:
-        """Return the stored bytes of one picture, without a copy."""
+        """The stored bytes of one image, without a copy."""
         start = int(self.pointers[index])
         return self.data[start : start + int(self.sizes[index])]
 
 
 def pixel_bytes(mode: int, width: _Integers, height: _Integers) -> _Integers:
-    """Return the payload size of a picture stored as pixels (MODE_RAW) or as planes (MODE_YUV420)."""
+    """The payload size of an image stored as pixels (MODE_RAW) or as planes (MODE_YUV420)."""
     if mode == MODE_RAW:
         return 3 * width * height
     return width * height + 2 * ((width + 1) // 2) * ((height + 1) // 2)
 
 
 def open_beton(path: str | Path) -> BetonFile:
-    """Map a compiled set and check everything but the pictures.
+    """Map a compiled set and check everything but the images.
 
-    Takes time linear in the number of samples, and next to no memory but the mapped index, for files of our
-    writer; other writers' tables, whose order is arbitrary, are sorted.
-    Raises FileNotFoundError where there is no file, and ValueError naming the file and what is wrong with it:
-    too short, another version, other fields, a table or an address outside the file, a payload across a page.
+    For files of our writer this takes time linear in the number of samples and almost no memory besides the
+    mapped index. The tables of other writers have any order and are sorted.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is too short, has another version or other fields, a table or an address
+            outside the file, or a payload that crosses pages.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,7 +155,7 @@ def _check_header(path: Path, header: Any, size: int) -> None:
 
 
 def _metadata(path: Path, data: Any, header: Any) -> tuple[npt.NDArray[np.void], tuple[int, ...]]:
-    """Return the records and the modes that the type of the field ``image`` allows."""
+    """The records, and the modes that the type of the field ``image`` allows."""
     start = HEADER_DTYPE.itemsize
     num_fields, count = int(header["num_fields"]), int(header["num_samples"])
     stop = start + num_fields * FIELD_DTYPE.itemsize
@@ -175,7 +178,7 @@ def _metadata(path: Path, data: Any, header: Any) -> tuple[npt.NDArray[np.void],
 
 
 def _in_sample_order(pointers: npt.NDArray[np.uint64], table: npt.NDArray[np.void]) -> bool:
-    """Is entry i of the table that of sample i? So our writer leaves it."""
+    """Whether entry i of the table belongs to sample i, as in files of our writer."""
     return len(table) == len(pointers) and all(
         np.array_equal(table["sample_id"][rows], np.arange(rows.start, rows.stop, dtype=np.uint64))
         and np.array_equal(table["ptr"][rows], pointers[rows])
@@ -186,7 +189,7 @@ def _in_sample_order(pointers: npt.NDArray[np.uint64], table: npt.NDArray[np.voi
 def _sizes_by_address(
     path: Path, pointers: npt.NDArray[np.uint64], table: npt.NDArray[np.void]
 ) -> npt.NDArray[np.uint64]:
-    """Return the payload size of each sample from a table in any order; every address must be in it."""
+    """(N,) payload sizes from a table in any order, which must have every address."""
     order = np.argsort(table["ptr"], kind="stable")
     starts, sizes = table["ptr"][order], table["size"][order]
     found = np.searchsorted(starts, pointers)
@@ -196,14 +199,14 @@ def _sizes_by_address(
     if not known.all():
         index = int(np.argmin(known))
         raise ValueError(
-            f"{path}: picture {index} at byte {pointers[index]} is not in the allocation table; {_AGAIN}"
+            f"{path}: image {index} at byte {pointers[index]} is not in the allocation table; {_AGAIN}"
         )
     size: npt.NDArray[np.uint64] = sizes[found] if len(sizes) else np.zeros(0, np.uint64)
     return size
 
 
 def _check_sizes(path: Path, first: int, image: Any, size: Any, modes: tuple[int, ...]) -> None:
-    """Raise ValueError where a picture's mode is none of ``modes`` or does not give its size."""
+    """Raise ValueError if an image has a mode that is not in ``modes``, or a size that its mode excludes."""
     width, height = image["width"].astype(np.uint64), image["height"].astype(np.uint64)
     fits = np.zeros(len(size), bool)
     for mode in modes:
@@ -213,39 +216,40 @@ def _check_sizes(path: Path, first: int, image: Any, size: Any, modes: tuple[int
     if not fits.all():
         index = int(np.argmin(fits))
         raise ValueError(
-            f"{path}: picture {first + index} of {width[index]} × {height[index]} px, mode "
+            f"{path}: image {first + index} of {width[index]} × {height[index]} px, mode "
             f"{image['mode'][index]}, cannot have {size[index]} bytes; {_AGAIN}"
         )
 
 
 def _check_places(path: Path, first: int, pointers: Any, size: Any, page: int, table_at: int) -> None:
-    """Raise ValueError where a payload reaches out of the file's payloads or across a page."""
+    """Raise ValueError if a payload lies outside the file's payloads or crosses pages."""
     stop = pointers + size
     bad = (stop > table_at) | (stop < pointers) | (pointers // page != (stop - 1) // page)
     if bad.any():
         index = int(np.argmax(bad))
         raise ValueError(
-            f"{path}: picture {first + index} lies at bytes {pointers[index]} … {stop[index]}, outside the "
+            f"{path}: image {first + index} lies at bytes {pointers[index]} … {stop[index]}, outside the "
             f"payloads (end at {table_at}) or across a page of {page} bytes; {_AGAIN}"
         )
 
 
 def matching_manifest(beton: BetonFile) -> Manifest | None:
-    """Return the manifest beside an opened set, None for a file made elsewhere.
+    """The manifest of an opened set, None if it has none.
 
-    Raises ValueError where it promises another number of pictures or bytes than the file has, or others.
+    Raises:
+        ValueError: if the manifest has another number of images or bytes than the file, or another hash.
     """
     manifest = Manifest.read(beton.path)
     if manifest is None:
         return None
     if (manifest.count, manifest.num_bytes) != (len(beton), len(beton.data)):
         raise ValueError(
-            f"{beton.path} has {len(beton)} pictures in {len(beton.data)} bytes, its manifest promises "
-            f"{manifest.count} in {manifest.num_bytes}: one of the two is of another conversion; {_AGAIN}"
+            f"{beton.path} has {len(beton)} images in {len(beton.data)} bytes, its manifest says "
+            f"{manifest.count} in {manifest.num_bytes}: one of the two is from another conversion; {_AGAIN}"
         )
     if beton.sha256 not in ("", manifest.sha256):
         raise ValueError(
-            f"{beton.path} has contents of the hash {beton.sha256[:16]}…, its manifest promises "
-            f"{manifest.sha256[:16]}…: one of the two is of another conversion; {_AGAIN}"
+            f"{beton.path} has contents of the hash {beton.sha256[:16]}…, its manifest says "
+            f"{manifest.sha256[:16]}…: one of the two is from another conversion; {_AGAIN}"
         )
     return manifest

@@ -1,52 +1,204 @@
-"""The ``folder`` backend: pictures straight from a folder through PIL and torchvision.
+"""Image files in folders: one folder per class, or one flat folder, always in the same order.
 
-The reference that every other backend is held against, and the way to start without converting anything.
-Class folders become labels; a flat folder has none. Nothing is kept per picture but its name. What PIL reads
-is taken for whole: a JPEG damaged inside its coded data gives pixels without a word; converting finds it out.
+All file names are kept in one string and their ends in one array, so that a hundred million images fit into
+memory.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.transforms.functional import InterpolationMode, hflip, resized_crop
 
-from pipelines.decode.pillow import read_rgb, read_size
-from pipelines.sets.listing import FolderListing
+from pipelines.decode.pillow import read_size
+from pipelines.sets import Encoded
+from pipelines.sets.beton import MODE_JPEG
 
-
-@dataclass(frozen=True)
-class _Files:
-    """The contents of some files; see :class:`pipelines.decode.decoder.Fetched`."""
-
-    index_N: NDArray[np.int64]
-    size_N2: NDArray[np.int64]
-    contents: list[bytes]
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""Compared in lower case."""
+NO_LABEL = -1
+_MAX_REASONS = 20
+"""Suffixes of ignored files that are counted separately."""
+SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
 
-class FolderEngine:
-    """Views from picture files by PIL's decoder and torchvision's ``resized_crop``."""
+class PassedOver(Counter[str]):
+    """Reason → number of files of a source that are not listed as images, or parts that cannot be read."""
 
-    name = "folder"
+    def count_file(self, name: str) -> None:
+        """Count a file by the suffix of its name."""
+        suffix = "hidden file" if name.startswith(".") else Path(name).suffix.lower() or "no suffix"
+        known = f"ignored: {suffix}" in self or len(self) < _MAX_REASONS
+        self[f"ignored: {suffix}" if known else "ignored: other suffixes"] += 1
+
+    def count_damage(self, sentence: str) -> None:
+        """Count a place from which on a source cannot be read; ``sentence`` describes it."""
+        self[f"damaged: {sentence}"] += 1
+
+
+class PictureList:
+    """Names and labels of images, in order, without a Python object per image."""
+
+    def __init__(
+        self, root: Path, classes: Sequence[str] = (), passed_over: PassedOver | None = None
+    ) -> None:
+        """Start empty; ``classes`` are the names of the labels."""
+        self.root = root
+        self.passed_over = PassedOver() if passed_over is None else passed_over
+        self._classes = tuple(classes)
+        self._labels = np.zeros(0, np.int64)
+        # The relative paths of all images in one string, and the end of each in it.
+        self._blob = bytearray()
+        self._stops = np.zeros(0, np.uint64)
+        self._stops_by_folder: list[NDArray[np.uint64]] = []
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the class folders; empty for a flat folder."""
+        return self._classes
+
+    def __len__(self) -> int:
+        return len(self._stops)
+
+    def path(self, index: int) -> str:
+        """The path of image ``index`` relative to the root."""
+        start = int(self._stops[index - 1]) if index else 0
+        return os.fsdecode(bytes(self._blob[start : int(self._stops[index])]))
+
+    def fingerprint(self) -> str:
+        """A hash of all paths and labels."""
+        hasher = hashlib.sha256(self._blob)
+        hasher.update(np.ascontiguousarray(self._labels).data)
+        return hasher.hexdigest()
+
+    def label(self, index: int) -> int:
+        """The class number of image ``index``, −1 without classes."""
+        return int(self._labels[index])
+
+    def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) class numbers, −1 without classes."""
+        labels_N: NDArray[np.int64] = self._labels[index_N]
+        return labels_N
+
+    def _add(self, prefix: str, names: Sequence[str]) -> int:
+        """Append the paths ``prefix + name``; return their number."""
+        if not names:
+            return 0
+        encoded = [os.fsencode(prefix + name) for name in names]
+        stops = np.cumsum([len(path) for path in encoded]).astype(np.uint64) + np.uint64(len(self._blob))
+        self._stops_by_folder.append(stops)
+        self._blob += b"".join(encoded)
+        return len(names)
+
+    def _close(self, labels: NDArray[np.int64]) -> None:
+        """Complete the list with one label for each path."""
+        self._stops = np.concatenate([self._stops, *self._stops_by_folder])
+        self._stops_by_folder.clear()
+        assert len(labels) == len(self._stops)
+        self._labels = labels
+
+
+class FolderListing(PictureList):
+    """Image files in folders: one folder per class, or one flat folder of unlabelled images.
+
+    Classes are the sub-folders that hold images at any depth, sorted by name. Within a class, files are
+    sorted, and the files of a folder come before those of its sub-folders. Names that start with a dot are
+    ignored. A root with images both in itself and in sub-folders is an error, because the labels of the
+    former are unknown. So is a root in which all sub-folders are splits (train, val, …). With
+    ``labelled=False`` everything below ``root`` is one unlabelled set.
+    """
+
+    def __init__(self, root: str | Path, *, labelled: bool = True) -> None:
+        """List ``root``. Raises ValueError if it holds no usable images."""
+        super().__init__(Path(root))
+        if not self.root.is_dir():
+            problem = "is a file, not a folder" if self.root.exists() else "does not exist"
+            raise ValueError(
+                f"the source folder {self.root} {problem}; give the folder that holds the images"
+            )
+        per_class = self._list_classes() if labelled else self._list_flat()
+        labels = np.array([label for label, _ in per_class], np.int64)
+        self._close(np.repeat(labels, [count for _, count in per_class]))
+        if not len(self._stops):
+            raise ValueError(
+                f"no images in {self.root}: looked for {' '.join(PICTURE_SUFFIXES)} there and in its "
+                "sub-folders; give the parent of the class folders, or a flat folder of images"
+            )
+
+    def _list_flat(self) -> list[tuple[int, int]]:
+        return [(NO_LABEL, self._walk(self.root, "", ()))]
+
+    def _list_classes(self) -> list[tuple[int, int]]:
+        """Fill the list of files; return (label, count) of each class in order."""
+        loose, folders = self._entries(self.root)
+        loose_count = self._add("", loose)
+        found = [(name, count) for name in folders if (count := self._walk(self.root / name, name + "/", ()))]
+        if loose_count and found:
+            raise ValueError(
+                f"{self.root} holds {loose_count} images itself (first: {loose[0]}) and {len(found)} "
+                f"sub-folders with images (first: {found[0][0]}); move the loose images into a class folder, "
+                "or convert with --no-labels to make one unlabelled set of all"
+            )
+        if found and {name.lower() for name, _ in found} <= SPLIT_NAMES:
+            names = ", ".join(name for name, _ in found)
+            raise ValueError(
+                f"the sub-folders of {self.root} are splits, not classes ({names}); give one of them, such "
+                f"as {self.root / found[0][0]}, or convert with --no-labels to make one unlabelled set of all"
+            )
+        self._classes = tuple(name for name, _ in found)
+        return (
+            [(NO_LABEL, loose_count)] if loose_count else [(i, count) for i, (_, count) in enumerate(found)]
+        )
+
+    def _walk(self, folder: Path, prefix: str, parents: tuple[tuple[int, int], ...]) -> int:
+        """Add all images below ``folder``; ``parents`` identify its parents, to stop at circular links."""
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in parents:
+            return 0
+        files, folders = self._entries(folder)
+        count = self._add(prefix, files)
+        return count + sum(self._walk(folder / f, f"{prefix}{f}/", (*parents, identity)) for f in folders)
+
+    def _entries(self, folder: Path) -> tuple[list[str], list[str]]:
+        """The sorted names of the images and of the sub-folders of ``folder``; other files are counted."""
+        files, folders = [], []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                hidden = entry.name.startswith(".")
+                if entry.is_dir():
+                    if not hidden:
+                        folders.append(entry.name)
+                elif not hidden and entry.name.lower().endswith(PICTURE_SUFFIXES):
+                    files.append(entry.name)
+                else:
+                    self.passed_over.count_file(entry.name)
+        return sorted(files), sorted(folders)
+
+
+class FolderSet:
+    """A folder of image files as a set; its images are named by their paths below the folder."""
+
     reads_ahead = True
 
     def __init__(self, path: Path) -> None:
-        """List the folder.
-
-        Raises:
-            ValueError: if there is no such folder or it holds no pictures.
-        """
+        """List the folder. Raises ValueError if it does not exist or holds no images."""
         self._listing = FolderListing(path)
-        self.count, self.classes = len(self._listing), self._listing.classes
+        self.path, self.count, self.classes = path, len(self._listing), self._listing.classes
         self.fingerprint = self._listing.fingerprint()
+
+    def modes(self) -> tuple[int, ...]:
+        """Files are encoded images."""
+        return (MODE_JPEG,)
 
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) labels, −1 where the folder has no classes."""
         return self._listing.labels(index_N)
 
-    def picture_name(self, index: int) -> str:
+    def name(self, index: int) -> str:
         """The file's path below the folder."""
         return self._listing.path(index)
 
@@ -54,38 +206,17 @@ class FolderEngine:
         """The files' paths below the folder, in order."""
         return map(self._listing.path, range(self.count))
 
-    def picture(self, index: int) -> NDArray[np.uint8] | None:
-        """(H, W, 3) the whole picture, upright; None where it cannot be decoded."""
-        image = read_rgb(self._contents(index))
-        return None if image is None else np.asarray(image)
+    def fetch(self, index_N: NDArray[np.int64]) -> Encoded:
+        """Read the files. A file that is missing or forbidden is empty, and so cannot be decoded."""
+        contents = [self._read(index) for index in index_N.tolist()]
+        size_N2 = np.array([read_size(content) or (1, 1) for content in contents], np.int64).reshape(-1, 2)
+        num_bytes_N = np.array([len(content) for content in contents], np.int64)
+        mode_N = np.full(len(index_N), MODE_JPEG, np.uint8)
+        encoded = Encoded.empty(index_N, size_N2, mode_N, num_bytes_N)
+        return encoded.fill([np.frombuffer(content, np.uint8) for content in contents])
 
-    def _contents(self, index: int) -> bytes:
-        """The file's bytes; none where it is gone or forbidden, which is a picture that cannot be decoded."""
+    def _read(self, index: int) -> bytes:
         try:
-            return (self._listing.root / self._listing.path(index)).read_bytes()
+            return (self.path / self._listing.path(index)).read_bytes()
         except (FileNotFoundError, PermissionError):
             return b""
-
-    def fetch(self, index_N: NDArray[np.int64]) -> _Files:
-        """Read the files."""
-        contents = [self._contents(index) for index in index_N.tolist()]
-        sizes = [read_size(content) or (1, 1) for content in contents]
-        return _Files(index_N, np.array(sizes, np.int64).reshape(-1, 2), contents)
-
-    def crop(
-        self, fetched: _Files, boxes_NV5: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
-    ) -> NDArray[np.bool_]:
-        """Decode each picture once and write its crops; see :class:`pipelines.decode.decoder.Engine`."""
-        sound = map(self._crop, fetched.contents, boxes_NV5, out_NVSS3)
-        return np.fromiter(sound, np.bool_, len(fetched.contents))
-
-    def _crop(self, content: bytes, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
-        image = read_rgb(content)
-        if image is None:
-            return False
-        size = list(out_VSS3.shape[1:3])
-        for box, out_SS3 in zip(boxes_V5, out_VSS3, strict=True):
-            top, left, height, width, mirrored = (int(x) for x in box)
-            view = resized_crop(image, top, left, height, width, size, InterpolationMode.BILINEAR)
-            out_SS3[...] = hflip(view) if mirrored else view
-        return True

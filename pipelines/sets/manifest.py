@@ -1,4 +1,4 @@
-"""What stands beside a compiled set: ``X.json``, how it was made; ``X.paths``, where pictures came from."""
+"""The side files of a compiled set: ``X.json``, how it was made; ``X.paths``, the sources of its images."""
 
 import contextlib
 import dataclasses
@@ -13,54 +13,62 @@ from typing import Any, Literal, get_args
 
 VERSION = 1
 SKIPPED_NAME = "skipped.txt"
-"""The list of pictures left out, in a folder of shards."""
+"""The list of images that were left out, in a folder of shards."""
 PENDING = ".next"
-"""Added to the names of a new set's side files until the set itself has taken the place of the old one."""
+"""Suffix of a new set's side files until the set itself has replaced the old one."""
 HASH_BYTES, HASH_AT = 64, 24 + 1041 + 17
-"""Where a .beton file of ours has the hash of its contents, as in its manifest: at the beginning of the
-arguments of its second field, label, of which FFCV makes no use."""
+"""Position of the hash of the contents in a .beton file of ours, the same hash as in its manifest: at the
+beginning of the arguments of the second field, label, which FFCV does not use."""
 Tier = Literal["jpeg", "yuv420", "raw"]
-"""In what form pictures are stored: JPEG files, planes Y, U, V at 4:2:0, or (H, W, 3) uint8 pixels."""
+"""How images are stored: as JPEG files, planes Y, U, V at 4:2:0, or (H, W, 3) uint8 pixels."""
 TIERS: tuple[Tier, ...] = get_args(Tier)
+_BLOCK = 1 << 18
+"""Entries of an index that are checked at a time."""
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Slices that cover ``range(count)``: checks need memory for one block, not for the whole index."""
+    for start in range(0, count, _BLOCK):
+        yield slice(start, min(start + _BLOCK, count))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a set that has several."""
+    """One tar file of a set."""
 
     name: str
-    """Its name within the set's folder."""
+    """File name in the set's folder."""
     count: int
-    """Number of pictures."""
+    """Number of images."""
     num_bytes: int
-    """Its size."""
+    """File size."""
     sha256: str
     """Hash of the whole file."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts of one compiled set, kept as JSON beside it, or in its folder where it is one."""
+    """Describes one compiled set. Stored as JSON next to a file, or inside a folder of shards."""
 
     tier: str
     """One of TIERS."""
     count: int
-    """Number of pictures."""
+    """Number of images."""
     num_bytes: int
-    """Size of the compiled file, or of all shards."""
+    """Size of the compiled file, or of all shards together."""
     sha256: str
-    """Of a file: hash of all payloads in order, then of the mode, width, height and label columns (see
+    """Of a file: hash of all images' bytes in order, then of the columns mode, width, height and label (see
     BetonWriter). Of shards: hash of their hashes in order, 64 digits each, then of the index's records."""
     source: str
-    """Name of what it was made from; a name, not a path of one machine."""
+    """Name of the source; a name, not a path of one machine."""
     classes: tuple[str, ...] = ()
-    """Class names in the order of their labels; empty where the pictures carry none."""
+    """Class names in the order of their labels; empty if the images have no labels."""
     replaced: Mapping[str, int] = field(default_factory=dict)
-    """Reason → number of pictures that were left out ("skipped: …") or encoded anew ("transcoded: …"), of
-    files that are no pictures ("ignored: …"), and of places where a source could not be read on
+    """Reason → number of images that were left out ("skipped: …") or encoded again ("transcoded: …"), of
+    files that are not images ("ignored: …"), and of places after which a source could not be read
     ("damaged: …")."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The options it was made with."""
+    """The options of the conversion."""
     format: str = "beton"
     """beton, one file, or shards, a folder of tars."""
     shards: tuple[Shard, ...] = ()
@@ -89,9 +97,10 @@ class Manifest:
 
     @staticmethod
     def read(path: str | Path) -> "Manifest | None":
-        """Return the manifest of the set at ``path``, or None where there is none.
+        """The manifest of the set at ``path``, or None if there is none.
 
-        Raises ValueError, naming the file, where it is not JSON or its keys or types are not ours.
+        Raises:
+            ValueError: if the file is not JSON, or its keys or types are not those of a manifest.
         """
         target = in_force(path, manifest_path(path))
         try:
@@ -108,18 +117,18 @@ class Manifest:
 
 
 def manifest_path(path: str | Path) -> Path:
-    """Return the path of the manifest of a set: beside a file, within a folder of shards."""
+    """The path of a set's manifest: next to a file, or inside a folder of shards."""
     path = Path(path)
     return path / "set.json" if path.is_dir() else path.with_suffix(".json")
 
 
 def paths_path(beton_path: str | Path) -> Path:
-    """Return the path of the list of source paths that belongs to ``beton_path``."""
+    """The path of the list of source paths of ``beton_path``."""
     return Path(beton_path).with_suffix(".paths")
 
 
 def skipped_path(path: str | Path) -> Path:
-    """Return the path of the list of pictures left out of a set: beside a file, within a folder of shards."""
+    """The path of the list of left-out images: next to a file, or inside a folder of shards."""
     path = Path(path)
     return path / SKIPPED_NAME if path.is_dir() else path.with_suffix(".skipped.txt")
 
@@ -134,12 +143,12 @@ def of_kind(kind: str, replaced: Mapping[str, int]) -> dict[str, int]:
 
 
 def pending_path(side_file: Path) -> Path:
-    """The name of a side file of a set that is about to take the place of another."""
+    """The name of a side file while its set is about to replace another."""
     return side_file.with_name(side_file.name + PENDING)
 
 
 def in_force(path: str | Path, side_file: Path) -> Path:
-    """The side file that belongs to the set at ``path``: ``side_file``, or the pending one of that name.
+    """The side file that is valid for the set at ``path``: ``side_file``, or the pending one of that name.
 
     If a process was killed after renaming the set and before renaming its side files, the pending ones are
     valid. The manifest is renamed last.
@@ -161,12 +170,12 @@ def in_force(path: str | Path, side_file: Path) -> Path:
 
 
 def verify_hint(path: str | Path = "SET") -> str:
-    """The command that finds out what is wrong with a compiled set."""
+    """Advice on a compiled set that seems damaged."""
     return f"see what is whole with `python -m dataset_tools verify {path}`"
 
 
 def _from_json(content: Any, file: Path) -> Manifest:
-    """Build a manifest of parsed JSON; every surprise is a ValueError naming ``file``."""
+    """A manifest from parsed JSON. Raises ValueError, which names ``file``, for anything unexpected."""
     if not isinstance(content, dict):
         raise ValueError(
             f"{file} holds a {type(content).__name__}, a manifest is an object; compile the set again"
@@ -204,7 +213,7 @@ def _from_json(content: Any, file: Path) -> Manifest:
 
 
 def _shard(content: Any, file: Path) -> Shard:
-    """Build one shard of parsed JSON. Its name must be that of a file in the set's own folder."""
+    """A shard from parsed JSON. Its name must be that of a file in the set's own folder."""
     kinds: dict[str, type] = {"name": str, "count": int, "num_bytes": int, "sha256": str}
     if not isinstance(content, dict) or set(content) != set(kinds):
         raise ValueError(f"{file}: a shard is {content!r}, expected {sorted(kinds)}; compile the set again")
@@ -218,21 +227,21 @@ def _shard(content: Any, file: Path) -> Shard:
     return Shard(**content)
 
 
-# A file name may hold a newline; on its line in X.paths it must not.
+# File names may contain line breaks, lines of X.paths may not.
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
 
 
 def source_path_line(path: str) -> bytes:
-    r"""Return the line of ``X.paths`` for a relative source path; line breaks and ``\`` are escaped."""
+    r"""The line of ``X.paths`` for a relative source path; line breaks and ``\`` are escaped."""
     escaped = re.sub(r"[\\\n\r]", lambda match: _ESCAPES[match.group()], path)
     return os.fsencode(escaped) + b"\n"
 
 
 def read_source_path(beton_path: str | Path, index: int) -> str | None:
-    """Return where picture ``index`` came from, relative to its source; None where that is not recorded.
+    """The path of an image relative to its source; None if it is not recorded.
 
-    Reads ``X.paths`` line by line up to the one asked for: cheap in memory, meant for reports, not for loops.
+    Reads ``X.paths`` line by line up to this image: it needs little memory, but is too slow for loops.
     """
     if index < 0:
         return None
@@ -245,9 +254,14 @@ def read_source_path(beton_path: str | Path, index: int) -> str | None:
 
 
 def read_source_paths(beton_path: str | Path, count: int) -> Iterator[str]:
-    """Where each of ``count`` pictures came from, in order, read line by line.
+    """The paths of all images relative to their source, in order, read line by line.
 
-    Raises ValueError, naming ``X.paths``, where it is missing or has another number of lines.
+    Args:
+        beton_path: the set.
+        count: number of its images.
+
+    Raises:
+        ValueError: if ``X.paths`` is missing or has another number of lines.
     """
     paths, lines = in_force(beton_path, paths_path(beton_path)), 0
     with contextlib.suppress(FileNotFoundError), paths.open("rb") as file:
@@ -256,8 +270,8 @@ def read_source_paths(beton_path: str | Path, count: int) -> Iterator[str]:
             yield _source_path(line)
     if lines != count:
         raise ValueError(
-            f"{paths} names {lines} of the {count} pictures of {beton_path}; copy it there beside the set, "
-            "or compile the set again"
+            f"{paths} names {lines} of the {count} images of {beton_path}; copy the right file there, or "
+            "compile the set again"
         )
 
 

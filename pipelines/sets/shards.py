@@ -1,15 +1,15 @@
-"""A set of WebDataset shards: tar files, their DALI index files, and one index over all pictures.
+"""A set of WebDataset shards: tar files, their DALI index files, and one index of all images.
 
     photographs.shards/
         set.json       the manifest: classes, settings, and of each shard its count, size and hash
-        index.npy      (N,) records of INDEX_DTYPE; where picture i lies, its label and size
-        000000.tar     pictures and labels in the order in which they lie on the disk
+        index.npy      (N,) records of INDEX_DTYPE: position, label and size of image i
+        000000.tar     images and labels in the order of the tar
         000000.idx     the same for DALI's own reader: text, v1.2 of its wds2idx (v1.1,
-                       without names, where names have white space, at which DALI would split them)
+                       without names, if a name has white space, at which DALI would split it)
 
-In a set compiled here picture i is the i-th of its source, while shards hold them shuffled: so the same
-source has the same indices, and with them the same views, in a ``.beton`` file. In shards that were there
-before, and are only indexed, picture i is the i-th on the disk.
+In a set that was compiled here, image i is the i-th of its source, although the shards hold the images
+shuffled. So the same source has the same indices, and thus the same views, in a ``.beton`` file. In existing
+shards that were only indexed, image i is the i-th on the disk.
 """
 
 import contextlib
@@ -22,32 +22,31 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.sets.blocks import blocks
-from pipelines.sets.manifest import Manifest, Shard, manifest_path, verify_hint
+from pipelines.sets.manifest import Manifest, Shard, blocks, manifest_path, verify_hint
 
 INDEX_NAME = "index.npy"
 PENDING_INDEX_NAME = "index.npy.next"
-"""The index of a set that is about to take the place of another in the same folder."""
+"""The index of a set while it is about to replace another in the same folder."""
 PLAN_NAME = "convert.json"
-"""What a conversion has set out to make; gone once the set is complete."""
+"""The plan of a conversion; deleted once the set is complete."""
 INDEX_DTYPE = np.dtype(
     [
-        ("offset", "<u8"),  # of the picture's first byte in its tar
+        ("offset", "<u8"),  # of the image's first byte in its tar
         ("num_bytes", "<u4"),
         ("shard", "<u4"),  # position in the manifest's shards
-        ("label", "<i4"),  # −1 where there is none
-        ("width", "<u2"),  # of the picture as it is to be seen, by its EXIF tag
+        ("label", "<i4"),  # −1 if there is none
+        ("width", "<u2"),  # of the upright image, by its EXIF tag
         ("height", "<u2"),
     ]
 )
 DALI_INDEX_VERSION = "v1.2"
 TAR_BLOCK = 512
-"""Everything in a tar begins at a multiple of so many bytes."""
+"""Entries of a tar start at multiples of this many bytes."""
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened set of shards; N pictures."""
+    """An opened set of shards; N images."""
 
     path: Path
     """The folder."""
@@ -60,7 +59,7 @@ class ShardSet:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """The tar files in the order that the index counts them in."""
+        """The tar files, in the order of their numbers in the index."""
         return self.manifest.shards
 
     def tar_path(self, shard: int) -> Path:
@@ -68,43 +67,42 @@ class ShardSet:
         return self.path / self.shards[shard].name
 
     def payload(self, index: int) -> NDArray[np.uint8]:
-        """Read the stored bytes of one picture. Raises OSError, naming the tar, where it ends before."""
+        """Read the stored bytes of one image. Raises OSError if the tar ends within it."""
         record = self.index[index]
         tar, num_bytes = self.tar_path(int(record["shard"])), int(record["num_bytes"])
         with tar.open("rb") as file:
             file.seek(int(record["offset"]))
             content = file.read(num_bytes)
         if len(content) < num_bytes:
-            raise OSError(f"{tar} ends within picture {index}; {verify_hint(self.path)}")
+            raise OSError(f"{tar} ends within image {index}; {verify_hint(self.path)}")
         return np.frombuffer(content, np.uint8)
 
     def member_name(self, index: int) -> str | None:
-        """The picture's name in its tar, by DALI's index file; None where that does not tell.
+        """An image's name in its tar, by DALI's index file; None if that has no names.
 
-        Reads the index file up to the picture: meant for reports, not for loops.
+        Reads the index file up to the image, which is too slow for loops.
         """
         record = self.index[index]
         members = self._members(int(record["shard"]))
         return next((name for offset, name in members if offset == record["offset"]), None)
 
     def member_names(self) -> Iterator[str]:
-        """The pictures' names in their tars, in order; one tar's names are held at a time.
+        """The images' names in their tars, in order; the names of one tar at a time are in memory.
 
-        Raises ValueError, naming the tar, where DALI's index file is missing or lacks one.
+        Raises:
+            ValueError: if DALI's index file of a tar is missing or lacks a name.
         """
-        held, names = -1, dict[int, str]()
+        current, names = -1, dict[int, str]()
         for shard, offset in zip(self.index["shard"], self.index["offset"], strict=True):
-            if shard != held:
-                held, names = int(shard), dict(self._members(int(shard)))
+            if shard != current:
+                current, names = int(shard), dict(self._members(int(shard)))
             if int(offset) not in names:
-                tar = self.tar_path(held)
-                raise ValueError(
-                    f"{dali_index_path(tar)} does not name all pictures; {index_hint(self.path)}"
-                )
+                tar = self.tar_path(current)
+                raise ValueError(f"{dali_index_path(tar)} does not name all images; {index_hint(self.path)}")
             yield names[int(offset)]
 
     def _members(self, shard: int) -> Iterator[tuple[int, str]]:
-        """Offset and name of each member of a tar, as far as DALI's index file tells."""
+        """Offset and name of each member of a tar that DALI's index file lists."""
         try:
             with dali_index_path(self.tar_path(shard)).open("rb") as file:
                 if not next(file, b"").startswith(DALI_INDEX_VERSION.encode()):
@@ -118,27 +116,27 @@ class ShardSet:
 
 
 def is_shard_set(path: str | Path) -> bool:
-    """Is this the folder of a set of shards, indexed?"""
+    """Whether this is a folder of indexed shards."""
     return Path(path).is_dir() and manifest_path(path).is_file()
 
 
 def set_aside(folder: Path) -> Path:
-    """Where a set is for a moment while another takes its name, on file systems that cannot exchange two."""
+    """The temporary name of a set that is being replaced, on file systems that cannot exchange two names."""
     return folder.with_name(f".{folder.name}.maskmix-old")
 
 
 def dali_index_path(tar: str | Path) -> Path:
-    """Where DALI's index of a tar lies."""
+    """The path of DALI's index of a tar."""
     return Path(tar).with_suffix(".idx")
 
 
 def index_hint(path: str | Path) -> str:
-    """The command that makes the index of shards anew."""
+    """Advice to index the shards again, with the command."""
     return f"index the shards with `python -m dataset_tools index {path}`"
 
 
 def set_digest(shards: Sequence[Shard], index: NDArray[np.void]) -> str:
-    """The hash of a set, as in its manifest: of the tars' hashes in order, then of the index's records."""
+    """The hash of a set as in its manifest: of the tars' hashes in order, then of the index's records."""
     hasher = hashlib.sha256("".join(shard.sha256 for shard in shards).encode("ascii"))
     for rows in blocks(len(index)):
         hasher.update(np.ascontiguousarray(index[rows]).view(np.uint8).data)
@@ -146,7 +144,7 @@ def set_digest(shards: Sequence[Shard], index: NDArray[np.void]) -> str:
 
 
 def pictures_on_disk(shards: Sequence[Shard], index: NDArray[np.void]) -> list[NDArray[np.int64]]:
-    """Of each shard the positions in the set of its pictures, as they follow each other in the tar."""
+    """For each shard, the positions in the set of its images in the order of the tar."""
     order = np.lexsort((index["offset"], index["shard"]))
     return np.split(order, np.cumsum([shard.count for shard in shards])[:-1])
 
@@ -154,9 +152,11 @@ def pictures_on_disk(shards: Sequence[Shard], index: NDArray[np.void]) -> list[N
 def open_shards(path: str | Path) -> ShardSet:
     """Open a set of shards and check everything but the contents of the tars.
 
-    Takes one look at each tar's size and a pass over the index, whose pages are mapped.
-    Raises FileNotFoundError where there is no such set or one of its files is missing, ValueError where the
-    index does not fit the shards or a tar has not the size that the manifest tells.
+    This checks the size of each tar and passes once over the index, which is mapped.
+
+    Raises:
+        FileNotFoundError: if there is no such set or one of its files is missing.
+        ValueError: if the index does not fit the shards, or a tar has another size than the manifest says.
     """
     path = Path(path)
     if not path.is_dir():
@@ -175,15 +175,17 @@ def open_shards(path: str | Path) -> ShardSet:
 
 
 def shards_manifest(path: Path) -> Manifest:
-    """Read a set's manifest; its shards have a count and lie in the set's own folder.
+    """Read a set's manifest.
 
-    Raises FileNotFoundError where there is none, ValueError where it is not of a set of shards.
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not that of a set of shards.
     """
     manifest = Manifest.read(path)
     if manifest is None and (path / PLAN_NAME).exists():
         raise FileNotFoundError(
-            f"{path} is half made, it has no {manifest_path(path).name} yet; run the conversion again, which "
-            "keeps whole shards and ends it"
+            f"{path} is incomplete, it has no {manifest_path(path).name} yet; run the conversion again; it "
+            "keeps complete shards and makes the others"
         )
     if manifest is None:
         raise FileNotFoundError(f"{path} has no {manifest_path(path).name}; {index_hint(path)}")
@@ -193,17 +195,19 @@ def shards_manifest(path: Path) -> Manifest:
 
 
 def check_tar(path: Path, shard: Shard) -> None:
-    """Look whether a tar of the set is there, in its size.
+    """Check that a tar of the set exists and has its size.
 
-    Raises FileNotFoundError where it is missing, ValueError where it has another size.
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it has another size.
     """
     tar = path / shard.name
     try:
         size = tar.stat().st_size
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{tar} is missing, which the manifest names; bring it back, convert again with --overwrite, or, "
-            f"to go on without it, {index_hint(path)}"
+            f"{tar} is missing, which the manifest lists; restore it, convert again with --overwrite, or, to "
+            f"continue without it, {index_hint(path)}"
         ) from None
     if size != shard.num_bytes:
         raise ValueError(
@@ -215,27 +219,29 @@ def check_tar(path: Path, shard: Shard) -> None:
 def map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
     """Map the index of the set, and check that it fits the manifest.
 
-    Raises FileNotFoundError where it is missing, ValueError where it is damaged or of another set.
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is damaged or belongs to another set.
     """
     index = _read_index(path, index_in_force(path, manifest), manifest)
     counts = np.zeros(len(manifest.shards), np.int64)
     for rows in blocks(len(index)):
         _check_places(path, manifest, rows.start, index[rows])
         counts += np.bincount(index["shard"][rows], minlength=len(counts))
-    told = [shard.count for shard in manifest.shards]
-    if counts.tolist() != told:
-        number = int(np.argmax(counts != told))
+    expected = [shard.count for shard in manifest.shards]
+    if counts.tolist() != expected:
+        number = int(np.argmax(counts != expected))
         raise ValueError(
-            f"{path / INDEX_NAME} has {counts[number]} pictures in {manifest.shards[number].name}, the "
-            f"manifest says {told[number]}; {index_hint(path)}"
+            f"{path / INDEX_NAME} has {counts[number]} images in {manifest.shards[number].name}, the "
+            f"manifest says {expected[number]}; {index_hint(path)}"
         )
     return index
 
 
 def index_in_force(path: Path, manifest: Manifest) -> Path:
-    """The index that belongs to the manifest of a set: the pending one where it has the manifest's hash.
+    """The index that is valid for the manifest of a set: the pending one if it has the manifest's hash.
 
-    There is a pending one where the process that wrote it was killed, perhaps before it wrote the manifest.
+    A pending index is left if the process that wrote it was killed, perhaps before it wrote the manifest.
     """
     pending = path / PENDING_INDEX_NAME
     if pending.exists():
@@ -251,20 +257,22 @@ def _read_index(path: Path, file: Path, manifest: Manifest) -> NDArray[np.void]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing; {index_hint(path)}") from None
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is not a whole index ({error}); {index_hint(path)}") from error
+        raise ValueError(f"{file} is not a complete index ({error}); {index_hint(path)}") from error
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
-        raise ValueError(f"{file} holds {index.dtype} of shape {index.shape}, no index; {index_hint(path)}")
+        raise ValueError(
+            f"{file} holds {index.dtype} of shape {index.shape}, not an index; {index_hint(path)}"
+        )
     counted = sum(shard.count for shard in manifest.shards)
     if not len(index) == manifest.count == counted:
         raise ValueError(
-            f"{file} has {len(index)} pictures, the manifest says {manifest.count} in all and {counted} "
+            f"{file} has {len(index)} images, the manifest says {manifest.count} in all and {counted} "
             f"in its shards; {index_hint(path)}"
         )
     return index
 
 
 def _check_places(path: Path, manifest: Manifest, start: int, block: NDArray[np.void]) -> None:
-    """Every picture must lie within its tar, at a place where a tar can hold one."""
+    """Raise ValueError if an image lies outside its tar, or where a tar cannot have one."""
     sizes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
     known = block["shard"] < len(sizes)
     end = block["offset"] + block["num_bytes"]
@@ -277,6 +285,6 @@ def _check_places(path: Path, manifest: Manifest, start: int, block: NDArray[np.
     bad = np.flatnonzero(~(within & placed & sized & labelled))
     if len(bad):
         raise ValueError(
-            f"{path / INDEX_NAME}: the record of picture {start + int(bad[0])} is {block[bad[0]]} "
+            f"{path / INDEX_NAME}: the record of image {start + int(bad[0])} is {block[bad[0]]} "
             f"{INDEX_DTYPE.names}, which does not fit the shards; {index_hint(path)}"
         )

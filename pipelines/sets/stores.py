@@ -1,8 +1,6 @@
-"""Where the encoded pictures of a compiled set lie: one ``.beton`` file, or a folder of WebDataset shards.
+"""Open a set: a ``.beton`` file, a folder of WebDataset shards, or a folder of images.
 
-A store finds and reads bytes; :class:`StoreEngine` is what all engines over a store have in common.
-
-Shape letters: N pictures of a call, V views, H, W, S sides, C bytes.
+Shape letters: N images of a call, M some of them.
 """
 
 import contextlib
@@ -10,118 +8,76 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.decode.decoder import Reading
-from pipelines.decode.payloads import Payloads
-from pipelines.decode.pillow import is_jpeg, planes_to_rgb, read_rgb
-from pipelines.kernels.resample import crop_picture
-from pipelines.kernels.turbojpeg import check_jpeg
-from pipelines.sets.beton import MODE_JPEG, MODE_RAW, matching_manifest, open_beton
+from pipelines.sets import Encoded, PictureSet, Reading
+from pipelines.sets.beton import MODE_JPEG, matching_manifest, open_beton
+from pipelines.sets.folder import FolderSet
 from pipelines.sets.manifest import read_source_path, read_source_paths
-from pipelines.sets.shards import open_shards
+from pipelines.sets.shards import index_hint, is_shard_set, open_shards
 
-# Tars kept open; a process may usually have 1,024 files.
-_MOST_OPEN = 256
-
-
-class Store(Protocol):
-    """A compiled set, opened. All methods may be called from several threads at once."""
-
-    path: Path
-    count: int
-    classes: tuple[str, ...]
-    fingerprint: str
-    """What tells this set from another of the same size."""
-    reads_ahead: bool
-    """Whether ``fetch`` waits for a disk."""
-
-    def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(N,) labels, −1 where there is none."""
-
-    def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
-        """Read pictures, or find them in the mapped file. Raises OSError where that fails."""
-
-    def payload(self, index: int) -> tuple[NDArray[np.uint8], int, tuple[int, int]]:
-        """The stored bytes of one picture, how it is stored, and its height and width."""
-
-    def modes(self) -> tuple[int, ...]:
-        """How pictures are stored here, as in :mod:`pipelines.sets.beton`."""
-
-    def picture_name(self, index: int) -> str:
-        """Where picture ``index`` came from, for messages."""
-
-    def names(self) -> Iterator[str]:
-        """Where each picture came from, in order. Raises ValueError where that is not recorded."""
+_MAX_OPEN_FILES = 256
+"""Tars that stay open. A process may usually have 1,024 open files."""
+_MAX_MAPPED_SHARE = 0.75
+"""Share of the memory up to which a ``.beton`` file is mapped by default."""
 
 
-def open_store(path: Path, reading: Reading = "auto") -> Store:
-    """Open a ``.beton`` file or a folder of shards.
+def open_set(path: str | Path, reading: Reading = "auto") -> PictureSet:
+    """Open a set of images, without a decoder.
+
+    Args:
+        path: a ``.beton`` file, a folder of indexed shards, or a folder of images.
+        reading: how a compiled set is read.
 
     Raises:
-        FileNotFoundError: if there is no such set, or a file of it is missing.
-        ValueError: if it is damaged, or cannot be read in this way.
+        FileNotFoundError: if there is no such compiled set, or a file of it is missing.
+        ValueError: if the set is damaged, the folder has no images, or the set cannot be read in this way.
     """
-    if path.is_dir():
-        return ShardStore(path, reading)
-    return BetonStore(path, reading)
+    path = Path(path)
+    if reading not in get_args(Reading):
+        raise ValueError(f"reading is {reading!r}; known are {', '.join(get_args(Reading))}")
+    if is_compiled(path):
+        return ShardStore(path, reading) if path.is_dir() else BetonStore(path, reading)
+    if reading != "auto":
+        raise ValueError(
+            f"reading is {reading!r}, which needs a compiled set; {path} is a folder of images, which are "
+            "always read ahead (auto)"
+        )
+    try:
+        return FolderSet(path)
+    except ValueError as error:
+        if path.is_dir() and next(path.glob("*.tar"), None) is not None:
+            raise ValueError(f"{path} holds tar files without an index; {index_hint(path)}") from error
+        raise
 
 
-class StoreEngine:
-    """The half of an :class:`pipelines.decode.decoder.Engine` that does not depend on the decoder."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.count, self.classes = store.count, store.classes
-        self.fingerprint, self.reads_ahead = store.fingerprint, store.reads_ahead
-
-    def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(N,) labels, −1 where the set has none."""
-        return self.store.labels(index_N)
-
-    def picture_name(self, index: int) -> str:
-        """Where picture ``index`` came from, for messages."""
-        return self.store.picture_name(index)
-
-    def names(self) -> Iterator[str]:
-        """Where each picture came from, in order. Raises ValueError where that is not recorded."""
-        return self.store.names()
-
-    def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
-        """Find the pictures in the mapped file, or read them. Raises OSError where that fails."""
-        return self.store.fetch(index_N)
-
-    def picture(self, index: int) -> NDArray[np.uint8] | None:
-        """(H, W, 3) the whole picture, an encoded one upright by PIL; None where it cannot be decoded."""
-        return _pixels(*self.store.payload(index))
-
-    def second_opinion(self, index: int, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
-        """Crop a picture that a decoder complained of: sound if no pixel was lost, and PIL reads it too."""
-        data_C, mode, size = self.store.payload(index)
-        if is_jpeg(data_C) and check_jpeg(data_C).state == "damaged":
-            return False
-        picture_HW3 = _pixels(data_C, mode, size)
-        if picture_HW3 is None or picture_HW3.shape[:2] != size:
-            return False
-        crop_picture(picture_HW3, boxes_V5, out_VSS3)
-        return True
+def is_compiled(path: Path) -> bool:
+    """Whether the path is that of a compiled set: a ``.beton`` file or a folder of indexed shards."""
+    return path.suffix == ".beton" or is_shard_set(path)
 
 
 class BetonStore:
-    """Pictures of a ``.beton`` file, mapped, or read ahead where it is larger than the memory."""
+    """Images of a ``.beton`` file: mapped, or read ahead if the file is larger than the memory."""
 
     def __init__(self, path: Path, reading: Reading = "auto") -> None:
+        """Open the file; arguments and errors as of :func:`open_set`."""
+        if reading == "stream":
+            raise ValueError(
+                f"reading is 'stream', which takes a folder of shards, {path} is a file; choose map, read or "
+                "auto, or convert to shards"
+            )
         self._beton = open_beton(path)
         manifest = matching_manifest(self._beton)
         self.path, self.count = path, len(self._beton)
         self.classes = manifest.classes if manifest else ()
         self.fingerprint = manifest.sha256 if manifest else f"{self._beton.data.size} bytes"
-        self._metadata = self._beton.metadata["f0"]
+        self._images, self._labels = self._beton.metadata["f0"], self._beton.metadata["f1"]
         if reading == "auto":
-            reading = "read" if self._beton.data.size > 0.75 * _memory_bytes() else "map"
+            fits = self._beton.data.size <= _MAX_MAPPED_SHARE * _memory_bytes()
+            reading = "map" if fits else "read"
         self.reads_ahead = reading == "read"
         self._file = os.open(path, os.O_RDONLY) if self.reads_ahead else -1
 
@@ -129,57 +85,53 @@ class BetonStore:
         if getattr(self, "_file", -1) >= 0:
             os.close(self._file)
 
+    def modes(self) -> tuple[int, ...]:
+        """How the images are stored in this file."""
+        return tuple(int(mode) for mode in np.unique(self._images["mode"]))
+
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) labels, −1 where the set has none."""
-        labels_N: NDArray[np.int64] = self._beton.labels[index_N].reshape(len(index_N))
+        labels_N: NDArray[np.int64] = self._labels[index_N].reshape(len(index_N))
         return labels_N
 
-    def modes(self) -> tuple[int, ...]:
-        """How pictures are stored in this file."""
-        return tuple(int(mode) for mode in np.unique(self._metadata["mode"]))
-
-    def picture_name(self, index: int) -> str:
-        """The source path of picture ``index``."""
-        return read_source_path(self.path, index) or f"picture {index} of {self.path.name}"
+    def name(self, index: int) -> str:
+        """The image's source path."""
+        return read_source_path(self.path, index) or f"image {index} of {self.path.name}"
 
     def names(self) -> Iterator[str]:
-        """The pictures' source paths, in order. Raises ValueError if the file of them is not there."""
+        """The images' source paths, in order. Raises ValueError if the file that lists them is missing."""
         return read_source_paths(self.path, self.count)
 
-    def payload(self, index: int) -> tuple[NDArray[np.uint8], int, tuple[int, int]]:
-        """The stored bytes of one picture, how it is stored, and its height and width."""
-        record = self._metadata[index]
-        return self._beton.payload(index), int(record["mode"]), (int(record["height"]), int(record["width"]))
-
-    def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
-        """Find the pictures in the mapped file, or read them."""
-        records = self._metadata[index_N]
-        size_N2 = _size_N2(records)
+    def fetch(self, index_N: NDArray[np.int64]) -> Encoded:
+        """Find the images in the mapped file, or read them. Raises OSError where that fails."""
+        records = self._images[index_N]
+        size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
         address_N = records["data_ptr"].astype(np.int64)
         num_bytes_N = self._beton.sizes[index_N].astype(np.int64)
         mode_N = np.ascontiguousarray(records["mode"])
         if not self.reads_ahead:
-            return Payloads(index_N, size_N2, mode_N, self._beton.data, address_N, num_bytes_N)
-        payloads = Payloads.room(index_N, size_N2, mode_N, num_bytes_N)
-        file_N = np.full(len(index_N), self._file, np.int32)
-        payloads.read(np.arange(len(index_N)), file_N, address_N, lambda _: (self.path, self.path))
-        return payloads
+            return Encoded(index_N, size_N2, mode_N, self._beton.data, address_N, num_bytes_N)
+        encoded = Encoded.empty(index_N, size_N2, mode_N, num_bytes_N)
+        row_N, file_N = np.arange(len(index_N)), np.full(len(index_N), self._file, np.int32)
+        encoded.read(row_N, file_N, address_N, lambda _: self.path, self.path)
+        return encoded
 
 
 class ShardStore:
-    """Pictures of WebDataset shards, always read into the process's own memory ahead of their turn.
+    """Images of WebDataset shards, always read into the process's own memory ahead of their use.
 
-    Copying a picture out of the system's cache costs about a fiftieth of decoding it, and unlike mapped
-    memory it fails with a sentence where a tar is cut short while the run is on.
+    To copy an image out of the system's cache costs about a fiftieth of decoding it. If a tar is cut short
+    during the run, reading fails with an error; with mapped memory the process would be killed.
     """
 
     reads_ahead = True
 
     def __init__(self, path: Path, reading: Reading = "auto") -> None:
+        """Open the folder; arguments and errors as of :func:`open_set`."""
         if reading == "map":
             raise ValueError(
-                f"reading is 'map', which takes a .beton file; {path} is a folder of shards, which are read "
-                "in any case: choose auto, read or stream"
+                f"reading is 'map', which takes a .beton file; {path} is a folder of shards, which are "
+                "always read into memory: choose auto, read or stream"
             )
         self.shard_set = open_shards(path)
         self._files: dict[int, int] = {}
@@ -187,106 +139,84 @@ class ShardStore:
         self.path, self.count = path, len(self.shard_set)
         self.classes, self.fingerprint = self.shard_set.manifest.classes, self.shard_set.manifest.sha256
 
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
+    def modes(self) -> tuple[int, ...]:
+        """Shards hold encoded images only."""
+        return (MODE_JPEG,)
+
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) labels, −1 where the set has none."""
         return self.shard_set.index["label"][index_N].astype(np.int64).reshape(len(index_N))
 
-    def modes(self) -> tuple[int, ...]:
-        """Shards hold encoded pictures."""
-        return (MODE_JPEG,)
-
-    def picture_name(self, index: int) -> str:
-        """The picture's name in its tar, and which tar that is."""
-        tar = self.shard_set.tar_path(int(self.shard_set.index[index]["shard"])).name
-        return f"{self.shard_set.member_name(index) or f'picture {index}'} in {tar}"
+    def name(self, index: int) -> str:
+        """The image's name in its tar, and the tar."""
+        return f"{self.shard_set.member_name(index) or f'image {index}'} in {self._tar_of(index).name}"
 
     def names(self) -> Iterator[str]:
-        """The pictures' names in their tars, in order. Raises ValueError if DALI's index files lack one."""
+        """The images' names in their tars, in order. Raises ValueError if DALI's index files lack one."""
         return self.shard_set.member_names()
 
-    def payload(self, index: int) -> tuple[NDArray[np.uint8], int, tuple[int, int]]:
-        """The stored bytes of one picture, how it is stored, and its height and width."""
-        record = self.shard_set.index[index]
-        return self.shard_set.payload(index), MODE_JPEG, (int(record["height"]), int(record["width"]))
-
-    def fetch(self, index_N: NDArray[np.int64]) -> Payloads:
-        """Read the pictures."""
+    def fetch(self, index_N: NDArray[np.int64]) -> Encoded:
+        """Read the images. Raises OSError where that fails."""
         records = self.shard_set.index[index_N]
         address_N = records["offset"].astype(np.int64)
-        payloads = _room(index_N, records, records["num_bytes"].astype(np.int64))
+        encoded = self._empty(index_N, records["num_bytes"].astype(np.int64))
         file_N = np.full(len(index_N), -1, np.int32)
         for shard in set(records["shard"].tolist()):
-            here_N = records["shard"] == shard
-            file_N[here_N] = self._kept_open(shard)
-            if file_N[here_N][0] < 0:
-                with self._open(shard) as file:
-                    file_M = np.full(here_N.sum(), file, np.int32)
-                    payloads.read(np.flatnonzero(here_N), file_M, address_N[here_N], self._where)
-        open_M = np.flatnonzero(file_N >= 0)
-        payloads.read(open_M, file_N[open_M], address_N[open_M], self._where)
-        return payloads
+            in_shard_N = records["shard"] == shard
+            file_N[in_shard_N] = kept = self._keep_open(shard)
+            if kept < 0:
+                with self._open_once(shard) as file:
+                    row_M = np.flatnonzero(in_shard_N)
+                    file_M = np.full(len(row_M), file, np.int32)
+                    encoded.read(row_M, file_M, address_N[row_M], self._tar_of, self.path)
+        row_M = np.flatnonzero(file_N >= 0)
+        encoded.read(row_M, file_N[row_M], address_N[row_M], self._tar_of, self.path)
+        return encoded
 
-    def _where(self, index: int) -> tuple[Path, Path]:
-        """The tar of a picture, and the set."""
-        return self.shard_set.tar_path(int(self.shard_set.index[index]["shard"])), self.path
+    def copy(self, index_N: NDArray[np.int64], contents: list[NDArray[np.uint8]]) -> Encoded:
+        """Like ``fetch``, for images that are in memory already; their bytes are copied."""
+        num_bytes_N = np.array([len(content_C) for content_C in contents], np.int64)
+        return self._empty(index_N, num_bytes_N).fill(contents)
 
-    def _kept_open(self, shard: int) -> int:
-        """A descriptor of a tar that stays open; −1 for one more than may."""
+    def _empty(self, index_N: NDArray[np.int64], num_bytes_N: NDArray[np.int64]) -> Encoded:
+        """Memory for images of these lengths, with the sizes that the index has."""
+        records = self.shard_set.index[index_N]
+        size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+        return Encoded.empty(index_N, size_N2, np.full(len(index_N), MODE_JPEG, np.uint8), num_bytes_N)
+
+    def _tar_of(self, index: int) -> Path:
+        """The tar that an image lies in."""
+        return self.shard_set.tar_path(int(self.shard_set.index[index]["shard"]))
+
+    def _keep_open(self, shard: int) -> int:
+        """Descriptor of a tar that stays open; −1 if as many as allowed are open."""
         with self._lock:
-            if shard not in self._files and len(self._files) < _MOST_OPEN:
-                self._files[shard] = os.open(self._tar(shard), os.O_RDONLY)
+            if shard not in self._files and len(self._files) < _MAX_OPEN_FILES:
+                self._files[shard] = self._open(shard)
             return self._files.get(shard, -1)
 
     @contextlib.contextmanager
-    def _open(self, shard: int) -> Iterator[int]:
-        file = os.open(self._tar(shard), os.O_RDONLY)
+    def _open_once(self, shard: int) -> Iterator[int]:
+        """Descriptor of a tar that is closed after use."""
+        file = self._open(shard)
         try:
             yield file
         finally:
             os.close(file)
 
-    def _tar(self, shard: int) -> Path:
-        """The path of a tar that is there, or an error that says what to do."""
+    def _open(self, shard: int) -> int:
         tar = self.shard_set.tar_path(shard)
         if not tar.exists():
-            raise FileNotFoundError(f"{tar} has gone while the set was read; bring it back and resume")
-        return tar
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
-
-    def loaded(self, index_N: NDArray[np.int64], encoded: list[NDArray[np.uint8]]) -> Payloads:
-        """What ``fetch`` returns, of pictures that somebody else has read."""
-        num_bytes_N = np.array([len(picture) for picture in encoded], np.int64)
-        payloads = _room(index_N, self.shard_set.index[index_N], num_bytes_N)
-        for room_C, picture_C in zip(payloads, encoded, strict=True):
-            room_C[:] = picture_C
-        return payloads
-
-
-def _room(index_N: NDArray[np.int64], records: NDArray[np.void], num_bytes_N: NDArray[np.int64]) -> Payloads:
-    """Memory for pictures of shards, whose index says how large they are."""
-    return Payloads.room(index_N, _size_N2(records), np.full(len(index_N), MODE_JPEG, np.uint8), num_bytes_N)
-
-
-def _size_N2(records: NDArray[np.void]) -> NDArray[np.int64]:
-    """(N, 2) heights and widths by the records of an index."""
-    return np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
-
-
-def _pixels(data_C: NDArray[np.uint8], mode: int, size: tuple[int, int]) -> NDArray[np.uint8] | None:
-    """(H, W, 3) a stored picture, an encoded one upright by PIL; None where it cannot be decoded."""
-    if mode == MODE_JPEG:
-        image = read_rgb(data_C.tobytes())
-        return None if image is None else np.asarray(image)
-    if mode == MODE_RAW:
-        return np.array(data_C).reshape(*size, 3)
-    return planes_to_rgb(data_C, *size)
+            raise FileNotFoundError(f"{tar} was removed while the set was read; restore it and resume")
+        return os.open(tar, os.O_RDONLY)
 
 
 def _memory_bytes() -> int:
-    """What this machine has, or this container may use where that is less."""
+    """Memory of this machine, or the limit of this container if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))

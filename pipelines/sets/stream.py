@@ -1,12 +1,12 @@
-"""DALI's own reader of shards: from end to end, shuffled within a buffer; for sets far larger than memory.
+"""DALI's own reader of shards: sequential, shuffled within a buffer; for sets far larger than the memory.
 
-What it promises is less than what the loader's own order does. Each epoch takes the shards in a new order,
-gives every rank an equal part of their pictures and shuffles within a buffer: pictures that lie far apart on
-the disk do not meet in a batch, and which pictures a batch holds depends on batch size and world size. Kept
-are: every picture at most once an epoch, views that are a function of (seed, epoch, index, view), and
-resuming at the exact batch, by DALI's checkpoint of its reader in the loader's state.
+Its promises are weaker than those of the loader's own order. In each epoch it takes the shards in a new
+order, gives every rank an equal part of their images and shuffles within a buffer. So images that lie far
+apart on the disk do not meet in a batch, and the contents of a batch depend on batch size and world size.
+What still holds: every image comes at most once per epoch, views are a function of (seed, epoch, index,
+view), and a run resumes at the exact batch, because the loader's state holds the checkpoint of DALI's reader.
 
-Shape letters: N pictures of a batch, P pictures of the set.
+Shape letters: N images of a batch, P images of the set.
 """
 
 import base64
@@ -20,45 +20,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.decode.dali_operators import import_dali
-from pipelines.decode.payloads import Payloads
 from pipelines.randomness import EpochOrder
-from pipelines.sets.listing import PICTURE_SUFFIXES
+from pipelines.sets import Encoded, RankShare
+from pipelines.sets.folder import PICTURE_SUFFIXES
 from pipelines.sets.manifest import verify_hint
 from pipelines.sets.shards import dali_index_path, index_hint
-from pipelines.sets.stores import ShardStore, Store
+from pipelines.sets.stores import ShardStore
 
 BUFFER = 2048
-"""Pictures in the buffer that is shuffled; of ImageNet's size they take 230 MB on each rank."""
+"""Images in the shuffle buffer; at ImageNet's file sizes this is 230 MB on each rank."""
 _BATCHES_AHEAD = 2
 _READER = "reader"
-# What a process has open besides: sockets, logs, other sets.
 _OTHER_FILES = 512
-# A place in the set is one number, the shard's number before the offset; no tar reaches 16 TiB.
+"""Files that a process may need besides the shards: sockets, logs, other sets."""
 _OFFSET_BITS = 44
+"""A position in the shards is one number: shard number, then offset in the tar, which is below 16 TiB."""
 
 
 class ShardStream:
-    """Batches of encoded pictures in the order in which DALI's reader finds them."""
+    """Batches of encoded images in the order in which DALI's reader returns them."""
 
     def __init__(
-        self, store: Store, *, batch_size: int, seed: int, rank: int, world_size: int, shuffle: bool
+        self, store: ShardStore, *, batch_size: int, seed: int, share: RankShare, shuffle: bool
     ) -> None:
-        """Look at the index files; nothing is read yet.
+        """Look for the index files; nothing is read yet.
+
+        Args:
+            store: the set.
+            batch_size: images per batch on this rank.
+            seed: of the order.
+            share: the rank that reads, among how many.
+            shuffle: whether shards and images are shuffled.
 
         Raises:
-            ValueError: if the set is no folder of shards.
             FileNotFoundError: if a shard lacks its index file.
             ImportError: if DALI is missing.
+            ValueError: if the process may not open all shards at once.
         """
-        if not isinstance(store, ShardStore):
-            raise ValueError(
-                f"reading is 'stream', which takes a folder of shards, {store.path} is none; choose map, "
-                "read or auto, or convert to shards"
-            )
         import_dali()
+        self.share = share
         self._store, self._shards = store, store.shard_set
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
-        self._rank, self._world_size = rank, world_size
         for number in range(len(self._shards.shards)):
             index_file = dali_index_path(self._shards.tar_path(number))
             if not index_file.is_file():
@@ -68,14 +70,15 @@ class ShardStream:
                 )
         _allow_open_files(len(self._shards.shards))
         self._number = {shard.name: number for number, shard in enumerate(self._shards.shards)}
-        # Sixteen bytes a picture, and the only memory that grows with the set.
-        self._place_P = _places(self._shards.index["shard"], self._shards.index["offset"])
-        self._order_P = np.argsort(self._place_P, kind="stable")
+        # Sixteen bytes per image, the only memory that grows with the set.
+        shard_P, offset_P = self._shards.index["shard"], self._shards.index["offset"]
+        self._position_P = shard_P.astype(np.uint64) << np.uint64(_OFFSET_BITS) | offset_P.astype(np.uint64)
+        self._order_P = np.argsort(self._position_P, kind="stable")
         known = self._shards.manifest.settings.get("extensions")
         self._extensions = list(known) if known else [suffix.lstrip(".") for suffix in PICTURE_SUFFIXES]
 
-    def batches(self, epoch: int, checkpoint: str) -> Iterator[tuple[Payloads, str]]:
-        """Batches from the checkpoint on ("" for the start of the epoch), each with the checkpoint behind it.
+    def batches(self, epoch: int, checkpoint: str) -> Iterator[tuple[Encoded, str]]:
+        """Batches from the checkpoint on ("" for the start of the epoch), each with the checkpoint after it.
 
         Raises:
             ValueError: if an index file does not fit its tar.
@@ -87,17 +90,40 @@ class ShardStream:
                 encoded, sources = graph.run()
             except RuntimeError as error:
                 raise OSError(
-                    f"DALI cannot go on reading {self._store.path}; {verify_hint(self._store.path)}; "
+                    f"DALI cannot continue to read {self._store.path}; {verify_hint(self._store.path)}; "
                     f"{_reason(error)}"
                 ) from error
-            payloads = self._payloads(
-                [np.asarray(picture) for picture in encoded],
+            images = self._identify(
+                [np.asarray(image) for image in encoded],
                 [os.fsdecode(np.asarray(source).tobytes()) for source in sources],
             )
-            yield payloads, base64.b64encode(graph.checkpoint()).decode()
+            yield images, base64.b64encode(graph.checkpoint()).decode()
 
     def _open(self, epoch: int, checkpoint: str) -> Any:
         """Build the reader of an epoch."""
+        from_checkpoint = (
+            f", or the state's checkpoint {checkpoint!r} is not of this set" if checkpoint else ""
+        )
+        try:
+            pipeline = self._reader(
+                epoch, base64.b64decode(checkpoint, validate=True) if checkpoint else None
+            )
+            pipeline.build()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"DALI cannot open the shards of {self._store.path}{from_checkpoint}; "
+                f"{index_hint(self._store.path)}; {_reason(error)}"
+            ) from error
+        found = pipeline.reader_meta(_READER)["epoch_size"]
+        if found != self._store.count:
+            raise ValueError(
+                f"the .idx files of {self._store.path} list {found} images, its manifest "
+                f"{self._store.count}; {index_hint(self._store.path)}"
+            )
+        return pipeline
+
+    def _reader(self, epoch: int, checkpoint: bytes | None) -> Any:
+        """DALI's pipeline of an epoch, not built yet."""
         dali = import_dali()
         order = np.arange(len(self._number))
         if self._shuffle:
@@ -121,83 +147,64 @@ class ShardStream:
                 ext=[";".join(self._extensions)],
                 case_sensitive_extensions=False,
                 missing_component_behavior="skip",
-                # A tar that is cut short while it is mapped would end the process.
+                # If a mapped tar were cut short, the process would be killed.
                 dont_use_mmap=True,
                 random_shuffle=self._shuffle,
                 initial_fill=BUFFER,
                 seed=epoch_seed,
-                shard_id=self._rank,
-                num_shards=self._world_size,
+                shard_id=self.share.rank,
+                num_shards=self.share.world_size,
             )
             return encoded, dali.fn.get_property(encoded, key="source_info")
 
-        at = f", or the state's checkpoint {checkpoint!r} is not of this set" if checkpoint else ""
-        try:
-            pipeline = graph(checkpoint=base64.b64decode(checkpoint, validate=True) if checkpoint else None)
-            pipeline.build()
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"DALI cannot open the shards of {self._store.path}{at}; {index_hint(self._store.path)}; "
-                f"{_reason(error)}"
-            ) from error
-        counted = pipeline.reader_meta(_READER)["epoch_size"]
-        if counted != self._store.count:
-            raise ValueError(
-                f"the .idx files of {self._store.path} name {counted} pictures, its manifest "
-                f"{self._store.count}; {index_hint(self._store.path)}"
-            )
-        return pipeline
+        return graph(checkpoint=checkpoint)
 
-    def _payloads(self, encoded: list[NDArray[np.uint8]], sources: list[str]) -> Payloads:
-        """Find out which pictures these are: DALI tells of each the tar, the offset and the name."""
-        place_N = np.array([self._place(source) for source in sources], np.uint64)
-        found_N = np.searchsorted(self._place_P, place_N, sorter=self._order_P)
-        index_N = self._order_P[np.minimum(found_N, len(self._place_P) - 1)]
-        num_bytes_N = np.array([len(picture) for picture in encoded], np.int64)
-        wrong_N = (self._place_P[index_N] != place_N) | (
+    def _identify(self, contents: list[NDArray[np.uint8]], sources: list[str]) -> Encoded:
+        """Find the images in the set's index by tar, offset and length."""
+        position_N = np.array([self._position(source) for source in sources], np.uint64)
+        found_N = np.searchsorted(self._position_P, position_N, sorter=self._order_P)
+        index_N = self._order_P[np.minimum(found_N, len(self._position_P) - 1)]
+        num_bytes_N = np.array([len(content_C) for content_C in contents], np.int64)
+        wrong_N = (self._position_P[index_N] != position_N) | (
             self._shards.index["num_bytes"][index_N] != num_bytes_N
         )
         if wrong_N.any():
             raise ValueError(
-                f"{sources[int(np.argmax(wrong_N))]} is no picture by the index of {self._store.path}: an "
+                f"{sources[int(np.argmax(wrong_N))]} is not an image by the index of {self._store.path}: an "
                 f".idx file does not fit its tar; {index_hint(self._store.path)}"
             )
-        return self._store.loaded(index_N, encoded)
+        return self._store.copy(index_N, contents)
 
-    def _place(self, source: str) -> int:
-        """The place in the set of what DALI calls ``folder/tar:offset:name``."""
-        told = source.removeprefix(f"{self._store.path}/")
-        # A tar's name may hold colons, and so may a picture's.
-        ends = (match for match in re.finditer(r":(\d+):", told) if told[: match.start()] in self._number)
+    def _position(self, source: str) -> int:
+        """The position in the shards of what DALI calls ``folder/tar:offset:name``."""
+        name = source.removeprefix(f"{self._store.path}/")
+        # The names of tars and of images may contain colons.
+        ends = (match for match in re.finditer(r":(\d+):", name) if name[: match.start()] in self._number)
         tar = next(ends)
-        return self._number[told[: tar.start()]] << _OFFSET_BITS | int(tar.group(1))
+        return self._number[name[: tar.start()]] << _OFFSET_BITS | int(tar.group(1))
 
 
 def _allow_open_files(num_tars: int) -> None:
-    """DALI's reader has all tars open: ask the system for as many, or say what to do.
+    """Raise the limit of open files, because DALI's reader keeps all tars open.
 
-    Raises ValueError where it does not allow them.
+    Raises:
+        ValueError: if the system does not allow that.
     """
-    wanted = num_tars + _OTHER_FILES
+    needed = num_tars + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= wanted or soft == resource.RLIM_INFINITY:
+    if soft >= needed or soft == resource.RLIM_INFINITY:
         return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    if hard != resource.RLIM_INFINITY and hard < needed:
         raise ValueError(
             f"DALI's reader keeps all {num_tars} shards open, this process may have {hard} files; raise that "
-            f"(`ulimit -n {wanted}`, or LimitNOFILE of the service), choose reading read, or larger shards"
+            f"(`ulimit -n {needed}`, or LimitNOFILE of the service), choose reading read, or larger shards"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _reason(error: Exception) -> str:
-    """The line of DALI's report that tells what is wrong."""
+    """The line of DALI's report that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines()]
-    said = [line for line in lines if line and "ritical error" not in line and "no longer valid" not in line]
-    after = said.index("encountered:") + 1 if "encountered:" in said[:-1] else 0
-    return said[after] if said else str(error)
-
-
-def _places(shard_N: NDArray[Any], offset_N: NDArray[Any]) -> NDArray[np.uint64]:
-    """One number for each place."""
-    return shard_N.astype(np.uint64) << np.uint64(_OFFSET_BITS) | offset_N.astype(np.uint64)
+    lines = [line for line in lines if line and "ritical error" not in line and "no longer valid" not in line]
+    first = lines.index("encountered:") + 1 if "encountered:" in lines[:-1] else 0
+    return lines[first] if lines else str(error)

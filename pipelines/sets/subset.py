@@ -1,6 +1,6 @@
-"""Some pictures of a set: a share of each class, or those of a list of names.
+"""Subsets of a set: a share of each class, or the images of a list of names.
 
-Shape letters: N pictures of the set, M of the subset, C classes.
+Shape letters: N images of the set, M of the subset, C classes.
 """
 
 import os
@@ -12,77 +12,90 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.randomness import Purpose, bits
+from pipelines.randomness import Draw, Purpose, bits
 
 _MOST_NAMED = 3
 _POSITION = re.compile(r"#\d+")
 
 
 def balanced_subset(label_N: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
-    """(M,) positions, rising, of a share of each class, drawn by the seed; at least one picture of each.
+    """Draw a share of each class, at least one image per class.
 
-    A class of n pictures gives n · share of them, rounded, and the larger of two shares has all pictures of
-    the smaller. label_N: classes from 0; share: in (0, 1]. Raises ValueError for another share, and for
-    pictures without a class.
+    A class of n images contributes n · share of them, rounded. Of two shares, the larger one contains all
+    images of the smaller.
+
+    Args:
+        label_N: (N,) classes from 0.
+        share: in (0, 1].
+        seed: of the draw.
+
+    Returns:
+        (M,) sorted positions.
+
+    Raises:
+        ValueError: if the share is out of range, or an image has no label.
     """
     if not 0 < share <= 1:
         raise ValueError(f"the share of labels is {share:g}; it must lie in (0, 1], 0.1 for 10 %")
     if (label_N < 0).any():
         raise ValueError(
-            f"{int((label_N < 0).sum())} of {len(label_N)} pictures have no label; give a set that was made "
+            f"{int((label_N < 0).sum())} of {len(label_N)} images have no label; give a set that was made "
             "from folders of classes"
         )
-    lots_N = bits(seed, 0, np.arange(len(label_N)), Purpose.SUBSET, 1)[:, 0]
-    order_N = np.lexsort((lots_N, label_N))
+    lot_N = bits(Draw(seed, 0, np.arange(len(label_N))), Purpose.SUBSET, 1)[:, 0]
+    order_N = np.lexsort((lot_N, label_N))
     count_C = np.bincount(label_N)
-    wanted_C = np.maximum(np.minimum(count_C, 1), np.floor(count_C * share + 0.5).astype(np.int64))
-    place_N = np.arange(len(label_N)) - np.repeat(np.cumsum(count_C) - count_C, count_C)
-    chosen_M: NDArray[np.int64] = order_N[place_N < np.repeat(wanted_C, count_C)]
+    num_C = np.maximum(np.minimum(count_C, 1), np.floor(count_C * share + 0.5).astype(np.int64))
+    rank_N = np.arange(len(label_N)) - np.repeat(np.cumsum(count_C) - count_C, count_C)
+    chosen_M: NDArray[np.int64] = order_N[rank_N < np.repeat(num_C, count_C)]
     return np.sort(chosen_M)
 
 
 def listed_subset(names: Callable[[], Iterable[str]], count: int, path: Path) -> NDArray[np.int64]:
-    """(M,) positions, rising, of the pictures that a file names, one a line.
+    """Find the images that a file lists, one per line.
 
     A line is a file's name, or its path from any folder on: ``n01440764_10043.JPEG`` as well as
-    ``train/n01440764/n01440764_10043.JPEG``. Suffixes count only where names differ in nothing else; empty
-    lines do not. A list for a set without names has positions, ``#0`` and on.
+    ``train/n01440764/n01440764_10043.JPEG``. Suffixes matter only if names differ in nothing else; empty
+    lines are ignored. A list for a set without names has positions: ``#0``, ``#1``, ….
 
     Args:
-        names: gives those of the set's pictures, in order.
-        count: of the set's pictures.
+        names: returns the names of the set's images, in order.
+        count: number of the set's images.
         path: of the file.
 
+    Returns:
+        (M,) sorted positions.
+
     Raises:
-        ValueError: if lines name no picture of the set, or the same name stands for several.
+        ValueError: if a line names no image of the set, or several.
         OSError: if the file cannot be read.
     """
-    # As X.paths: what is not UTF-8 in a name stays as it is.
+    # As in X.paths, names that are not UTF-8 stay as they are.
     lines = [line.strip() for line in os.fsdecode(path.read_bytes()).split("\n") if line.strip()]
     positions = [int(line[1:]) for line in lines if _POSITION.fullmatch(line)]
     if lines and len(positions) == len(lines):
         if max(positions) >= count:
-            raise ValueError(f"{path} has #{max(positions)}, the set's pictures are #0 … #{count - 1}")
+            raise ValueError(f"{path} has #{max(positions)}, the set's images are #0 … #{count - 1}")
         return np.unique(np.array(positions, np.int64))
     found = _matches(lines, names(), lambda name: name)
     if rest := [line for line in found if not found[line]]:
         found |= _matches(rest, names(), _without_suffix)
-    missing = [line for line, pictures in found.items() if not pictures]
+    missing = [line for line, matches in found.items() if not matches]
     if missing or not found:
         raise ValueError(
-            f"{path} names {len(found)} pictures, of which the set lacks {len(missing)}"
-            f"{f' (such as {_some(missing)})' if missing else ''}; check that the list is of this set"
+            f"{path} names {len(found)} images, of which the set lacks {len(missing)}"
+            f"{f' (such as {_some(missing)})' if missing else ''}; check that the list belongs to this set"
         )
-    return np.unique(np.array([_the_one(path, *item) for item in found.items()], np.int64))
+    return np.unique(np.array([_single(path, *item) for item in found.items()], np.int64))
 
 
-Pictures = list[tuple[int, str]]
-"""Positions and names."""
+Matches = list[tuple[int, str]]
+"""Positions and names of images."""
 
 
-def _matches(lines: list[str], names: Iterable[str], key: Callable[[str], str]) -> dict[str, Pictures]:
-    """Line → the pictures whose names by ``key`` end alike."""
-    found: dict[str, Pictures] = {line: [] for line in lines}
+def _matches(lines: list[str], names: Iterable[str], key: Callable[[str], str]) -> dict[str, Matches]:
+    """Line → the images with the same last path components, after ``key`` is applied to both."""
+    found: dict[str, Matches] = {line: [] for line in lines}
     by_file = defaultdict[str, list[str]](list)
     for line in found:
         by_file[_file(key(line))].append(line)
@@ -93,31 +106,36 @@ def _matches(lines: list[str], names: Iterable[str], key: Callable[[str], str]) 
     return found
 
 
-def _the_one(path: Path, line: str, pictures: Pictures) -> int:
-    """The position of the picture that a line means."""
-    whole = [index for index, name in pictures if name == line]
-    if len(whole) == 1:
-        return whole[0]
-    if len(pictures) > 1:
+def _single(path: Path, line: str, matches: Matches) -> int:
+    """The position of the image that a line stands for. Raises ValueError if there are several."""
+    exact = [index for index, name in matches if name == line]
+    if len(exact) == 1:
+        return exact[0]
+    if len(matches) > 1:
         raise ValueError(
-            f"{path} names {line}, and the set has several pictures of this name (the second is "
-            f"{pictures[1][1]}); give their paths below the source in place of their names"
+            f"{path} names {line}, and the set has several images of this name (the second is "
+            f"{matches[1][1]}); give their paths below the source in place of their names"
         )
-    return pictures[0][0]
+    return matches[0][0]
 
 
 def lines_of(names: Callable[[], Iterable[str]], subset_M: NDArray[np.int64]) -> list[str] | None:
-    """What `listed_subset` takes these pictures by: their names, None where not all names are good for it.
+    """The lines of a file from which `listed_subset` reads these images: their names.
 
-    names: gives those of all the set's pictures, in order; it may raise ValueError.
+    Args:
+        names: returns the names of all images of the set, in order; may raise ValueError.
+        subset_M: (M,) positions of the images.
+
+    Returns:
+        None if names are not recorded, not unique, or cannot be lines of the file.
     """
     try:
-        everyone = list(names())
-    except ValueError:  # they are not on record
+        all_names = list(names())
+    except ValueError:  # they are not recorded
         return None
-    if len(set(everyone)) < len(everyone):
+    if len(set(all_names)) < len(all_names):
         return None
-    lines = [everyone[index] for index in subset_M]
+    lines = [all_names[index] for index in subset_M]
     unfit = any(line != line.strip() or "\n" in line or _POSITION.fullmatch(line) for line in lines)
     return None if unfit else lines
 
@@ -132,7 +150,7 @@ def _file(path: str) -> str:
 
 
 def _ends_alike(path: str, other: str) -> bool:
-    """Whether the last parts of one path are those of the other, all of them."""
+    """Whether one path is the other, or the other's last components."""
     return f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
 
 

@@ -1,4 +1,4 @@
-"""The detector's comparison: what is run, how it is summed up, and its table in the docs."""
+"""The detector benchmark: what it runs, how it summarises, and its table in the docs."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ from benchmarks.detector import BLOCK, PAGE, STARTS, Detector, block, main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_run_is_made_once_and_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With programs that write what ours would; the real ones are tested in their own rooms."""
+def test_every_run_is_made_once_and_summarised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins that write the files of our programs, which have tests of their own."""
     ran: list[list[str]] = []
 
     def run(_console: object, *words: Any) -> None:
@@ -59,7 +59,9 @@ def test_every_run_is_made_once_and_summed_up(tmp_path: Path, monkeypatch: pytes
     assert [words[1] for words in ran].count("detection.train_net") == 4
     ran.clear()
     main(config)
-    assert [words[1:2] for words in ran] == [["dataset_tools"]]  # the compiled set, which nothing has written
+    assert [words[1:2] for words in ran] == [
+        ["dataset_tools"]
+    ]  # the compiled set, which the stand-in did not write
     with pytest.raises(ValueError, match=r"pretrained holds a run of other settings \(epochs was 1, is 2\)"):
         main(dataclasses.replace(config, epochs=2))
     with pytest.raises(ValueError, match="iterations that end with an evaluation"):
@@ -80,7 +82,7 @@ def test_every_run_is_made_once_and_summed_up(tmp_path: Path, monkeypatch: pytes
     assert set(result["detector"]) == set(STARTS)
 
 
-def test_the_page_has_what_was_measured() -> None:
+def test_the_page_shows_the_measured_figures() -> None:
     figures = ROOT / "benchmarks" / "results" / "detector.json"
     expected = block(json.loads(figures.read_text())) if figures.is_file() else "\n"
     assert BLOCK.current(ROOT / PAGE) == expected

@@ -1,4 +1,4 @@
-"""The evidence's runs on little data: what comes out, and that nothing finished is run again."""
+"""The evidence on little data: what it writes, and that it runs nothing twice."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import pytest
 from benchmarks.evidence import PROBES, Evidence, main
 
 
-def test_every_run_is_made_once_and_summed_up(tmp_path: Path, programs: list[list[str]]) -> None:
+def test_every_run_is_made_once_and_summarised(tmp_path: Path, programs: list[list[str]]) -> None:
     config = Evidence(
         epochs=1,
         seeds=(0, 1),
@@ -36,7 +36,7 @@ def test_every_run_is_made_once_and_summed_up(tmp_path: Path, programs: list[lis
     assert epoch["epoch"] == 1 and 0 < epoch["knn_top1"] < 1 and epoch["loss"] > epoch["loss_clean"] > 0
     assert result["evidence"]["random"]["runs"][0]["curve"] == []
 
-    # One run is lost with its folder, another stopped before it was probed; only these go on.
+    # One run's folder is missing, another run was not probed yet; only these two continue.
     shutil.rmtree(tmp_path / "runs" / "random-1")
     (tmp_path / "runs" / "mixmask-0" / "run.json").unlink()
     programs.clear()

@@ -20,9 +20,8 @@ from benchmarks.parity.limits import MEASURES, ks_limit
 from benchmarks.parity.measures import Errors, Measure, Row
 from benchmarks.parity.page import BLOCK, block
 from benchmarks.parity.samples import Samples, colourful, make_samples
-from pipelines.augment.crops import draw_boxes
-from pipelines.augment.parameters import PLACES, draw_parameters
-from pipelines.batch import Mixture
+from models.batch import Mixture
+from pipelines.augment.draws import PLACES, draw_boxes, draw_parameters
 from pipelines.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from benchmarks.probes import BLOCK, PAGE, Probes, block, main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_both_probes_are_made_once(tmp_path: Path, programs: list[list[str]]) -> None:
+def test_both_probes_run_once(tmp_path: Path, programs: list[list[str]]) -> None:
     gather(
         Evidence(
             epochs=1, seeds=(0,), methods=("random",), out=tmp_path / "runs", data=tmp_path, fashion=1200
@@ -38,7 +38,7 @@ def test_both_probes_are_made_once(tmp_path: Path, programs: list[list[str]]) ->
     published = json.loads((tmp_path / "probes" / "random-0" / "result.json").read_text())
     assert row["published"]["linear_top1"] == published["linear_top1"] > 0
     assert row["cached"]["linear_top1"] == max(s["top1"] for s in row["cached"]["settings"])
-    assert (ROOT / PAGE).read_bytes() == page  # a quick run's figures are not for it
+    assert (ROOT / PAGE).read_bytes() == page  # a quick run does not rewrite it
     with pytest.raises(ValueError, match=r"there is no .*moco-0.*make evidence"):
         main(Probes(evidence=tmp_path / "runs", encoders=("moco-0",), data=tmp_path, fashion=1200))
 
@@ -59,7 +59,7 @@ def test_table() -> None:
             "settings": settings,
         },
     }
-    told = block(
+    text = block(
         {
             "probes": {"moco-0": row},
             "config": {"pictures": 60000, "epochs": 100},
@@ -67,12 +67,12 @@ def test_table() -> None:
         }
     )
     assert (
-        "| moco-0 | 80.00 % | 79.00 % | 81.50 % (lr 3, weight decay 1e-05) | +1.50 | 1,234 s | 20 s |" in told
+        "| moco-0 | 80.00 % | 79.00 % | 81.50 % (lr 3, weight decay 1e-05) | +1.50 | 1,234 s | 20 s |" in text
     )
-    assert "+1.50 … +1.50 points" in told and "A CPU, 2 cores" in told
+    assert "+1.50 … +1.50 points" in text and "A CPU, 2 cores" in text
 
 
-def test_the_page_has_what_was_measured() -> None:
+def test_the_page_shows_the_measured_figures() -> None:
     figures = ROOT / "benchmarks" / "results" / "probes.json"
     expected = block(json.loads(figures.read_text())) if figures.is_file() else "\n"
     assert BLOCK.current(ROOT / PAGE) == expected

@@ -1,4 +1,4 @@
-"""The race: all start alike, what is written follows from what was measured, a missing rival is named."""
+"""The race: all entries start from the same weights, and the JSON follows from what was measured."""
 
 import dataclasses
 import importlib
@@ -7,16 +7,15 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import race, race_ours
-from benchmarks.race import Race
-from benchmarks.race_figures import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, OURS, figures
-from benchmarks.race_ours import Setting
+from benchmarks import race
+from benchmarks.race import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, OURS, Race, figures, with_method
 from dataset_tools.fashion_mnist import IdxPair, compile_fashion_mnist
 from pipelines import Batch
 from presets import fashion
@@ -31,43 +30,31 @@ def _write_idx(path: Path, content: NDArray[np.uint8]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both compiled sets: stripes whose width tells the class, and noise."""
+    """A folder with both compiled sets: stripes with a width per class, and noise."""
     folder = tmp_path_factory.mktemp("fashion")
     rng = np.random.default_rng(0)
     pairs = {}
     for split, count in (("train", 300), ("test", 60)):
         labels = (np.arange(count) % 4).astype(np.uint8)
         stripes = (np.arange(28) // (1 + labels[:, None]) % 2)[:, None, :] * 160
-        pictures = (stripes + rng.integers(0, 90, (count, 28, 28))).astype(np.uint8)
+        images = (stripes + rng.integers(0, 90, (count, 28, 28))).astype(np.uint8)
         pairs[split] = IdxPair(
-            _write_idx(folder / f"{split}-images", pictures), _write_idx(folder / f"{split}-labels", labels)
+            _write_idx(folder / f"{split}-images", images), _write_idx(folder / f"{split}-labels", labels)
         )
     compile_fashion_mnist(folder, pairs, workers=1)
     return folder
 
 
-def test_setting_is_the_preset() -> None:
-    """Benchmarks may not import presets, so the numbers stand twice; here they are held together."""
-    preset, setting = fashion(Path("x.beton")), Setting()
-    assert dataclasses.replace(setting.recipe, mixing=setting.mixing) == preset.recipe()
-    names = {"dim": "moco_dim", "queue_len": "moco_k", "momentum": "moco_m", "temperature": "moco_t"}
-    for field in dataclasses.fields(Setting):
-        if field.name != "recipe":
-            expected = getattr(preset, names.get(field.name, field.name))
-            assert getattr(setting, field.name) == expected, field.name
-    assert preset.mlp and preset.cos and preset.splits(1) == setting.bn_splits
-
-
 def test_learning_rate_follows_the_wall_time() -> None:
-    assert race_ours._lr_after(0.0, 4.0, 0.06) == 0.06
-    assert race_ours._lr_after(1.0, 4.0, 0.06) == pytest.approx(0.03 * (1 + math.cos(math.pi / 4)))
-    assert race_ours._lr_after(3.9999, 4.0, 0.06) < 1e-6
+    assert race._lr_after(0.0, 4.0, 0.06) == 0.06
+    assert race._lr_after(1.0, 4.0, 0.06) == pytest.approx(0.03 * (1 + math.cos(math.pi / 4)))
+    assert race._lr_after(3.9999, 4.0, 0.06) < 1e-6
 
 
 def test_tiny_race(tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightly")
     # Processes of a DataLoader take seconds to start.
-    monkeypatch.setattr("benchmarks.race_lightly.documented_hands", lambda: (0, 2))
+    monkeypatch.setattr("benchmarks.race_lightly.documented_division", lambda: (0, 2))
     out = tmp_path / "race.json"
     race.main(Race(seconds=0.5, data=tiny_fashion, json=out, hands=(0, 1)))
     result = json.loads(out.read_text())
@@ -84,19 +71,33 @@ def test_tiny_race(tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.Monke
     speed = runners[OURS]["samples_per_s"] / runners[LIGHTLY]["samples_per_s"]
     assert measured["samples_per_s_vs_lightly"] == pytest.approx(speed)
     assert result["environment"]["versions"]["lightly"]
-    assert result["config"]["bn_splits"] == Setting.bn_splits and result["config"]["recipe"]["crop_px"] == 32
+    _check_preset(result["config"])
 
 
-def test_both_models_start_alike_and_minimise_the_same_loss(tiny_fashion: Path) -> None:
+def _check_preset(config: dict[str, Any]) -> None:
+    """The settings in the JSON are those of the preset."""
+    preset = fashion(Path("x.beton"))
+    recipe = with_method(preset, "moco").recipe()
+    assert config["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe)))
+    assert config["mixing"] == dataclasses.asdict(preset.mixing)
+    names = {"dim": "moco_dim", "queue_len": "moco_k", "momentum": "moco_m", "temperature": "moco_t"}
+    same = ("arch", "bn_splits", "batch_size", "lr", "sgd_momentum", "weight_decay")
+    for key, name in (names | {name: name for name in same}).items():
+        assert config[key] == getattr(preset, name), key
+    assert preset.mlp and preset.cos and preset.splits(1) == config["bn_splits"]
+    assert config["recipe"]["crop_px"] == 32
+
+
+def test_both_models_start_from_the_same_weights_and_compute_the_same_loss(tiny_fashion: Path) -> None:
     pytest.importorskip("lightly")
-    from benchmarks.race_lightly import LightlyMoCo, documented, lightly
+    from benchmarks import race_lightly
 
-    setting = Setting(bn_splits=1)
-    mine = race_ours.ours("moco", setting, tiny_fashion / "fashion-mnist-train.beton", 3)
-    theirs = lightly(setting, tiny_fashion / "fashion-mnist-train.beton", (0, 1), 3)
-    queue_KD = torch.nn.functional.normalize(torch.randn(setting.queue_len, setting.dim), dim=1)
-    assert isinstance(theirs.model, LightlyMoCo)
-    other = lightly(documented(setting), tiny_fashion / "fashion-mnist-train.beton", (0, 1), 3).encoder
+    preset = dataclasses.replace(fashion(tiny_fashion / "fashion-mnist-train.beton"), bn_splits=1)
+    mine = race.ours(with_method(preset, "moco"), 3)
+    theirs = race.lightly(race_lightly, preset, (0, 1), 3)
+    queue_KD = torch.nn.functional.normalize(torch.randn(preset.moco_k, preset.moco_dim), dim=1)
+    assert isinstance(theirs.model, race_lightly.LightlyMoCo)
+    other = race.lightly(race_lightly, race_lightly.documented(preset), (0, 1), 3).encoder
     for name, tensor in theirs.encoder.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
     theirs.model.criterion.memory_bank.bank.copy_(queue_KD)
@@ -104,15 +105,16 @@ def test_both_models_start_alike_and_minimise_the_same_loss(tiny_fashion: Path) 
     query_N3SS, key_N3SS = torch.randn(2, 8, 3, 32, 32)
     nothing = torch.zeros(8, dtype=torch.int64)
     for _ in range(2):  # the second time with the first keys in the queue
-        expected = theirs.loss([query_N3SS, key_N3SS])
-        torch.testing.assert_close(mine.loss(Batch(query_N3SS, key_N3SS, (), nothing, nothing)), expected)
+        expected, _ = theirs.loss_of([query_N3SS, key_N3SS])
+        loss, _ = mine.loss_of(Batch(query_N3SS, key_N3SS, (), nothing, nothing))
+        torch.testing.assert_close(loss, expected)
 
 
-def test_lightly_is_given_the_recipe() -> None:
+def test_lightly_gets_the_numbers_of_the_recipe() -> None:
     pytest.importorskip("lightly")
     from benchmarks.race_lightly import transform_of
 
-    recipe = Setting().recipe
+    recipe = fashion(Path("x.beton")).recipe()
     view, same = transform_of(recipe).transforms
     assert view is same
     crop, flip, upright, turn, jitter, grey, blur, _, normalise = view.transform.transforms
@@ -125,22 +127,23 @@ def test_lightly_is_given_the_recipe() -> None:
     assert tuple(normalise.mean) == recipe.mean and tuple(normalise.std) == recipe.std
 
 
-def test_documented_views_are_those_of_the_transform_as_it_comes() -> None:
+def test_documented_views_are_the_defaults_of_the_transform() -> None:
     pytest.importorskip("lightly")
     from lightly.transforms import MoCoV2Transform
 
     from benchmarks.race_lightly import documented, transform_of
 
-    setting = documented(Setting())
-    (asked, _), (comes, _) = transform_of(setting.recipe).transforms, MoCoV2Transform(32).transforms
-    told, expected = (
-        re.sub(" object at 0x[0-9a-f]+", "", repr(view)) for view in (asked.transform, comes.transform)
+    preset = fashion(Path("x.beton"))
+    changed = documented(preset)
+    (ours, _), (default, _) = transform_of(changed.recipe()).transforms, MoCoV2Transform(32).transforms
+    got, expected = (
+        re.sub(" object at 0x[0-9a-f]+", "", repr(view)) for view in (ours.transform, default.transform)
     )
-    assert told == expected and "RandomResizedCrop" in told and "Normalize" in told
-    blurs = [next(t for t in v.transform.transforms if hasattr(t, "sigmas")) for v in (asked, comes)]
+    assert got == expected and "RandomResizedCrop" in got and "Normalize" in got
+    blurs = [next(t for t in v.transform.transforms if hasattr(t, "sigmas")) for v in (ours, default)]
     assert (blurs[0].prob, blurs[0].sigmas) == (blurs[1].prob, blurs[1].sigmas)
-    assert dataclasses.replace(setting, recipe=Setting().recipe) == Setting()
-    assert setting.recipe.center_share == 1
+    assert dataclasses.replace(changed, views=preset.views) == preset
+    assert changed.recipe().center_share == 1
 
 
 def test_figures_over_seeds() -> None:
@@ -170,7 +173,9 @@ def test_figures_over_seeds() -> None:
     assert found["runners"][OURS]["spread"]["knn_after"] == pytest.approx(0.02 / 2**0.5)
 
 
-def test_refuses_what_is_no_race(tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_measure_nothing_are_refused(
+    tiny_fashion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for config in (Race(seconds=0.0), Race(seeds=()), Race(hands=(-1, 1))):
         with pytest.raises(ValueError, match="make no race"):
             race.main(config)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks.epoch import OURS, OURS_ONE_BN, PLAIN
 from benchmarks.evidence import METHODS, RANDOM
-from benchmarks.race_figures import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, figures
-from benchmarks.race_figures import OURS as OUR_RACER
+from benchmarks.race import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, figures
+from benchmarks.race import OURS as OUR_RACER
 from benchmarks.report import curves, training_block
 from benchmarks.report.__main__ import README, RESULTS, Report, _drawn, _is_current, main
 from benchmarks.report.page import picture, render

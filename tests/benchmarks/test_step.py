@@ -1,4 +1,4 @@
-"""The step benchmark: what it times is the training, and its figures are all there."""
+"""The step benchmark times the real training, and writes all figures."""
 
 import copy
 import dataclasses
@@ -32,8 +32,8 @@ def test_both_formulations_take_the_same_steps(method: Method) -> None:
         torch.testing.assert_close(ours(), naive(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_under_the_clock_is_the_step_without() -> None:
-    """Backward in two calls, cut at the features, moves every weight as backward in one."""
+def test_the_clock_does_not_change_a_step() -> None:
+    """The hooks of the clock change no weight and no loss."""
     generator = torch.Generator().manual_seed(0)
     query, key, mixed = torch.randn(3, 8, 3, 16, 16, generator=generator)
     row = torch.arange(8)
@@ -55,12 +55,12 @@ def test_a_step_under_the_clock_is_the_step_without() -> None:
         torch.testing.assert_close(training.step(batch), loss.detach())
     for name, tensor in usual.state_dict().items():
         torch.testing.assert_close(clocked.state_dict()[name], tensor)
-    assert all(seconds > 0 for seconds in training.clock.seconds.values())
+    assert all(seconds > 0 for seconds in training.seconds.values())
 
 
 @pytest.fixture
-def tests_pictures(picture_folder: Path, beton: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' pictures in place of those that the benchmark makes."""
+def tests_images(picture_folder: Path, beton: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark takes the tests' images instead of making its own."""
 
     class Sets:
         def __init__(self, data: Path, num: int, progress: Callable[[str], None]) -> None:
@@ -69,7 +69,7 @@ def tests_pictures(picture_folder: Path, beton: Path, shards: Path, monkeypatch:
     monkeypatch.setattr(epoch, "SampleSets", Sets)
 
 
-@pytest.mark.usefixtures("tests_pictures")
+@pytest.mark.usefixtures("tests_images")
 def test_a_quick_run_has_all_figures(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     config = StepBenchmark(
@@ -139,7 +139,7 @@ def test_a_published_batch_is_mixed_by_one_mask_of_rectangles() -> None:
         (lambda: EpochSetting(epochs=0), "0 epochs"),
     ],
 )
-def test_what_measures_nothing_is_refused(make: Callable[[], object], sentence: str) -> None:
+def test_settings_that_measure_nothing_are_refused(make: Callable[[], object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
 

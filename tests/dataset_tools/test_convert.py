@@ -14,7 +14,7 @@ from PIL import Image
 from dataset_tools.convert import convert
 from dataset_tools.sources import FolderSource, Sample
 from dataset_tools.verify import stats, verify
-from pipelines.kernels.turbojpeg import Jpeg, encode_planes
+from pipelines.decode.jpeg import Jpeg, encode_planes
 from pipelines.sets.beton import MODE_YUV420, open_beton
 from pipelines.sets.manifest import Manifest, Tier, read_source_path, skipped_path
 from tests.processes import started

@@ -66,7 +66,7 @@ def test_recompress_on_the_command_line(tree: Path, tmp_path: Path, capsys: Capt
     ("source", "options", "words"),
     [
         ("none", [], "does not exist"),
-        ("empty", [], "no pictures in"),
+        ("empty", [], "no images in"),
         ("pictures", ["--quality", "0"], "quality is 0"),
         ("pictures", ["--workers", "0"], "workers is 0"),
         ("pictures", ["--max-side", "9", "--short-side", "8"], "give one of the two"),

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from dataset_tools import normalise as module
 from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
-from pipelines.kernels.turbojpeg import Jpeg, encode_planes
+from pipelines.decode.jpeg import Jpeg, encode_planes
 from pipelines.sets.manifest import Tier
 from tests.dataset_tools.conftest import unusual_jpeg
 

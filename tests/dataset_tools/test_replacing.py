@@ -24,7 +24,7 @@ from dataset_tools.work import Work
 from pipelines.sets.beton import matching_manifest, open_beton
 from pipelines.sets.manifest import Manifest, read_source_paths
 from pipelines.sets.shards import open_shards, set_aside
-from pipelines.sets.stores import open_store
+from pipelines.sets.stores import open_set
 from tests.dataset_tools.conftest import encode
 from tests.dataset_tools.test_tar_source import pack
 
@@ -52,11 +52,11 @@ def facts(path: Path) -> tuple[Any, ...]:
     """All that a set holds, after a check that its parts fit together."""
     if path.is_file():
         assert matching_manifest(open_beton(path)) is not None
-    store = open_store(path)
+    store = open_set(path)
     manifest = Manifest.read(path)
     assert manifest is not None
     index = np.arange(store.count)
-    payloads = [store.payload(i)[0].tobytes() for i in range(store.count)]
+    payloads = [content.tobytes() for content in store.fetch(index)]
     names = list(read_source_paths(path, store.count)) if path.is_file() else list(store.names())
     return payloads, store.labels(index).tolist(), manifest.classes, names, manifest.replaced
 
@@ -206,7 +206,7 @@ def test_names_that_are_no_utf8_are_kept(name: str, tmp_path: Path, capsys: Capt
     command = ["convert", str(root), str(out), "--max-bad", "0.5"]
     for overwrite in ([], ["--overwrite"]):
         assert main([*command, *overwrite]) == 0
-        assert open_store(out).classes == (odd, "tea")
+        assert open_set(out).classes == (odd, "tea")
         assert verify(out).ok
     assert "bad caf\\udce9.jpg: not a picture" in capsys.readouterr().out
     assert main(["stats", str(out)]) == 0
@@ -223,7 +223,7 @@ def test_a_set_beside_another_ones_manifest_is_told(tmp_path: Path) -> None:
     make(old, out)
     manifest = out.with_suffix(".json")
     manifest.write_text(manifest.read_text().replace(open_beton(out).sha256, "0" * 64))
-    with pytest.raises(ValueError, match=r"of the hash \w+…, its manifest promises 0000\w+…: one of the two"):
+    with pytest.raises(ValueError, match=r"of the hash \w+…, its manifest says 0000\w+…: one of the two"):
         matching_manifest(open_beton(out))
 
 

@@ -72,10 +72,10 @@ def test_circular_link_ends(tree: Path) -> None:
     [
         (lambda root: None, "does not exist"),
         (lambda root: root.write_text("x"), "is a file, not a folder"),
-        (lambda root: root.mkdir(), "no pictures in .* looked for .jpg"),
+        (lambda root: root.mkdir(), "no images in .* looked for .jpg"),
         (
             lambda root: ((root / "a").mkdir(parents=True), (root / "a" / "b.txt").write_text("x")),
-            "no pictures in",
+            "no images in",
         ),
     ],
 )
@@ -88,7 +88,7 @@ def test_unusable_folder_is_a_sentence(tmp_path: Path, make: Callable[[Path], ob
 
 def test_loose_and_filed_pictures_are_refused(tree: Path) -> None:
     (tree / "loose.jpg").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"1 pictures of its own \(first: loose.jpg\) and 2 sub-folders"):
+    with pytest.raises(ValueError, match=r"1 images itself \(first: loose.jpg\) and 2 sub-folders"):
         FolderSource(tree)
 
 

@@ -1,4 +1,4 @@
-"""Small sets of drawn shapes, and converted weights of fresh encoders."""
+"""Small sets of drawn shapes, and converted weights of untrained encoders."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.shapes import write_coco
-from detection.keys import to_detectron2
+from detection.convert_to_detectron2 import to_detectron2
 from models.encoders import build_encoder
 from tests.detection.voc import write_voc
 from training.files import write_atomically
@@ -27,9 +27,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def write_weights(arch: str, path: Path, **about: object) -> nn.Module:
-    """Write converted weights of a fresh encoder, with statistics that are not those of a fresh one.
+    """Write converted weights of an untrained encoder with random BatchNorm statistics.
 
-    about: what stands beside the tensors.
+    Args:
+        arch: architecture of the encoder.
+        path: file to write.
+        about: further entries of the file.
     """
     torch.manual_seed(0)
     encoder, _ = build_encoder(arch)

@@ -1,4 +1,4 @@
-"""Sets are held against what training and evaluation need, and refused in sentences."""
+"""Sets that a detector cannot be trained or evaluated on are refused with a clear message."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from detection import datasets
 
 
 def _changed(name: str, path: Path, **content: object) -> str:
-    """A coco: set with other content; returns the name of it."""
+    """Write a coco: set with changed content and return its name."""
     _, file, folder = name.split(":")
     path.write_text(json.dumps(json.loads(Path(file).read_text()) | content))
     return f"coco:{path}:{folder}"
@@ -29,7 +29,7 @@ def _changed(name: str, path: Path, **content: object) -> str:
 
 def _check(train: list[str], test: list[str]) -> None:
     datasets.register((*train, *test))
-    datasets.check(train, test, len(CLASSES))
+    datasets.check_sets(train, test, len(CLASSES))
 
 
 def test_splits_of_a_folder_have_the_same_classes(sets: dict[str, str]) -> None:
@@ -39,7 +39,7 @@ def test_splits_of_a_folder_have_the_same_classes(sets: dict[str, str]) -> None:
         assert MetadataCatalog.get(sets[split]).thing_classes == sorted(CLASSES)
 
 
-def test_voc_is_not_evaluated_without_boxes_of_every_class(sets: dict[str, str], tmp_path: Path) -> None:
+def test_voc_evaluation_needs_a_box_of_every_class(sets: dict[str, str], tmp_path: Path) -> None:
     _check([sets["val"]], [sets["test"]])
     with pytest.raises(
         ValueError, match=r"1 classes have no box in \S+:val that is not difficult.*\['disc'\]"
@@ -67,14 +67,14 @@ def test_classes_must_agree(sets: dict[str, str], tmp_path: Path) -> None:
         _check([sets["coco"]], [sets["test"]])
 
 
-def test_names_and_files_that_are_missing(tmp_path: Path) -> None:
+def test_unknown_names_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"'mine' is neither coco:.*nor one of Detectron2's.*DETECTRON2_DATASETS"
     ):
         datasets.register(["mine"])
-    with pytest.raises(FileNotFoundError, match=r"none\.json is not there"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
         datasets.register([f"coco:{tmp_path}/none.json:{tmp_path}"])
-    with pytest.raises(FileNotFoundError, match=r"Main/train\.txt is not there"):
+    with pytest.raises(FileNotFoundError, match=r"Main/train\.txt does not exist"):
         datasets.register([f"voc:{tmp_path}:train"])
     name = f"gone from {tmp_path}"
     register_coco_instances(name, {}, f"{tmp_path}/gone.json", str(tmp_path))
@@ -84,10 +84,10 @@ def test_names_and_files_that_are_missing(tmp_path: Path) -> None:
         _check([], [name])
 
 
-def test_annotations_that_cannot_be_read(sets: dict[str, str], tmp_path: Path) -> None:
+def test_unreadable_annotations_are_refused(sets: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text('{"images": [')
     with pytest.raises(
-        ValueError, match=r"cut\.json\S+ cannot be read \(Expecting value.*mend its annotations"
+        ValueError, match=r"cut\.json\S+ cannot be read \(Expecting value.*correct its annotations"
     ):
         _check([], [f"coco:{tmp_path}/cut.json:{tmp_path}"])
     (tmp_path / "bare.json").write_text('{"images": [], "annotations": []}')
@@ -95,40 +95,40 @@ def test_annotations_that_cannot_be_read(sets: dict[str, str], tmp_path: Path) -
         _check([], [f"coco:{tmp_path}/bare.json:{tmp_path}"])
     voc = write_voc(tmp_path / "voc", {"test": 4}, 96, seed=100)
     (voc / "Annotations" / "000002.xml").write_text("<annotation><size>")
-    with pytest.raises(ValueError, match=r"cannot be read \(\S+000002\.xml is no XML: "):
+    with pytest.raises(ValueError, match=r"cannot be read \(\S+000002\.xml is not valid XML: "):
         _check([], [f"voc:{voc}:test"])
 
 
-def test_pictures_and_boxes(sets: dict[str, str], tmp_path: Path) -> None:
+def test_invalid_images_and_boxes_are_refused(sets: dict[str, str], tmp_path: Path) -> None:
     _, file, _ = sets["coco"].split(":")
     content = json.loads(Path(file).read_text())
     nothing = _changed(sets["coco"], tmp_path / "nothing.json", images=[], annotations=[])
-    with pytest.raises(ValueError, match="holds no picture"):
+    with pytest.raises(ValueError, match="holds no images"):
         _check([nothing], [sets["coco"]])
     without = _changed(sets["coco"], tmp_path / "without.json", annotations=[])
-    with pytest.raises(ValueError, match=r"none of the 6 pictures of .* has a box"):
+    with pytest.raises(ValueError, match=r"none of the 6 images of .* has a box"):
         _check([without], [sets["coco"]])
     content["annotations"][0]["bbox"] = [90.0, 10.0, 20.0, 20.0]
     leaving = _changed(sets["coco"], tmp_path / "leaving.json", annotations=content["annotations"])
     with pytest.raises(
-        ValueError, match=r"\[90\.0, 10\.0, 110\.0, 30\.0\].* leaves the picture of 96 × 96 px"
+        ValueError, match=r"\[90\.0, 10\.0, 110\.0, 30\.0\].* exceeds the image of 96 × 96 px"
     ):
         _check([leaving], [sets["coco"]])
     content["annotations"][0]["bbox"] = [1.0, 10.0, "20"]
     cut = _changed(sets["coco"], tmp_path / "cut-box.json", annotations=content["annotations"])
-    with pytest.raises(ValueError, match=r"cut-box\.json\S+ cannot be read .*mend its annotations"):
+    with pytest.raises(ValueError, match=r"cut-box\.json\S+ cannot be read .*correct its annotations"):
         _check([cut], [sets["coco"]])
     content = json.loads(Path(file).read_text())
     del content["annotations"][2]["segmentation"]
     bare = _changed(sets["coco"], tmp_path / "no-outline.json", annotations=content["annotations"])
     _check([bare], [sets["coco"]])
     with pytest.raises(ValueError, match=r"has no outline \(segmentation\).*give MODEL.MASK_ON False"):
-        datasets.check([bare], [sets["coco"]], len(CLASSES), masks=True)
+        datasets.check_sets([bare], [sets["coco"]], len(CLASSES), masks=True)
     absent = f"coco:{file}:{tmp_path}"
-    with pytest.raises(FileNotFoundError, match=r"000000\.png of coco:\S+ is not there; check the folder"):
+    with pytest.raises(FileNotFoundError, match=r"000000\.png of coco:\S+ does not exist; check the folder"):
         _check([absent], [sets["coco"]])
     voc = write_voc(tmp_path / "single", {"test": 1}, 96, seed=100)
-    with pytest.raises(ValueError, match="fewer than two pictures"):
+    with pytest.raises(ValueError, match="fewer than two images"):
         _check([], [f"voc:{voc}:test"])
     with pytest.raises(ValueError, match=r"has class 3, MODEL.ROI_HEADS.NUM_CLASSES 3 allows 0 … 2"):
-        datasets.check([], [sets["coco"]], 3)
+        datasets.check_sets([], [sets["coco"]], 3)

@@ -1,4 +1,4 @@
-"""Configs and weights of others run no code and fetch nothing; arrays in pickles come out as they went in."""
+"""Foreign configs and weights run no code and download nothing; pickled arrays are read unchanged."""
 
 import io
 import os
@@ -25,14 +25,14 @@ else:
 
 from detectron2.config import get_cfg
 
-from detection import config, training, weights
+from detection import config, trainer, weights
 from detection.foreign_files import config_files, read_pickled_weights
 
 C4 = "coco_R_50_C4_1x"
 
 
 class Trap:
-    """Leaves a file behind where it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = mark
@@ -49,7 +49,7 @@ def _configure(*argv: str) -> Any:
     return config.configure(config.parse(list(argv), None))
 
 
-def test_a_yaml_tag_is_not_carried_out(tmp_path: Path) -> None:
+def test_yaml_tags_are_not_executed(tmp_path: Path) -> None:
     mark, file = tmp_path / "mark", tmp_path / "c.yaml"
     trap = f"!!python/object/apply:os.mkdir ['{mark}']"
     for text in (f"OUTPUT_DIR: {trap}\n", f"_BASE_: {trap}\n"):
@@ -65,7 +65,7 @@ def test_a_yaml_tag_is_not_carried_out(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_bases_are_local(tmp_path: Path) -> None:
+def test_bases_must_be_local(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     for base in ("https://example.com/x.yaml", "detectron2://x.yaml", "[a.yaml, http://example.com/x.yaml]"):
         file.write_text(f"_BASE_: {base}\n")
@@ -75,14 +75,14 @@ def test_bases_are_local(tmp_path: Path) -> None:
     file.write_text("_BASE_: c.yaml\n")
     with pytest.raises(ValueError, match="is based on itself"):
         _configure("--config-file", str(file))
-    for text, told in (
+    for text, message in (
         ("_BASE_: ~nosuchuser/x.yaml", r"there is no \S+nosuchuser/x.yaml"),
         ("SEED: 2024-13-45", r"the config is refused: month .*c.yaml must be YAML"),
         ('_BASE_: "a\\0b"', r"a base must be a local file"),
         ("- 1", r"c.yaml holds a list"),
     ):
         file.write_text(text)
-        with pytest.raises((ValueError, FileNotFoundError), match=told):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             _configure("--config-file", str(file))
     file.write_text("_BASE_: gone.yaml\n")
     with pytest.raises(FileNotFoundError, match=r"there is no \S+gone.yaml, which \S+c.yaml is based on"):
@@ -92,11 +92,11 @@ def test_bases_are_local(tmp_path: Path) -> None:
     assert config_files(file)[:2] == [file, tmp_path / "a.yaml"]
 
 
-def test_weights_are_not_fetched_and_proposals_not_unpickled(tmp_path: Path) -> None:
-    told = ("--config-file", str(CONFIGS / f"{C4}.yaml"))
-    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is https://example\.com/x\.pkl; fetch the file"):
-        _configure(*told, "MODEL.WEIGHTS", "https://example.com/x.pkl")
-    args = config.parse([*told, "MODEL.LOAD_PROPOSALS", "True", "MODEL.WEIGHTS", ""], None)
+def test_weights_are_not_downloaded_and_proposals_not_unpickled(tmp_path: Path) -> None:
+    argv = ("--config-file", str(CONFIGS / f"{C4}.yaml"))
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is https://example\.com/x\.pkl; download the file"):
+        _configure(*argv, "MODEL.WEIGHTS", "https://example.com/x.pkl")
+    args = config.parse([*argv, "MODEL.LOAD_PROPOSALS", "True", "MODEL.WEIGHTS", ""], None)
     with pytest.raises(ValueError, match="LOAD_PROPOSALS is on, and Detectron2 reads proposals from pickles"):
         config.check_config(config.configure(args), args)
 
@@ -116,39 +116,39 @@ def test_code_in_weights_is_not_run(tmp_path: Path) -> None:
     ):
         for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
             path.write_bytes(pickle.dumps(content, protocol))
-            with pytest.raises(CheckpointError, match=r"asks for \w+\.mkdir, which could run"):
+            with pytest.raises(CheckpointError, match=r"imports \w+\.mkdir, which could run"):
                 read_pickled_weights(path)
     torch.save({"model": {"a": Trap(mark)}}, tmp_path / "w.pth")
     cfg = _configure("--config-file", str(CONFIGS / f"{C4}.yaml"), "MODEL.WEIGHTS", str(tmp_path / "w.pth"))
     with pytest.raises(CheckpointError, match=r"mkdir, which could run code"):
-        weights.check(cfg)
+        weights.check_weights(cfg)
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("name", ["x.pkl", "../x.pth", "/tmp/x.pth", "https://example.com/x.pth", ""])
-def test_a_run_goes_on_from_its_own_checkpoints_alone(name: str, tmp_path: Path) -> None:
+def test_a_run_continues_only_from_its_own_checkpoints(name: str, tmp_path: Path) -> None:
     (tmp_path / "last_checkpoint").write_text(name)
     args = config.parse(["--resume", "--config-file", str(CONFIGS / f"{C4}.yaml"),
                          "OUTPUT_DIR", str(tmp_path)], None)  # fmt: skip
     with pytest.raises(ValueError, match=r"last_checkpoint names .*a run's own checkpoint is a \.pth"):
-        training.prepare(args)
+        trainer.prepare(args)
     with pytest.raises(ValueError, match="last_checkpoint names"):
         weights.Checkpointer(torch.nn.Linear(1, 1), save_dir=str(tmp_path)).resume_or_load("", resume=True)
 
 
-def test_the_trainer_reads_by_our_checkpointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged checkpoint of the run itself is found, which Detectron2 would go on from."""
+def test_the_trainer_uses_our_checkpointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It detects a damaged checkpoint, from which Detectron2 would continue."""
     write_weights("resnet50", tmp_path / "model_0000001.pth")
     content = bytearray((tmp_path / "model_0000001.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "model_0000001.pth").write_bytes(content)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    trainer = training.Trainer.__new__(training.Trainer)
-    trainer.cfg = get_cfg()
-    trainer.cfg.OUTPUT_DIR = str(tmp_path)
-    trainer.checkpointer = weights.DetectionCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    ours = trainer.Trainer.__new__(trainer.Trainer)
+    ours.cfg = get_cfg()
+    ours.cfg.OUTPUT_DIR = str(tmp_path)
+    ours.checkpointer = weights.DetectionCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
     with pytest.raises(CheckpointError, match="does not have its checksum"):
-        trainer.resume_or_load(resume=True)
+        ours.resume_or_load(resume=True)
 
 
 ARRAYS = {
@@ -163,7 +163,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_arrays_come_out_as_they_went_in(protocol: int, tmp_path: Path) -> None:
+def test_arrays_are_read_unchanged(protocol: int, tmp_path: Path) -> None:
     path = tmp_path / "w.pkl"
     ours = {"model": OrderedDict(ARRAYS), "__author__": "x", "matching_heuristics": True, "more": [1.5, None]}
     path.write_bytes(pickle.dumps(ours, protocol))
@@ -180,7 +180,7 @@ def test_arrays_come_out_as_they_went_in(protocol: int, tmp_path: Path) -> None:
             assert model[name].dtype == array.dtype.newbyteorder("=") and model[name].flags.writeable
 
 
-def test_a_pickle_of_python_2() -> None:
+def test_a_pickle_of_python_2_is_read() -> None:
     """Written by Python 2.7's pickle, protocol 2, of {'conv1_w': numpy.array([1, -2], 'float32')}."""
     payload = (
         b"\x80\x02}q\x01U\x07conv1_wq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04"
@@ -193,13 +193,13 @@ def test_a_pickle_of_python_2() -> None:
         np.testing.assert_array_equal(read_pickled_weights(path)["model"]["conv1_w"], [1, -2])
 
 
-def test_a_pickle_changes_nothing_of_ours(tmp_path: Path) -> None:
-    """By an attribute that it gives to what stands for a function."""
+def test_a_pickle_cannot_change_our_replacements(tmp_path: Path) -> None:
+    """A pickle may set attributes on the objects it names."""
     path = tmp_path / "w.pkl"
     state = b"N}q\x00X\x0c\x00\x00\x00__defaults__K\x01s\x86b"
     for name in (b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n"):
         path.write_bytes(b"\x80\x02" + name + state + b"0}.")
-        with pytest.raises(CheckpointError, match="no pickle of arrays"):
+        with pytest.raises(CheckpointError, match="not a pickle of arrays"):
             read_pickled_weights(path)
 
 
@@ -210,7 +210,7 @@ def test_weights_of_an_unknown_layout_are_refused(tmp_path: Path) -> None:
             "--config-file", str(CONFIGS / f"{C4}.yaml"), "MODEL.WEIGHTS", str(tmp_path / "w.pyth")
         )
         with pytest.raises(CheckpointError, match=r"w\.pyth has an unknown layout: found"):
-            weights.check(cfg)
+            weights.check_weights(cfg)
 
 
 @given(
@@ -219,7 +219,7 @@ def test_weights_of_an_unknown_layout_are_refused(tmp_path: Path) -> None:
     cut=st.one_of(st.just(0), st.integers(0, 900)),
 )
 @settings(deadline=None, max_examples=300)
-def test_a_damaged_pickle_is_a_sentence_or_arrays(
+def test_a_damaged_pickle_is_refused_or_gives_arrays(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], protocol: int, cut: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "mutated.pkl"
@@ -235,20 +235,20 @@ def test_a_damaged_pickle_is_a_sentence_or_arrays(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
-def test_pictures_of_other_formats_are_not_opened(sets: dict[str, str], tmp_path: Path) -> None:
+def test_images_of_other_formats_are_not_opened(sets: dict[str, str], tmp_path: Path) -> None:
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
     (tmp_path / "a.jpg").write_bytes(eps)
     assert Image.open(io.BytesIO(eps)).format == "EPS"
-    mapper = training.Mapper(get_cfg(), is_train=False)
-    picture = {"file_name": str(tmp_path / "a.jpg"), "height": 9, "width": 9}
+    mapper = trainer.Mapper(get_cfg(), is_train=False)
+    image = {"file_name": str(tmp_path / "a.jpg"), "height": 9, "width": 9}
     with pytest.raises(UnidentifiedImageError, match=re.escape(str(tmp_path / "a.jpg"))):
-        mapper(picture)
+        mapper(image)
     photo = Image.new("RGB", (9, 9))
     photo.save(tmp_path / "a.jpg", "JPEG")
-    assert mapper(picture)["image"].shape[0] == 3
+    assert mapper(image)["image"].shape[0] == 3
     (tmp_path / "seg.png").write_bytes(eps)
     with pytest.raises(UnidentifiedImageError, match=re.escape(str(tmp_path / "seg.png"))):
-        mapper(picture | {"sem_seg_file_name": str(tmp_path / "seg.png")})
+        mapper(image | {"sem_seg_file_name": str(tmp_path / "seg.png")})

@@ -1,4 +1,4 @@
-"""Several runs of a detector: what they are summed up to, and which of them are made."""
+"""Repeated runs of a detector: their summary, and which of them are trained."""
 
 import json
 import statistics
@@ -15,12 +15,12 @@ NAMES = ("AP", "AP50", "AP75")
 
 
 class TrainNet:
-    """Stands in for detection.train_net: keeps the command lines, leaves checkpoints and results."""
+    """Replaces detection.train_net: records the command lines, writes checkpoints and results."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
         self.codes: dict[int, int] = {}
-        """Seed → exit code of a run that fails."""
+        """Exit codes of failing runs, by seed."""
         self.figures: Sequence[tuple[float | None, ...]] = FIGURES
 
     def run(self, command: list[str], *, check: bool) -> subprocess.CompletedProcess[bytes]:
@@ -32,7 +32,7 @@ class TrainNet:
             row = dict(zip(NAMES, self.figures[int(seed) - 1], strict=True))
             Path(folder).mkdir(parents=True)
             (Path(folder) / "last_checkpoint").write_text("model_final.pth")
-            # A figure per class is no part of the summary, and need not have been measured.
+            # The summary has no figures per class, so these may be null.
             result = {"figures": {"bbox": row | {"AP-disc": None}}}
             (Path(folder) / "result.json").write_text(json.dumps(result))
         return subprocess.CompletedProcess(command, code)
@@ -51,13 +51,13 @@ def train_net(monkeypatch: pytest.MonkeyPatch) -> TrainNet:
 
 @pytest.fixture
 def argv(tmp_path: Path) -> list[str]:
-    """Of a program for three runs."""
+    """Arguments for three runs."""
     (tmp_path / "weights.pth").write_bytes(b"some")
     weights, out = str(tmp_path / "weights.pth"), str(tmp_path / "out")
     return ["--runs", "3", "--config-file", "c.yaml", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", out]
 
 
-def test_mean_and_spread(train_net: TrainNet, argv: list[str], tmp_path: Path) -> None:
+def test_mean_and_standard_deviation(train_net: TrainNet, argv: list[str], tmp_path: Path) -> None:
     summary = main(argv)
     for place, name in enumerate(NAMES):
         values = [row[place] for row in FIGURES]
@@ -77,13 +77,13 @@ def test_mean_and_spread(train_net: TrainNet, argv: list[str], tmp_path: Path) -
         ]
 
 
-def test_one_run_has_no_spread(train_net: TrainNet, argv: list[str]) -> None:
+def test_one_run_has_standard_deviation_0(train_net: TrainNet, argv: list[str]) -> None:
     assert main(["--runs", "1", *argv[2:]])["figures"]["bbox"]["AP"] == {"mean": 50.0, "std": 0.0}
 
 
-def test_a_finished_run_is_not_made_again(train_net: TrainNet, argv: list[str], tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(train_net: TrainNet, argv: list[str], tmp_path: Path) -> None:
     train_net.codes[3] = 7
-    with pytest.raises(ValueError, match="run 2 ended with code 7; mend what it says"):
+    with pytest.raises(ValueError, match="run 2 ended with code 7; correct the error above"):
         main(argv)
     assert train_net.seeds == [1, 2, 3] and not (tmp_path / "out" / "result.json").exists()
     train_net.codes.clear()
@@ -97,15 +97,17 @@ def test_runs_of_other_settings_are_refused(train_net: TrainNet, argv: list[str]
     main(argv)
     result = (tmp_path / "out" / "result.json").read_bytes()
     more = [*argv, "SOLVER.MAX_ITER", "9"]
-    told = r"runs of other settings: the words were .*weights\.pth', now .*SOLVER\.MAX_ITER 9'; take another"
-    with pytest.raises(ValueError, match=told):
+    message = (
+        r"runs of other settings: the arguments were .*weights\.pth', now .*SOLVER\.MAX_ITER 9'; use another"
+    )
+    with pytest.raises(ValueError, match=message):
         main(more)
     (tmp_path / "weights.pth").write_bytes(b"other")
     with pytest.raises(
-        ValueError, match=r"settings: the file of MODEL.WEIGHTS is another; take another OUTPUT_DIR"
+        ValueError, match=r"settings: the file of MODEL.WEIGHTS has changed; use another OUTPUT_DIR"
     ):
         main(argv)
-    with pytest.raises(ValueError, match=r"words were .*; the file of MODEL.WEIGHTS is another; take"):
+    with pytest.raises(ValueError, match=r"arguments were .*; the file of MODEL.WEIGHTS has changed; use"):
         main(more)
     assert len(train_net.commands) == 3 and (tmp_path / "out" / "result.json").read_bytes() == result
     (tmp_path / "weights.pth").write_bytes(b"some")
@@ -122,11 +124,11 @@ def test_a_config_that_has_changed_is_noticed(
     main(argv)
     main(argv)
     base.write_text("VERSION: 2\nSEED: 1\n")
-    with pytest.raises(ValueError, match="settings: the config's file has changed; take another OUTPUT_DIR"):
+    with pytest.raises(ValueError, match="settings: the config's file has changed; use another OUTPUT_DIR"):
         main(argv)
 
 
-def test_a_command_line_that_began_nothing_may_be_mended(train_net: TrainNet, argv: list[str]) -> None:
+def test_arguments_that_started_no_run_may_be_corrected(train_net: TrainNet, argv: list[str]) -> None:
     train_net.codes[1] = 2
     with pytest.raises(ValueError, match="run 0 ended with code 2"):
         main([*argv, "NO.SUCH", "1"])
@@ -136,18 +138,18 @@ def test_a_command_line_that_began_nothing_may_be_mended(train_net: TrainNet, ar
         main([*argv, "NO.SUCH", "1"])
 
 
-def test_a_figure_that_is_null_is_told(train_net: TrainNet, argv: list[str]) -> None:
+def test_a_null_figure_is_refused(train_net: TrainNet, argv: list[str]) -> None:
     train_net.figures = [FIGURES[0], (51.5, 81.0, None), FIGURES[2]]
-    with pytest.raises(ValueError, match=r"run 1 has no AP75 of bbox, null stands in its result.json"):
+    with pytest.raises(ValueError, match=r"run 1 has no AP75 of bbox, its result.json holds null"):
         main(argv)
 
 
-def test_words_that_are_missing(train_net: TrainNet, argv: list[str]) -> None:
+def test_missing_arguments_are_refused(train_net: TrainNet, argv: list[str]) -> None:
     with pytest.raises(ValueError, match="--runs is not given"):
         main(argv[2:])
     with pytest.raises(ValueError, match="OUTPUT_DIR is not given"):
         main(argv[:-2])
     for number in ("0", "two"):
-        with pytest.raises(ValueError, match=f"--runs is {number}; give a number from 1"):
+        with pytest.raises(ValueError, match=f"--runs is {number}; give a number of at least 1"):
             main(["--runs", number, *argv[2:]])
     assert not train_net.commands

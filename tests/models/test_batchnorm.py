@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.batchnorm import (
+    NormArguments,
     SplitBatchNorm2d,
     _hand_sizes,
     _SplitBatchNorm,
@@ -110,11 +112,15 @@ def _everything(
     return {name: x.detach().double() for name, x in (found | {"mean": mean, "var": var}).items()}
 
 
+def _for_compiler(input: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return split_batch_norm_for_compiler(input, NormArguments(*rest))
+
+
 SHAPES = [((12, 5, 4, 4), 3), ((16, 70, 7, 7), 8), ((8, 64, 33, 33), 2), ((32, 130, 1, 1), 8)]
 
 
 @pytest.mark.parametrize(("shape", "num_splits"), SHAPES)
-@pytest.mark.parametrize("way", [_SplitBatchNorm.apply, split_batch_norm_for_compiler])
+@pytest.mark.parametrize("way", [_SplitBatchNorm.apply, _for_compiler])
 def test_both_ways_are_one_batchnorm_for_each_part(
     way: Callable[..., torch.Tensor], shape: tuple[int, ...], num_splits: int
 ) -> None:
@@ -140,7 +146,9 @@ for shape, num_splits in {shapes}:
     )
     weight, bias, mean, var = torch.rand(4, shape[1], generator=generator).to(dtype)
     running = [(mean.clone(), var.clone()) for _ in range(2)]
-    ours = batchnorm_triton.forward(x, weight, bias, *running[0], num_splits, 0.1, 1e-5)
+    ours = batchnorm_triton.forward(
+        x, batchnorm.NormArguments(weight, bias, *running[0], num_splits, 0.1, 1e-5)
+    )
     cpus = batchnorm.split_batch_norm(x, weight, bias, *running[1], num_splits, 0.1, 1e-5)
     ours_back = batchnorm_triton.backward(grad, x, weight, *ours[1:])
     cpus_back = batchnorm.split_batch_norm_backward(grad, x, weight, *cpus[1:], 1e-5)

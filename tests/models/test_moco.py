@@ -279,9 +279,9 @@ def test_values_out_of_range_are_named(options: dict[str, object], message: str)
 
 
 def test_a_batch_without_its_mixtures_is_refused() -> None:
-    with pytest.raises(ValueError, match="'both' takes 2 mixtures of the query views, the batch brings 1"):
+    with pytest.raises(ValueError, match="'both' needs 2 mixtures of the query views, the batch has 1"):
         _moco(method="both")(_batch(num_mixtures=1))
-    with pytest.raises(ValueError, match="'unmix' takes 1 mixtures of the key views, the batch brings 0"):
+    with pytest.raises(ValueError, match="'unmix' needs 1 mixtures of the key views, the batch has 0"):
         _moco(method="unmix", symmetric=True)(_batch(num_mixtures=1))
     with pytest.raises(ValueError, match="8 query and 0 key views"):
         _moco()(_batch_of(_images(0, 8), _images(0, 0)))

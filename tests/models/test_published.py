@@ -18,7 +18,8 @@ from models.batch import NUM_MIXTURES, Method
 from models.encoders import NormLayer
 from models.moco import MoCo
 from pipelines import Batch, Mixture
-from pipelines.augment.mixing import Drawn, blend, draw_mixtures, draw_partner
+from pipelines.augment.mixing import DrawnMixture, blend, draw_mixtures, draw_partner
+from pipelines.randomness import Draw
 from pipelines.recipe import Mixing, Recipe
 
 METHODS: list[Method] = list(NUM_MIXTURES)
@@ -59,7 +60,7 @@ def _batch(mixing: Mixing, step: int, batch_size: int) -> Batch:
     index = torch.randperm(1000, generator=generator)[:batch_size]
     query, key = torch.randn(2, batch_size, 3, SIDE_PX, SIDE_PX, generator=generator)
     recipe = Recipe(crop_px=SIDE_PX, mixing=mixing)
-    drawn = draw_mixtures(recipe, 1, step, index.numpy())
+    drawn = draw_mixtures(recipe, Draw(1, step, index.numpy()))
     mixtures = tuple(blend(query, one) for one in drawn)
     key_mixtures = tuple(blend(key, one) for one in drawn) if mixing.symmetric else ()
     return Batch(query, key, mixtures, index, torch.full_like(index, -1), key_mixtures)
@@ -227,7 +228,7 @@ def test_gradients_by_the_embeddings(method: Method, queue_len: int) -> None:
     plain = PlainMoCo(lambda norm_layer: (_HandOn(), DIM), **options)
     generator = torch.Generator().manual_seed(queue_len)
     rows = torch.randn(2 + NUM_MIXTURES[method], 5, DIM, generator=generator)
-    partner = torch.from_numpy(draw_partner("random", 0, 0, np.arange(5)))
+    partner = torch.from_numpy(draw_partner("random", Draw(0, 0, np.arange(5))))
     lam = torch.rand(5, generator=generator)
     gradients = []
     for model in (ours, plain):
@@ -250,7 +251,7 @@ def test_a_blend_with_shares_of_any_size(batch_size: int, seed: int) -> None:
     query, key = torch.randn(2, batch_size, 3, SIDE_PX, SIDE_PX, generator=generator)
     lam = torch.rand(batch_size, generator=generator)
     row = torch.arange(batch_size)
-    partner = torch.from_numpy(draw_partner("random", seed, 0, row.numpy()))
-    mixture = blend(query, Drawn(partner, lam, lam.view(-1, 1, 1)))
+    partner = torch.from_numpy(draw_partner("random", Draw(seed, 0, row.numpy())))
+    mixture = blend(query, DrawnMixture(partner, lam, lam.view(-1, 1, 1)))
     ours, plain = _pair(method="unmix", queue_len=10)
     _assert_same_training(ours, plain, [Batch(query, key, (mixture,), row, row)] * 2)

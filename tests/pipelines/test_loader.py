@@ -1,4 +1,4 @@
-"""The loader's promises: what views depend on, sharding, resuming, bad pictures; ffcv held against folder."""
+"""The loader: what views depend on, sharding, resuming, bad images; the backends compared with folder."""
 
 import dataclasses
 import os
@@ -12,9 +12,9 @@ from PIL import Image
 
 from dataset_tools.beton_writer import BetonWriter
 from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
-from pipelines.decode.decoder import BadPicturesError
 from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
 from pipelines.sets.beton import open_beton
+from pipelines.workers import BadImagesError
 
 NEEDS_DALI = pytest.mark.needs("nvidia.dali")
 DALI = pytest.param("dali", marks=NEEDS_DALI)
@@ -43,7 +43,7 @@ def _same(first: Batch, second: Batch) -> bool:
     )
 
 
-def test_batch_is_what_the_contract_says(beton: Path) -> None:
+def test_batches_follow_the_contract(beton: Path) -> None:
     loader = _load(beton)
     batches = list(loader)
     assert len(batches) == len(loader) == 5
@@ -55,7 +55,7 @@ def test_batch_is_what_the_contract_says(beton: Path) -> None:
         assert len(batch.mixtures) == 2
         assert (batch.label == (batch.index >= 20).long()).all()
     assert sorted(int(i) for b in batches for i in b.index) == list(range(40))
-    assert loader.classes == ("bird", "cat")
+    assert loader.set.classes == ("bird", "cat")
 
 
 def test_a_symmetric_recipe_mixes_both_views_alike(beton: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_symmetric_recipe_mixes_both_views_alike(beton: Path) -> None:
         assert _same(one_way, both) and one_way.key_mixtures == () and len(both.key_mixtures) == 2
         for mixture, of_keys in zip(both.mixtures, both.key_mixtures, strict=True):
             assert torch.equal(mixture.partner, of_keys.partner) and torch.equal(mixture.lam, of_keys.lam)
-            # Each pixel of a mixture lies between those it is made of.
+            # Each pixel of a mixture lies between the two pixels it is made of.
             pair = torch.stack([both.key, both.key[of_keys.partner]])
             assert (of_keys.images <= pair.amax(0) + 1e-5).all()
             assert (of_keys.images >= pair.amin(0) - 1e-5).all()
@@ -73,7 +73,7 @@ def test_a_symmetric_recipe_mixes_both_views_alike(beton: Path) -> None:
 
 @pytest.fixture
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More threads than cores are refused, and a machine may have one core."""
+    """More threads than cores are an error, and a machine may have one core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
 
 
@@ -103,7 +103,7 @@ def test_epochs_differ_and_repeat(beton: Path) -> None:
 
 
 def test_ranks_share_the_epoch_without_overlap(beton: Path) -> None:
-    """Two ranks with half the batch see, step by step, what one process with the whole batch sees."""
+    """In each step, two ranks with half the batch have the images of one process with the whole batch."""
     alone = list(_load(beton, batch_size=8))
     ranks = [list(_load(beton, batch_size=4, rank=r, world_size=2)) for r in (0, 1)]
     for whole, *parts in zip(alone, *ranks, strict=True):
@@ -174,7 +174,7 @@ def test_epochs_out_of_range_are_refused(beton: Path) -> None:
         _load(beton).set_epoch(-1)
 
 
-def test_an_iteration_overtaken_by_another_ends_and_leaves_the_cursor_alone(beton: Path) -> None:
+def test_a_new_iteration_ends_the_one_before_and_owns_the_cursor(beton: Path) -> None:
     loader = _load(beton)
     old = iter(loader)
     next(old)
@@ -189,7 +189,7 @@ def test_an_iteration_overtaken_by_another_ends_and_leaves_the_cursor_alone(beto
     assert loader.state_dict()["batches_done"] == 0
 
 
-def test_a_batch_that_cannot_be_finished_is_not_counted(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_fails_does_not_move_the_cursor(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = _load(beton)
 
     def fail(*_: object) -> None:
@@ -201,30 +201,20 @@ def test_a_batch_that_cannot_be_finished_is_not_counted(beton: Path, monkeypatch
     assert loader.state_dict()["batches_done"] == 0
 
 
-def test_memory_is_free_again_while_the_loader_waits(beton: Path) -> None:
-    loader = _load(beton)
-    batches = iter(loader)
-    for batch in batches:
-        del batch
-    del batches
-    # Never more blocks than batches that are under way at a time.
-    assert len(loader._workers._floats._storages) == 4
-
-
 @pytest.mark.parametrize("backend", ["ffcv", DALI])
 def test_backends_equal_folder_on_the_same_boxes(backend: str, beton: Path, picture_folder: Path) -> None:
-    compiled, files = _load(beton, backend=backend).engine, _load(picture_folder).engine
-    assert (compiled.name, files.name) == (backend, "folder")
+    compiled, files = _load(beton, backend=backend), _load(picture_folder)
+    assert (compiled.decoder.name, files.decoder.name) == (backend, "folder")
     index = np.arange(40)
-    fetched, read = compiled.fetch(index), files.fetch(index)
-    assert np.array_equal(fetched.size_N2, read.size_N2)
-    assert np.array_equal(compiled.labels(index), files.labels(index))
+    encoded, read = compiled.set.fetch(index), files.set.fetch(index)
+    assert np.array_equal(encoded.size_N2, read.size_N2)
+    assert np.array_equal(compiled.set.labels(index), files.set.labels(index))
     boxes = _load(beton).boxes(5, index)
     got, expected = (np.zeros((40, 2, 48, 48, 3), np.uint8) for _ in range(2))
-    assert compiled.crop(fetched, boxes, got).all()
-    assert files.crop(read, boxes, expected).all()
+    assert compiled.decoder.crop(encoded, boxes, got).all()
+    assert files.decoder.crop(read, boxes, expected).all()
     off = np.abs(got.astype(int) - expected)
-    if backend == "dali":  # which decodes to PIL's own pixels
+    if backend == "dali":  # its pixels are those of PIL
         assert off.max() <= 1
     # Colours that RGB cannot show are clamped before PIL resamples and after the planes are resampled.
     assert (off > 2).mean() < 1e-3 and off.mean() < 0.5
@@ -248,12 +238,12 @@ def test_reading_ahead_gives_the_same_batches_as_mapping(beton: Path) -> None:
     assert all(_same(a, b) for a, b in zip(mapped, read, strict=True))
 
 
-def test_a_file_that_cannot_be_read_any_more_is_an_error(beton: Path, tmp_path: Path) -> None:
+def test_a_file_that_becomes_unreadable_is_an_error(beton: Path, tmp_path: Path) -> None:
     loader = _load(beton, reading="read")
     (tmp_path / "empty").touch()
     with (tmp_path / "empty").open("rb") as empty:
-        os.dup2(empty.fileno(), loader.engine.store._file)
-    with pytest.raises(OSError, match=r"pictures\.beton was cut short while it was read: picture \d+"):
+        os.dup2(empty.fileno(), loader.set._file)
+    with pytest.raises(OSError, match=r"pictures\.beton was cut short while it was read: image \d+"):
         list(loader)
 
 
@@ -274,8 +264,8 @@ def test_crops_are_the_views_before_the_photometric_stage(
             assert (images - expected).abs().max() < 1e-6
 
 
-def test_batches_stay_as_they_are_while_they_are_held(beton: Path) -> None:
-    """The memory of a batch is used again, but not before its last view is gone."""
+def test_batches_do_not_change_while_they_are_held(beton: Path) -> None:
+    """The memory of a batch is reused only after its last view is deleted."""
     held, copies = [], []
     for epoch in range(4):
         loader = _load(beton)
@@ -298,7 +288,7 @@ def test_one_view_for_evaluation(beton: Path) -> None:
     assert torch.allclose(images, others)
 
 
-def test_one_pixel_picture_makes_flat_views(tmp_path: Path) -> None:
+def test_an_image_of_one_pixel_gives_flat_views(tmp_path: Path) -> None:
     for i in range(2):
         Image.new("RGB", (1, 1), (200, 30, 60)).save(tmp_path / f"{i}.png")
     plain = Recipe(crop_px=16, jitter_prob=0, grey_prob=0, blur_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
@@ -309,7 +299,7 @@ def test_one_pixel_picture_makes_flat_views(tmp_path: Path) -> None:
 
 @pytest.fixture
 def damaged_folder(picture_folder: Path, tmp_path: Path) -> Path:
-    """Forty pictures, of which three do not decode: cut short, no picture at all, and the last one empty."""
+    """Forty files, of which three cannot be decoded: one cut short, one not an image, the last one empty."""
     root = tmp_path / "damaged"
     shutil.copytree(picture_folder, root)
     cut = root / "bird" / "03.JPEG"
@@ -319,7 +309,7 @@ def damaged_folder(picture_folder: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_bad_pictures_are_replaced_counted_and_named(
+def test_bad_images_are_replaced_counted_and_named(
     damaged_folder: Path, picture_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader = _load(damaged_folder)
@@ -329,7 +319,7 @@ def test_bad_pictures_are_replaced_counted_and_named(
     assert "bird/03.JPEG" in caplog.text
     indices = sorted(int(i) for b in views for i in b.index)
     assert len(indices) == 40 and not {3, 20, 39} & set(indices)
-    # A stand-in is the neighbour's own view, label and all.
+    # A replacement is the neighbour's own view, with its label.
     sound = _views(list(_load(picture_folder)))
     for i, view in _views(views).items():
         assert torch.equal(view, sound[i])
@@ -341,7 +331,7 @@ def test_bad_pictures_are_replaced_counted_and_named(
         ("ffcv", "header"),
         ("ffcv", "second half"),
         ("ffcv", "middle of the scan"),
-        # In the middle of the scan DALI too gives pixels, and a line on stderr.
+        # In the middle of the scan DALI, like PIL, returns pixels.
         pytest.param("dali", "header", marks=NEEDS_DALI),
         pytest.param("dali", "second half", marks=NEEDS_DALI),
     ],
@@ -349,7 +339,7 @@ def test_bad_pictures_are_replaced_counted_and_named(
 def test_damage_inside_a_compiled_set_is_replaced_too(
     backend: str, where: str, beton: Path, tmp_path: Path
 ) -> None:
-    """In the middle of the scan PIL would give pixels without a word."""
+    """In the middle of the scan PIL returns pixels and no error."""
     copy = tmp_path / "damaged.beton"
     for file in beton.parent.glob("pictures.*"):
         shutil.copy(file, copy.with_suffix(file.suffix))
@@ -371,7 +361,7 @@ def test_damage_inside_a_compiled_set_is_replaced_too(
     assert all(torch.equal(v, sound[i]) for i, v in _views(batches).items())
 
 
-def test_raw_pictures_must_have_their_size(tmp_path: Path) -> None:
+def test_raw_images_must_have_their_size(tmp_path: Path) -> None:
     path = tmp_path / "raw.beton"
     with BetonWriter(path, capacity=2, tier="raw") as writer:
         for value in range(2):
@@ -381,16 +371,16 @@ def test_raw_pictures_must_have_their_size(tmp_path: Path) -> None:
     sound = record.tobytes()
     record["f0"]["width"] = 6
     path.write_bytes(path.read_bytes().replace(sound, record.tobytes()))
-    with pytest.raises(ValueError, match=r"picture 1 of 6 × 4 px, mode 1, cannot have 60 bytes"):
+    with pytest.raises(ValueError, match=r"image 1 of 6 × 4 px, mode 1, cannot have 60 bytes"):
         _load(path, batch_size=2)
 
 
-def test_too_many_bad_pictures_stop_the_run(picture_folder: Path, tmp_path: Path) -> None:
+def test_too_many_bad_images_stop_the_run(picture_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "bad"
     shutil.copytree(picture_folder, root)
     for i in range(0, 20):
         (root / "bird" / f"{i:02}.JPEG").write_bytes(b"broken")
-    with pytest.raises(BadPicturesError, match=r"pictures .*cannot be decoded"):
+    with pytest.raises(BadImagesError, match=r"images .*cannot be decoded"):
         list(_load(root))
 
 
@@ -415,7 +405,7 @@ def test_stopping_early_leaves_no_thread_behind(beton: Path) -> None:
         ({"num_threads": 4096}, "4096 threads"),
         ({"backend": "folder"}, "is a compiled set"),
         ({"backend": "webdataset"}, "known are"),
-        ({"reading": "slowly"}, "know auto, map, read, stream"),
+        ({"reading": "slowly"}, "known are auto, map, read, stream"),
         ({"reading": "stream"}, "takes a folder of shards"),
     ],
 )
@@ -424,12 +414,12 @@ def test_wrong_options_are_refused(beton: Path, options: dict[str, object], mess
         _load(beton, **options)
 
 
-def test_a_folder_has_one_way_of_reading(picture_folder: Path) -> None:
-    with pytest.raises(ValueError, match="reads files ahead in any case"):
+def test_a_folder_has_one_reading(picture_folder: Path) -> None:
+    with pytest.raises(ValueError, match="folder of images, which are always read ahead"):
         _load(picture_folder, reading="map")
 
 
-def test_a_file_gone_since_the_listing_is_replaced_and_named(picture_folder: Path, tmp_path: Path) -> None:
+def test_a_file_deleted_after_opening_is_replaced_and_named(picture_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "gone"
     shutil.copytree(picture_folder, root)
     loader = _load(root)
@@ -444,16 +434,16 @@ def test_wrong_paths_are_refused(beton: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         _load(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         _load(tmp_path / "empty")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "readme.txt").write_text("hello")
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         _load(tmp_path / "notes")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
-def test_beton_cut_short_is_refused(beton: Path, tmp_path: Path, share: float) -> None:
+def test_a_beton_cut_short_is_refused(beton: Path, tmp_path: Path, share: float) -> None:
     cut = tmp_path / "cut.beton"
     content = beton.read_bytes()
     cut.write_bytes(content[: int(share * len(content))])
@@ -461,7 +451,7 @@ def test_beton_cut_short_is_refused(beton: Path, tmp_path: Path, share: float) -
         _load(cut)
 
 
-def test_beton_that_does_not_fit_its_manifest_is_refused(beton: Path, tmp_path: Path) -> None:
+def test_a_beton_that_does_not_fit_its_manifest_is_refused(beton: Path, tmp_path: Path) -> None:
     copy = tmp_path / "other.beton"
     shutil.copy(beton, copy)
     shutil.copy(beton.with_suffix(".json"), copy.with_suffix(".json"))

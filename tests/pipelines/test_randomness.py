@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.randomness import EpochOrder, Purpose, bits, key_of, uniform, words
+from pipelines.randomness import Draw, EpochOrder, Purpose, bits, key_of, uniform, words
 
 # Known answers of philox4x32-10 published with Random123: counter, key, result.
 KNOWN = [
@@ -31,31 +31,31 @@ def test_philox_gives_the_known_answers(
 @given(seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**32 - 1), num=st.integers(1, 9))
 def test_draws_depend_on_the_address_alone(seed: int, epoch: int, num: int) -> None:
     index = np.array([5, 0, 2**32 - 1, 17])
-    together = bits(seed, epoch, index, Purpose.CROP, num)
+    together = bits(Draw(seed, epoch, index), Purpose.CROP, num)
     assert together.shape == (4, num)
     assert together.min() >= 0 and together.max() < 2**32
     for n in range(4):
-        assert np.array_equal(bits(seed, epoch, index[n : n + 1], Purpose.CROP, num)[0], together[n])
-    assert np.array_equal(bits(seed, epoch, index, Purpose.CROP, num + 3)[:, :num], together)
+        assert np.array_equal(bits(Draw(seed, epoch, index[n : n + 1]), Purpose.CROP, num)[0], together[n])
+    assert np.array_equal(bits(Draw(seed, epoch, index), Purpose.CROP, num + 3)[:, :num], together)
 
 
 def test_every_part_of_the_address_matters() -> None:
     index = np.arange(64)
-    base = bits(1, 2, index, Purpose.CROP, 2, view=0)
+    base = bits(Draw(1, 2, index), Purpose.CROP, 2, view=0)
     others = [
-        bits(2, 2, index, Purpose.CROP, 2),
-        bits(1 + 2**32, 2, index, Purpose.CROP, 2),
-        bits(1, 3, index, Purpose.CROP, 2),
-        bits(1, 2, index + 64, Purpose.CROP, 2),
-        bits(1, 2, index, Purpose.MASK, 2),
-        bits(1, 2, index, Purpose.CROP, 2, view=1),
+        bits(Draw(2, 2, index), Purpose.CROP, 2),
+        bits(Draw(1 + 2**32, 2, index), Purpose.CROP, 2),
+        bits(Draw(1, 3, index), Purpose.CROP, 2),
+        bits(Draw(1, 2, index + 64), Purpose.CROP, 2),
+        bits(Draw(1, 2, index), Purpose.MASK, 2),
+        bits(Draw(1, 2, index), Purpose.CROP, 2, view=1),
     ]
     assert all((base != other).all() for other in others)
 
 
 def test_uniform_has_its_moments() -> None:
     index = np.arange(50_000)
-    u = uniform(0, 0, index, Purpose.NOISE, 4)
+    u = uniform(Draw(0, 0, index), Purpose.NOISE, 4)
     assert u.min() >= 0 and u.max() < 1
     assert np.abs(u.mean(0) - 0.5).max() < 0.01
     assert np.abs(np.corrcoef(u.T) - np.eye(4)).max() < 0.02
@@ -87,7 +87,7 @@ def test_epoch_orders_look_random() -> None:
 
 
 def test_an_epoch_cannot_be_read_backwards_nor_be_empty() -> None:
-    with pytest.raises(ValueError, match="steps of -1"):
+    with pytest.raises(ValueError, match="slices of an epoch's order must have step 1, got -1"):
         EpochOrder(0, 0, 10)[::-1]
     with pytest.raises(ValueError, match="set of 0 pictures"):
         EpochOrder(0, 0, 0)

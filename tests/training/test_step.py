@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd as update_by_sgd
 
 from models import losses
+from models.batch import Batch, Mixture, tensors_of
 from models.encoders import build_encoder
 from models.moco import MoCo
-from pipelines.batch import Batch, Mixture, tensors_of
 from training import step as step_module
 from training.features import Features
 from training.knn import knn_top1

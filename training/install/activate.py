@@ -1,8 +1,8 @@
-"""What ``source activate`` does in a folder where archives of ``training.install.pack`` were unpacked.
+"""The work of ``source activate`` in a folder where archives of ``training.install.pack`` were unpacked.
 
-The machine's own Python runs this file, by its standard library alone. It adds only those packages of the
-pack that this Python does not have, in a folder of their own that PYTHONPATH names. So nothing that the
-machine has is replaced, and its torch keeps its own NumPy. The shell evaluates the lines printed.
+The machine's own Python runs this file, with the standard library alone. It unpacks only the packages that
+this Python lacks, into a folder that it appends to PYTHONPATH. So nothing installed on the machine is
+replaced, and its torch keeps its own NumPy. The shell evaluates the lines that are printed.
 """
 
 import ctypes
@@ -17,71 +17,105 @@ import shlex
 import shutil
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 FOLDER = "packed"
-"""Where the pack's own files lie, below the folder that the archives are unpacked into."""
-_DALI_OPENS = ("cufft", "cufile", "nvcomp", "nvjpeg", "nvjpeg2k", "nvtiff", "npp*")
-"""Libraries of CUDA that DALI opens by name."""
+"""Folder of the pack's own files, below the one into which the archives are unpacked."""
+_DALI_LIBRARIES = ("cufft", "cufile", "nvcomp", "nvjpeg", "nvjpeg2k", "nvtiff", "npp*")
+"""CUDA libraries that DALI opens by name."""
 _NAMESPACE = "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, __name__)\n"
 
 
-class PackError(Exception):
+class PackError(ValueError):
     """The pack cannot be used here; the message says why and what to do."""
 
 
+def main(root: Path) -> int:
+    """Print lines for the shell; returns the exit status."""
+    try:
+        variables, summary = prepare_environment(root)
+    except PackError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"error: {error}; unpack the archives into a folder with write permission\n")
+        return 2
+    for name, value in variables.items():
+        sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+    sys.stdout.write(f"printf '%s\\n' {shlex.quote(summary)}\n")
+    return 0
+
+
+def prepare_environment(root: Path) -> tuple[dict[str, str], str]:
+    """Unpack what this machine lacks.
+
+    Args:
+        root: the folder into which the archives were unpacked.
+
+    Returns:
+        The environment variables to set, and a line that sums up what is ready.
+
+    Raises:
+        PackError: if the pack is incomplete or for another machine, or a package is missing or too old.
+    """
+    groups = [json.loads(file.read_text()) for file in sorted((root / FOLDER).glob("*.json"))]
+    if not groups:
+        raise PackError(f"{root / FOLDER} has no packages; unpack the archives of `make pack` into {root}")
+    if platform.machine() != groups[0]["machine"]:
+        raise PackError(f"this machine is {platform.machine()}, the pack is for {groups[0]['machine']}")
+    path = [entry for entry in sys.path if not _is_ours(entry, root)]
+    present = installed(path)
+    wheels = {name: wheel for group in groups for name, wheel in group["wheels"].items()}
+    missing = {name: wheel for name, wheel in wheels.items() if name not in present}
+    site = unpack(root, missing)
+    sys.path.append(str(site))  # the check below may need `packaging` from the pack
+    versions = present | {name: wheel["version"] for name, wheel in missing.items()}
+    _check_requirements(groups, missing, versions)
+    variables = {
+        "PYTHONPATH": os.pathsep.join((str(root), *_entries("PYTHONPATH", root), str(site))),
+        "LIBTURBOJPEG": _turbojpeg(root, groups[0]["libraries"]),
+    }
+    if any(name.startswith("nvidia-dali") for name in wheels):
+        folders = (*_entries("LD_LIBRARY_PATH", root), *_dali_folders([*path, str(site)]))
+        variables["LD_LIBRARY_PATH"] = os.pathsep.join(dict.fromkeys(folders))
+    summary = f"Python {platform.python_version()}, torch {versions['torch']}, {len(missing)} packages added"
+    return variables, f"{summary}; next: cd {shlex.quote(str(root))} && python3 train_pretrain.py --help"
+
+
 def canonical(name: str) -> str:
-    """The one spelling of a distribution's name."""
+    """Normalise a distribution's name as package indexes do."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def installed(path: list[str]) -> dict[str, str]:
-    """Canonical name → version of the distributions on ``path``; the first of a name is the one in use."""
+    """Versions of the distributions on ``path`` by canonical name; the first of a name counts."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions(path=path):
-        if "Name" in distribution.metadata:  # what is left of an aborted installation has none
+        if "Name" in distribution.metadata:  # the remains of an aborted installation have none
             found.setdefault(canonical(distribution.metadata["Name"]), distribution.version)
     return found
 
 
-def check(needs: list[str], have: Mapping[str, str], hint: str) -> None:
-    """Raise PackError for the first requirement that is not met."""
-    from packaging.requirements import Requirement  # the machine's, or out of the pack
-
-    for need in map(Requirement, needs):
-        version = have.get(canonical(need.name))
-        if version is None:
-            raise PackError(f"{need.name} is not installed for {sys.executable}; {hint}")
-        if not need.specifier.contains(version, prereleases=True):
-            raise PackError(f"{need.name} {version} is installed for {sys.executable}, not {need}; {hint}")
+def check_turbojpeg(library: str, advice: str) -> None:
+    """Raise PackError, ending with ``advice``, if a file is not a libturbojpeg that can be loaded."""
+    try:
+        ctypes.CDLL(library).tjInitDecompress  # noqa: B018
+    except (OSError, AttributeError) as error:
+        raise PackError(f"{library} is not a libturbojpeg that can be loaded ({error}); {advice}") from error
 
 
-def join(root: Path, pieces: Mapping[str, Mapping[str, str]], target: Path) -> None:
-    """Write the pieces of one file after each other into ``target``, each held against its hash."""
-    with target.open("wb") as file:
-        for name, piece in pieces.items():
-            file.write(_checked(root, name, piece))
-
-
-def _checked(root: Path, name: str, piece: Mapping[str, str]) -> bytes:
-    if not (root / name).is_file():
-        raise PackError(f"{root / name} is not there; unpack {piece['archive']} into {root} too")
-    content = (root / name).read_bytes()
-    if hashlib.sha256(content).hexdigest() != piece["sha256"]:
-        raise PackError(
-            f"{root / name} does not match its hash; copy {piece['archive']} here again, and unpack it "
-            f"into {root} again"
-        )
-    return content
+# ======================================================================================================
+# Unpacking
+# ======================================================================================================
 
 
 def unpack(root: Path, wheels: Mapping[str, Mapping[str, Any]]) -> Path:
-    """The folder that holds these wheels' packages; it is made if it is not there yet.
+    """Return the folder with the packages of these wheels; unpack them if it does not exist.
 
-    Its name is a hash of its content, so machines that share the folder but lack different packages do not
-    disturb each other. It appears complete, or not at all.
+    The folder is named by a hash of its content, so machines that share ``root`` but lack different packages
+    do not interfere. It appears complete, or not at all.
     """
     hashes = sorted(piece["sha256"] for wheel in wheels.values() for piece in wheel["pieces"].values())
     site = root / FOLDER / f"site-{hashlib.sha256(' '.join(hashes).encode()).hexdigest()[:12]}"
@@ -92,24 +126,39 @@ def unpack(root: Path, wheels: Mapping[str, Mapping[str, Any]]) -> Path:
     try:
         for name, wheel in wheels.items():
             whole = partial / f"{name}.whl"
-            join(root, wheel["pieces"], whole)
+            with whole.open("wb") as file:
+                for piece_name, piece in wheel["pieces"].items():
+                    file.write(_read_checked(root, piece_name, piece))
             _unzip(whole, partial)
             whole.unlink()
-        # Some wheels make `nvidia` a regular package, which would hide either the machine's part or ours.
+        # Some wheels make `nvidia` a regular package, which would hide the machine's part or ours.
         if (partial / "nvidia").is_dir():
             (partial / "nvidia/__init__.py").write_text(_NAMESPACE)
         try:
             partial.rename(site)
         except OSError:
-            if not site.is_dir():  # or else another process was faster
+            if not site.is_dir():  # otherwise another process was faster
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return site
 
 
+def _read_checked(root: Path, name: str, piece: Mapping[str, str]) -> bytes:
+    """Read a piece of a file and compare it with its hash."""
+    if not (root / name).is_file():
+        raise PackError(f"{root / name} does not exist; unpack {piece['archive']} into {root} too")
+    content = (root / name).read_bytes()
+    if hashlib.sha256(content).hexdigest() != piece["sha256"]:
+        raise PackError(
+            f"{root / name} does not match its hash; copy {piece['archive']} here again, and unpack it "
+            f"into {root} again"
+        )
+    return content
+
+
 def _unzip(wheel: Path, folder: Path) -> None:
-    """Unpack a wheel's packages; scripts, headers and other data are left out."""
+    """Unpack a wheel's packages, without scripts, headers and other data."""
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
             first, _, rest = member.filename.partition("/")
@@ -122,80 +171,69 @@ def _unzip(wheel: Path, folder: Path) -> None:
                 file.chmod(0o755)
 
 
-def _turbojpeg(root: Path, library: Mapping[str, Mapping[str, str]], own: tuple[str, str]) -> str:
-    """The path of a libturbojpeg that works here: the user's if one is named already, or else the pack's."""
+# ======================================================================================================
+# The machine's packages and variables
+# ======================================================================================================
+
+
+def _check_requirements(
+    groups: Sequence[Mapping[str, Any]],
+    missing: Mapping[str, Mapping[str, Any]],
+    versions: Mapping[str, str],
+) -> None:
+    """Raise PackError for a requirement of the programs that is not met; print a note for one of a wheel."""
+    advice = (
+        "install it, or activate the environment or load the module that has it, and source activate again"
+    )
+    for group in groups:
+        _check_versions(group["needs"], versions, advice)
+    for name, wheel in missing.items():
+        try:
+            _check_versions(wheel["requires"], versions, f"{name} of the pack may not work")
+        except PackError as error:
+            sys.stderr.write(f"note: {error}\n")
+
+
+def _check_versions(requirements: Sequence[str], versions: Mapping[str, str], advice: str) -> None:
+    """Raise PackError for the first requirement that is not met."""
+    from packaging.requirements import Requirement  # the machine's, or the pack's
+
+    for requirement in map(Requirement, requirements):
+        version = versions.get(canonical(requirement.name))
+        if version is None:
+            raise PackError(f"{requirement.name} is not installed for {sys.executable}; {advice}")
+        if not requirement.specifier.contains(version, prereleases=True):
+            raise PackError(
+                f"{requirement.name} {version} is installed for {sys.executable}, not {requirement}; {advice}"
+            )
+
+
+def _turbojpeg(root: Path, library: Mapping[str, Mapping[str, str]]) -> str:
+    """The path of a libturbojpeg: the one in the user's LIBTURBOJPEG if that is set, or else the pack's."""
     path = os.environ.get("LIBTURBOJPEG", "")
-    if not path or path.startswith(own[1]):
+    if not path or _is_ours(path, root):
         for name, piece in library.items():
-            _checked(root, name, piece)
+            _read_checked(root, name, piece)
             path = str(root / name)
-    try:
-        ctypes.CDLL(path).tjInitDecompress  # noqa: B018
-    except (OSError, AttributeError) as error:
-        raise PackError(
-            f"{path} is no libturbojpeg that works here ({error}); export LIBTURBOJPEG with the path of one "
-            "that does, and source activate again"
-        ) from error
+    check_turbojpeg(path, "export LIBTURBOJPEG with the path of one that can, and source activate again")
     return path
 
 
-def environment(root: Path) -> tuple[dict[str, str], str]:
-    """Variables to set, and a line about what is ready."""
-    groups = [json.loads(file.read_text()) for file in sorted((root / FOLDER).glob("*.json"))]
-    if not groups:
-        raise PackError(f"{root / FOLDER} has no packages; unpack the archives of `make pack` into {root}")
-    if platform.machine() != groups[0]["machine"]:
-        raise PackError(f"this machine is {platform.machine()}, the pack is for {groups[0]['machine']}")
-    own = (str(root), str(root / FOLDER))
-    path = [entry for entry in sys.path if entry != own[0] and not entry.startswith(own[1])]
-    present = installed(path)
-    wheels = {name: wheel for group in groups for name, wheel in group["wheels"].items()}
-    missing = {name: wheel for name, wheel in wheels.items() if name not in present}
-    site = unpack(root, missing)
-    sys.path.append(str(site))
-    have = present | {name: wheel["version"] for name, wheel in missing.items()}
-    check(
-        [need for group in groups for need in group["needs"]],
-        have,
-        "install it, or activate the environment or load the module that has it, and source activate again",
-    )
-    for name, wheel in missing.items():
-        try:
-            check(wheel["requires"], have, f"{name} of the pack may not work")
-        except PackError as error:
-            sys.stderr.write(f"note: {error}\n")
-    variables = {"PYTHONPATH": os.pathsep.join((own[0], *_paths("PYTHONPATH", own), str(site)))}
-    variables["LIBTURBOJPEG"] = _turbojpeg(root, groups[0]["libraries"], own)
-    if any(name.startswith("nvidia-dali") for name in wheels):
-        # DALI looks for these in folders next to its own, where the machine's are not.
-        globs = [f"nvidia/*/lib*/lib{name}.so*" for name in _DALI_OPENS]
-        files = [file for at in (*path, str(site)) for glob in globs for file in sorted(Path(at).glob(glob))]
-        folders = (*_paths("LD_LIBRARY_PATH", own), *(str(file.parent) for file in files))
-        variables["LD_LIBRARY_PATH"] = os.pathsep.join(dict.fromkeys(folders))
-    versions = f"Python {platform.python_version()}, torch {have['torch']}, {len(missing)} packages added"
-    return variables, f"{versions}; next: cd {shlex.quote(own[0])} && python3 train_pretrain.py --help"
+def _dali_folders(path: Sequence[str]) -> list[str]:
+    """Folders of the CUDA libraries that DALI opens; it searches only folders next to its own."""
+    patterns = [f"nvidia/*/lib*/lib{name}.so*" for name in _DALI_LIBRARIES]
+    files = [file for at in path for pattern in patterns for file in sorted(Path(at).glob(pattern))]
+    return [str(file.parent) for file in files]
 
 
-def _paths(variable: str, own: tuple[str, str]) -> list[str]:
-    """What a search path holds already, but for what an earlier activation put there."""
+def _entries(variable: str, root: Path) -> list[str]:
+    """Entries of a search path, without those of an earlier activation."""
     entries = os.environ.get(variable, "").split(os.pathsep)
-    return [entry for entry in entries if entry and entry != own[0] and not entry.startswith(own[1])]
+    return [entry for entry in entries if entry and not _is_ours(entry, root)]
 
 
-def main(root: Path) -> int:
-    """Print lines for the shell; the exit status."""
-    try:
-        variables, line = environment(root)
-    except PackError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except OSError as error:
-        sys.stderr.write(f"error: {error}; unpack the archives into a folder that you may write to\n")
-        return 2
-    for name, value in variables.items():
-        sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
-    sys.stdout.write(f"printf '%s\\n' {shlex.quote(line)}\n")
-    return 0
+def _is_ours(entry: str, root: Path) -> bool:
+    return entry == str(root) or entry.startswith(str(root / FOLDER))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which backend `auto` takes, and what it says of it."""
+"""Which backend `auto` chooses, and the reasons it gives."""
 
 import itertools
 import json
@@ -15,20 +15,26 @@ from dataset_tools.convert import convert
 from dataset_tools.sources import FolderSource
 from pipelines import Recipe, build_loader
 from pipelines.decode import choose as choosing
-from pipelines.decode.choose import PICTURES_PER_CORE_S, PICTURES_PER_GPU_S, Machine, choose, look_around
+from pipelines.decode.choose import (
+    IMAGES_PER_CORE_S,
+    IMAGES_PER_GPU_S,
+    JpegUnit,
+    Machine,
+    choose,
+    describe_machine,
+)
 from pipelines.decode.dali_operators import import_dali
-from pipelines.decode.nvjpeg import JpegUnit
 from pipelines.kernels import turbojpeg
 
 ROOT = Path(__file__).resolve().parents[3]
 
 UNIT, NO_UNIT = JpegUnit(True), JpegUnit(False, "nvJPEG reports no JPEG unit (status 7)")
 ENOUGH = 6
-"""Cores that feed a GPU."""
+"""Fewest cores that feed a GPU."""
 
 
 def never() -> JpegUnit:
-    raise AssertionError("nothing asks for a JPEG unit here")
+    raise AssertionError("no JPEG unit should be looked for")
 
 
 def on_gpu(cores: int, unit: JpegUnit, dali: bool = True) -> Machine:
@@ -40,51 +46,51 @@ ON_CPU = Machine(turbojpeg=True, dali=True, cores=1)
 
 
 def test_the_rule_in_numbers() -> None:
-    """Held against the file that the rate is from, and the arithmetic that the need is from."""
+    """The rate agrees with the result file, and the need with its arithmetic."""
     tables = json.loads((ROOT / "benchmarks/results/loader.json").read_text())
     assert tables["config"]["crop_px"] == 224
     rates = [
         tables["tables"][pictures]["crops"]["ours"]["median"] / tables["config"]["threads"]
         for pictures in ("reencoded", "pass_through")
     ]
-    assert min(rates) / 2 < PICTURES_PER_CORE_S < min(rates), "a margin, and not too much of it"
+    assert min(rates) / 2 < IMAGES_PER_CORE_S < min(rates), "the margin is missing or too large"
     moco, mixmask = 1 + 1 / 3, 2 + 1 / 3
-    assert [round(4000 / share) for share in (moco, mixmask)] == [PICTURES_PER_GPU_S, 1714]
-    assert (ENOUGH - 1) * PICTURES_PER_CORE_S < PICTURES_PER_GPU_S <= ENOUGH * PICTURES_PER_CORE_S
+    assert [round(4000 / share) for share in (moco, mixmask)] == [IMAGES_PER_GPU_S, 1714]
+    assert (ENOUGH - 1) * IMAGES_PER_CORE_S < IMAGES_PER_GPU_S <= ENOUGH * IMAGES_PER_CORE_S
 
 
-def test_enough_cores_decode_on_the_host_and_nobody_looks_at_the_gpu(beton: Path, shards: Path) -> None:
+def test_with_enough_cores_the_host_decodes_and_the_gpu_is_not_examined(beton: Path, shards: Path) -> None:
     for path, cores in itertools.product((beton, shards), (ENOUGH, 64)):
         choice = choose(path, "auto", Machine(turbojpeg=True, dali=True, cores=cores, jpeg_unit=never))
         assert choice.backend == "ffcv"
-        assert f"{cores} CPU cores decode about {cores * 560:,} pictures/s" in choice.why
-        assert "one GPU uses at most 3,000" in choice.why
+        assert f"{cores} CPU cores decode about {cores * 560:,} images/s" in choice.reason
+        assert "one GPU uses at most 3,000" in choice.reason
 
 
-def test_few_cores_leave_decoding_to_the_unit(beton: Path, shards: Path) -> None:
+def test_with_few_cores_the_unit_decodes(beton: Path, shards: Path) -> None:
     for path, cores in itertools.product((beton, shards), range(1, ENOUGH)):
         choice = choose(path, "auto", on_gpu(cores, UNIT))
-        assert choice.backend == "dali" and "hardware" in choice.why
+        assert choice.backend == "dali" and "hardware" in choice.reason
         choice = choose(path, "auto", on_gpu(cores, NO_UNIT))
-        assert choice.backend == "ffcv" and "but nvJPEG reports no JPEG unit (status 7)" in choice.why
+        assert choice.backend == "ffcv" and "but nvJPEG reports no JPEG unit (status 7)" in choice.reason
         choice = choose(path, "auto", on_gpu(cores, UNIT, dali=False))
-        assert choice.backend == "ffcv" and "pip install -e '.[dali]'" in choice.why
-    assert "1 CPU core decode" in choose(beton, "auto", on_gpu(1, UNIT)).why
+        assert choice.backend == "ffcv" and "pip install -e '.[dali]'" in choice.reason
+    assert "1 CPU core decode" in choose(beton, "auto", on_gpu(1, UNIT)).reason
 
 
-def test_batches_for_the_cpu_are_decoded_there(beton: Path, shards: Path) -> None:
+def test_batches_for_the_cpu_are_decoded_on_it(beton: Path, shards: Path) -> None:
     for path in (beton, shards):
         assert str(choose(path, "auto", ON_CPU)) == (
             "backend ffcv: the fastest on CPU cores, and batches stay on the CPU"
         )
 
 
-def test_what_is_missing_is_named_with_its_remedy(beton: Path, shards: Path) -> None:
+def test_missing_packages_are_named_with_the_command_that_installs_them(beton: Path, shards: Path) -> None:
     for path in (beton, shards):
         with pytest.raises(ImportError, match=r"apt-get install libturbojpeg0.*LIBTURBOJPEG\. Or DALI"):
             choose(path, "auto", NOTHING)
         choice = choose(path, "auto", Machine(turbojpeg=False, dali=True, jpeg_unit=never))
-        assert choice.backend == "dali" and "apt-get install libturbojpeg0" in choice.why
+        assert choice.backend == "dali" and "apt-get install libturbojpeg0" in choice.reason
 
 
 def test_a_set_without_a_manifest_is_read_by_the_backend_of_all_tiers(beton: Path, tmp_path: Path) -> None:
@@ -96,7 +102,7 @@ def test_a_set_without_a_manifest_is_read_by_the_backend_of_all_tiers(beton: Pat
 @pytest.mark.needs("nvidia.dali")
 def test_dali_reads_a_set_without_a_manifest(beton: Path, tmp_path: Path) -> None:
     bare = shutil.copy(beton, tmp_path / "bare.beton")
-    assert build_loader(bare, Recipe(crop_px=32), "dali", batch_size=8).engine.name == "dali"
+    assert build_loader(bare, Recipe(crop_px=32), "dali", batch_size=8).decoder.name == "dali"
 
 
 def test_only_one_backend_reads_pixels(picture_folder: Path, tmp_path: Path) -> None:
@@ -107,7 +113,7 @@ def test_only_one_backend_reads_pixels(picture_folder: Path, tmp_path: Path) -> 
         choose(path, "auto", Machine(turbojpeg=False, dali=True))
 
 
-def test_folders_of_pictures_have_one_backend(picture_folder: Path) -> None:
+def test_folders_of_images_have_one_backend(picture_folder: Path) -> None:
     for machine, backend in itertools.product((NOTHING, ON_CPU), ("auto", "folder")):
         assert choose(picture_folder, backend, machine).backend == "folder"  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"is neither; convert it with `make convert"):
@@ -120,14 +126,14 @@ def test_tars_without_an_index_are_refused_with_the_command(shards: Path, tmp_pa
         build_loader(tmp_path, Recipe(crop_px=32), batch_size=1)
 
 
-def test_a_tar_beside_class_folders_is_no_matter(picture_folder: Path, tmp_path: Path) -> None:
+def test_a_tar_next_to_class_folders_is_ignored(picture_folder: Path, tmp_path: Path) -> None:
     root = shutil.copytree(picture_folder, tmp_path / "pictures")
     (root / "bird.tar").touch()
-    assert build_loader(root, Recipe(crop_px=32), batch_size=8).engine.count == 40
+    assert build_loader(root, Recipe(crop_px=32), batch_size=8).set.count == 40
 
 
-def test_what_is_installed_and_what_the_device_has_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = look_around(torch.device("cpu"), 3)
+def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = describe_machine(torch.device("cpu"), 3)
     assert (found.turbojpeg, found.cores, found.jpeg_unit) == (True, 3, None)
     try:
         import_dali()
@@ -135,46 +141,46 @@ def test_what_is_installed_and_what_the_device_has_is_looked_up(monkeypatch: pyt
         assert not found.dali
     else:
         assert found.dali
-    asked: list[torch.device] = []
+    examined: list[torch.device] = []
 
-    def ask(device: torch.device) -> JpegUnit:
-        asked.append(device)
+    def examine(device: torch.device) -> JpegUnit:
+        examined.append(device)
         return NO_UNIT
 
-    monkeypatch.setattr(choosing, "find_jpeg_unit", ask)
-    gpu = look_around(torch.device("cuda", 1), 3)
-    assert not asked, "the GPU is asked only where the answer matters"
-    assert gpu.jpeg_unit is not None and gpu.jpeg_unit() == NO_UNIT and asked == [torch.device("cuda", 1)]
+    monkeypatch.setattr(choosing, "find_jpeg_unit", examine)
+    gpu = describe_machine(torch.device("cuda", 1), 3)
+    assert not examined, "the GPU is examined only if the result matters"
+    assert gpu.jpeg_unit is not None and gpu.jpeg_unit() == NO_UNIT and examined == [torch.device("cuda", 1)]
 
 
-def test_a_loader_for_the_cpu_never_asks_for_a_jpeg_unit(
+def test_a_loader_for_the_cpu_never_looks_for_a_jpeg_unit(
     beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choosing, "find_jpeg_unit", lambda _: never())
     for backend in ("auto", "ffcv"):
         loader = build_loader(beton, Recipe(crop_px=32), backend, batch_size=8, num_threads=1)
-        assert loader.engine.name == "ffcv"
+        assert loader.decoder.name == "ffcv"
 
 
 @pytest.mark.parametrize(("num_threads", "ranks", "cores"), [(0, 1, 16), (0, 4, 4), (3, 4, 3)])
-def test_cores_are_those_of_this_rank_or_the_threads_that_are_given(
+def test_cores_are_those_of_this_rank_or_the_given_threads(
     num_threads: int, ranks: int, cores: int, beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    seen: list[int] = []
 
     def look(device: torch.device, cores: int) -> Machine:
-        asked.append(cores)
+        seen.append(cores)
         raise LookupError
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(pipelines, "look_around", look)
+    monkeypatch.setattr(pipelines, "describe_machine", look)
     with pytest.raises(LookupError):
         build_loader(beton, Recipe(crop_px=32), batch_size=8, num_threads=num_threads)
-    assert asked == [cores]
+    assert seen == [cores]
 
 
-def test_a_library_that_is_not_there_is_looked_past_and_a_wrong_name_is_not(
+def test_a_missing_library_is_no_error_but_a_wrong_name_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def missing() -> None:
@@ -183,9 +189,9 @@ def test_a_library_that_is_not_there_is_looked_past_and_a_wrong_name_is_not(
     monkeypatch.setenv("LIBTURBOJPEG", "nowhere.so")
     monkeypatch.setattr(turbojpeg, "library", turbojpeg.library.__wrapped__)
     with pytest.raises(ValueError, match=r"LIBTURBOJPEG is 'nowhere\.so'"):
-        look_around(torch.device("cpu"), 1)
+        describe_machine(torch.device("cpu"), 1)
     monkeypatch.setattr(turbojpeg, "library", missing)
-    assert not look_around(torch.device("cpu"), 1).turbojpeg
+    assert not describe_machine(torch.device("cpu"), 1).turbojpeg
 
 
 def test_a_missing_dali_is_an_error_that_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""DALI as a decoder: crops on the device, faults, refusals. What all backends share is in test_loader."""
+"""DALI as a decoder: crops on the device, bad images, errors. What all backends share is in test_loader."""
 
 import ctypes
 import io
@@ -16,35 +16,26 @@ from PIL import Image
 from dataset_tools.convert import convert
 from dataset_tools.index_shards import index_shards
 from dataset_tools.sources import FolderSource
-from pipelines import DALIOptions, Recipe, build_loader
-from pipelines.decode.dali import DALIEngine
-from pipelines.decode.dali_operators import Graphs
+from pipelines import DALIOptions, Recipe, build_loader, open_set
+from pipelines.decode.dali import DALIDecoder, DALIDeviceDecoder
+from pipelines.decode.dali_operators import GraphPool
+from pipelines.decode.pillow import decode_image
 from pipelines.kernels.resample import crop_picture
 from pipelines.loader import ViewLoader
 from pipelines.recipe import Mixing
-from pipelines.sets.stores import StoreEngine, open_store
+from pipelines.workers import LoaderConfig
 from tests.conftest import photograph_like
 
 pytestmark = pytest.mark.needs("nvidia.dali")
+CPU = torch.device("cpu")
 RECIPE = Recipe(crop_px=48, mixing=Mixing(method="both"))
 
 
 def _on_device(path: Path, options: DALIOptions | None = None) -> ViewLoader:
-    """A loader as on a GPU, its graphs on the host: whole batches, DALI's operators, the torch stage."""
-    engine = DALIEngine(open_store(path), num_threads=2, options=options)
-    return ViewLoader(
-        engine,
-        RECIPE,
-        batch_size=8,
-        seed=3,
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
-        num_threads=2,
-        shuffle=True,
-        drop_last=True,
-        device_engine=engine,
-    )
+    """A loader as on a GPU, with its graphs on the host: whole batches, DALI's operators, torch's stage."""
+    images = open_set(path)
+    decoder = DALIDeviceDecoder(images, CPU, 2, options or DALIOptions())
+    return ViewLoader(images, decoder, RECIPE, LoaderConfig(batch_size=8, device=CPU, num_threads=2, seed=3))
 
 
 def _off(got: NDArray[np.uint8], expected: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -59,11 +50,11 @@ def test_operators_on_the_device_cut_the_same_boxes(region_decode: bool, beton: 
     for crops, expected in zip(loader.crops(), reference.crops(), strict=True):
         assert torch.equal(crops.index, expected.index)
         off = _off(crops.views.numpy(), expected.views.numpy())
-        # At the borders DALI repeats a picture's edge where PIL leaves it out.
+        # At borders DALI repeats the edge of an image, which PIL leaves out.
         assert off.mean() < 0.2 and (off > 2).mean() < 0.02 and off.max() <= 24
 
 
-def test_batches_made_on_the_device_are_the_hosts(beton: Path) -> None:
+def test_batches_made_on_the_device_equal_the_hosts(beton: Path) -> None:
     one_level = 1 / 255 / min(RECIPE.std)
     reference = build_loader(beton, RECIPE, "dali", batch_size=8, seed=3)
     for batch, expected in zip(_on_device(beton), reference, strict=True):
@@ -75,11 +66,10 @@ def test_batches_made_on_the_device_are_the_hosts(beton: Path) -> None:
 
 
 def _damage(beton: Path, target: Path) -> Path:
-    """A copy whose picture 7 has lost its second half."""
+    """A copy in which the second half of image 7 is zero."""
     for file in beton.parent.glob("pictures.*"):
         shutil.copy(file, target.with_suffix(file.suffix))
-    store = open_store(target)
-    payload, _, _ = store.payload(7)
+    (payload,) = open_set(target).fetch(np.array([7]))
     content = target.read_bytes()
     start = content.index(payload.tobytes())
     half = len(payload) // 2
@@ -87,27 +77,30 @@ def _damage(beton: Path, target: Path) -> Path:
     return target
 
 
-def test_a_damaged_picture_does_not_spoil_its_batch_on_the_device(beton: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_does_not_change_others_of_its_batch_on_the_device(
+    beton: Path, tmp_path: Path
+) -> None:
     loader, sound = _on_device(_damage(beton, tmp_path / "damaged.beton")), _on_device(beton)
     views = {int(i): view for b in sound for i, view in zip(b.index, b.query, strict=True)}
     for batch in loader:
         for i, view in zip(batch.index, batch.query, strict=True):
-            # The stand-in has another place in its batch, and a batched product another order of its sums.
+            # A replacement is at another place of its batch, where batched products sum in another order.
             torch.testing.assert_close(view, views[int(i)])
     assert {i: fault.replaced_by for i, fault in loader.faults.items()} == {7: 8}
 
 
-def test_an_error_that_no_picture_explains_is_raised(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = DALIEngine(open_store(beton))
-    fetched = engine.fetch(np.arange(2))
+def test_an_error_that_no_image_explains_is_raised(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = open_set(beton)
+    decoder = DALIDeviceDecoder(images, CPU, 1, DALIOptions())
+    encoded = images.fetch(np.arange(2))
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine, "_run", fail)
+    monkeypatch.setattr(decoder, "_crop_by_graph", fail)
     boxes = np.tile(np.array([0, 0, 30, 30, 0], np.int32), (2, 1, 1))
-    with pytest.raises(RuntimeError, match=r"cannot crop 2 pictures of .*out of memory"):
-        engine.crop_on_device(fetched, boxes, torch.zeros((2, 1, 16, 16, 3), dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match=r"cannot crop 2 images of .*out of memory"):
+        decoder.crop_on_device(encoded, boxes, torch.zeros((2, 1, 16, 16, 3), dtype=torch.uint8))
 
 
 def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -117,7 +110,7 @@ def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _pack(folder: Path, contents: dict[str, bytes], extensions: tuple[str, ...]) -> Path:
-    """Foreign shards may hold anything."""
+    """Foreign shards may contain anything."""
     with tarfile.open(folder / "000.tar", "w") as tar:
         for name, content in contents.items():
             member = tarfile.TarInfo(name)
@@ -143,15 +136,14 @@ def test_files_of_other_kinds_decode_as_pil_does(tmp_path: Path) -> None:
     num = len(kinds)
     _pack(tmp_path, kinds, ("png", "webp", "jpg"))
     for backend in ("dali", "ffcv"):
-        engine = build_loader(tmp_path, RECIPE, backend, batch_size=5).engine  # type: ignore[arg-type]
-        assert isinstance(engine, StoreEngine)
-        fetched = engine.fetch(np.arange(num))
+        loader = build_loader(tmp_path, RECIPE, backend, batch_size=5)  # type: ignore[arg-type]
+        encoded = loader.set.fetch(np.arange(num))
         zeros = np.zeros((num, 2), np.int64)
-        boxes = np.concatenate([zeros, fetched.size_N2, zeros[:, :1]], 1)
+        boxes = np.concatenate([zeros, encoded.size_N2, zeros[:, :1]], 1)
         out = np.zeros((num, 1, 48, 48, 3), np.uint8)
-        assert engine.crop(fetched, boxes[:, None].astype(np.int32), out).all()
+        assert loader.decoder.crop(encoded, boxes[:, None].astype(np.int32), out).all()
         for n, name in enumerate(kinds):
-            whole = engine.picture(n)
+            whole = decode_image(encoded.part(slice(n, n + 1)))
             assert whole is not None
             expected = Image.fromarray(whole).resize((48, 48), Image.Resampling.BILINEAR)
             assert _off(out[n, 0], np.asarray(expected)).mean() < 0.6, (backend, name)
@@ -159,7 +151,7 @@ def test_files_of_other_kinds_decode_as_pil_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("region_decode", [False, True])
-def test_a_picture_of_another_size_than_the_index_says_is_bad(
+def test_an_image_of_another_size_than_the_index_says_is_bad(
     on_device: bool, region_decode: bool, shards: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(shards, tmp_path / "copy.shards")
@@ -169,45 +161,42 @@ def test_a_picture_of_another_size_than_the_index_says_is_bad(
     np.save(copy / "index.npy", index)
     options = DALIOptions(region_decode=region_decode)
     loader = _on_device(copy, options) if on_device else build_loader(copy, RECIPE, "dali", batch_size=8)
-    for _ in range(2):  # the second time they are known
+    for _ in range(2):  # the second time they are known to be bad
         list(loader)
         assert {i: fault.replaced_by for i, fault in loader.faults.items()} == {5: 6, 9: 10}
 
 
-def test_pictures_known_to_be_bad_are_not_tried_again(
+def test_images_known_to_be_bad_are_not_tried_again(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = build_loader(_damage(beton, tmp_path / "damaged.beton"), RECIPE, "dali", batch_size=8, seed=3)
     first = list(loader)
-    engine = loader.engine
     seen: list[int] = []
-    fetch = engine.fetch
+    fetch = loader.set.fetch
 
     def spy(index_N: NDArray[np.int64]) -> object:
         seen.extend(index_N.tolist())
         return fetch(index_N)
 
-    monkeypatch.setattr(engine, "fetch", spy)
+    monkeypatch.setattr(loader.set, "fetch", spy)
     again = list(loader)
     assert len(seen) == 40 and 7 not in seen
     assert all(torch.equal(a.query, b.query) for a, b in zip(first, again, strict=True))
 
 
-def test_errors_of_dali_that_no_picture_causes_are_raised(
-    beton: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = DALIEngine(open_store(beton))
-    fetched = engine.fetch(np.arange(2))
+def test_errors_of_dali_that_no_image_causes_are_raised(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = open_set(beton)
+    decoder, encoded = DALIDecoder(images), images.fetch(np.arange(2))
     boxes = np.tile(np.array([0, 0, 30, 30, 0], np.int32), (2, 1, 1))
     out = np.zeros((2, 1, 16, 16, 3), np.uint8)
-    assert engine.crop(fetched, boxes, out).all()
+    assert decoder.crop(encoded, boxes, out).all()
 
     def fail(*_: object) -> None:
-        raise RuntimeError("no picture's fault")
+        raise RuntimeError("no image's fault")
 
     monkeypatch.setattr("pipelines.decode.dali.crop_picture", fail)
-    with pytest.raises(RuntimeError, match="no picture's fault"):
-        engine.crop(fetched, boxes, out)
+    with pytest.raises(RuntimeError, match="no image's fault"):
+        decoder.crop(encoded, boxes, out)
 
 
 @pytest.mark.needs()  # nothing
@@ -218,29 +207,29 @@ def test_a_graph_that_has_raised_or_is_too_small_is_not_used_again() -> None:
         built.append(size)
         return object()
 
-    graphs = Graphs(build)
-    with graphs.one(4) as first:
+    graphs = GraphPool(build)
+    with graphs.take(4) as first:
         pass
-    with graphs.one(3) as again:
+    with graphs.take(3) as again:
         assert again is first
-    with pytest.raises(RuntimeError), graphs.one(4) as again:
+    with pytest.raises(RuntimeError), graphs.take(4) as again:
         assert again is first
         raise RuntimeError
-    with graphs.one(4) as other:
+    with graphs.take(4) as other:
         assert other is not first
-    with graphs.one(9):
+    with graphs.take(9):
         pass
     assert built == [4, 4, 9]
-    monkeypatched = graphs._process
+    process = graphs._process
     graphs._process = -1  # as after a fork
-    with graphs.one(2):
+    with graphs.take(2):
         assert built == [4, 4, 9, 9]
-    assert graphs._process == monkeypatched
+    assert graphs._process == process
 
 
 @pytest.mark.needs()  # nothing
-def test_views_are_cut_without_a_look_behind_the_picture() -> None:
-    """The picture lies at the very end of a page that nothing follows."""
+def test_cropping_does_not_read_past_the_image() -> None:
+    """The image ends at the end of a page, and the next page is not readable."""
     page = mmap.PAGESIZE
     for height, width in ((40, 31), (9, 7), (64, 64)):
         size = 3 * height * width
@@ -274,7 +263,7 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
 
 
 @pytest.mark.needs()  # nothing
-def test_options_that_no_backend_would_look_at_are_refused(beton: Path) -> None:
+def test_options_that_would_be_ignored_are_refused(beton: Path) -> None:
     with pytest.raises(ValueError, match="the backend is ffcv"):
         build_loader(beton, RECIPE, "ffcv", batch_size=8, dali=DALIOptions(region_decode=True))
 

@@ -4,8 +4,10 @@ import io
 import itertools
 import os
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +20,12 @@ from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
 from dataset_tools.verify import verify
 from pipelines import build_loader
-from pipelines.decode.pillow import open_picture, read_rgb, read_size
-from pipelines.kernels.jpeg_crops import crop_pictures, functions
-from pipelines.kernels.jpeg_markers import HUFFMAN, QUANTISATION, missing_table
+from pipelines.decode.jpeg import Jpeg, check_jpeg, read_header
+from pipelines.decode.pillow import open_image, read_rgb, read_size
+from pipelines.kernels import jpeg_crops
+from pipelines.kernels.jpeg_crops import HUFFMAN, QUANTISATION, crop_pictures, missing_table
 from pipelines.kernels.resample import SLACK
-from pipelines.kernels.turbojpeg import Jpeg, check_jpeg, read_header
+from pipelines.kernels.turbojpeg import functions
 from pipelines.recipe import moco_v2
 from pipelines.sets.manifest import skipped_path
 from tests.conftest import photograph_like
@@ -105,6 +108,16 @@ def test_a_progressive_scan_without_its_table_is_found_behind_the_first() -> Non
     assert "Huffman table" in check_jpeg(cut).message
 
 
+def plain_functions(module: types.ModuleType) -> dict[str, Any]:
+    """The kernels of a module as plain Python functions that call each other."""
+    names = dict(vars(module))
+    for name, value in vars(module).items():
+        if hasattr(value, "py_func"):
+            names[name] = types.FunctionType(value.py_func.__code__, names)
+    return names
+
+
+PLAIN = plain_functions(jpeg_crops)
 SEEDS = [encode(1, 33, 25), encode(2, 24, 31, progressive=True), encode(3, 17, 17, "L")]
 
 
@@ -126,7 +139,8 @@ def test_any_bytes_are_walked_within_their_bounds(
             mutated[place % len(mutated)] = value
     data = np.frombuffer(bytes(mutated[: len(mutated) - cut % (len(mutated) + 1)]), np.uint8)
     # Plain Python raises IndexError where compiled code would read past the end.
-    assert missing_table.py_func(data) == missing_table(data)  # type: ignore[attr-defined]
+    assert PLAIN["missing_table"](data) == missing_table(data)
+    assert PLAIN["_is_turned"](data) == jpeg_crops._is_turned(data)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -298,6 +312,6 @@ def test_a_folder_refuses_what_lacks_a_table(tmp_path: Path) -> None:
 def test_other_formats_are_not_opened_whatever_their_name() -> None:
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
     with pytest.raises(UnidentifiedImageError):
-        open_picture(eps)
+        open_image(eps)
     assert Image.open(io.BytesIO(eps)).format == "EPS"  # Pillow itself would
     assert read_rgb(eps) is None and read_size(eps) is None

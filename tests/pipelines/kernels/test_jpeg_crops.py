@@ -12,8 +12,9 @@ from benchmarks.memory import status_mib
 from dataset_tools.beton_writer import BetonWriter
 from dataset_tools.convert import convert
 from dataset_tools.sources import FolderSource
-from pipelines.decode.turbo import FFCVEngine
-from pipelines.sets.stores import open_store
+from pipelines import PictureSet, open_set
+from pipelines.decode.pillow import decode_image
+from pipelines.decode.turbo import TurboDecoder
 from tests.conftest import photograph_like
 
 SIDE = 40
@@ -80,9 +81,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byt
     return path, kinds
 
 
-def _boxes(engine: FFCVEngine) -> NDArray[np.int32]:
+def _boxes(images: PictureSet) -> NDArray[np.int32]:
     """The whole picture, and an uneven part of it mirrored."""
-    sizes = engine.fetch(np.arange(engine.count)).size_N2
+    sizes = images.fetch(np.arange(images.count)).size_N2
     part = np.stack([sizes // 5, sizes - sizes // 5 - sizes // 7], axis=1).reshape(-1, 4)
     whole = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
     boxes = np.stack([np.pad(whole, ((0, 0), (0, 1))), np.pad(part, ((0, 0), (0, 1)), constant_values=1)], 1)
@@ -99,10 +100,10 @@ def _by_pil(pixels: NDArray[np.uint8], box: NDArray[np.int32]) -> NDArray[np.uin
 @pytest.mark.parametrize("reading", ["map", "read"])
 def test_every_kind_of_jpeg_in_one_call(reading: str, mixed: tuple[Path, dict[str, bytes]]) -> None:
     path, kinds = mixed
-    engine = FFCVEngine(open_store(path, reading))
-    boxes = _boxes(engine)
-    out = np.zeros((engine.count, 2, SIDE, SIDE, 3), np.uint8)
-    assert engine.crop(engine.fetch(np.arange(engine.count)), boxes, out).all()
+    images = open_set(path, reading)
+    boxes = _boxes(images)
+    out = np.zeros((images.count, 2, SIDE, SIDE, 3), np.uint8)
+    assert TurboDecoder().crop(images.fetch(np.arange(images.count)), boxes, out).all()
     for n, (name, payload) in enumerate(kinds.items()):
         pixels = np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))
         for v in range(2):
@@ -115,12 +116,12 @@ def test_every_kind_of_jpeg_in_one_call(reading: str, mixed: tuple[Path, dict[st
 def test_tiers_without_a_jpeg(reading: str, tier: str, picture_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "set.beton"
     convert(FolderSource(picture_folder), path, tier=tier, short_side=61)
-    engine = FFCVEngine(open_store(path, reading))
-    boxes = _boxes(engine)
-    out = np.zeros((engine.count, 2, SIDE, SIDE, 3), np.uint8)
-    assert engine.crop(engine.fetch(np.arange(engine.count)), boxes, out).all()
-    for n in range(engine.count):
-        pixels = engine.picture(n)
+    images = open_set(path, reading)
+    boxes = _boxes(images)
+    out = np.zeros((images.count, 2, SIDE, SIDE, 3), np.uint8)
+    assert TurboDecoder().crop(images.fetch(np.arange(images.count)), boxes, out).all()
+    for n in range(images.count):
+        pixels = decode_image(images.fetch(np.array([n])))
         assert pixels is not None
         for v in range(2):
             off = np.abs(out[n, v].astype(int) - _by_pil(pixels, boxes[n, v]))
@@ -129,24 +130,24 @@ def test_tiers_without_a_jpeg(reading: str, tier: str, picture_folder: Path, tmp
 
 def test_a_record_of_an_impossible_size_costs_no_memory(mixed: tuple[Path, dict[str, bytes]]) -> None:
     """Memory is taken for what the picture's own header says, after it agrees with the index."""
-    engine = FFCVEngine(open_store(mixed[0]))
-    fetched = engine.fetch(np.arange(2))
-    fetched.size_N2[1] = 65_535, 65_535
+    images = open_set(mixed[0])
+    encoded = images.fetch(np.arange(2))
+    encoded.size_N2[1] = 65_535, 65_535
     before = status_mib("VmPeak")
     out = np.zeros((2, 2, SIDE, SIDE, 3), np.uint8)
     # Boxes that fit; only the record lies.
-    sound = engine.crop(fetched, _boxes(engine)[:1].repeat(2, axis=0), out)
+    sound = TurboDecoder().crop(encoded, _boxes(images)[:1].repeat(2, axis=0), out)
     assert sound[0]
     assert status_mib("VmPeak") - before < 500
 
 
 def test_calls_leave_no_memory_behind(mixed: tuple[Path, dict[str, bytes]]) -> None:
-    engine = FFCVEngine(open_store(mixed[0]))
-    fetched, boxes = engine.fetch(np.arange(4)), _boxes(engine)[:4]
+    images, decoder = open_set(mixed[0]), TurboDecoder()
+    encoded, boxes = images.fetch(np.arange(4)), _boxes(images)[:4]
     out = np.zeros((4, 2, SIDE, SIDE, 3), np.uint8)
     for _ in range(200):
-        engine.crop(fetched, boxes, out)
+        decoder.crop(encoded, boxes, out)
     before = status_mib("RssAnon")
     for _ in range(2000):
-        engine.crop(fetched, boxes, out)
+        decoder.crop(encoded, boxes, out)
     assert status_mib("RssAnon") - before < 1

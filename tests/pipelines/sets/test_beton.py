@@ -1,4 +1,4 @@
-"""Opening a compiled set: what is refused, what the engine is given, and what it costs."""
+"""Opening a compiled set: what is refused, what is returned, and how much memory it needs."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dataset_tools.beton_writer import BetonWriter
 from pipelines.sets import beton as layout
-from pipelines.sets import blocks as module
+from pipelines.sets import manifest as module
 from pipelines.sets.beton import (
     FIELD_DTYPE,
     HEADER_DTYPE,
@@ -42,7 +42,7 @@ def payload_of(tier: Tier, i: int) -> bytes:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[[Tier], Path]:
-    """A set of four pictures of a tier; the JPEGs are none, which opening does not look at."""
+    """A set of four images of a tier. Its JPEGs are not JPEGs, which opening does not check."""
 
     def write(tier: Tier) -> Path:
         path = tmp_path / f"{tier}.beton"
@@ -56,7 +56,7 @@ def make(tmp_path: Path) -> Callable[[Tier], Path]:
 
 
 def parts(path: Path) -> tuple[np.memmap[Any, Any], Any, Any]:
-    """Field descriptors, metadata and allocation table of a file, to write to."""
+    """Field descriptors, metadata and allocation table of a file, writable."""
     data = np.memmap(path, np.uint8, mode="r+")
     header = data[: HEADER_DTYPE.itemsize].view(HEADER_DTYPE)[0]
     fields_end = HEADER_DTYPE.itemsize + 2 * FIELD_DTYPE.itemsize
@@ -92,7 +92,7 @@ def test_every_tier_opens_without_sorting(
 def test_a_table_in_any_order_gives_the_same(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], tier: Tier
 ) -> None:
-    """FFCV's own writer leaves the table in the order in which its processes finished."""
+    """FFCV's writer orders the table by the time at which its processes finished."""
     path = tmp_path_factory.mktemp("order") / "set.beton"
     with BetonWriter(path, capacity=4, tier=tier, page_bytes=4096) as writer:
         for i, (width, height) in enumerate(SIZES):
@@ -118,7 +118,7 @@ def test_samples_may_share_a_payload(make: Callable[[Tier], Path], sorted_table:
 
 
 def shared_payload_set(path: Path, count: int) -> None:
-    """A set of ``count`` samples that all are the first one's."""
+    """A set of ``count`` samples, all equal to the first."""
     with BetonWriter(path, capacity=1, tier="raw") as writer:
         writer.add(bytes(12), label=0, width=2, height=2, source_path="0")
         writer.commit(source="test")
@@ -157,7 +157,7 @@ def test_opening_needs_memory_for_a_block_not_for_the_index(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("blocks", [1, 3, 4, 5, 100])
 @pytest.mark.parametrize("index", range(4))
-def test_the_picture_named_is_the_right_one_in_any_block(
+def test_errors_name_the_right_image_in_any_block(
     make: Callable[[Tier], Path], monkeypatch: pytest.MonkeyPatch, blocks: int, index: int
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK", blocks)
@@ -165,14 +165,14 @@ def test_the_picture_named_is_the_right_one_in_any_block(
     _, records, table = parts(path)
     assert len(open_beton(path)) == 4
     table["size"][index] += 1
-    with pytest.raises(ValueError, match=rf"picture {index} of .* cannot have"):
+    with pytest.raises(ValueError, match=rf"image {index} of .* cannot have"):
         open_beton(path)
     table["size"][index] -= 1
     records["f0"]["data_ptr"][index] += 1 << 40
-    with pytest.raises(ValueError, match=rf"picture {index} at byte .* not in the allocation table"):
+    with pytest.raises(ValueError, match=rf"image {index} at byte .* not in the allocation table"):
         open_beton(path)
     table["ptr"][index] += 1 << 40
-    with pytest.raises(ValueError, match=rf"picture {index} lies at bytes .* outside the payloads"):
+    with pytest.raises(ValueError, match=rf"image {index} lies at bytes .* outside the payloads"):
         open_beton(path)
 
 
@@ -181,7 +181,7 @@ def test_planes_of_another_size_are_refused(make: Callable[[Tier], Path], width:
     path = make("yuv420")
     _, records, _ = parts(path)
     records["f0"]["width"][3] = width
-    with pytest.raises(ValueError, match=r"picture 3 of .* mode 2, cannot have 17 bytes"):
+    with pytest.raises(ValueError, match=r"image 3 of .* mode 2, cannot have 17 bytes"):
         open_beton(path)
 
 
@@ -196,7 +196,7 @@ def test_a_mode_belongs_to_its_field_type(
     fields, _, _ = parts(path)
     assert fields["type_id"].tolist() == [TYPE_PLANES if tier == "yuv420" else TYPE_IMAGE, TYPE_INT]
     fields["type_id"][0] = other_type
-    with pytest.raises(ValueError, match=rf"picture 0 of 1 × 1 px, mode {mode}, cannot have"):
+    with pytest.raises(ValueError, match=rf"image 0 of 1 × 1 px, mode {mode}, cannot have"):
         open_beton(path)
 
 
@@ -229,17 +229,17 @@ def test_the_layout_is_the_one_that_ffcv_has() -> None:
 
 
 def test_offsets_in_the_layout() -> None:
-    """What FFCV 1.0.2 has, written down, for machines without it."""
+    """The numbers of FFCV 1.0.2, for machines without it."""
     header = {"version": 0, "num_fields": 2, "page_size": 4, "num_samples": 8, "alloc_table_ptr": 16}
     image = {"mode": 0, "width": 1, "height": 3, "data_ptr": 5}
-    wanted: list[tuple[np.dtype[Any], int, dict[str, int]]] = [
+    expected: list[tuple[np.dtype[Any], int, dict[str, int]]] = [
         (HEADER_DTYPE, 24, header),
         (FIELD_DTYPE, 1041, {"type_id": 0, "name": 1, "arguments": 17}),
         (TABLE_DTYPE, 24, {"sample_id": 0, "ptr": 8, "size": 16}),
         (METADATA_DTYPE, 24, {"f0": 0, "f1": 16}),
         (METADATA_DTYPE["f0"], 13, image),
     ]
-    for dtype, itemsize, offsets in wanted:
+    for dtype, itemsize, offsets in expected:
         assert dtype.itemsize == itemsize
         assert dtype.fields is not None
         assert {name: field[1] for name, field in dtype.fields.items()} == offsets
@@ -250,7 +250,7 @@ def test_offsets_in_the_layout() -> None:
 
 @pytest.mark.needs("ffcv")
 def test_stock_ffcv_refuses_planes(make: Callable[[Tier], Path]) -> None:
-    """As pixels it would read past every payload."""
+    """It would take them for pixels and read past every payload."""
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader

@@ -1,3 +1,5 @@
+"""Opening a set of shards: what the index says, and which damage is refused."""
+
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +11,7 @@ import pytest
 
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
-from pipelines.sets import blocks as module
+from pipelines.sets import manifest as module
 from pipelines.sets.manifest import Manifest
 from pipelines.sets.shards import (
     INDEX_DTYPE,
@@ -23,7 +25,7 @@ from pipelines.sets.shards import (
 
 @pytest.fixture(scope="module")
 def made(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The forty pictures in four shards."""
+    """The forty images in four shards."""
     out = tmp_path_factory.mktemp("shards") / "pictures.shards"
     convert(FolderSource(picture_folder), out, sharding=Sharding(11, 1), workers=1)
     return out
@@ -31,11 +33,11 @@ def made(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def copy(made: Path, tmp_path: Path) -> Path:
-    """The same, to be harmed."""
+    """A copy to damage."""
     return Path(shutil.copytree(made, tmp_path / "x.shards"))
 
 
-def test_picture_i_is_the_ith_of_the_source(made: Path, picture_folder: Path) -> None:
+def test_image_i_is_the_ith_of_the_source(made: Path, picture_folder: Path) -> None:
     source, shards = FolderSource(picture_folder), open_shards(made)
     assert is_shard_set(made)
     assert not is_shard_set(picture_folder)
@@ -48,7 +50,7 @@ def test_picture_i_is_the_ith_of_the_source(made: Path, picture_folder: Path) ->
     assert shards.manifest.sha256 == set_digest(shards.shards, shards.index)
 
 
-def test_pictures_on_disk_are_every_picture_once_in_the_order_of_the_tars(made: Path) -> None:
+def test_pictures_on_disk_lists_every_image_once_in_the_order_of_the_tars(made: Path) -> None:
     shards = open_shards(made)
     rows = pictures_on_disk(shards.shards, shards.index)
     assert [len(r) for r in rows] == [11, 11, 11, 7]
@@ -58,7 +60,7 @@ def test_pictures_on_disk_are_every_picture_once_in_the_order_of_the_tars(made: 
         assert (np.diff(shards.index["offset"][found].astype(np.int64)) > 0).all()
 
 
-def test_the_digest_takes_blocks_as_one(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_does_not_depend_on_blocks(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = open_shards(made)
     monkeypatch.setattr(module, "_BLOCK", 7)
     assert set_digest(shards.shards, shards.index) == shards.manifest.sha256
@@ -72,7 +74,7 @@ def change(folder: Path, **changes: Any) -> None:
 
 
 def shard_with(folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    """The manifest's shards, the first of them changed."""
+    """The manifest's shards, with the first one changed."""
     first, *others = json.loads((folder / "set.json").read_text())["shards"]
     return [first | changes, *others]
 
@@ -81,16 +83,16 @@ def shard_with(folder: Path, **changes: Any) -> list[dict[str, Any]]:
     ("harm", "words"),
     [
         (lambda s: (s / "set.json").unlink(), "has no set.json; index the shards with"),
-        (lambda s: (s / "set.json").rename(s / "convert.json"), "half made, .* run the conversion again"),
+        (lambda s: (s / "set.json").rename(s / "convert.json"), "incomplete, .* run the conversion again"),
         (lambda s: (s / "000002.tar").unlink(), "000002.tar is missing"),
         (lambda s: (s / "000002.tar").write_bytes(b""), "has 0 bytes, the manifest says"),
         (lambda s: (s / "index.npy").unlink(), "index.npy is missing"),
-        (lambda s: (s / "index.npy").write_bytes(b""), "is not a whole index"),
-        (lambda s: np.save(s / "index.npy", np.array([{}], object)), "is not a whole index"),
-        (lambda s: np.save(s / "index.npy", np.zeros((2, 2))), "no index"),
+        (lambda s: (s / "index.npy").write_bytes(b""), "is not a complete index"),
+        (lambda s: np.save(s / "index.npy", np.array([{}], object)), "is not a complete index"),
+        (lambda s: np.save(s / "index.npy", np.zeros((2, 2))), "not an index"),
         (
             lambda s: np.save(s / "index.npy", np.load(s / "index.npy")[:-1]),
-            "has 39 pictures, the manifest says 40",
+            "has 39 images, the manifest says 40",
         ),
         (lambda s: change(s, format="beton"), "names no shards"),
         (lambda s: change(s, shards=[]), "names no shards"),
@@ -109,17 +111,19 @@ def shard_with(folder: Path, **changes: Any) -> list[dict[str, Any]]:
         (lambda s: change(s, classes=["bird", 3]), "a class name is no text"),
     ],
 )
-def test_faults_are_a_sentence(copy: Path, harm: Callable[[Path], object], words: str) -> None:
+def test_damage_is_an_error_that_names_the_set(
+    copy: Path, harm: Callable[[Path], object], words: str
+) -> None:
     harm(copy)
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
         open_shards(copy)
     assert str(copy) in str(caught.value)
 
 
-def test_counts_that_only_add_up_are_refused(copy: Path) -> None:
+def test_wrong_counts_with_the_right_sum_are_refused(copy: Path) -> None:
     first, second, *others = json.loads((copy / "set.json").read_text())["shards"]
     change(copy, shards=[first | {"count": 10}, second | {"count": 12}, *others])
-    with pytest.raises(ValueError, match=r"has 11 pictures in 000000\.tar, the manifest says 10"):
+    with pytest.raises(ValueError, match=r"has 11 images in 000000\.tar, the manifest says 10"):
         open_shards(copy)
 
 
@@ -133,7 +137,7 @@ def test_a_record_that_does_not_fit_is_named(copy: Path, field: str, value: int,
     index = np.load(copy / "index.npy")
     index[field][picture] = value
     np.save(copy / "index.npy", index)
-    with pytest.raises(ValueError, match=rf"the record of picture {picture} is .* does not fit the shards"):
+    with pytest.raises(ValueError, match=rf"the record of image {picture} is .* does not fit the shards"):
         open_shards(copy)
 
 
@@ -143,11 +147,11 @@ def test_a_tar_cut_after_opening_is_a_read_error(copy: Path) -> None:
     (copy / "000000.tar").write_bytes(
         (copy / "000000.tar").read_bytes()[: int(shards.index["offset"][last]) + 9]
     )
-    with pytest.raises(OSError, match=rf"000000\.tar ends within picture {last}; see what is whole with"):
+    with pytest.raises(OSError, match=rf"000000\.tar ends within image {last}; see what is whole with"):
         shards.payload(last)
 
 
-def test_names_are_none_where_no_index_tells_them(copy: Path) -> None:
+def test_names_are_none_without_an_index_that_has_them(copy: Path) -> None:
     shards = open_shards(copy)
     idx = dali_index_path(shards.tar_path(int(shards.index["shard"][0])))
     text = idx.read_bytes()
@@ -168,7 +172,7 @@ def test_a_size_is_not_taken_for_an_offset(copy: Path) -> None:
     assert shards.member_name(0) == "right.jpg"
 
 
-def test_records_are_packed_and_the_manifest_comes_back(made: Path) -> None:
+def test_records_are_packed_and_the_manifest_is_read_back(made: Path) -> None:
     assert INDEX_DTYPE.itemsize == 24
     manifest = Manifest.read(made)
     assert manifest is not None

@@ -1,4 +1,4 @@
-"""DALI's own reader: what its stream promises, how it resumes, and what it says of shards that do not fit."""
+"""DALI's reader of shards: the promises of its stream, resuming, and errors for files that do not fit."""
 
 import itertools
 import os
@@ -14,6 +14,7 @@ import torch
 from dataset_tools.index_shards import index_shards
 from pipelines import Backend, Batch, Recipe, ViewLoader, build_loader
 from pipelines.recipe import Mixing
+from pipelines.sets.shards import open_shards
 
 pytestmark = pytest.mark.needs("nvidia.dali")
 RECIPE = Recipe(crop_px=32, mixing=Mixing(method="mixmask"))
@@ -27,7 +28,7 @@ def _indices(batches: list[Batch]) -> list[int]:
     return [int(i) for batch in batches for i in batch.index]
 
 
-def test_every_picture_once_and_its_views_are_those_of_any_other_reading(shards: Path) -> None:
+def test_every_image_comes_once_with_the_views_of_any_other_reading(shards: Path) -> None:
     batches = list(_stream(shards))
     indices = _indices(batches)
     assert len(indices) == len(set(indices)) == 36
@@ -110,7 +111,7 @@ def test_a_state_that_does_not_fit_the_stream_is_refused(shards: Path) -> None:
         list(loader)
 
 
-def test_the_epoch_after_a_whole_one_begins_at_its_start(shards: Path) -> None:
+def test_the_epoch_after_a_complete_one_begins_at_its_start(shards: Path) -> None:
     loader = _stream(shards)
     list(loader)
     assert loader.state_dict()["stream_state"] == ""
@@ -120,14 +121,14 @@ def test_the_epoch_after_a_whole_one_begins_at_its_start(shards: Path) -> None:
     assert _indices(list(loader)) == _indices(list(fresh))
 
 
-def test_pictures_are_shuffled_across_shards(shards: Path) -> None:
+def test_images_are_shuffled_across_shards(shards: Path) -> None:
     loader = _stream(shards)
-    index = loader.engine.store.shard_set.index  # type: ignore[attr-defined]
+    index = loader.set.shard_set.index  # type: ignore[attr-defined]
     orders = []
     for epoch in range(2):
         loader.set_epoch(epoch)
         orders.append([int(index[i]["shard"]) for i in _indices(list(loader))])
-    # With all shards in the buffer, neighbours come from different ones, and not in the shards' order.
+    # With all shards in the buffer, neighbours come from different shards, and not in the order of these.
     for order in orders:
         assert sum(a != b for a, b in itertools.pairwise(order)) > 18
     assert orders[0] != orders[1]
@@ -135,7 +136,7 @@ def test_pictures_are_shuffled_across_shards(shards: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["JPG", "left.jpg"])
 def test_foreign_shards_and_foreign_names(suffix: str, tmp_path: Path, picture_folder: Path) -> None:
-    """Colons and spaces in names, a relative path, upper case, an ending of its own."""
+    """Colons and spaces in names, a relative path, upper case, an unusual extension."""
     folder = tmp_path / "a:7:b"
     folder.mkdir()
     pictures = sorted(picture_folder.rglob("*.JPEG"))[:9]
@@ -153,14 +154,14 @@ def test_foreign_shards_and_foreign_names(suffix: str, tmp_path: Path, picture_f
         assert all(torch.equal(v, views[int(i)]) for i, v in zip(batch.index, batch.query, strict=True))
 
 
-def test_more_shards_than_open_files_are_refused_with_the_mend(
+def test_more_shards_than_open_files_are_refused_with_advice(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    requested: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: requested.append(limits))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 4096))
     _stream(shards)
-    assert asked == [(518, 4096)]
+    assert requested == [(518, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
     with pytest.raises(ValueError, match=r"keeps all 6 shards open, .* may have 200 .*ulimit -n 518"):
         _stream(shards)
@@ -168,7 +169,7 @@ def test_more_shards_than_open_files_are_refused_with_the_mend(
 
 def test_few_tars_stay_open_and_the_others_are_closed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(build_loader(shards, RECIPE, "dali", batch_size=8))
-    monkeypatch.setattr("pipelines.sets.stores._MOST_OPEN", 2)
+    monkeypatch.setattr("pipelines.sets.stores._MAX_OPEN_FILES", 2)
     loader = build_loader(shards, RECIPE, "dali", batch_size=8)
     before = len(list(Path("/proc/self/fd").iterdir()))
     batches = list(loader)
@@ -177,7 +178,7 @@ def test_few_tars_stay_open_and_the_others_are_closed(shards: Path, monkeypatch:
 
 
 def test_in_order_without_shuffling(shards: Path) -> None:
-    index = build_loader(shards, RECIPE, "dali", batch_size=6).engine.store.shard_set.index  # type: ignore[attr-defined]
+    index = open_shards(shards).index
     indices = _indices(list(_stream(shards, shuffle=False)))
     places = [(int(index[i]["shard"]), int(index[i]["offset"])) for i in indices]
     assert places == sorted(places)
@@ -215,10 +216,10 @@ def _spoil_index(copy: Path) -> None:
     ("damage", "message"),
     [
         (_drop_index, r"000002\.idx is missing, which DALI's reader needs; index the shards"),
-        (_swap_indices, "is no picture by the index of .* file does not fit its tar"),
-        (_shift_index, "is no picture by the index of .* file does not fit its tar"),
-        (_lengthen_picture, "is no picture by the index of .* file does not fit its tar"),
-        (_shorten_index, r"name 39 pictures, its manifest 40"),
+        (_swap_indices, "is not an image by the index of .* file does not fit its tar"),
+        (_shift_index, "is not an image by the index of .* file does not fit its tar"),
+        (_lengthen_picture, "is not an image by the index of .* file does not fit its tar"),
+        (_shorten_index, r"list 39 images, its manifest 40"),
         (_spoil_index, "DALI cannot open the shards"),
     ],
 )
@@ -232,7 +233,7 @@ def test_an_index_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("reading", ["read", "stream"])
-def test_a_tar_cut_short_while_the_run_is_on_is_named(reading: str, shards: Path, tmp_path: Path) -> None:
+def test_a_tar_cut_short_during_the_run_is_named(reading: str, shards: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(shards, tmp_path / "copy.shards")
     loader = _stream(copy, reading=reading)
     tar = copy / "000004.tar"
@@ -244,7 +245,7 @@ def test_a_tar_cut_short_while_the_run_is_on_is_named(reading: str, shards: Path
 
 @pytest.mark.needs()  # nothing
 @pytest.mark.parametrize("reading", ["auto", "stream"])
-def test_a_tar_cut_short_or_gone_before_is_refused(reading: str, shards: Path, tmp_path: Path) -> None:
+def test_a_tar_cut_short_or_missing_is_refused(reading: str, shards: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(shards, tmp_path / "copy.shards")
     tar = copy / "000004.tar"
     content = tar.read_bytes()
@@ -256,11 +257,11 @@ def test_a_tar_cut_short_or_gone_before_is_refused(reading: str, shards: Path, t
         _stream(copy, reading=reading)
 
 
-def test_a_damaged_picture_in_a_shard_is_replaced_and_named(shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_in_a_shard_is_replaced_and_named(shards: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(shards, tmp_path / "copy.shards")
-    store = build_loader(copy, RECIPE, "dali", batch_size=6).engine.store  # type: ignore[attr-defined]
-    record = store.shard_set.index[11]
-    with store.shard_set.tar_path(int(record["shard"])).open("r+b") as file:
+    opened = open_shards(copy)
+    record = opened.index[11]
+    with opened.tar_path(int(record["shard"])).open("r+b") as file:
         file.seek(int(record["offset"]))
         file.write(bytes(300))
     for reading in ("read", "stream"):
@@ -270,7 +271,7 @@ def test_a_damaged_picture_in_a_shard_is_replaced_and_named(shards: Path, tmp_pa
         assert "bird/11.jpg in 0000" in loader.faults[11].name
 
 
-def test_options_that_do_not_go_with_a_stream_are_refused(shards: Path) -> None:
+def test_options_that_a_stream_lacks_are_refused(shards: Path) -> None:
     plain = Recipe(crop_px=32)
     with pytest.raises(ValueError, match="a stream does not have"):
         build_loader(shards, plain, "dali", batch_size=6, reading="stream", drop_last=False)

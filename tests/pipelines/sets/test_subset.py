@@ -1,4 +1,4 @@
-"""Subsets are balanced, nested and written as they are read; lists are matched or refused."""
+"""Subsets are balanced, nested and survive a round trip through a list; lists are matched or refused."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import build_loader, evaluation_batches
+from pipelines import build_loader, evaluation_batches, open_set
 from pipelines.recipe import Recipe, evaluation
 from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
 
@@ -34,11 +34,11 @@ def test_the_same_share_of_each_class(labels: list[int], share: float, other: fl
     assert smaller <= larger
 
 
-def test_a_seed_draws_and_another_draws_others() -> None:
+def test_the_seed_decides_the_draw() -> None:
     label_N = np.repeat(np.arange(10), 100)
     first, again, other = (balanced_subset(label_N, 0.1, seed) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and len(np.intersect1d(first, other)) < 50
-    # Drawn evenly: every picture is as likely as any other.
+    # All images are equally likely.
     drawn = np.concatenate([balanced_subset(label_N, 0.1, seed) for seed in range(200)])
     assert np.bincount(drawn, minlength=1000).std() == pytest.approx((200 * 0.1 * 0.9) ** 0.5, rel=0.1)
 
@@ -49,22 +49,22 @@ def test_shares_out_of_range(share: float) -> None:
         balanced_subset(np.zeros(3, np.int64), share, 0)
 
 
-def test_pictures_without_label() -> None:
-    with pytest.raises(ValueError, match="1 of 2 pictures have no label"):
+def test_images_without_labels() -> None:
+    with pytest.raises(ValueError, match="1 of 2 images have no label"):
         balanced_subset(np.array([0, -1]), 0.5, 0)
 
 
 @pytest.mark.parametrize("kind", ["beton", "shards", "picture_folder"])
-def test_lists_go_out_and_come_in_again(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    engine = build_loader(request.getfixturevalue(kind), VIEW, batch_size=1, drop_last=False).engine
-    names = list(engine.names())
-    assert len(set(names)) == engine.count == 40
-    subset = balanced_subset(engine.labels(np.arange(40)), 0.3, 5)
+def test_lists_survive_a_round_trip(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    images = open_set(request.getfixturevalue(kind))
+    names = list(images.names())
+    assert len(set(names)) == images.count == 40
+    subset = balanced_subset(images.labels(np.arange(40)), 0.3, 5)
     path = tmp_path / "labels.txt"
-    lines = lines_of(engine.names, subset)
+    lines = lines_of(images.names, subset)
     assert lines == [names[index] for index in subset]
     path.write_text("\n".join(lines) + "\n")
-    assert np.array_equal(listed_subset(engine.names, engine.count, path), subset)
+    assert np.array_equal(listed_subset(images.names, images.count, path), subset)
 
 
 def test_names_of_files_as_published(tmp_path: Path) -> None:
@@ -81,12 +81,10 @@ def test_names_of_files_as_published(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks 1"):
         listed_subset(lambda: names, len(names), path)
     path.write_text("n01_1.JPEG\nn03_1.JPEG")
-    with pytest.raises(
-        ValueError, match=r"names 2 pictures, of which the set lacks 1 \(such as n03_1.JPEG\)"
-    ):
+    with pytest.raises(ValueError, match=r"names 2 images, of which the set lacks 1 \(such as n03_1.JPEG\)"):
         listed_subset(lambda: names, len(names), path)
     path.write_text("same.png")
-    with pytest.raises(ValueError, match="several pictures of this name"):
+    with pytest.raises(ValueError, match="several images of this name"):
         listed_subset(lambda: names, len(names), path)
     names = ["a/one.jpg", "a/one.png", "b/two.jpg"]
     path.write_text("a/one.png\ntwo.png")
@@ -98,19 +96,19 @@ def test_names_of_files_as_published(tmp_path: Path) -> None:
     path.write_text("a/one.jpg")
     assert listed_subset(lambda: nested, 2, path).tolist() == [1]
     path.write_text("a/one.webp")
-    with pytest.raises(ValueError, match="several pictures of this name"):
+    with pytest.raises(ValueError, match="several images of this name"):
         listed_subset(lambda: names, len(names), path)
     path.write_text("#2\n#0\n")
     assert listed_subset(lambda: names, len(names), path).tolist() == [0, 2]
     path.write_text("#3")
-    with pytest.raises(ValueError, match=r"has #3, the set's pictures are #0 … #2"):
+    with pytest.raises(ValueError, match=r"has #3, the set's images are #0 … #2"):
         listed_subset(lambda: names, len(names), path)
     path.write_text("\n")
-    with pytest.raises(ValueError, match="names 0 pictures"):
+    with pytest.raises(ValueError, match="names 0 images"):
         listed_subset(lambda: names, len(names), path)
 
 
-def test_names_that_are_no_good_for_a_list() -> None:
+def test_names_that_cannot_be_listed() -> None:
     subset = np.array([1])
 
     def unrecorded() -> list[str]:
@@ -131,8 +129,8 @@ def test_a_name_that_is_not_utf8_is_read_back(tmp_path: Path) -> None:
 def test_names_that_are_not_recorded(beton: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.beton"
     alone.write_bytes(beton.read_bytes())
-    with pytest.raises(ValueError, match=r"alone.paths names 0 of the 40 pictures"):
-        list(build_loader(alone, VIEW, batch_size=1).engine.names())
+    with pytest.raises(ValueError, match=r"alone.paths names 0 of the 40 images"):
+        list(open_set(alone).names())
 
 
 def test_a_loader_of_a_subset(beton: Path) -> None:
@@ -164,10 +162,10 @@ def test_a_loader_of_a_subset(beton: Path) -> None:
             build_loader(beton, recipe, batch_size=1, subset=bad)
 
 
-def test_a_bad_picture_gives_way_to_one_of_the_subset(picture_folder: Path, tmp_path: Path) -> None:
+def test_a_bad_image_is_replaced_by_one_of_the_subset(picture_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "pictures"
     shutil.copytree(picture_folder, root)
-    for name in ("bird/07.JPEG", "cat/19.JPEG"):  # the last one's stand-in is the first of the subset
+    for name in ("bird/07.JPEG", "cat/19.JPEG"):  # the last one is replaced by the first of the subset
         (root / name).write_bytes(b"broken")
     subset = np.array([2, 7, 11, 39])
     loader = build_loader(root, Recipe(crop_px=16, num_views=1), batch_size=4, subset=subset)

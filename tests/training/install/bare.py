@@ -1,4 +1,4 @@
-"""A machine with torch and nothing of ours, for tests of packs."""
+"""A machine that has torch but not our other requirements, for tests of packs."""
 
 import importlib.metadata
 import os
@@ -15,7 +15,7 @@ from training.install.activate import canonical
 
 
 def closure(roots: Iterable[str], without: Iterable[str] = ()) -> dict[str, importlib.metadata.Distribution]:
-    """By name, what is installed here of ``roots`` and all that they need, but those of ``without``."""
+    """Distributions by name: the installed ``roots`` and all they require, except ``without``."""
     found: dict[str, importlib.metadata.Distribution] = {}
     queue = [Requirement(root) for root in roots]
     while queue:
@@ -34,7 +34,7 @@ def closure(roots: Iterable[str], without: Iterable[str] = ()) -> dict[str, impo
 def make_wheels(
     folder: Path, distributions: Iterable[importlib.metadata.Distribution], *, only_metadata: bool = False
 ) -> None:
-    """Zip up installed packages as wheels for any Python; their scripts are left out."""
+    """Write installed packages as wheels for any Python, without their scripts."""
     for distribution in distributions:
         files = [f for f in distribution.files or () if ".." not in f.parts and f.suffix != ".pyc"]
         stem = next(f.parts[0] for f in files if f.parts[0].endswith(".dist-info")).removesuffix(".dist-info")
@@ -46,7 +46,7 @@ def make_wheels(
 
 
 def make_bare(folder: Path, distributions: Iterable[importlib.metadata.Distribution]) -> Path:
-    """An environment of this Python that has only these distributions, by links; returns its folder bin."""
+    """Make an environment that has only these distributions, as links; returns its bin folder."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = next(folder.glob("lib/python*/site-packages"))
     for distribution in distributions:
@@ -57,10 +57,10 @@ def make_bare(folder: Path, distributions: Iterable[importlib.metadata.Distribut
 
 
 def run_bash(script: str, folder: Path, python_bin: Path) -> subprocess.CompletedProcess[str]:
-    """Run a script with nothing in its environment but the Python in ``python_bin``, and without a network.
+    """Run a script in a clean environment with the Python in ``python_bin`` and without a network.
 
-    Where the kernel grants a network namespace it has no network at all; elsewhere only the proxies, of which
-    none can be reached, keep it away.
+    Where the kernel allows a network namespace, there is no network at all. Elsewhere proxies that cannot be
+    reached block it.
     """
     nowhere = "http://127.0.0.1:9"
     environment = {

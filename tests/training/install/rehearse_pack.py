@@ -1,9 +1,9 @@
-"""The rehearsal of a pack: unpack, convert, load, train and probe with torch alone and no network.
+"""Rehearsal of a pack: unpack, convert, load, train and probe with torch only and without a network.
 
     make pack-rehearsal
 
-Not part of the suite, for it downloads gigabytes: an environment of another Python with torch, torchvision,
-numpy and numba, kept below data/pack-cache, unless PACK_BARE names the interpreter of one.
+Not part of the suite, because it downloads gigabytes: it makes an environment of another Python with torch,
+torchvision, numpy and numba below data/pack-cache, unless PACK_BARE names the interpreter of one.
 """
 
 import json
@@ -30,7 +30,7 @@ TINY = "--arch resnet10w16 --crop-px 32 --grid-size 4 --batch-size 8 --moco-k 24
 
 
 def _bare() -> Path:
-    """The programs of an environment with torch alone."""
+    """The bin folder of an environment with torch only."""
     if named := os.environ.get("PACK_BARE"):
         return Path(named).absolute().parent
     folder = pack.ROOT / f"data/pack-cache/torch-alone-{PYTHON}"
@@ -46,7 +46,7 @@ def _bare() -> Path:
     return folder / "bin"
 
 
-def test_a_machine_with_torch_alone_trains_and_probes(picture_folder: Path, tmp_path: Path) -> None:
+def test_a_machine_with_only_torch_trains_and_probes(picture_folder: Path, tmp_path: Path) -> None:
     bare = _bare()
     pack.main(Pack(tmp_path / "out", PYTHON, dali=DALI))
     backends = ("ffcv", "dali") if DALI else ("ffcv",)
@@ -60,7 +60,7 @@ def test_a_machine_with_torch_alone_trains_and_probes(picture_folder: Path, tmp_
         LOAD={shlex.quote(LOAD)}
         set -x
         for name in tyro rich ffcv matplotlib; do
-            if python3 -c "import $name" 2>/dev/null; then echo "$name is there already"; exit 1; fi
+            if python3 -c "import $name" 2>/dev/null; then echo "$name is installed already"; exit 1; fi
         done
         cd out
         sha256sum --quiet -c SHA256SUMS

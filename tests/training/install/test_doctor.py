@@ -1,4 +1,4 @@
-"""The doctor names what is missing, how to mend it, and never disturbs torch."""
+"""The doctor reports what is missing and how to fix it, and leaves torch's settings unchanged."""
 
 import importlib.metadata
 import io
@@ -14,23 +14,23 @@ from training.install import doctor
 from training.install.doctor import Finding
 
 
-def test_absent_and_broken_packages_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_and_broken_packages_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "needs_more.py").write_text("import not_there_either\n")
     (tmp_path / "falls_over.py").write_text("raise OSError('libopencv.so: cannot open')\n")
     (tmp_path / "greedy.py").write_text("import torch\ntorch.set_num_threads(1)\n")
     absent = doctor.check_package("not_there", "not-there", "pip install not-there")
-    assert (absent.verdict, absent.mend) == ("absent", "pip install not-there")
+    assert (absent.status, absent.fix) == ("absent", "pip install not-there")
     nested = doctor.check_package("not_there.inner", "not-there", "pip install not-there")
-    assert nested.verdict == "absent"
-    needy = doctor.check_package("needs_more", "needs-more", "mend")
-    assert needy.verdict == "broken" and "needs not_there_either" in needy.detail
-    broken = doctor.check_package("falls_over", "falls-over", "mend")
-    assert broken.verdict == "broken" and "libopencv.so: cannot open" in broken.detail
+    assert nested.status == "absent"
+    needy = doctor.check_package("needs_more", "needs-more", "fix")
+    assert needy.status == "broken" and "needs not_there_either" in needy.detail
+    broken = doctor.check_package("falls_over", "falls-over", "fix")
+    assert broken.status == "broken" and "libopencv.so: cannot open" in broken.detail
     num_threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert doctor.check_package("greedy", "greedy", "mend").verdict == "ok"
+        assert doctor.check_package("greedy", "greedy", "fix").status == "ok"
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(num_threads)
@@ -38,37 +38,37 @@ def test_absent_and_broken_packages_are_told_apart(tmp_path: Path, monkeypatch: 
             sys.modules.pop(name, None)
 
 
-def test_the_decoder_is_the_one_that_the_loader_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoder_is_the_one_that_the_loader_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_decoder() == Finding("libturbojpeg", "ok", turbojpeg.library()._name, needed=True)
     monkeypatch.setattr(turbojpeg, "library", turbojpeg.library.__wrapped__)
     monkeypatch.setenv("LIBTURBOJPEG", "libm.so.6")
     wrong = doctor.check_decoder()
-    assert wrong.verdict == "broken" and "LIBTURBOJPEG is 'libm.so.6'" in wrong.detail and wrong.mend
+    assert wrong.status == "broken" and "LIBTURBOJPEG is 'libm.so.6'" in wrong.detail and wrong.fix
     monkeypatch.delenv("LIBTURBOJPEG")
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setattr(turbojpeg, "_SYSTEM_NAME", "libnowhere.so.0")
     absent = doctor.check_decoder()
-    assert absent.verdict == "absent" and "apt install libturbojpeg0" in absent.mend and absent.needed
+    assert absent.status == "absent" and "apt install libturbojpeg0" in absent.fix and absent.needed
 
 
-def test_a_torch_too_old_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_torch("make setup").verdict == "ok"
+def test_an_old_torch_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_torch("make setup").status == "ok"
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.7.1")
     old = doctor.check_torch("make setup")
-    assert (old.verdict, old.mend, old.needed) == ("broken", "make setup", True) and "2.7.1" in old.detail
+    assert (old.status, old.fix, old.needed) == ("broken", "make setup", True) and "2.7.1" in old.detail
 
 
-def test_low_memory_and_missing_pictures_are_found(tmp_path: Path) -> None:
+def test_low_memory_and_missing_images_are_found(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16777216 kB\nMemFree: 1 kB\nMemAvailable:    1048576 kB\n")
     memory = doctor.check_memory(meminfo)
-    assert memory.verdict == "broken" and memory.detail == "1.0 of 16.0 GiB free" and memory.mend
-    assert doctor.check_memory(tmp_path / "none").verdict == "absent"
-    pictures = doctor.check_fashion_mnist(tmp_path)
-    assert pictures.verdict == "absent" and pictures.mend == "apt install dataset-fashion-mnist"
+    assert memory.status == "broken" and memory.detail == "1.0 of 16.0 GiB free" and memory.fix
+    assert doctor.check_memory(tmp_path / "none").status == "absent"
+    images = doctor.check_fashion_mnist(tmp_path)
+    assert images.status == "absent" and images.fix == "apt install dataset-fashion-mnist"
     for name in "abcd":
         (tmp_path / f"{name}-idx1-ubyte.gz").touch()
-    assert doctor.check_fashion_mnist(tmp_path).verdict == "ok"
+    assert doctor.check_fashion_mnist(tmp_path).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -79,27 +79,27 @@ def test_low_memory_and_missing_pictures_are_found(tmp_path: Path) -> None:
             0,
             "can run",
         ),
-        ([Finding("torch", "broken", "no", "pip", needed=True)], 1, "cannot run here: first mend torch"),
+        ([Finding("torch", "broken", "no", "pip", needed=True)], 1, "cannot run here: first fix torch"),
     ],
 )
-def test_exit_status_follows_what_the_demo_needs(findings: list[Finding], status: int, says: str) -> None:
+def test_exit_status_is_0_if_the_demo_can_run(findings: list[Finding], status: int, says: str) -> None:
     console = Console(file=io.StringIO(), width=200)
     assert doctor.main(console, lambda: findings) == status
     assert says in console.file.getvalue()
 
 
-def test_commands_with_brackets_are_printed_whole() -> None:
+def test_brackets_in_commands_are_printed() -> None:
     console = Console(file=io.StringIO(), width=200)
     doctor.main(console, lambda: [Finding("ffcv", "absent", "not installed", "pip install -e '.[ffcv]'")])
     assert "pip install -e '.[ffcv]'" in console.file.getvalue()
 
 
-def test_this_machine_can_be_examined_and_every_gap_has_its_mend() -> None:
+def test_every_problem_on_this_machine_has_a_fix() -> None:
     num_threads = torch.get_num_threads()
-    findings = doctor.examine()
+    findings = doctor.check_machine()
     assert torch.get_num_threads() == num_threads
     names = {finding.name for finding in findings}
     assert {"torch", "ffcv", "nvidia.dali", "detectron2", "libturbojpeg", "backend folder", "cores"} <= names
     for finding in findings:
-        if finding.verdict != "ok" and finding.name != "gpu":
-            assert finding.mend, finding
+        if finding.status != "ok" and finding.name != "gpu":
+            assert finding.fix, finding

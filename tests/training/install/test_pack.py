@@ -1,4 +1,4 @@
-"""Packs: archives within their limit, only what is missing is added, mistakes are sentences."""
+"""Packs: archives respect their limit, only missing packages are added, errors are one sentence."""
 
 import hashlib
 import importlib.metadata
@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.training.install.bare import closure, make_bare, make_wheels, run_bash
-from training.install import activate, pack, wheels
+from training.install import activate, downloads, pack
 from training.install.activate import FOLDER
+from training.install.downloads import MACHINES_OWN, Wheel
 from training.install.pack import Pack, Piece
-from training.install.wheels import MACHINES_OWN, Wheel
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
-# Of all that is packed, what the programs started here need, and Pillow, which torchvision brings.
-WANTED = [
+# The packages that the programs started here need, and Pillow, which torchvision depends on.
+REQUIREMENTS = [
     text
     for text in pack.requirements()[0]
     if text.startswith(("torch", "pillow", "safetensors", "tensorboard", "matplotlib", "rich", "tyro"))
@@ -38,14 +38,14 @@ UNREACHABLE = {
 
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No package index can be reached."""
+    """Make every package index unreachable."""
     for name, value in UNREACHABLE.items():
         monkeypatch.setenv(name, value)
 
 
-def _clone() -> None:
+def _skip_outside_a_clone() -> None:
     if not (pack.ROOT / ".git").exists():
-        pytest.skip("packs are made in a clone, and this tree is none")
+        pytest.skip("packs are made in a clone, and this is not one")
 
 
 def _turbojpeg() -> Path:
@@ -56,21 +56,21 @@ def _turbojpeg() -> Path:
 
 
 # ======================================================================================================
-# The whole way, with what is installed here
+# A whole pack of packages that are installed here
 # ======================================================================================================
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    """A pack of packages that are installed here, made without a network."""
-    _clone()
+    """A pack made without a network."""
+    _skip_outside_a_clone()
     root = tmp_path_factory.mktemp("pack")
     (root / "wheels").mkdir()
-    make_wheels(root / "wheels", closure(WANTED, without=MACHINES_OWN).values())
+    make_wheels(root / "wheels", closure(REQUIREMENTS, without=MACHINES_OWN).values())
     make_wheels(root / "wheels", [importlib.metadata.distribution("numpy")], only_metadata=True)
     config = Pack(root / "out", HERE, turbojpeg=_turbojpeg(), cache=root / "cache", limit_mib=20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack, "requirements", lambda: (WANTED, [], []))
+        patch.setattr(pack, "requirements", lambda: (REQUIREMENTS, [], []))
         for name, value in {**UNREACHABLE, "PIP_NO_INDEX": "1"}.items():
             patch.setenv(name, value)
         patch.setenv("PIP_FIND_LINKS", str(root / "wheels"))
@@ -80,13 +80,13 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Pack:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a Python that has torch, torchvision, numpy and numba."""
+    """The bin folder of an environment that has only torch, torchvision, numpy and numba."""
     return make_bare(tmp_path_factory.mktemp("bare"), closure(MACHINES_OWN).values())
 
 
 @pytest.fixture(scope="module")
 def unpacked(packed: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all archives were unpacked."""
+    """The folder into which all archives were unpacked."""
     folder = tmp_path_factory.mktemp("unpacked")
     for archive in packed.out.glob("*.tar.gz"):
         with tarfile.open(archive) as tar:
@@ -133,23 +133,23 @@ def test_a_machine_with_torch_alone_runs_the_programs(
 def test_a_second_run_needs_no_network(
     packed: Pack, tmp_path: Path, unreachable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does it leave archives of an earlier pack beside its own."""
-    monkeypatch.setattr(pack, "requirements", lambda: (WANTED, [], []))
+    """It also removes archives of an earlier pack."""
+    monkeypatch.setattr(pack, "requirements", lambda: (REQUIREMENTS, [], []))
     stale = tmp_path / f"maskmix-py{HERE}-9.tar.gz"
     stale.touch()
     again = pack.main(Pack(tmp_path, HERE, turbojpeg=packed.turbojpeg, cache=packed.cache, limit_mib=200))
     assert [path.name for path in again] == [f"maskmix-py{HERE}-1.tar.gz"] and not stale.exists()
 
 
-def test_only_what_the_programs_need_must_be_new_enough(unpacked: Path) -> None:
-    """An old pytest on a machine keeps nobody from training."""
+def test_only_requirements_of_the_programs_are_checked(unpacked: Path) -> None:
+    """An old pytest on a machine does not prevent training."""
     programs, tests, dali = pack.requirements()
     assert {"torch>=2.8,<3", "tyro>=0.9"} <= set(programs) and dali == ["nvidia-dali-cuda130==2.4.0"]
     assert [text for text in tests if text.startswith("pytest")] and not set(programs) & set(tests)
-    assert json.loads((unpacked / FOLDER / "1-programs.json").read_text())["needs"] == WANTED
+    assert json.loads((unpacked / FOLDER / "1-programs.json").read_text())["needs"] == REQUIREMENTS
 
 
-def test_the_tree_is_what_git_knows(packed: Pack, unpacked: Path) -> None:
+def test_archives_hold_the_tracked_files(packed: Pack, unpacked: Path) -> None:
     tracked = {piece.name for piece in pack.tracked(2**30)}
     assert {"train_pretrain.py", "training/install/pack.py", "Makefile"} <= tracked
     inside = {str(f.relative_to(unpacked)) for f in unpacked.rglob("*") if f.is_file()}
@@ -166,7 +166,7 @@ def test_the_tree_is_what_git_knows(packed: Pack, unpacked: Path) -> None:
         ("python3() {{ return 1; }}; source {folder}/activate", "python3 here is absent"),
     ],
 )
-def test_activation_by_the_wrong_shell_or_python_is_one_sentence(
+def test_activation_in_another_shell_or_python_is_refused(
     script: str, says: str, unpacked: Path, bare: Path, tmp_path: Path
 ) -> None:
     ended = run_bash(script.format(folder=unpacked), tmp_path, bare)
@@ -179,8 +179,13 @@ def test_activation_by_the_wrong_shell_or_python_is_one_sentence(
 # ======================================================================================================
 
 
-def _pack_of(root: Path, **texts_of: dict[str, str]) -> dict[str, Any]:
-    """A pack whose wheels hold the texts given, each wheel of two pieces; returns its list."""
+def _write_pack(root: Path, **texts_of: dict[str, str]) -> dict[str, Any]:
+    """Write a pack with one wheel per argument, each in two pieces; returns its list.
+
+    Args:
+        root: the folder of the pack.
+        texts_of: content of each wheel's files, by the wheel's name.
+    """
     (root / FOLDER).mkdir()
     library = root / FOLDER / "libturbojpeg.so.0"
     library.write_bytes(_turbojpeg().read_bytes())
@@ -199,7 +204,7 @@ def _pack_of(root: Path, **texts_of: dict[str, str]) -> dict[str, Any]:
         for number, piece in enumerate(
             pack.split(f"{FOLDER}/{name}.whl", whole, whole.stat().st_size // 2 + 1)
         ):
-            (root / piece.name).write_bytes(piece.content())
+            (root / piece.name).write_bytes(piece.read())
             pieces[piece.name] = _piece(root / piece.name, number)
         content["wheels"][name] = {"version": "1.0", "requires": [], "pieces": pieces}
     (root / FOLDER / "1-programs.json").write_text(json.dumps(content))
@@ -211,7 +216,7 @@ def _piece(file: Path, number: int = 0) -> dict[str, str]:
     return {"archive": f"maskmix-{number + 1}.tar.gz", "sha256": digest}
 
 
-def _has(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+def _set_installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     monkeypatch.delenv("LIBTURBOJPEG", raising=False)
     monkeypatch.setattr(activate, "installed", lambda path: versions)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -219,31 +224,31 @@ def _has(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 
 def test_only_missing_packages_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvidia = {"nvidia/dali/__init__.py": "", "nvidia/__init__.py": "raise ImportError"}
-    _pack_of(
+    _write_pack(
         tmp_path,
         here={"here.py": ""},
-        lacking={
-            "lacking.py": "x = 1",
-            "lacking-1.0.data/purelib/more.py": "",
-            "lacking-1.0.data/scripts/run": "",
+        missing={
+            "missing.py": "x = 1",
+            "missing-1.0.data/purelib/more.py": "",
+            "missing-1.0.data/scripts/run": "",
         },
         **{"nvidia-dali-cuda130": nvidia},
     )
-    _has(monkeypatch, torch="2.11.0+cu130", here="0.1")
+    _set_installed(monkeypatch, torch="2.11.0+cu130", here="0.1")
     monkeypatch.setenv("PYTHONPATH", f"/theirs:{tmp_path}:{tmp_path / FOLDER / 'site-of-old'}")
     machine = tmp_path / "machine"
     (machine / "nvidia/cu13/lib").mkdir(parents=True)
     (machine / "nvidia/cu13/lib/libcufft.so.12").touch()
     sys.path.append(str(machine))
-    variables, line = activate.environment(tmp_path)
+    variables, line = activate.prepare_environment(tmp_path)
     root, theirs, site = variables["PYTHONPATH"].split(":")
     assert (root, theirs) == (str(tmp_path), "/theirs")
     names = {str(f.relative_to(site)) for f in Path(site).rglob("*") if f.is_file()}
-    assert names == {"lacking.py", "more.py", "nvidia/__init__.py", "nvidia/dali/__init__.py"}
+    assert names == {"missing.py", "more.py", "nvidia/__init__.py", "nvidia/dali/__init__.py"}
     assert "extend_path" in (Path(site) / "nvidia/__init__.py").read_text()
     assert str(machine / "nvidia/cu13/lib") in variables["LD_LIBRARY_PATH"].split(":")
     assert "torch 2.11.0+cu130, 2 packages added" in line
-    assert activate.environment(tmp_path)[0]["PYTHONPATH"] == variables["PYTHONPATH"]
+    assert activate.prepare_environment(tmp_path)[0]["PYTHONPATH"] == variables["PYTHONPATH"]
     assert [f.name for f in (tmp_path / FOLDER).glob("*site-*")] == [Path(site).name]
 
 
@@ -255,15 +260,15 @@ def test_only_missing_packages_are_unpacked(tmp_path: Path, monkeypatch: pytest.
         ({"torch": "2.10.0a0+git1"}, ""),
     ],
 )
-def test_torch_is_there_and_new_enough(
+def test_torch_must_be_installed_and_new_enough(
     versions: dict[str, str],
     says: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _pack_of(tmp_path)
-    _has(monkeypatch, **versions)
+    _write_pack(tmp_path)
+    _set_installed(monkeypatch, **versions)
     assert activate.main(tmp_path) == (2 if says else 0)
     printed = capsys.readouterr()
     if says:
@@ -276,43 +281,44 @@ def test_torch_is_there_and_new_enough(
 def test_a_damaged_or_missing_piece_names_its_archive(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = _pack_of(tmp_path, lacking={"lacking.py": "x = 1"})
-    _has(monkeypatch, torch="2.11")
-    piece = tmp_path / list(content["wheels"]["lacking"]["pieces"])[number]
+    content = _write_pack(tmp_path, missing={"missing.py": "x = 1"})
+    _set_installed(monkeypatch, torch="2.11")
+    piece = tmp_path / list(content["wheels"]["missing"]["pieces"])[number]
     damaged = bytearray(piece.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     piece.write_bytes(damaged)
     with pytest.raises(activate.PackError, match=rf"not match its hash; copy maskmix-{number + 1}\.tar\.gz"):
-        activate.environment(tmp_path)
+        activate.prepare_environment(tmp_path)
     piece.unlink()
-    with pytest.raises(activate.PackError, match=rf"not there; unpack maskmix-{number + 1}\.tar\.gz"):
-        activate.environment(tmp_path)
+    with pytest.raises(activate.PackError, match=rf"not exist; unpack maskmix-{number + 1}\.tar\.gz"):
+        activate.prepare_environment(tmp_path)
     assert not list((tmp_path / FOLDER).glob("*site-*"))
 
 
-def test_a_need_that_is_not_met_is_noted(
+def test_an_unmet_requirement_of_a_wheel_is_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = _pack_of(tmp_path, lacking={"lacking.py": ""})
-    content["wheels"]["lacking"]["requires"] = ["numpy>=2"]
+    content = _write_pack(tmp_path, missing={"missing.py": ""})
+    content["wheels"]["missing"]["requires"] = ["numpy>=2"]
     (tmp_path / FOLDER / "1-programs.json").write_text(json.dumps(content))
-    _has(monkeypatch, torch="2.11", numpy="1.26.4")
-    activate.environment(tmp_path)
+    _set_installed(monkeypatch, torch="2.11", numpy="1.26.4")
+    activate.prepare_environment(tmp_path)
     note = capsys.readouterr().err
-    assert note.startswith("note: numpy 1.26.4 is installed") and "lacking of the pack may not work" in note
+    assert note.startswith("note: numpy 1.26.4 is installed") and "missing of the pack may not work" in note
 
 
-def test_a_library_of_the_users_is_kept_if_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _pack_of(tmp_path)
-    _has(monkeypatch, torch="2.11")
+def test_the_users_libturbojpeg_is_kept_if_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_pack(tmp_path)
+    _set_installed(monkeypatch, torch="2.11")
     monkeypatch.setenv("LIBTURBOJPEG", str(_turbojpeg()))
-    assert activate.environment(tmp_path)[0]["LIBTURBOJPEG"] == str(_turbojpeg())
+    assert activate.prepare_environment(tmp_path)[0]["LIBTURBOJPEG"] == str(_turbojpeg())
     monkeypatch.setenv("LIBTURBOJPEG", "nowhere.so")
-    with pytest.raises(activate.PackError, match=r"nowhere\.so is no libturbojpeg that works here"):
-        activate.environment(tmp_path)
+    message = r"nowhere\.so is not a libturbojpeg that can be loaded .*; export LIBTURBOJPEG with the path"
+    with pytest.raises(activate.PackError, match=message):
+        activate.prepare_environment(tmp_path)
 
 
-def test_installed_takes_the_first_of_a_name(tmp_path: Path) -> None:
+def test_the_first_distribution_of_a_name_counts(tmp_path: Path) -> None:
     for folder, version in (("first", "2.0"), ("second", "1.0")):
         info = tmp_path / folder / f"Some_Thing-{version}.dist-info"
         info.mkdir(parents=True)
@@ -322,19 +328,19 @@ def test_installed_takes_the_first_of_a_name(tmp_path: Path) -> None:
 
 
 # ======================================================================================================
-# Planning
+# Downloads and archives
 # ======================================================================================================
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 @example(sizes=[0, 1, 250_000, 250_001, 1_000_000])
 @given(sizes=st.lists(st.integers(0, 1_200_000), min_size=1, max_size=8))
-def test_every_byte_is_in_one_archive_and_none_is_too_large(sizes: list[int], tmp_path: Path) -> None:
+def test_every_byte_is_in_one_archive_and_no_archive_is_too_large(sizes: list[int], tmp_path: Path) -> None:
     limit = 1_000_000
     pieces, contents = [], {}
     for number, size in enumerate(sizes):
         source = tmp_path / str(number)
-        source.write_bytes(os.urandom(size))  # no compressor makes it smaller
+        source.write_bytes(os.urandom(size))  # incompressible
         contents[str(number)] = source.read_bytes()
         pieces += pack.split(str(number), source, limit // 4)
     found: dict[str, bytes] = {}
@@ -354,7 +360,7 @@ def test_every_byte_is_in_one_archive_and_none_is_too_large(sizes: list[int], tm
     assert joined == contents
 
 
-def test_links_stay_links(tmp_path: Path) -> None:
+def test_symbolic_links_are_kept(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("elsewhere")
     pack._write_archive(
         tmp_path / "a.tar.gz", [Piece("link", tmp_path / "link")], "list", b"", lambda n: None
@@ -363,7 +369,7 @@ def test_links_stay_links(tmp_path: Path) -> None:
         assert tar.getmember("link").linkname == "elsewhere"
 
 
-def test_requirements_hold_for_the_python_asked_for() -> None:
+def test_requirements_are_those_of_the_other_python() -> None:
     item = {
         "metadata": {
             "name": "Some_Thing",
@@ -377,10 +383,10 @@ def test_requirements_hold_for_the_python_asked_for() -> None:
         },
         "download_info": {"url": "https://index/some_thing-1.0%2Blocal-py3-none-any.whl", "archive_info": {}},
     }
-    wheel = wheels.from_report(item, "3.12")
+    wheel = downloads.from_report(item, "3.12")
     assert wheel.requires == ("new>=2", "always[x]<3")
     assert (wheel.name, wheel.file) == ("some-thing", "some_thing-1.0+local-py3-none-any.whl")
-    assert wheels.from_report(item, "3.11").requires == ("old", "always[x]<3")
+    assert downloads.from_report(item, "3.11").requires == ("old", "always[x]<3")
 
 
 def test_nvidias_wheels_are_trimmed(tmp_path: Path) -> None:
@@ -390,64 +396,64 @@ def test_nvidias_wheels_are_trimmed(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in (*kept, *left_out):
             archive.writestr(name, name)
-    with zipfile.ZipFile(wheels.trimmed(wheel, "3.12", tmp_path / "cache")) as archive:
+    with zipfile.ZipFile(downloads.trim(wheel, "3.12", tmp_path / "cache")) as archive:
         assert archive.namelist() == kept and archive.read(kept[1]).decode() == kept[1]
     other = wheel.rename(tmp_path / "other-1-py3-none-any.whl")
-    assert wheels.trimmed(other, "3.12", tmp_path / "cache") == other
+    assert downloads.trim(other, "3.12", tmp_path / "cache") == other
 
 
 @pytest.mark.parametrize("python", ["3.10", "3", "python3.12", "3.12.1", "2.7"])
-def test_a_python_that_is_none_is_refused(python: str, tmp_path: Path) -> None:
+def test_an_invalid_python_version_is_refused(python: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--python is .*; give a version >=3\.11, such as 3\.12"):
         pack.main(Pack(tmp_path, python))
 
 
-def test_an_index_out_of_reach_is_one_sentence(tmp_path: Path, unreachable: None) -> None:
+def test_an_unreachable_index_is_reported(tmp_path: Path, unreachable: None) -> None:
     with pytest.raises(ValueError, match="the package index cannot be reached; make the pack on a machine"):
-        wheels.resolve(["rich"], "3.12", CONSTRAINTS, tmp_path)
+        downloads.resolve(["rich"], "3.12", CONSTRAINTS, tmp_path)
 
 
-def test_a_package_without_a_wheel_is_named(
+def test_a_package_without_a_wheel_is_reported(
     tmp_path: Path, unreachable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with zipfile.ZipFile(tmp_path / "rich-15.0.0-cp311-cp311-manylinux1_x86_64.whl", "w"):
         monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    for wanted, named in (("rich>=13", r"rich==\S+"), ("of-no-constraint>1", "of-no-constraint>1")):
-        with pytest.raises(ValueError, match=rf"no wheel of {named} for Python 3\.12 on Linux \w+; choose"):
-            wheels.resolve([wanted], "3.12", CONSTRAINTS, tmp_path / "cache")
+    for requirement, name in (("rich>=13", r"rich==\S+"), ("of-no-constraint>1", "of-no-constraint>1")):
+        with pytest.raises(ValueError, match=rf"no wheel of {name} for Python 3\.12 on Linux \w+; choose"):
+            downloads.resolve([requirement], "3.12", CONSTRAINTS, tmp_path / "cache")
 
 
 def test_a_download_with_another_hash_is_refused(tmp_path: Path) -> None:
     wheel = Wheel("rich", "15.0", "rich.whl", hashlib.sha256(b"right").hexdigest(), ())
     (tmp_path / "rich.whl").write_bytes(b"right")
-    wheels.download([wheel], "3.12", tmp_path)
+    downloads.download([wheel], "3.12", tmp_path)
     (tmp_path / "rich.whl").write_bytes(b"wrong")
     with pytest.raises(
         ValueError, match=r"rich\.whl does not have the hash .*; delete it, and run this again"
     ):
-        wheels.download([wheel], "3.12", tmp_path)
+        downloads.download([wheel], "3.12", tmp_path)
 
 
-def test_without_apt_get_a_local_library_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_apt_get_a_local_library_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
         ValueError, match=r"apt-get, .* is not installed here; name a local library by --turbo"
     ):
-        pack._debian_turbojpeg(tmp_path / "cache")
+        downloads.debian_turbojpeg(tmp_path / "cache")
     for name in ("apt-get", "dpkg-deb"):
         (tmp_path / name).write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
         (tmp_path / name).chmod(0o755)
     with pytest.raises(ValueError, match=r"failed \(Unable to locate package\); run apt-get update, or name"):
-        pack._debian_turbojpeg(tmp_path / "cache")
+        downloads.debian_turbojpeg(tmp_path / "cache")
     (tmp_path / "text.so").write_text("no library")
-    with pytest.raises(ValueError, match=r"text\.so is no libturbojpeg that can be loaded"):
-        pack.check_turbojpeg(tmp_path / "text.so")
+    monkeypatch.setattr(pack, "resolve", lambda *given: [])
+    message = r"text\.so is not a libturbojpeg that can be loaded .*; give another --turbojpeg"
+    with pytest.raises(ValueError, match=message):
+        pack.main(Pack(tmp_path, HERE, turbojpeg=tmp_path / "text.so", cache=tmp_path / "cache"))
 
 
-def test_a_file_larger_than_an_archive_is_named() -> None:
-    _clone()
+def test_a_file_larger_than_an_archive_is_reported() -> None:
+    _skip_outside_a_clone()
     with pytest.raises(ValueError, match=r"is 0 MiB, more than an archive holds; raise --limit-mib"):
         pack.tracked(pack._LIST_BYTES + 1)

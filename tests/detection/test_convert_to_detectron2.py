@@ -1,4 +1,4 @@
-"""Every key of a backbone has its place in Detectron2, or the conversion fails."""
+"""Every key of a backbone is renamed for Detectron2, or the conversion fails."""
 
 import pickle
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection.convert_to_detectron2 import Conversion, main
-from detection.keys import DEPTHS, detectron2_keys, to_detectron2
+from detection.convert_to_detectron2 import DEPTHS, Conversion, detectron2_keys, main, to_detectron2
 from models.encoders import build_encoder
 from training.export import BackboneMeta, fingerprint, save_backbone
 
@@ -18,7 +17,7 @@ def _state(arch: str, **options: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("arch", DEPTHS)
-def test_every_key_has_one_place(arch: str) -> None:
+def test_every_key_is_renamed(arch: str) -> None:
     state = _state(arch)
     renamed, depth = to_detectron2(state, arch)
     assert depth == DEPTHS[arch] and len(renamed) == len(state)
@@ -27,7 +26,7 @@ def test_every_key_has_one_place(arch: str) -> None:
     assert to_detectron2(state, None)[1] == depth
 
 
-def test_names_as_published() -> None:
+def test_keys_are_renamed_as_published() -> None:
     names = {
         "conv1.weight": "stem.conv1.weight",
         "layer1.0.downsample.0.weight": "res2.0.shortcut.weight",
@@ -39,7 +38,7 @@ def test_names_as_published() -> None:
         detectron2_keys(["fc.weight", "conv1.weight", "layer5.0.conv1.weight"])
 
 
-def test_what_detectron2_cannot_hold_is_refused() -> None:
+def test_encoders_that_detectron2_cannot_build_are_refused() -> None:
     with pytest.raises(ValueError, match="says it holds a resnet50, its tensors are those of a ResNet-18"):
         to_detectron2(_state("resnet18"), "resnet50")
     with pytest.raises(ValueError, match="small stem cannot be used"):
@@ -49,18 +48,18 @@ def test_what_detectron2_cannot_hold_is_refused() -> None:
             to_detectron2(_state(arch), arch)
         with pytest.raises(ValueError, match="none of resnet18"):
             to_detectron2(_state(arch), None)
-    # What the file says it holds is told first, whatever its tensors are.
+    # The architecture that the file names is checked before its tensors.
     with pytest.raises(ValueError, match="holds a vit_b_16, which Detectron2 does not build alike"):
         to_detectron2(_state("resnet50"), "vit_b_16")
     for name in ("layer2.0.bn1.bias", "conv1.weight"):
         incomplete = _state("resnet18")
         del incomplete[name]
-        for said in (None, "resnet18"):
+        for arch in (None, "resnet18"):
             with pytest.raises(ValueError, match="none of resnet18"):
-                to_detectron2(incomplete, said)
+                to_detectron2(incomplete, arch)
 
 
-def test_both_kinds_of_file_hold_the_same(tmp_path: Path) -> None:
+def test_both_formats_hold_the_same_weights(tmp_path: Path) -> None:
     encoder, feature_dim = build_encoder("resnet18")
     source = tmp_path / "backbone.safetensors"
     normalised = {"mean": (0.5, 0.4, 0.2), "std": (0.25, 0.2, 1.0)}
@@ -81,7 +80,7 @@ def test_both_kinds_of_file_hold_the_same(tmp_path: Path) -> None:
         main(Conversion(source, tmp_path / "a.bin"))
 
 
-def test_what_the_file_does_not_say_is_left_out(tmp_path: Path) -> None:
+def test_unknown_pixel_statistics_are_left_out(tmp_path: Path) -> None:
     encoder, feature_dim = build_encoder("resnet18")
     save_backbone(tmp_path / "a.safetensors", encoder, BackboneMeta(arch="resnet18", feature_dim=feature_dim))
     main(Conversion(tmp_path / "a.safetensors", tmp_path / "a.pth"))

@@ -1,4 +1,4 @@
-"""Real Detectron2: converted weights give torchvision's features, and detectors train and are evaluated."""
+"""Converted weights give torchvision's features in Detectron2; detectors are trained and evaluated."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ else:
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
-from detection import config, datasets, training
+from detection import config, datasets, trainer
 
 SMALL = """
 INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 3 SOLVER.STEPS ()
@@ -89,9 +89,9 @@ def test_a_detector_trains_and_is_evaluated(
     layout: str, sets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = []
-    check = datasets.check
+    check = datasets.check_sets
     monkeypatch.setattr(
-        datasets, "check", lambda *given, **more: checked.append(given) or check(*given, **more)
+        datasets, "check_sets", lambda *given, **more: checked.append(given) or check(*given, **more)
     )
     if layout == "coco":
         name, train, test, tasks = "coco_R_50_C4_1x", sets["coco"], sets["coco"], {"bbox", "segm"}
@@ -107,23 +107,23 @@ def test_a_detector_trains_and_is_evaluated(
     main(argv)
     assert checked == [((train,), (test,), len(CLASSES))]
     path = tmp_path / "out" / "result.json"
-    result = _strictly(path)
+    result = _read_json(path)
     assert tasks <= result["figures"].keys() and result["iterations"] == 3 and result["seed"] == 3
     assert all(0 <= result["figures"][task]["AP"] <= 100 for task in tasks)
     assert result["encoder_sha256"] == "f00d"
     if layout == "coco":
         assert result["figures"]["bbox"]["AP-triangle"] is None  # there is none
-    # A run that was stopped between its last iteration and its result.
+    # As after a run that was interrupted between its last iteration and its result.
     path.unlink()
     final = tmp_path / "out" / "model_final.pth"
     written = final.stat().st_mtime_ns
-    (tmp_path / "weights.pth").unlink()  # not asked for any more
+    (tmp_path / "weights.pth").unlink()  # no longer needed
     main(["--resume", *argv])
-    assert _strictly(path) == result and final.stat().st_mtime_ns == written
+    assert _read_json(path) == result and final.stat().st_mtime_ns == written
     if layout == "voc":
         path.unlink()
         main(["--eval-only", *argv, "MODEL.WEIGHTS", str(final)])
-        assert _strictly(path.with_name("evaluation.json"))["figures"] == result["figures"]
+        assert _read_json(path.with_name("evaluation.json"))["figures"] == result["figures"]
         assert not path.exists()
         write_weights("resnet50", tmp_path / "weights.pth", encoder_sha256="another")
         with pytest.raises(ValueError, match="holds a run from another encoder than that of"):
@@ -132,57 +132,57 @@ def test_a_detector_trains_and_is_evaluated(
             main(["--eval-only", *argv])
 
 
-def _strictly(path: Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """JSON as its standard has it, which knows no NaN."""
+def _read_json(path: Path) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Read standard JSON, which has no NaN."""
 
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-def test_figures_that_are_no_numbers_become_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_that_are_not_finite_become_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = config.configure(_args(*_file("coco_R_50_C4_1x"), "OUTPUT_DIR", str(tmp_path)))
     row = {"AP": 12.5, "AP50": math.nan, "AP75": 0.0, "AP-disc": -math.inf}
-    training.write_result(cfg, _args("--config-file", "some/name.yaml"), {"bbox": row})
-    result = _strictly(tmp_path / "result.json")
+    trainer.write_result(cfg, _args("--config-file", "some/name.yaml"), {"bbox": row})
+    result = _read_json(tmp_path / "result.json")
     assert result["figures"] == {"bbox": {"AP": 12.5, "AP50": None, "AP75": 0.0, "AP-disc": None}}
     assert result["config"] == "name" and "encoder_sha256" not in result
     assert "bbox: AP 12.50  AP50 none  AP75 0.00" in capsys.readouterr().out
 
 
-def test_no_figures_are_refused(
+def test_an_evaluation_without_figures_fails(
     sets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a started process does not check again."""
-    monkeypatch.setattr(training, "default_setup", lambda cfg, args: None)
-    monkeypatch.setattr(training, "_evaluated", lambda cfg, resume: {})
-    monkeypatch.setattr(datasets, "check", lambda *given: pytest.fail("checked again"))
+    """The started process does not repeat the checks."""
+    monkeypatch.setattr(trainer, "default_setup", lambda cfg, args: None)
+    monkeypatch.setattr(trainer, "_evaluate", lambda cfg, resume: {})
+    monkeypatch.setattr(datasets, "check_sets", lambda *given: pytest.fail("checked again"))
     test = ("DATASETS.TEST", f"('{sets['test']}',)")
     args = _args("--eval-only", *_file("pascal_voc_R_50_C4_24k"), *test, "OUTPUT_DIR", str(tmp_path))
     with pytest.raises(ValueError, match=r"evaluation on voc:\S+:test gave no figures; \S+log\.txt says why"):
-        training.run(args)
+        trainer.train_and_evaluate(args)
     assert not (tmp_path / "result.json").exists()
 
 
-def test_plain_batchnorm_on_a_cpu_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    def norms(name: str, telling: bool) -> tuple[str, str]:
+def test_plain_batchnorm_on_a_cpu_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def norms(name: str, verbose: bool) -> tuple[str, str]:
         args = _args(*_file(name), "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2")
-        cfg = config.configure(args, telling=telling)
+        cfg = config.configure(args, verbose=verbose)
         return cfg.MODEL.RESNETS.NORM, capsys.readouterr().out
 
-    norm, told = norms("coco_R_50_C4_1x", telling=True)
-    sentence = "on a CPU: plain BatchNorm in place of SyncBN in RESNETS; statistics are of 2 pictures\n"
-    assert (norm, told) == ("BN", sentence)
-    norm, told = norms("coco_R_50_FPN_1x", telling=True)
-    assert norm == "BN" and "in RESNETS, FPN, ROI_MASK_HEAD; statistics" in told
-    assert norms("coco_R_50_FPN_1x", telling=False) == ("BN", "")
+    norm, printed = norms("coco_R_50_C4_1x", verbose=True)
+    sentence = "on a CPU: plain BatchNorm in place of SyncBN in RESNETS; statistics are over 2 images\n"
+    assert (norm, printed) == ("BN", sentence)
+    norm, printed = norms("coco_R_50_FPN_1x", verbose=True)
+    assert norm == "BN" and "in RESNETS, FPN, ROI_MASK_HEAD; statistics" in printed
+    assert norms("coco_R_50_FPN_1x", verbose=False) == ("BN", "")
 
 
 @pytest.fixture
 def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refusal:
-    """Runs train_net, which must end with code 2 before it starts a process; returns what it says."""
-    monkeypatch.setattr(training, "launch", lambda *args, **options: pytest.fail("processes were started"))
+    """Run train_net, which must exit with code 2 before it starts a process; returns its message."""
+    monkeypatch.setattr(trainer, "launch", lambda *args, **options: pytest.fail("processes were started"))
 
     def refused(*argv: str) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -193,7 +193,7 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     return refused
 
 
-def test_configs_that_cannot_be_run_are_one_sentence(
+def test_invalid_configs_are_reported_in_one_sentence(
     refusal: Refusal, sets: dict[str, str], tmp_path: Path
 ) -> None:
     c4, fpn = _file("coco_R_50_C4_1x"), _file("coco_R_50_FPN_1x")
@@ -207,7 +207,7 @@ def test_configs_that_cannot_be_run_are_one_sentence(
     two = f"('{sets['test']}', '{sets['val']}')"
     assert "DATASETS.TEST has 2 sets" in refusal(*c4, "DATASETS.TEST", two)
     assert "DATASETS.TEST has 0 sets, []; give exactly one" in refusal(*c4, "DATASETS.TEST", "()")
-    assert "--num-gpus is 9, this machine shows" in refusal(*c4, "--num-gpus", "9")
+    assert "--num-gpus is 9, this machine has" in refusal(*c4, "--num-gpus", "9")
     assert "--num-gpus is 0" in refusal(*c4, "--num-gpus", "0")
     assert "--num-machines is 0" in refusal(*c4, "--num-machines", "0")
     assert "DATASETS.TRAIN is empty" in refusal(*c4, "DATASETS.TRAIN", "()")
@@ -215,13 +215,13 @@ def test_configs_that_cannot_be_run_are_one_sentence(
     for depth in ("18", "34"):
         said = refusal(*c4, "MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", "64")
         assert f"DEPTH is {depth}, and Res5ROIHeadsExtraNorm always builds" in said
-        assert "take detection/configs/coco_R_50_FPN_1x.yaml" in said
+        assert "use detection/configs/coco_R_50_FPN_1x.yaml" in said
         said = refusal(*fpn, "MODEL.RESNETS.DEPTH", depth)
         assert "RES2_OUT_CHANNELS is 256" in said and "give MODEL.RESNETS.RES2_OUT_CHANNELS 64" in said
     assert "NORM is empty, but Res5ROIHeadsExtraNorm ends in a norm" in refusal(*c4, "MODEL.RESNETS.NORM", "")
 
 
-def test_sets_and_weights_that_do_not_fit_are_one_sentence(
+def test_unsuitable_sets_and_weights_are_reported_in_one_sentence(
     refusal: Refusal, sets: dict[str, str], tmp_path: Path
 ) -> None:
     c4 = _file("coco_R_50_C4_1x")
@@ -232,14 +232,14 @@ def test_sets_and_weights_that_do_not_fit_are_one_sentence(
         return refusal(*c4, "DATASETS.TRAIN", f"('{name}',)", *test, *more)
 
     assert "neither coco:" in with_set("mine:here")
-    assert "is not there" in with_set(f"coco:{tmp_path}/none.json:{tmp_path}")
+    assert "does not exist" in with_set(f"coco:{tmp_path}/none.json:{tmp_path}")
     assert "allows 0 … 1" in with_set(sets["coco"], "MODEL.ROI_HEADS.NUM_CLASSES", "2")
     boxes_alone = ("MODEL.MASK_ON", "False", *classes)
     assert "give MODEL.MASK_ON False" in with_set(sets["trainval"], *classes)
     assert "differ in their order" in with_set(sets["trainval"], *boxes_alone)
-    # The set that is evaluated on is checked without training too, the other need not be there.
-    lacking = ("DATASETS.TRAIN", "('mine:here',)", "DATASETS.TEST", f"('{sets['val']}',)")
-    assert "1 classes have no box in" in refusal("--eval-only", *c4, *lacking, *boxes_alone)
+    # --eval-only checks the test set alone; the training set need not exist.
+    missing = ("DATASETS.TRAIN", "('mine:here',)", "DATASETS.TEST", f"('{sets['val']}',)")
+    assert "1 classes have no box in" in refusal("--eval-only", *c4, *missing, *boxes_alone)
     write_weights("resnet18", tmp_path / "weights.pth", pixel_mean=[0.0, 0.0, 0.0])
     given = ("MODEL.WEIGHTS", str(tmp_path / "weights.pth"), *classes)
     assert "give MODEL.PIXEL_MEAN '[0.0, 0.0, 0.0]'" in with_set(sets["coco"], *given)

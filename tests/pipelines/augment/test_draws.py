@@ -1,4 +1,4 @@
-"""Crop boxes against torchvision's distribution."""
+"""Crop boxes against torchvision's distribution, and how often each operation fires."""
 
 import dataclasses
 
@@ -8,16 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from pipelines.augment.crops import draw_boxes
+from pipelines.augment.draws import BLUR, BRIGHTNESS, GREY, HUE, PLACES, draw_boxes, draw_parameters
+from pipelines.randomness import Draw
 from pipelines.recipe import Mixing, Recipe, evaluation, moco_v2
 
 
-def _draw(
+def _boxes(
     recipe: Recipe, num: int, height: int, width: int, *, seed: int = 0, epoch: int = 0
 ) -> torch.Tensor:
-    """Boxes of so many pictures of one size."""
+    """(N, V, 5) boxes of images of one size."""
     size = np.tile(np.array([[height, width]]), (num, 1))
-    return torch.from_numpy(draw_boxes(recipe, seed, epoch, np.arange(num), size))
+    return torch.from_numpy(draw_boxes(recipe, Draw(seed, epoch, np.arange(num)), size))
 
 
 @given(
@@ -26,7 +27,7 @@ def _draw(
 @settings(max_examples=200, deadline=None)
 def test_boxes_lie_within_the_picture(height: int, width: int, low: float, seed: int) -> None:
     recipe = Recipe(crop_scale=(low, 1.0))
-    boxes = _draw(recipe, 4, height, width, seed=seed).long()
+    boxes = _boxes(recipe, 4, height, width, seed=seed).long()
     assert boxes.shape == (4, 2, 5)
     assert (boxes[..., 2:4] >= 1).all() and (boxes[..., :2] >= 0).all()
     assert (boxes[..., 0] + boxes[..., 2] <= height).all()
@@ -37,7 +38,7 @@ def test_distribution_is_torchvisions() -> None:
     """Quantiles of area share, ratio and position of 6,000 boxes each, on a wide picture."""
     num, height, width = 6000, 375, 500
     recipe = moco_v2()
-    ours = _draw(recipe, num, height, width)
+    ours = _boxes(recipe, num, height, width)
     torch.manual_seed(0)
     picture = torch.empty(3, height, width)
     theirs = torch.tensor(
@@ -63,28 +64,28 @@ def _ratio(box: torch.Tensor) -> torch.Tensor:
 
 def test_fallback_is_torchvisions() -> None:
     """A picture too long for any crop of the range falls back to the largest box of the extreme ratio."""
-    box = _draw(Recipe(crop_scale=(1.0, 1.0)), 1, 10, 400)[0, 0, :4]
+    box = _boxes(Recipe(crop_scale=(1.0, 1.0)), 1, 10, 400)[0, 0, :4]
     expected = RandomResizedCrop.get_params(torch.empty(3, 10, 400), [1.0, 1.0], [3 / 4, 4 / 3])
     assert tuple(box.tolist()) == tuple(expected)
 
 
 def test_views_of_a_picture_differ_and_epochs_too() -> None:
-    first, second = (_draw(moco_v2(), 50, 300, 400, epoch=epoch) for epoch in (0, 1))
+    first, second = (_boxes(moco_v2(), 50, 300, 400, epoch=epoch) for epoch in (0, 1))
     assert (first[:, 0] != first[:, 1]).any(dim=1).float().mean() > 0.9
     assert (first != second).flatten(1).any(dim=1).all()
 
 
 def test_center_crop_is_the_middle_square() -> None:
     recipe = evaluation(moco_v2())
-    assert _draw(recipe, 1, 256, 341).tolist() == [[[16, 58, 224, 224, 0]]]
+    assert _boxes(recipe, 1, 256, 341).tolist() == [[[16, 58, 224, 224, 0]]]
 
 
 def test_flips_fire_as_often_as_the_recipe_says() -> None:
-    flips = _draw(moco_v2(), 20_000, 300, 400)[..., 4].float()
+    flips = _boxes(moco_v2(), 20_000, 300, 400)[..., 4].float()
     assert (flips.mean(dim=0) - 0.5).abs().max() < 0.015
     assert abs(float(torch.corrcoef(flips.T)[0, 1])) < 0.03
     for prob in (0.0, 1.0):
-        assert (_draw(Recipe(flip_prob=prob), 100, 300, 400)[..., 4] == prob).all()
+        assert (_boxes(Recipe(flip_prob=prob), 100, 300, 400)[..., 4] == prob).all()
 
 
 def test_evaluation_leaves_nothing_to_chance() -> None:
@@ -92,3 +93,32 @@ def test_evaluation_leaves_nothing_to_chance() -> None:
     chances = [f.name for f in dataclasses.fields(recipe) if f.name.endswith("_prob")]
     assert len(chances) == 5 and all(getattr(recipe, name) == 0 for name in chances)
     assert (recipe.num_views, recipe.crop, recipe.mixing.method) == (1, "center", "moco")
+
+
+def _parameters(recipe: Recipe, num: int) -> torch.Tensor:
+    """(V, N, P) parameters of the first samples."""
+    return torch.from_numpy(draw_parameters(recipe, Draw(0, 0, np.arange(num))))
+
+
+def test_every_jitter_fires_once_in_all_orders() -> None:
+    params = _parameters(moco_v2(), 20_000)[0]
+    places = params[:, PLACES]
+    assert torch.equal(places.sort(dim=1).values, torch.tensor([0, 0, 0, 1, 2, 3.0]).expand(20_000, 6))
+    before = (places[:, :3] > 0).sum(dim=1)
+    shares = torch.bincount(before, minlength=4) / 20_000
+    assert (shares - 0.25).abs().max() < 0.02  # hue is first, second, third and last equally often
+
+
+def test_operations_fire_as_often_as_the_recipe_says() -> None:
+    params = _parameters(moco_v2(), 40_000)[1]
+    share = {
+        "grey": (params[:, GREY] > 0, 0.2),
+        "blur": (params[:, BLUR] > 0, 0.5),
+        "jitter": (params[:, HUE] != 0, 0.8),
+    }
+    for name, (fired, expected) in share.items():
+        assert abs(fired.float().mean() - expected) < 0.01, name
+    fired = params[:, BRIGHTNESS] != 1
+    factors = params[fired, BRIGHTNESS]
+    assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4
+    assert abs(factors.mean() - 1) < 0.01
