@@ -1,4 +1,4 @@
-"""Fine-tuning trains on the pictures asked for, with a rate for each part, and leaves what can be used."""
+"""Fine-tuning uses the chosen images and a rate for each part, and writes usable files."""
 
 import json
 from pathlib import Path
@@ -16,15 +16,15 @@ from train_finetune import main, parse
 from train_pretrain import main as pretrain
 from train_pretrain import parse as parse_pretraining
 from training import cli
-from training.accuracy import Accuracy, count_hits
 from training.checkpoint import latest, load_checkpoint
+from training.distributed import StopRequest
+from training.evaluate import Accuracy, count_hits
 from training.export import fingerprint, load_backbone
-from training.stop import StopRequest
 
 
 @pytest.fixture(scope="module")
 def backbone(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder that has learned nothing."""
+    """An untrained encoder."""
     out = tmp_path_factory.mktemp("run")
     argv = "--arch resnet10w16 --crop-px 32 --grid-size 4 --batch-size 8 --moco-k 24 --bn-splits 1 --epochs 0"
     pretrain(parse_pretraining([str(beton), "--out", str(out), *argv.split(), "--num-threads", "1"]))
@@ -94,13 +94,13 @@ def test_encoder_and_classifier_have_their_own_rates(beton: Path, backbone: Path
     state = load_checkpoint(latest(tmp_path))
     parameters = [name for name in before if "running" not in name and "num_batches" not in name]
     assert all(torch.equal(before[name], state.model[f"encoder.{name}"]) for name in parameters)
-    # Its BatchNorm statistics are of the new data all the same.
+    # Its BatchNorm statistics are still those of the new data.
     assert not torch.equal(before["bn1.running_mean"], state.model["encoder.bn1.running_mean"])
     assert [group["initial_lr"] for group in state.optimizer["param_groups"]] == [0, 0.3]
 
 
-def test_two_processes_measure_what_they_write(beton: Path, backbone: Path, tmp_path: Path) -> None:
-    """What two processes measured is what one finds of the state they left, and a resume finds it again."""
+def test_two_processes_measure_the_model_that_they_write(beton: Path, backbone: Path, tmp_path: Path) -> None:
+    """The accuracy of two processes is that of their checkpoint, measured by one and after a resume."""
     words = (beton, "--val", beton, "--pretrained", backbone, "--out", tmp_path, "--num-threads", 1)
     argv = [*map(str, words), "--labels", "0.9", "--epochs", "2", "--batch-size", "8", "--resume"]
     in_two_processes(main, parse(argv))
@@ -110,9 +110,9 @@ def test_two_processes_measure_what_they_write(beton: Path, backbone: Path, tmp_
     with torch.no_grad():
         batches = evaluation_batches(beton, evaluation(Recipe(crop_px=32)))
         hits = sum(count_hits(model(images), labels) for images, labels in batches)
-    # Batches of other sizes round otherwise: one of the 40 pictures may change sides.
+    # Other batch sizes round differently: one of the 40 images may change its class.
     assert Accuracy.of(hits).top1 == pytest.approx(result["top1"], abs=1.01 / 40) and hits[2] == 40
-    main(parse(argv))  # one process takes a finished run of two
+    main(parse(argv))  # one process resumes a finished run of two
     again = json.loads((tmp_path / "result.json").read_text())
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
 
@@ -121,7 +121,7 @@ def test_two_processes_measure_what_they_write(beton: Path, backbone: Path, tmp_
 def test_a_stopped_run_resumes_to_the_same_weights(
     stop_after: int, beton: Path, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of the first epoch, and at its end before it is measured."""
+    """Stopped in the middle of the first epoch, and at its end before measuring."""
     common = ("--labels", 0.9, "--epochs", 2, "--batch-size", 8, "--resume")
     whole = _finetune(beton, backbone, tmp_path / "whole", *common)
     calls = iter(range(1, 100))
@@ -141,7 +141,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     assert (tmp_path / "parts" / "labels.txt").read_text() == (tmp_path / "whole" / "labels.txt").read_text()
 
 
-def test_mistakes_are_one_sentence(
+def test_errors_of_the_user_are_one_message(
     beton: Path, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refusal(*more: object) -> str:
@@ -154,6 +154,6 @@ def test_mistakes_are_one_sentence(
     assert "absent.txt is neither a share in (0, 1] nor a file" in refusal(
         "--labels", tmp_path / "absent.txt"
     )
-    assert "larger than the set of 4 pictures" in refusal("--labels", 0.1, "--batch-size", 8)
+    assert "larger than the set of 4 images" in refusal("--labels", 0.1, "--batch-size", 8)
     assert "needs GPUs" in refusal("--sync-bn", "--device", "cpu", "--batch-size", 8)
     assert "head_lr -1" in refusal("--head-lr", -1)

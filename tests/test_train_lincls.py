@@ -1,4 +1,4 @@
-"""The probe: every kind of file gives the same encoder, both protocols learn, mistakes are sentences."""
+"""The probe: every file format gives the same encoder, both protocols learn, errors are messages."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from train_pretrain import main as pretrain
 from train_pretrain import parse as parse_pretraining
 from training import cli, supervised
 from training.checkpoint import CheckpointError, latest, load_checkpoint
-from training.stop import StopRequest
+from training.distributed import StopRequest
 
 
 def _probe(*argv: object) -> dict[str, float]:
@@ -27,7 +27,7 @@ def _probe(*argv: object) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a few steps."""
+    """A finished pretraining of a few steps."""
     out = tmp_path_factory.mktemp("run")
     argv = "--arch resnet10w16 --crop-px 32 --grid-size 4 --batch-size 8 --moco-k 24 --bn-splits 1 --epochs 1"
     pretrain(parse_pretraining([str(beton), "--out", str(out), *argv.split(), "--num-threads", "1"]))
@@ -35,13 +35,13 @@ def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _on_itself(beton: Path, run: Path) -> tuple[object, ...]:
-    """A set that is its own test set."""
+    """Arguments for a set that is its own test set."""
     return (beton, "--val", beton, "--pretrained", run / "backbone.safetensors")
 
 
 @pytest.fixture(scope="module")
 def dark_cats(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One class is dark, so any encoder's features tell it apart, whatever the crop."""
+    """One class is dark, so the features of any encoder separate the classes in any crop."""
     folder = tmp_path_factory.mktemp("dark") / "pictures"
     shutil.copytree(picture_folder, folder)
     for file in (folder / "cat").iterdir():
@@ -60,7 +60,9 @@ def test_every_layout_gives_the_same_encoder(run: Path, beton: Path, tmp_path: P
     assert "linear_top1" not in results[0]
 
 
-def test_published_protocol_learns_and_moves_no_weight(run: Path, dark_cats: Path, tmp_path: Path) -> None:
+def test_the_published_protocol_learns_and_keeps_the_encoder(
+    run: Path, dark_cats: Path, tmp_path: Path
+) -> None:
     result = _probe(
         *(dark_cats, "--val", dark_cats, "--pretrained", run / "backbone.safetensors", "--epochs", 20),
         *("--lr", 0.5, "--batch-size", 8, "--knn-k", 5, "--leave-one-out", "--out", tmp_path / "probe"),
@@ -80,7 +82,7 @@ def test_published_protocol_learns_and_moves_no_weight(run: Path, dark_cats: Pat
     assert rates[0] == 0.5 and rates[12] == pytest.approx(0.05) and rates[19] == pytest.approx(0.005)
 
 
-def test_what_is_called_published() -> None:
+def test_only_the_published_values_are_named_published() -> None:
     def published(*words: str) -> bool:
         return parse(["TRAIN", "--pretrained", "CKPT", *words]).is_published()
 
@@ -89,16 +91,16 @@ def test_what_is_called_published() -> None:
         assert not published(*other.split()), other
 
 
-def test_a_weight_that_moved_is_noticed(
+def test_a_changed_encoder_is_an_error(
     run: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = supervised.train_step
 
-    def nudging(run, forward, batch):
+    def step_with_change(run, forward, batch):
         run.model.encoder.bn1.running_mean.add_(1e-6)
         return step(run, forward, batch)
 
-    monkeypatch.setattr(supervised, "train_step", nudging)
+    monkeypatch.setattr(supervised, "train_step", step_with_change)
     with pytest.raises(RuntimeError, match=r"1 tensors of the frozen encoder have moved.*bn1.running_mean"):
         _probe(
             *(beton, "--val", beton, "--pretrained", run / "backbone.safetensors", "--epochs", 1),
@@ -123,7 +125,7 @@ def test_many_classifiers_on_cached_features(run: Path, dark_cats: Path, tmp_pat
 def test_a_stopped_probe_resumes_to_the_same_weights(
     stop_after: int, run: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of the first epoch, at its last step, at the ends of both, before they are measured."""
+    """Stopped in the first epoch, at its last step, and at the end of both epochs before measuring."""
     more = "--epochs 2 --batch-size 8 --no-knn --num-threads 1"
 
     def argv(name: str) -> list[str]:
@@ -142,7 +144,7 @@ def test_a_stopped_probe_resumes_to_the_same_weights(
         main(parse(argv("parts")))
     assert not (tmp_path / "parts" / "result.json").exists()
     main(parse([*argv("parts"), "--resume"]))
-    main(parse([*argv("parts"), "--resume"]))  # a finished run tells its figures again
+    main(parse([*argv("parts"), "--resume"]))  # a finished run prints its figures again
     figures = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts")]
     assert {**figures[0], "seconds": 0} == {**figures[1], "seconds": 0}
     whole, parts = (load_checkpoint(latest(tmp_path / name)) for name in ("whole", "parts"))
@@ -166,7 +168,7 @@ def test_a_resumed_probe_may_change_its_rate_and_nothing_else(
         _probe(*common, "--resume", "--val", picture_folder)
 
 
-def test_two_processes_find_what_one_finds(run: Path, beton: Path, tmp_path: Path) -> None:
+def test_two_processes_measure_the_same_as_one(run: Path, beton: Path, tmp_path: Path) -> None:
     common = [
         *map(str, _on_itself(beton, run)),
         *["--epochs", "2", "--batch-size", "8", "--num-threads", "1", "--out"],
@@ -175,7 +177,7 @@ def test_two_processes_find_what_one_finds(run: Path, beton: Path, tmp_path: Pat
         in_two_processes(main, parse([*common, str(tmp_path / "two"), *more.split()]))
         main(parse([*common, str(tmp_path / "one"), *more.split()]))
         one, two = (json.loads((tmp_path / name / file).read_text()) for name in ("one", "two"))
-        # Batches of other sizes round otherwise: one of the 40 pictures may change sides.
+        # Other batch sizes round differently: one of the 40 images may change its class.
         for name in ("knn_top1", "linear_top1"):
             assert one[name] == pytest.approx(two[name], abs=1.01 / 40)
     weights = [load_checkpoint(latest(tmp_path / name)).model["fc.weight"] for name in ("one", "two")]
@@ -189,10 +191,10 @@ def test_folder_with_train_and_val(run: Path, picture_folder: Path, tmp_path: Pa
         *(tmp_path / "set", "--pretrained", run / "backbone.safetensors", "--knn-only", "--knn-k", 1),
         *("--out", tmp_path / "out"),
     )
-    assert result["knn_top1"] == 1.0  # every test picture is its own neighbour
+    assert result["knn_top1"] == 1.0  # every test image is its own neighbour
 
 
-def test_mistakes_are_one_sentence(
+def test_errors_of_the_user_are_one_message(
     run: Path, beton: Path, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refusal(*argv: object) -> str:
@@ -205,11 +207,11 @@ def test_mistakes_are_one_sentence(
     flat = tmp_path / "flat"
     shutil.copytree(picture_folder / "cat", flat)
     assert "give --val" in refusal(beton, *good)
-    assert "pictures of " in refusal(flat, "--val", beton, *good, "--knn-k", 5)
+    assert "images of " in refusal(flat, "--val", beton, *good, "--knn-k", 5)
     assert "no checkpoint" in refusal(beton, "--val", beton, "--pretrained", tmp_path / "absent.pt")
     assert "--arch says resnet18" in refusal(beton, "--val", beton, *good, "--arch", "resnet18")
     assert "--small-stem" in refusal(beton, "--val", beton, "--pretrained", _as_resnet18(run, tmp_path))
-    for words, said in {
+    for words, message in {
         "--cached --lr 3": "lr 3.0 has no effect with --cached",
         "--knn-only --epochs 3": "epochs 3 has no effect with --knn-only",
         "--cached-lr 3": "cached_lr (3.0,) has no effect without --cached",
@@ -219,14 +221,14 @@ def test_mistakes_are_one_sentence(
         "--cos --schedule 5": "no effect on a cosine",
         "--cached --cached-lr 0": "rates must be more than 0",
         "--cached --cached-wd -1": "weight decays at least 0",
-        f"--out {run}": "is the folder of --pretrained, whose files stay",
+        f"--out {run}": "is the folder of --pretrained, which must not change",
         "--knn-t 0": "knn_t is 0.0; it must be more than 0",
     }.items():
-        assert said in refusal(beton, "--val", beton, *good, *words.split())
+        assert message in refusal(beton, "--val", beton, *good, *words.split())
     other = tmp_path / "other"
     shutil.copytree(picture_folder / "cat", other / "cat")
     shutil.copytree(picture_folder / "bird", other / "ant")
-    assert "'bird' stands where the other has 'ant'" in refusal(beton, "--val", other, *good)
+    assert "'bird' in the place of 'ant'" in refusal(beton, "--val", other, *good)
     shutil.copytree(picture_folder / "bird", other / "dog")
     assert "differ" in refusal(beton, "--val", other, *good)
     empty = tmp_path / "empty"
@@ -236,7 +238,7 @@ def test_mistakes_are_one_sentence(
 
 
 def _as_resnet18(run: Path, tmp_path: Path) -> Path:
-    """A file that claims another architecture than it holds."""
+    """A file with a wrong architecture in its description."""
     tensors = safetensors.torch.load_file(run / "backbone.safetensors")
     path = tmp_path / "wrong.safetensors"
     safetensors.torch.save_file(tensors, path, {"arch": "resnet18", "feature_dim": "512"})

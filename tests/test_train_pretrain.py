@@ -1,4 +1,4 @@
-"""The pretraining program from its command line: what it leaves, resuming, refusals, two processes."""
+"""The pretraining program from its command line: its files, resuming, and its error messages."""
 
 import json
 import shlex
@@ -19,9 +19,8 @@ from tests.processes import started
 from train_pretrain import main, parse, train_step
 from training import cli
 from training.checkpoint import latest, load_checkpoint, save_checkpoint
-from training.distributed import init_launch
+from training.distributed import StopRequest, init_launch
 from training.step import TrainStep
-from training.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = shlex.split(
@@ -41,7 +40,7 @@ def _rows(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("method", ["moco", "mixmask", "unmix", "both", "erase"])
-def test_every_method_runs_and_leaves_its_files(method: str, beton: Path, tmp_path: Path) -> None:
+def test_every_method_runs_and_writes_its_files(method: str, beton: Path, tmp_path: Path) -> None:
     main(parse(_argv(beton, tmp_path, "--method", method, "--val", str(beton))))
     rows = _rows(tmp_path)
     steps = [row for row in rows if row["kind"] == "step"]
@@ -67,12 +66,12 @@ def test_symmetric_joint_and_bf16_train_together(beton: Path, tmp_path: Path) ->
     main(parse(_argv(beton, tmp_path, *flags)))
     steps = [row for row in _rows(tmp_path) if row["kind"] == "step"]
     assert steps[-1]["queue_filled"] == 1 and steps[-1]["queue_age"] == 1
-    # Without --val the features' effective rank is told all the same.
+    # The effective rank is logged without --val, too.
     (evaluated,) = (row for row in _rows(tmp_path) if row["kind"] == "eval")
     assert evaluated["rankme"] >= 1 and "knn_top1" not in evaluated
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(parse(_argv(beton, tmp_path, "--epochs", "1")))
@@ -82,25 +81,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
     state.epoch, state.step = 0, 0
     state.loader["epoch"], state.loader["batches_done"] = 0, 0
     save_checkpoint(good, state)
-    said = _refusal(diverging, capsys)
-    assert "not finite" in said or "the loss became nan in step" in said
-    assert str(good) in said
+    message = _refusal(diverging, capsys)
+    assert "not finite" in message or "the loss became nan in step" in message
+    assert str(good) in message
     assert latest(tmp_path) == good
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(good).model.values())
 
 
-def test_learning_rate_and_precision_may_change_when_a_run_goes_on(
+def test_learning_rate_and_precision_may_change_on_resume(
     beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(parse(_argv(beton, tmp_path, "--epochs", "1")))
     main(parse(_argv(beton, tmp_path, "--epochs", "1", "--lr", "0.01", "--precision", "bf16", "--resume")))
-    said = capsys.readouterr().out
-    assert "lr is 0.01 from here on, it was 0.03" in said
-    assert "precision is bf16 from here on, it was auto" in said
+    printed = capsys.readouterr().out
+    assert "lr is 0.01 from here on, it was 0.03" in printed
+    assert "precision is bf16 from here on, it was auto" in printed
 
 
 class _NoHostSync(TorchDispatchMode):
-    """Refuses what would make the host wait for a device."""
+    """Fails for operations that make the host wait for a device."""
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
@@ -114,8 +113,8 @@ STEPS_OF_ALL_KINDS = [("--method", "both"), ("--symmetric", "--joint-forward", "
 
 
 @pytest.mark.parametrize("flags", STEPS_OF_ALL_KINDS)
-def test_a_step_reads_no_value_of_a_tensor(flags: tuple[str, ...], beton: Path, tmp_path: Path) -> None:
-    """What a CPU can show of it: on a GPU every such reading would make the host wait."""
+def test_a_step_has_no_host_sync(flags: tuple[str, ...], beton: Path, tmp_path: Path) -> None:
+    """Shown on a CPU by operations that read a tensor's value."""
     config = parse(_argv(beton, tmp_path, *flags))
     with init_launch("cpu") as launch:
         run = train_pretrain.assemble(config, launch)
@@ -151,21 +150,21 @@ def test_loader_and_step_never_make_the_host_wait(
 def test_a_compiled_step_trains_to_the_same_weights(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced by torch.compile but run as it stands: seconds, where code for a CPU takes minutes."""
+    """Traced by torch.compile but run eagerly, because generating CPU code takes minutes."""
     main(parse(_argv(beton, tmp_path / "eager", "--epochs", "1")))
-    asked = []
+    options_seen = []
     real = torch.compile
 
     def traced(*args: object, **options: object) -> object:
-        asked.append(options)
+        options_seen.append(options)
         return real(*args, **options, backend="eager")
 
     monkeypatch.setattr(torch, "compile", traced)
     main(parse(_argv(beton, tmp_path / "compiled", "--epochs", "1", "--compile")))
-    assert asked == [{"fullgraph": True}], "the forward pass is one graph"
+    assert options_seen == [{"fullgraph": True}], "the forward pass is one graph"
     eager, compiled = (load_checkpoint(latest(tmp_path / name)).model for name in ("eager", "compiled"))
     assert eager.keys() == compiled.keys()
-    # Gradients of BatchNorm's parts are summed in another order, and training enlarges the difference.
+    # The gradients of BN splits are summed in another order, and training amplifies the difference.
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=2e-3)
 
 
@@ -198,9 +197,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In the middle of the first epoch, at its very end, and in the middle of the second; as on GPUs, where a
-    batch is ready ahead of the stop, too.
-    """
+    """Stopped in the first epoch, at its end, and in the second; also with a batch prefetched, as on GPUs."""
     if one_ahead:
         monkeypatch.setattr("pipelines.loader._ASYNC_DEVICES", {"cpu"})
     pictures, more = request.getfixturevalue(data), ("--method", "both", *flags)
@@ -246,7 +243,7 @@ def _refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_mistakes_are_one_sentence(
+def test_errors_of_the_user_are_one_message(
     beton: Path, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = tmp_path / "empty"
@@ -279,7 +276,7 @@ def test_the_rate_drops_at_the_epochs_of_the_schedule(beton: Path, tmp_path: Pat
     assert rates == {0: 0.5, 1: pytest.approx(0.05)}
 
 
-def test_sigterm_finishes_the_step_and_says_how_to_go_on(beton: Path, tmp_path: Path) -> None:
+def test_sigterm_finishes_the_step_and_prints_the_command_that_resumes(beton: Path, tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "train_pretrain.py"), *_argv(beton, tmp_path, "--epochs", "4000")]
     with started(script, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -59,7 +59,7 @@ def test_damage_to_planes_is_found(tree: Path, tmp_path: Path) -> None:
     # The height of the last picture, two bytes at 3 in its record of 24.
     flip(path, int(opened.pointers[0]) - 24 + 3)
     (problem,) = verify(path).problems
-    assert "picture 4 of" in problem
+    assert "image 4 of" in problem
     assert "mode 2, cannot have" in problem
 
 

@@ -131,7 +131,7 @@ def test_a_changed_record_is_found(shards: Path, field: str) -> None:
         (lambda s: (s / "index.npy").unlink(), "index.npy is missing; index the shards with"),
         (lambda s: (s / "index.npy").write_bytes(b""), "not a complete index"),
         (lambda s: os.truncate(s / "index.npy", 200), "not a complete index"),
-        (lambda s: np.save(s / "index.npy", np.zeros(5)), "no index"),
+        (lambda s: np.save(s / "index.npy", np.zeros(5)), "not an index"),
         (lambda s: (s / "set.json").write_text("{"), "not valid JSON"),
         (lambda s: (s / "set.json").write_text(json.dumps(told(s) | {"shards": []})), "names no shards"),
         (lambda s: (s / "set.json").write_text(json.dumps(told(s) | {"num_bytes": 1})), "manifest says 1"),
