@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rich.progress import Progress
-from rich.table import Table
 
 from benchmarks import loader_parts as parts
-from benchmarks.environment import environment, write_figures
 from benchmarks.peers import ALL_PEERS, PeerName, load_peers
 from benchmarks.peers.ours import PEER
 from benchmarks.ratios import GROUPS, ratios
-from benchmarks.run_options import CROP_PX, Bars, RunOptions
+from benchmarks.run_options import CROP_PX, Bars, RunOptions, finish, print_table
 from benchmarks.sample_sets import SampleSets
 from benchmarks.timing import Turns
 from pipelines.recipe import moco_v2
@@ -80,20 +78,15 @@ def main(config: LoaderBenchmark) -> dict[str, Any]:
         sets = SampleSets(config.data, scale.pictures, bars.note)
         plan = parts.LoaderPlan(sets, peers, moco_v2(CROP_PX), scale.batch_size, threads, turns, bars.steps)
         found = _measure(config.parts, plan, bars)
-    result = {
-        "benchmark": "loader",
-        "quick": config.quick,
+    figures = {
         "config": scale.config(threads),
-        "environment": environment(),
         "sets": sets.facts(),
         "left_out": parts.left_out(plan),
         **found,
         **ratios(found["tables"]),
     }
-    _print(result)
-    if config.json:
-        write_figures(config.json, result, console)
-    return result
+    _print(figures)
+    return finish("loader", config.quick, config.json, **figures)
 
 
 def _measure(names: tuple[LoaderPart, ...], plan: parts.LoaderPlan, bars: Bars) -> dict[str, Any]:
@@ -110,36 +103,31 @@ def _measure(names: tuple[LoaderPart, ...], plan: parts.LoaderPlan, bars: Bars) 
     return found
 
 
-def _print(result: dict[str, Any]) -> None:
-    threads = result["config"]["threads"]
-    for name, table in result["tables"].items():
+def _print(figures: dict[str, Any]) -> None:
+    threads = figures["config"]["threads"]
+    for name, table in figures["tables"].items():
         for work, rows in table.items() if name in _JPEG_SETS else (("", table),):
-            console.print(_rates(f"{name} {work}".strip() + f"; {threads} threads", rows, _UNITS.get(name)))
-    if result["stages"]:
-        stages = Table("stage", "µs", title="time of each stage per sample, one thread")
-        for name, micros in result["stages"].items():
-            stages.add_row(name, f"{micros:.0f}")
-        console.print(stages)
+            unit = _UNITS.get(name, "samples/s")
+            cells = {name: _cells(row, unit) for name, row in rows.items()}
+            print_table(f"{name} {work}".strip() + f"; {threads} threads", cells)
+    if stages := figures["stages"]:
+        rows = {name: {"µs": f"{micros:.0f}"} for name, micros in stages.items()}
+        print_table("time of each stage per sample, one thread", rows)
     for group in GROUPS:
-        for ratio, value in result.get(group, {}).items():
+        for ratio, value in figures.get(group, {}).items():
             console.print(f"{group}.{ratio}: {value:.2f}")
-    measured = {work for name in _JPEG_SETS for work in result["tables"].get(name, {})}
+    measured = {work for name in _JPEG_SETS for work in figures["tables"].get(name, {})}
     for work in sorted(measured):
-        for name, reason in result["left_out"][work].items():
+        for name, reason in figures["left_out"][work].items():
             console.print(f"[dim]{work} without {name}: {reason}[/]")
 
 
-def _rates(title: str, rows: parts.Rows, unit: str | None) -> Table:
-    errors = ("mean_error", "max_error") if any("mean_error" in row for row in rows.values()) else ()
-    table = Table("", unit or "samples/s", "lowest … highest", title=title)
-    for key in errors:
-        table.add_column(key.replace("_", " "))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, row in rows.items():
-        cells = ["–" if row[key] is None else f"{row[key]:.2f}" for key in errors]
-        table.add_row(name, f"{row['median']:.0f}", f"{row['low']:.0f} … {row['high']:.0f}", *cells)
-    return table
+def _cells(row: dict[str, Any], unit: str) -> dict[str, str]:
+    cells = {unit: f"{row['median']:.0f}", "lowest … highest": f"{row['low']:.0f} … {row['high']:.0f}"}
+    for key in ("mean_error", "max_error"):
+        if key in row:
+            cells[key.replace("_", " ")] = "–" if row[key] is None else f"{row[key]:.2f}"
+    return cells
 
 
 if __name__ == "__main__":

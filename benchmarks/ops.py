@@ -27,15 +27,14 @@ import numpy as np
 import torch
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from packaging.version import Version
-from rich.table import Table
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.environment import environment, write_figures
 from benchmarks.fusion import fuse, num_bytes, tensors_of_tree
+from benchmarks.run_options import finish, print_table
 from models import losses
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
@@ -122,10 +121,7 @@ def main(config: OpsBenchmark) -> dict[str, Any]:
     norm, plain_norm = (figures["parts"]["batchnorm"] for figures in (split, plain))
     given = {name: v for name, v in asdict(config).items() if name not in ("quick", "json", "methods")}
     result = {
-        "benchmark": "ops",
-        "quick": config.quick,
         "config": given | {"dtype": str(_DTYPE).removeprefix("torch.")},
-        "environment": environment(),
         "total_ops": split["total_ops"],
         "total_ops_plain_batchnorm": plain["total_ops"],
         "photometric": photometric,
@@ -138,9 +134,7 @@ def main(config: OpsBenchmark) -> dict[str, Any]:
         "methods": counted,
     }
     _print(result)
-    if config.json:
-        write_figures(config.json, result, console)
-    return result
+    return finish("ops", config.quick, config.json, **result)
 
 
 def _add_stage(figures: dict[str, Any], photometric: dict[str, Any]) -> None:
@@ -309,26 +303,19 @@ def count_photometric(config: OpsBenchmark) -> dict[str, Any]:
 
 def _print(result: dict[str, Any]) -> None:
     config, methods = result["config"], result["methods"]
-    table = Table(
-        title=f"A step of {config['arch']} at {config['crop_px']} px, batch {config['batch_size']}, "
-        f"BN in {config['bn_splits']} parts, {config['dtype']}"
-    )
     mixmask = methods["mixmask"]
-    table.add_column("method, part")
-    for way in mixmask:
-        table.add_column(f"{way}, operations", justify="right")
-        table.add_column("GB", justify="right")
-    rows = {
-        f"mixmask, {part}": [figures["parts"].get(part) for figures in mixmask.values()]
-        for part in dict.fromkeys(part for figures in mixmask.values() for part in figures["parts"])
-    } | {
-        f"{method}, all": [{"ops": f["total_ops"], "bytes": f["total_bytes"]} for f in ways.values()]
-        for method, ways in methods.items()
-    }
-    for name, parts in rows.items():
-        cells = [(f"{p['ops']:,}", f"{p['bytes'] / 1e9:,.1f}") if p else ("–", "–") for p in parts]
-        table.add_row(name, *(cell for pair in cells for cell in pair))
-    console.print(table)
+    names = dict.fromkeys(part for figures in mixmask.values() for part in figures["parts"])
+    rows = {f"mixmask, {name}": {way: mixmask[way]["parts"].get(name) for way in mixmask} for name in names}
+    for method, ways in methods.items():
+        rows[f"{method}, all"] = {
+            way: {"ops": figures["total_ops"], "bytes": figures["total_bytes"]}
+            for way, figures in ways.items()
+        }
+    print_table(
+        f"A step of {config['arch']} at {config['crop_px']} px, batch {config['batch_size']}, "
+        f"BN in {config['bn_splits']} parts, {config['dtype']}",
+        {name: _cells(ways) for name, ways in rows.items()},
+    )
     stage, norm = result["photometric"], result["batchnorm"]
     console.print(
         f"photometric stage, a view: {stage['bytes_per_view'] / 1e6:.1f} MB compiled "
@@ -339,6 +326,14 @@ def _print(result: dict[str, Any]) -> None:
         f"BatchNorm in parts over plain: {norm['ops_vs_plain']:.2f} of the operations, "
         f"{norm['bytes_vs_plain']:.2f} of the bytes"
     )
+
+
+def _cells(ways: dict[str, dict[str, int] | None]) -> dict[str, str]:
+    cells = {}
+    for way, count in ways.items():
+        cells[f"{way}, operations"] = f"{count['ops']:,}" if count else "–"
+        cells[f"{way}, GB"] = f"{count['bytes'] / 1e9:,.1f}" if count else "–"
+    return cells
 
 
 if __name__ == "__main__":

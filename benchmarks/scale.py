@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from benchmarks.environment import environment, write_figures
 from benchmarks.memory import status_mib
+from benchmarks.run_options import print_table
 from benchmarks.synthetic import write_synthetic
 from benchmarks.timing import sampling
 from pipelines import build_loader
@@ -244,21 +244,19 @@ def _ratios(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float | N
 
 
 def _print(result: dict[str, Any]) -> None:
-    repeats, counts, ratios = result["config"]["repeats"], result["counts"], result["ratios"]
-    title = f"What a set's size costs; medians, lowest … highest of {repeats} turns"
-    table = Table("measure", *(f"{int(count):,}" for count in counts), "ratio", title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, (heading, unit) in (MEASURES | {"index_mib": ("index in the file", "MiB")}).items():
-        cells = [
-            f"{figure:,.0f}"
-            if isinstance(figure, float)
-            else f"{figure['median']:.3g}\n[dim]{figure['low']:.3g} … {figure['high']:.3g}[/]"
-            for figure in (figures[name] for figures in counts.values())
-        ]
-        ratio = "–" if ratios[name] is None else f"{ratios[name]:.2f} ×"
-        table.add_row(f"{heading}, {unit}", *cells, ratio)
-    console.print(table)
+    rows = {}
+    for name, (title, unit) in (MEASURES | {"index_mib": ("index in the file", "MiB")}).items():
+        cells = {f"{int(count):,}": _cell(figures[name]) for count, figures in result["counts"].items()}
+        ratio = result["ratios"][name]
+        rows[f"{title}, {unit}"] = cells | {"ratio": "–" if ratio is None else f"{ratio:.2f} ×"}
+    turns = result["config"]["repeats"]
+    print_table(f"What a set's size costs; medians, lowest … highest of {turns} turns", rows)
+
+
+def _cell(figure: Any) -> str:
+    if isinstance(figure, float):
+        return f"{figure:,.0f}"
+    return f"{figure['median']:.3g}\n[dim]{figure['low']:.3g} … {figure['high']:.3g}[/]"
 
 
 if __name__ == "__main__":
