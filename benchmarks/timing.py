@@ -9,18 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 _LONGEST_FILL_S = 10.0
 _FILL_MARGIN = 1.25
 _WARM_UP_SHARE = 0.5
-
-
-class Closing(Protocol):
-    """An iterator that frees what it holds, as generators do."""
-
-    def close(self) -> None:
-        """Free it."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ def take_turns(
         for name, runner in runners.items():
             progress(f"opening {name}")
             opened[name] = runner.open()
-            stack.enter_context(closing(cast(Closing, opened[name])))
+            stack.enter_context(closing(cast(Any, opened[name])))
             next(opened[name])
         for turn in range(turns.num + 1):
             for name, runner in runners.items():
@@ -82,8 +75,8 @@ def _turn(batches: Iterator[object], runner: Runner, seconds: float) -> float:
     # The queue was filled between turns; batches that waited in it do not count.
     for _ in range(runner.queued):
         next(batches)
-    settle = runner.settle or (lambda: None)
-    settle()
+    if runner.settle:
+        runner.settle()
     num, start = 0, time.perf_counter()
     while True:
         for _ in range(runner.round):
@@ -91,7 +84,7 @@ def _turn(batches: Iterator[object], runner: Runner, seconds: float) -> float:
         num += runner.round
         if (elapsed := time.perf_counter() - start) >= seconds:
             if runner.settle:
-                settle()
+                runner.settle()
                 elapsed = time.perf_counter() - start
             return num * runner.items / elapsed
 

@@ -11,7 +11,7 @@ a package that is not installed are left out and say so.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,7 +71,7 @@ def main(options: HalfHour) -> FiguresFile:
     head = {
         "benchmark": BENCHMARK,
         "quick": options.tiny,
-        "config": setup.config(),
+        "config": {"device": setup.device, "tiny": setup.tiny, **asdict(setup.size)},
         "environment": environment(),
         "images": facts(images),
     }

@@ -18,7 +18,6 @@ from benchmarks.peers import GPUPeerName, contract, load_gpu_peers
 from benchmarks.peers.contract import WORKS, Job, PeerWork, WorkName
 from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device, epochs
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
-from benchmarks.timing import Closing
 from pipelines import ViewLoader, build_loader
 from pipelines.decode.choose import describe_machine
 from pipelines.decode.dali_operators import INSTALL_DALI
@@ -114,7 +113,7 @@ def _rates_of(setup: Setup, open_batches: Callable[[], Iterator[object]]) -> dic
         num = setup.size.batch_size
         return rates(lambda: next(batches), num, setup, least=_LEAST_BATCHES, most_queued=_QUEUED)
 
-    with closing(cast(Closing, batches)):
+    with closing(cast(Any, batches)):
         figures = peak_mib(setup, measure)
         if on_gpu:
             figures["gpu_mib"] = round((before - torch.cuda.mem_get_info(setup.on)[0]) / 2**20, 1)

@@ -4,7 +4,7 @@ import math
 import pkgutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -86,10 +86,6 @@ class Setup:
     def on(self) -> torch.device:
         """The device to measure."""
         return torch.device("cuda", 0) if self.device == "cuda" else torch.device(self.device)
-
-    def config(self) -> dict[str, Any]:
-        """Return what figures depend on, for the JSON."""
-        return {"device": self.device, "tiny": self.tiny, **asdict(self.size)}
 
     def settle(self) -> None:
         """Wait until the device has done everything that was queued."""
