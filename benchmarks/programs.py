@@ -82,7 +82,7 @@ def probe(console: Console, train: Path, test: Path, folder: Path, seed: int = 0
     return probed
 
 
-def is_compiled(path: Path, count: int | None) -> bool:
+def has_compiled(path: Path, count: int | None) -> bool:
     """Return whether a compiled set of ``count`` images is there; None for any number."""
     manifest = Manifest.read(path) if path.is_file() else None
     return manifest is not None and count in (None, manifest.count)
@@ -100,7 +100,7 @@ def fashion_sets(console: Console, folder: Path, count: int | None = None) -> tu
         ValueError: where they cannot be made.
     """
     train, test = (folder / f"fashion-mnist-{split}.beton" for split in ("train", "test"))
-    if not (is_compiled(train, count) and is_compiled(test, count and count // 6)):
+    if not (has_compiled(train, count) and has_compiled(test, count and count // 6)):
         limit = ("--limit", count or FASHION_PICTURES)
         command = ("-m", "dataset_tools", "fashion-mnist", folder, *limit)
         run_python(console, *command, "--download-to", folder, "--overwrite")
