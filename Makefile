@@ -144,12 +144,12 @@ scale: samples  ## [ARGS="--count 1281167"]|cost of opening, shuffling and resum
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)
 
 parity: $(READY)  ## [ARGS=--check]|how near every backend and operation is to torchvision, for docs/parity.md
-	@$(BIN)/python -m benchmarks.parity --json benchmarks/results/parity.json $(ARGS)
+	@$(BIN)/python -m tests.parity --json benchmarks/results/parity.json $(ARGS)
 
 half-hour: $(READY)  ## [ARGS="step --minutes 15"]|all GPU measurements in half an hour: tests, limits, loaders, steps, runs
 	@$(BIN)/python -m benchmarks.half_hour $(ARGS)
 
-report: $(READY)  ## [ARGS=--check]|write runs/report.html with all results, and the results in README.md
+report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, docs/benchmarks.md, and three of them in README.md
 	@$(BIN)/python -m benchmarks.report $(ARGS)
 
 pack: $(READY)  ## [DALI=1] [PYTHON=3.12] [OUT=dist/pack]|archives for machines with torch and without a network

@@ -1,10 +1,10 @@
-"""What a pretraining run is made of, and the named runs.
+"""The config of a pretraining, and the named runs.
 
-Every preset is a function that returns a config; its docstring says what it reproduces, what it costs and
-what comes out. ``--preset NAME`` starts from one, flags given beside it override.
+A preset is a function that returns a config; its docstring names its source, its cost and its result.
+``--preset NAME`` starts from one, and further flags override its values.
 
-Costs that are called estimates have not been measured here: they count an encoder's operations, seven passes
-a picture with one mixture, and divide by the 21 TFLOP/s that eight GPU-days for the published run stand for.
+Costs marked as estimates have not been measured here. They count an encoder's operations, seven passes per
+image with one mixture, and divide by the 21 TFLOP/s that correspond to eight GPU-days for the published run.
 """
 
 import dataclasses
@@ -19,28 +19,28 @@ import tyro
 from pipelines import Backend, DALIOptions, Reading
 from pipelines.recipe import Mixing, Recipe, moco_v1, moco_v2
 from training.export import BackboneMeta
+from training.optim import milestone_shares
 from training.precision import PrecisionName
-from training.schedule import shares
 
 PresetName = Literal["in1k", "in100", "tiny-imagenet", "cifar10", "cifar100", "fashion"]
 
 
 @dataclass(frozen=True)
 class Views:
-    """What views look like, beyond what MoCo v1 or v2 fixes."""
+    """The parts of the augmentation that MoCo v1 and v2 leave open."""
 
     crop_px: int = Recipe.crop_px
     """Side of a view."""
     crop_min: float = Recipe.crop_scale[0]
-    """Smallest share of the picture's area that a crop takes."""
+    """Smallest share of the image's area that a crop covers."""
     blur: bool = True
-    """Gaussian blur in the MoCo v2 recipe; CIFAR-sized pictures do without."""
+    """Gaussian blur in the MoCo v2 recipe; not used for CIFAR-sized images."""
     eval_center_share: float = Recipe.center_share
-    """Side of the evaluation's centre crop over the picture's short side; 1 for tiny pictures."""
+    """Side of the evaluation's centre crop over the image's short side; 1 for tiny images."""
     mean: tuple[float, float, float] = Recipe.mean
     """Subtracted from pixels in [0, 1]."""
     std: tuple[float, float, float] = Recipe.std
-    """Divides after the mean is subtracted."""
+    """Divisor after the mean is subtracted."""
 
 
 @dataclass(frozen=True)
@@ -48,125 +48,122 @@ class PretrainConfig:
     """Pretrain an encoder with MoCo and masked mixing. The defaults are the published MixMask run."""
 
     data: tyro.conf.Positional[Path]
-    """A compiled set (.beton file, or folder of shards), or a folder of pictures; of a folder that holds
-    train/ and val/, train/ is taken."""
+    """A compiled set (.beton file, or folder of shards), or a folder of images; of a folder that holds
+    train/ and val/, train/ is used."""
     preset: PresetName = "in1k"
-    """The named run to start from; other flags override its values. Their recipes and costs: presets.py."""
+    """The named run to start from; other flags override its values. presets.py has recipes and costs."""
     out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = Path("runs/pretrain")
-    """Folder of the run: checkpoints, logs, the finished backbone."""
+    """Folder of the run: checkpoints, logs and the finished backbone."""
     val: Path | None = None
-    """A labelled set for the online kNN; without it there is none."""
+    """Labelled test set of the online kNN; no kNN without it."""
     arch: Annotated[str, tyro.conf.arg(aliases=["-a"])] = "resnet50"
     """Encoder: a torchvision ResNet, or resnet10w16."""
     small_stem: bool = False
-    """3 × 3 first convolution and no max-pool, for pictures of 32 … 64 px."""
+    """3 × 3 first convolution without max-pool, for images of 32 … 64 px."""
     mixing: tyro.conf.OmitArgPrefixes[Mixing] = field(default_factory=Mixing)
     """How query views are mixed."""
     views: tyro.conf.OmitArgPrefixes[Views] = field(default_factory=Views)
-    """What views look like."""
+    """The size, crops and normalisation of views."""
     aug_plus: bool = True
     """MoCo v2's augmentation; --no-aug-plus is MoCo v1's."""
     mlp: bool = True
-    """Two-layer head, as MoCo v2; --no-mlp is MoCo v1's linear one."""
+    """Two-layer head, as in MoCo v2; --no-mlp is MoCo v1's linear head."""
     moco_dim: int = 128
-    """Size of the embedding."""
+    """Dimension of the embedding."""
     moco_k: int = 65536
     """Length of the queue of negatives."""
     moco_m: float = 0.999
-    """Share of the key encoder that stays at each step."""
+    """Momentum of the key encoder: the share of its weights that each step keeps."""
     moco_t: float = 0.2
-    """Temperature of the contrast; MoCo v1 takes 0.07."""
+    """Temperature of the contrastive loss; MoCo v1 uses 0.07."""
     bn_splits: int = 0
-    """Parts of a process's batch with BatchNorm statistics of their own, as if each were on a GPU of its own:
-    on one device this keeps BN from giving the pairs away. 1 is plain BN; 0 makes eight parts over all
-    processes, as published, or as many as divide the batch."""
+    """Parts of a process's batch with separate BatchNorm statistics, as if each were on its own GPU. On one
+    device this keeps BN statistics from leaking which key matches which query. 1 is plain BN; 0 makes eight
+    parts over all processes, as published, or the largest number below that divides the batch."""
     joint_forward: bool = False
-    """Send queries and mixtures through the encoder as one batch with common BatchNorm statistics, which is
-    faster on GPUs; each by itself, as published, if not."""
+    """Encode queries and mixtures as one batch with common BatchNorm statistics, which is faster on GPUs; by
+    default one after the other, as published."""
     compile: bool = False
-    """Have torch.compile fuse the whole forward pass, with several processes the encoders alone; the first
+    """Compile the whole forward pass with torch.compile; with several processes, only the encoders. The first
     steps take minutes, later ones are faster on GPUs."""
     cuda_graph: bool = False
-    """Capture the whole step as one CUDA graph after three steps and replay it, so that the host has next to
-    nothing to do; one process on a GPU. Goes with --compile."""
+    """Capture the whole step as one CUDA graph after three steps and replay it, which takes nearly all work
+    off the host. Needs a single process on a GPU; can be combined with --compile."""
     epochs: int = 200
     """Passes over the set."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 256
-    """Pictures in a step over all processes; the queue need not be a multiple of it."""
+    """Images in a step over all processes; the queue need not be a multiple of it."""
     lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 0.03
-    """Learning rate of SGD, for the whole batch."""
+    """Learning rate of SGD for the whole batch; not scaled by its size."""
     weight_decay: Annotated[float, tyro.conf.arg(aliases=["--wd"])] = 1e-4
     """L2 penalty on all weights, as published."""
     sgd_momentum: Annotated[float, tyro.conf.arg(aliases=["--momentum"])] = 0.9
     """Momentum of SGD."""
     cos: bool = True
-    """Cosine schedule; --no-cos drops the rate to a tenth at each epoch of --schedule."""
+    """Cosine schedule; --no-cos divides the rate by ten at each epoch of --schedule."""
     schedule: tuple[int, ...] = ()
     """Epochs of --no-cos, such as 120 160; by default 60 % and 80 % of the run."""
     precision: PrecisionName = "auto"
-    """auto: bf16 on GPUs that have it, else fp16; fp32 on CPUs."""
+    """auto: bf16 on GPUs that have it, fp16 on other GPUs, fp32 on CPUs."""
     backend: Backend = "auto"
-    """Who decodes: ffcv and dali take compiled sets, folder takes folders of pictures; auto takes the
-    CPU cores unless they are too few for the GPU, and says why (docs/backends.md)."""
+    """Decoder: ffcv and dali read compiled sets, folder reads folders of images; auto uses the CPU cores
+    unless they are too few for the GPU, and prints the reason (docs/backends.md)."""
     num_threads: int = 0
-    """Threads that decode; 0 takes every core this process may use."""
+    """Decoding threads; 0 uses every core that this process may use."""
     reading: Reading = "auto"
-    """map: let the system keep of a .beton file what fits in memory; read: read pictures ahead of their turn,
-    for sets larger than memory; stream: go through shards from end to end with a weaker shuffle, for disks
-    that are slow to seek; auto: by the sizes, never stream."""
+    """map: the system caches what fits in memory of a .beton file; read: images are read ahead, for sets
+    larger than memory; stream: shards are read sequentially with a weaker shuffle, for disks with slow
+    seeks; auto: map or read, by the sizes of set and memory."""
     dali: DALIOptions = field(default_factory=DALIOptions)
     """How the dali backend decodes on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     seed: int = 0
-    """Of initialisation, order, views and mixtures."""
+    """Seed of initialisation, order, views and mixtures."""
     resume: bool = False
-    """Continue from the newest checkpoint in the run's folder, if there is one."""
+    """Continue from the newest checkpoint in --out, if there is one."""
     save_every_epochs: Annotated[int, tyro.conf.arg(aliases=["--checkpoint-freq"])] = 1
     """Epochs between checkpoints."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     knn_every_epochs: int = 10
-    """Epochs between evaluations of the features: effective rank, and kNN where there is a --val. The last
-    epoch always has one."""
+    """Epochs between evaluations of the features: effective rank, and kNN with --val. The last epoch is
+    always evaluated."""
     knn_bank: int = 50_000
-    """Training pictures, drawn at random, whose rank is told and among which neighbours are looked for."""
+    """Random training images for the evaluation: for the effective rank, and as neighbours for kNN."""
     knn_k: int = 200
     """Neighbours that vote."""
     log_every_s: float = 5.0
     """Seconds between rows of the log."""
 
     def __post_init__(self) -> None:
-        for name in ("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("epochs", "bn_splits", "num_threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.batch_size < 1 or self.lr < 0:
-            raise ValueError(f"batch_size is {self.batch_size}, lr {self.lr}; take at least 1 and 0")
+        limits = dict.fromkeys(("epochs", "lr", "bn_splits", "num_threads"), 0)
+        limits |= dict.fromkeys(("batch_size", "save_every_epochs", "keep_checkpoints"), 1)
+        limits |= dict.fromkeys(("knn_every_epochs", "knn_bank", "knn_k"), 1)
+        for name, limit in limits.items():
+            if getattr(self, name) < limit:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
         if self.schedule and self.cos:
             raise ValueError("schedule has no effect on a cosine; add --no-cos, or leave out --schedule")
         if self.schedule:
-            shares(self.schedule, self.epochs)
+            milestone_shares(self.schedule, self.epochs)
 
     def splits(self, world_size: int) -> int:
-        """The number of BatchNorm splits on each of so many processes."""
+        """The number of BatchNorm splits on each process."""
         if self.bn_splits:
             return self.bn_splits
         batch = self.batch_size // world_size
         return next(parts for parts in range(max(1, 8 // world_size), 0, -1) if batch % parts == 0)
 
     def batch_statistics(self, world_size: int) -> str:
-        """In words, what keeps BatchNorm from giving the pairs away."""
+        """What keeps BatchNorm from leaking the pairs, in words."""
         splits = self.splits(world_size)
         if world_size > 1:
-            return f"keys dealt out over {world_size} processes, {splits} BN split(s) on each"
+            return f"keys shuffled over {world_size} processes, {splits} BN split(s) on each"
         return f"BN over {splits} splits of the batch" if splits > 1 else "plain BN, which may leak the pairs"
 
     def as_json(self) -> dict[str, Any]:
-        """What decides the run's numbers, as plain data; a resumed run must agree on it."""
+        """The options that decide the run's numbers, as JSON values; a resumed run must have the same."""
         free = {
             *("preset", "data", "val", "out", "resume", "device", "num_threads", "reading", "log_every_s"),
             *("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"),
@@ -175,15 +172,15 @@ class PretrainConfig:
         plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return {key: value for key, value in plain.items() if key not in free}
 
-    def backbone_meta(self, feature_dim: int, num_pictures: int) -> BackboneMeta:
-        """What a reader of the finished backbone must know to use it, and to tell what it is."""
+    def backbone_meta(self, feature_dim: int, num_images: int) -> BackboneMeta:
+        """The description of the finished backbone for its file."""
         views = self.views
         return BackboneMeta(
             arch=self.arch,
             feature_dim=feature_dim,
             small_stem=self.small_stem,
             method=self.mixing.method,
-            trained_on=f"{self.data.name}, {num_pictures:,} pictures",
+            trained_on=f"{self.data.name}, {num_images:,} pictures",
             recipe=json.dumps(self.as_json()),
             crop_px=views.crop_px,
             eval_center_share=views.eval_center_share,
@@ -192,8 +189,8 @@ class PretrainConfig:
         )
 
     def milestones(self) -> tuple[float, ...]:
-        """Shares of the run at which --no-cos drops the rate."""
-        return shares(self.schedule, self.epochs)
+        """Shares of the run at which the step schedule drops the rate."""
+        return milestone_shares(self.schedule, self.epochs)
 
     def recipe(self) -> Recipe:
         """The loader's recipe for this run."""
@@ -210,7 +207,7 @@ class PretrainConfig:
 
 
 def training_set(data: Path) -> Path:
-    """DATA/train where DATA holds train/ and val/, as the published programs want it; else DATA itself."""
+    """DATA/train if DATA holds train/ and val/, as the published programs expect; else DATA itself."""
     train = data / "train"
     return train if train.is_dir() and (data / "val").is_dir() else data
 
@@ -218,8 +215,8 @@ def training_set(data: Path) -> Path:
 def in1k(data: Path) -> PretrainConfig:
     """The published MixMask run: ResNet-50, ImageNet-1K, 200 epochs, batch 256 (arXiv 2210.11456).
 
-    Published linear probe: 69.2 top-1 (MoCo v2: 67.7; --method both: 69.5). About eight A100 GPU-days, not
-    yet measured here.
+    Published linear probe: 69.2 top-1 (MoCo v2: 67.7; --method both: 69.5). Cost: about eight A100 GPU-days,
+    not yet measured here.
     """
     return PretrainConfig(data)
 
@@ -227,9 +224,9 @@ def in1k(data: Path) -> PretrainConfig:
 def in100(data: Path) -> PretrainConfig:
     """The published MixMask run on 100 classes of ImageNet: a smaller encoder, more epochs.
 
-    Encoder and epochs are those usual for this set, ResNet-18 and 400 (solo-learn, arXiv 2108.01775); all
-    else is as in `in1k` (arXiv 2210.11456). The combination is our choice, nothing of it is tuned, and there
-    is no published figure for it. One A100 for seventeen hours (estimate, not yet measured here).
+    Encoder and epochs are the usual ones for this set, ResNet-18 and 400 (solo-learn, arXiv 2108.01775). The
+    rest is as in `in1k` (arXiv 2210.11456). The combination is our choice; it is not tuned, and there is no
+    published figure for it. Cost: seventeen hours of one A100 (estimate, not yet measured here).
     """
     return PretrainConfig(data, preset="in100", out=Path("runs/in100"), arch="resnet18", epochs=400)
 
@@ -237,12 +234,12 @@ def in100(data: Path) -> PretrainConfig:
 def cifar10(data: Path) -> PretrainConfig:
     """Un-Mix on MoCo for CIFAR-10: ResNet-18 with the small stem, 1000 epochs, batch 512 (arXiv 2003.05438).
 
-    Queue 4096, momentum 0.99, temperature 0.1, linear head, crops from 8 % of the picture, no blur, eight
-    splits of batch statistics. Published kNN top-1 (k = 200, t = 0.1): 91.3, MoCo alone 89.1; with
-    --symmetric 92.3 and 90.5. Five hours of one A100 (estimate, not yet measured here).
+    Queue 4096, momentum 0.99, temperature 0.1, linear head, crops from 8 % of the image, no blur, eight BN
+    splits. Published kNN top-1 (k = 200, t = 0.1): 91.3, MoCo alone 89.1; with --symmetric 92.3 and 90.5.
+    Cost: five hours of one A100 (estimate, not yet measured here).
 
-    The source divides by smaller deviations (0.202, 0.199, 0.201) than this set's own, taken here. The grid
-    is for --method mixmask, both and erase: cells of 8 px, our choice.
+    The standard deviations are those of the set; the source uses smaller ones (0.202, 0.199, 0.201). The grid
+    of 8 px cells for --method mixmask, both and erase is our choice.
     """
     return PretrainConfig(
         data,
@@ -271,10 +268,11 @@ def cifar10(data: Path) -> PretrainConfig:
 
 
 def cifar100(data: Path) -> PretrainConfig:
-    """Un-Mix on MoCo for CIFAR-100, `cifar10` in all but mean and deviation (arXiv 2003.05438).
+    """Un-Mix on MoCo for CIFAR-100: `cifar10` with another mean and deviation (arXiv 2003.05438).
 
-    Published kNN top-1 (k = 200, t = 0.1): 67.3, MoCo alone 63.6; with --symmetric 68.8 and 65.5. Five hours
-    of one A100 (estimate, not yet measured here). The source normalises both sets with CIFAR-10's numbers.
+    Published kNN top-1 (k = 200, t = 0.1): 67.3, MoCo alone 63.6; with --symmetric 68.8 and 65.5. The source
+    normalises both sets with CIFAR-10's numbers. Cost: five hours of one A100 (estimate, not yet measured
+    here).
     """
     base = cifar10(data)
     views = dataclasses.replace(base.views, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
@@ -284,10 +282,10 @@ def cifar100(data: Path) -> PretrainConfig:
 def tiny_imagenet(data: Path) -> PretrainConfig:
     """MixMask on Tiny-ImageNet at 64 px: the recipe of `cifar10` for 200 epochs, with crops from 20 %.
 
-    MixMask (arXiv 2210.11456) and Un-Mix (arXiv 2003.05438) both report on this set, but no code or command
-    for it was published: everything in which this differs from `cifar10` is our choice, the grid of 4 × 4
-    cells of 16 px included, and there is no published figure for it. Eight hours of one A100 (estimate, not
-    yet measured here).
+    MixMask (arXiv 2210.11456) and Un-Mix (arXiv 2003.05438) report on this set, but published no code or
+    command for it. So every difference from `cifar10` is our choice, including the grid of 4 × 4 cells of
+    16 px, and there is no published figure for it. Cost: eight hours of one A100 (estimate, not yet measured
+    here).
     """
     base = cifar10(data)
     return dataclasses.replace(
@@ -307,15 +305,18 @@ def tiny_imagenet(data: Path) -> PretrainConfig:
 
 
 def fashion(data: Path) -> PretrainConfig:
-    """The demo's run: a 0.3 M parameter ResNet on Fashion-MNIST at 32 px, a few epochs.
+    """The demo: a ResNet of 0.3 M parameters on Fashion-MNIST at 32 px, two epochs.
 
-    Two and a half minutes on two CPU cores; `make demo` prints what came out. What so short a run needs:
-    a queue that real keys fill within a tenth, crops of nearly all of a picture, which its object fills
-    (MoCo's kNN after 85 s at lr 0.06, a bank of 5,000: 75.4 with crops from 0.5, 76.7 from 0.7, 78.6 from
-    0.85, 79.2 from 0.95), and batch statistics that do not leak (76.7 with four splits, 75.8 with two). A
-    mixture's loss adds to the clean one, and with it the gradient: at lr 0.06 and momentum 0.99, which
-    MoCo alone bears, two of three runs of --method both collapsed in their first epoch
-    (benchmarks/NOTES.md). Blur would leave little of pictures of 28 px.
+    Cost: two and a half minutes on two CPU cores. Result: `make demo` prints it. The values suit a run this
+    short (benchmarks/NOTES.md):
+
+    - Real keys fill the queue within a tenth of the run.
+    - Crops cover most of the image, because the object does. MoCo's kNN after 85 s at lr 0.06 with a bank of
+      5,000: 75.4 with crops from 0.5, 76.7 from 0.7, 78.6 from 0.85, 79.2 from 0.95.
+    - Four BN splits leak less than two: kNN 76.7 and 75.8.
+    - lr 0.03 and momentum 0.996, because the loss of a mixture adds to the gradient: at 0.06 and 0.99, which
+      suit MoCo alone, two of three runs of --method both collapsed in their first epoch.
+    - No blur, which would leave little of an image of 28 px.
     """
     return PretrainConfig(
         data,

@@ -1,25 +1,24 @@
-"""Fine-tune a pretrained encoder on labels: all of them, or 1 % or 10 %.
+"""Fine-tune a pretrained encoder on all labels, or on 1 % or 10 % of them.
 
-With a tenth of the labels, chosen by --seed the same share of each class, as the list in --out tells:
+With a tenth of the labels, the same share of each class, drawn by --seed and listed in --out:
     python train_finetune.py TRAIN --val VAL --pretrained CKPT --labels 0.1
 
-With the published lists of ImageNet pictures (one file name a line, such as n01440764_10043.JPEG):
+With the published lists of ImageNet images (one file name per line, such as n01440764_10043.JPEG):
     python train_finetune.py TRAIN --val VAL --pretrained CKPT --labels 10percent.txt
 
-One node of eight GPUs (the batch of 256 is shared among them; more nodes as with train_pretrain.py):
+One node of eight GPUs, which share the batch of 256 (more nodes as with train_pretrain.py):
     torchrun --nproc-per-node 8 train_finetune.py …
 
 The defaults are SwAV's for a tenth of the labels (arXiv 2006.09882, its eval_semisup.py): 20 epochs, learning
-rates 0.01 for the encoder and 0.2 for the classifier; for 1 % it takes --lr 0.02 --head-lr 5.
+rates 0.01 for the encoder and 0.2 for the classifier. For 1 %, SwAV uses --lr 0.02 --head-lr 5.
 
-Left in --out: result.json, best.pt and the newest checkpoint, which --resume continues, backbone.safetensors
-of the best epoch, labels.txt, logs.
+Files in --out: result.json; best.pt and the newest checkpoint, from which --resume continues;
+backbone.safetensors of the best epoch; labels.txt; logs.
 """
 
 import dataclasses
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,15 +29,15 @@ from numpy.typing import NDArray
 
 from pipelines import open_set
 from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
-from training import cli, failure
+from training import cli
 from training.cli import console
 from training.distributed import Launch, init_launch
 from training.export import BackboneMeta, fingerprint, load_backbone, save_backbone
 from training.files import write_atomically, write_json
 from training.pretrained import LabelledSets
 from training.published_flags import from_published
-from training.run import say
-from training.supervised import BEST, SupervisedConfig, Training, assemble, fit
+from training.run import print_once
+from training.supervised import BEST, SupervisedConfig, SupervisedRun, assemble, train
 
 # ======================================================================================================
 # Config
@@ -52,24 +51,24 @@ class FinetuneConfig(SupervisedConfig):
     out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = Path("runs/finetune")
     """Folder of the run."""
     labels: str = "1"
-    """Share of each class's pictures to train on, in (0, 1], drawn by --seed; or a file that names them, one
-    a line, such as the published lists of 1 % and 10 % of ImageNet."""
+    """Share of each class's images to train on, in (0, 1], drawn by --seed; or a file with one image name per
+    line, such as the published lists of 1 % and 10 % of ImageNet."""
     epochs: int = 20
-    """Passes over these pictures."""
+    """Passes over these images."""
     lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 0.01
     """Learning rate of the encoder."""
     head_lr: float = 0.2
     """Learning rate of the classifier."""
     sync_bn: bool = False
-    """BatchNorm statistics over all GPUs; each has its own if not."""
+    """Take BatchNorm statistics over all GPUs; by default each GPU has its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lr < 0 or self.head_lr < 0:
-            raise ValueError(f"lr is {self.lr}, head_lr {self.head_lr}; neither may be less than 0")
+            raise ValueError(f"lr is {self.lr}, head_lr {self.head_lr}; both must be at least 0")
 
     def describe(self, encoder: BackboneMeta, sets: LabelledSets) -> BackboneMeta:
-        """What was said of the encoder before, and that it was fine-tuned, on what and how."""
+        """The encoder's meta, extended by the fine-tuning."""
         on = sets.train.name if sets.train.name != "train" else f"{sets.train.parent.name}/train"
         return dataclasses.replace(
             encoder,
@@ -89,7 +88,7 @@ class FinetuneConfig(SupervisedConfig):
 def main(config: FinetuneConfig) -> None:
     """Fine-tune; see the top of this file."""
     with init_launch(config.device) as launch:
-        subset, names = choose_pictures(config, launch)
+        subset, names = choose_images(config, launch)
         run = assemble(
             config,
             launch,
@@ -101,25 +100,30 @@ def main(config: FinetuneConfig) -> None:
         if names and launch.is_main:
             lines = [os.fsencode(name) + b"\n" for name in names]
             write_atomically(config.out / "labels.txt", lambda file: file.writelines(lines))
-        say(
+        print_once(
             launch,
-            f"{run.loader.count:,} labelled pictures, {config.epochs} epochs of {len(run.loader)} steps",
+            f"{run.loader.count:,} labelled images, {config.epochs} epochs of {len(run.loader)} steps",
         )
-        if fit(run) and launch.is_main:
+        if train(run) and launch.is_main:
             finish(run)
 
 
-def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.int64] | None, list[str]]:
-    """The pictures to train on and their names, or positions (#17) in a set without; nothing for all."""
-    train, _ = config.sets()
-    images = open_set(train)
+def choose_images(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.int64] | None, list[str]]:
+    """Choose the images to train on.
+
+    Returns:
+        Their sorted positions and their names, or positions such as "#17" in a set without names; None and no
+        names for all images.
+    """
+    path, _ = config.sets()
+    images = open_set(path)
     try:
         share = float(config.labels)
     except ValueError:
         listed = Path(config.labels)
         if not listed.is_file():
             raise FileNotFoundError(
-                f"--labels {config.labels} is neither a share in (0, 1] nor a file that names pictures"
+                f"--labels {config.labels} is neither a share in (0, 1] nor a file of image names"
             ) from None
         subset = listed_subset(images.names, images.count, listed)
     else:
@@ -128,13 +132,13 @@ def choose_pictures(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.
         subset = balanced_subset(images.labels(np.arange(images.count)), share, config.seed)
     lines = lines_of(images.names, subset)
     if lines is None:
-        say(launch, f"{train} has no name for each picture, so labels.txt has their positions")
+        print_once(launch, f"{path} has no image names; labels.txt holds positions instead")
         lines = [f"#{position}" for position in subset]
     return subset, lines
 
 
-def finish(run: Training) -> None:
-    """Write the best epoch's encoder and the figures; tell them."""
+def finish(run: SupervisedRun) -> None:
+    """Write the encoder of the best epoch and the figures, and print them."""
     config, last, best_top1 = run.config, run.measured.accuracy, run.measured.best_top1
     assert last is not None, "the last epoch is always measured"
     best = load_backbone(config.out / BEST)
@@ -161,13 +165,8 @@ def finish(run: Training) -> None:
 
 def parse(argv: list[str]) -> FinetuneConfig:
     """The config of a command line."""
-    return tyro.cli(
-        FinetuneConfig,
-        args=from_published(argv),
-        description=__doc__,
-        console_outputs=failure.speaks_for_machine(),
-    )
+    return cli.parse_args(FinetuneConfig, from_published(argv), __doc__)
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(parse(sys.argv[1:])))
+    cli.program(FinetuneConfig, main, parse=parse)

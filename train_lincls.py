@@ -1,69 +1,75 @@
-"""Linear probe and kNN on a frozen encoder.
+"""Linear probe and kNN on a frozen encoder, by one of three protocols.
 
-The published protocol: a linear classifier on random crops, 100 epochs, lr 30. One GPU, or a CPU:
+Published: a linear classifier on random crops, 100 epochs, learning rate 30. One GPU, or a CPU:
     python train_lincls.py data/in1k-train.beton --val data/in1k-val.beton --pretrained CKPT
 
-One node of eight GPUs (the batch of 256 is shared among them; more nodes as with train_pretrain.py):
+One node of eight GPUs, which share the batch of 256 (more nodes as with train_pretrain.py):
     torchrun --nproc-per-node 8 train_lincls.py TRAIN --val VAL --pretrained CKPT
 
-The fast way: features of one centre view cached once, classifiers of many learning rates and weight decays
-trained on them in one pass; how far what it gives lies from the published protocol's figure stands in
-docs/evaluation.md:
+Cached: features of one centre view, computed once; classifiers of many learning rates and weight decays are
+trained on them in one pass. docs/evaluation.md compares the result with the published protocol's:
     python train_lincls.py data/in1k-train.beton --val data/in1k-val.beton --pretrained CKPT --cached
 
 kNN alone:
     python train_lincls.py TRAIN --val VAL --pretrained CKPT --knn-only
 
 --pretrained takes our checkpoints and safetensors files, and files in the published layout (.pth.tar with
-module.encoder_q.*), all read without running code from them. DATA may also be a folder that holds train/ and
-val/. Left in --out: the figures in result.json, those of --cached in cached.json, of --knn-only in knn.json;
-of the published protocol also logs, and checkpoints that --resume continues.
+module.encoder_q.*); reading one runs no code from it. DATA may also be a folder that holds train/ and val/.
+
+Files in --out: result.json, cached.json or knn.json, by protocol. The published protocol also writes logs,
+and checkpoints for --resume.
 """
 
-import contextlib
 import functools
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from models.classifier import new_classifier
 from pipelines import Backend, evaluation_batches
-from training import cli, failure
+from training import cli
 from training.cli import console
 from training.distributed import Launch, init_launch
+from training.evaluate import (
+    Features,
+    LinearSetting,
+    accuracies,
+    extract_features,
+    gather_features,
+    knn_top1,
+    train_linear,
+)
 from training.export import fingerprint
-from training.features import Features, extract_features, gathered
 from training.files import write_json
-from training.knn import knn_top1
-from training.linear import LinearSetting, accuracies, train_linear
+from training.logs import progress
+from training.optim import MILESTONES
 from training.precision import Precision
 from training.pretrained import LabelledSets, Pretrained, labelled_sets, load_pretrained
 from training.published_flags import from_published
-from training.run import say
-from training.schedule import MILESTONES
-from training.supervised import SupervisedConfig, Training, assemble, fit
+from training.run import print_once
+from training.supervised import SupervisedConfig, SupervisedRun, assemble, train
 
 # ======================================================================================================
 # Config
 # ======================================================================================================
 
-
-_OF_THE_PUBLISHED_PROTOCOL = (
+Protocol = Literal["published", "cached", "knn"]
+OUTPUT: dict[Protocol, str] = {"published": "result.json", "cached": "cached.json", "knn": "knn.json"}
+"""The file that each protocol writes."""
+_PUBLISHED_ONLY = (
     *("lr", "schedule", "cos", "weight_decay", "sgd_momentum"),
     *("resume", "val_every_epochs", "log_every_s"),
 )
-_PUBLISHED = ("lr", "cos", "weight_decay", "sgd_momentum", "epochs", "batch_size")
-_OF_THE_FAST_WAY = ("cached_lr", "cached_wd")
-_OF_TRAINING = ("epochs", "batch_size")
+_CACHED_ONLY = ("cached_lr", "cached_wd")
+_KNN_ONLY = ("knn_k", "knn_t", "leave_one_out")
+_CLASSIFIER_ONLY = ("epochs", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -71,25 +77,25 @@ class ProbeConfig(SupervisedConfig):
     """Measure a frozen encoder. The defaults are the published linear probe."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = Path("runs/lincls")
-    """Folder of the run: its figures, and of the published protocol logs and checkpoints."""
+    """Folder of the run: its figures, and the logs and checkpoints of the published protocol."""
     lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 30.0
     """Learning rate of SGD."""
     cached: bool = False
-    """Train on features of one centre view, computed once, instead of new random crops every epoch."""
+    """Train on features of one centre view, computed once, instead of new random crops in each epoch."""
     cached_lr: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     """Learning rates that --cached tries."""
     cached_wd: tuple[float, ...] = (0.0, 1e-5, 1e-4)
-    """Weight decays that it tries with each of them."""
+    """Weight decays that --cached tries with each learning rate."""
     knn: bool = True
-    """Measure the nearest neighbours, too, for which the training set is seen once in centre views."""
+    """Also measure kNN accuracy, which takes one pass over the training set in centre views."""
     knn_only: bool = False
-    """Measure the nearest neighbours and train no classifier."""
+    """Measure kNN accuracy and train no classifier."""
     knn_k: int = 200
     """Neighbours that vote."""
     knn_t: float = 0.1
-    """Temperature of their votes."""
+    """Temperature of the votes."""
     leave_one_out: bool = False
-    """Also classify each picture of the training set by its others."""
+    """Also classify each training image by the other training images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,35 +115,48 @@ class ProbeConfig(SupervisedConfig):
             raise ValueError(f"knn_t is {self.knn_t}; it must be more than 0")
         if self.cached and self.knn_only:
             raise ValueError("--cached trains classifiers and --knn-only none; leave one of them out")
-        self._refuse_what_has_no_effect()
+        self._refuse_options_without_effect()
 
-    def _refuse_what_has_no_effect(self) -> None:
-        without: dict[str, str] = {}
-        if self.cached or self.knn_only:
-            way = "--cached" if self.cached else "--knn-only"
-            without |= dict.fromkeys(_OF_THE_PUBLISHED_PROTOCOL, f"with {way}")
-        if self.knn_only:
-            without |= dict.fromkeys(_OF_TRAINING, "with --knn-only")
-        if not self.cached:
-            without |= dict.fromkeys(_OF_THE_FAST_WAY, "without --cached")
+    def _refuse_options_without_effect(self) -> None:
+        reasons: dict[str, str] = {}
+        if self.protocol != "published":
+            flag = "--cached" if self.protocol == "cached" else "--knn-only"
+            reasons |= dict.fromkeys(_PUBLISHED_ONLY, f"with {flag}")
+        if self.protocol == "knn":
+            reasons |= dict.fromkeys(_CLASSIFIER_ONLY, "with --knn-only")
+        if self.protocol != "cached":
+            reasons |= dict.fromkeys(_CACHED_ONLY, "without --cached")
         if not self.knn:
-            without |= dict.fromkeys(("knn_k", "knn_t", "leave_one_out"), "with --no-knn")
-        for name, when in without.items():
+            reasons |= dict.fromkeys(_KNN_ONLY, "with --no-knn")
+        for name, reason in reasons.items():
             if getattr(self, name) != getattr(ProbeConfig, name):
-                raise ValueError(f"{name} {getattr(self, name)} has no effect {when}; leave one of them out")
+                raise ValueError(
+                    f"{name} {getattr(self, name)} has no effect {reason}; leave one of them out"
+                )
+
+    @property
+    def protocol(self) -> Protocol:
+        """What is measured; decided by --cached and --knn-only."""
+        return "knn" if self.knn_only else "cached" if self.cached else "published"
+
+    @property
+    def path(self) -> Path:
+        """The file of the figures."""
+        return self.out / OUTPUT[self.protocol]
 
     def as_json(self) -> dict[str, Any]:
-        """What decides the weights, without what is measured beside them."""
+        """The options that decide the weights, without those of further measurements."""
         measured = ("knn", "leave_one_out", "cached")
         return {name: value for name, value in super().as_json().items() if not name.startswith(measured)}
 
     def is_published(self) -> bool:
-        """Whether the classifier is trained as published."""
-        same = all(getattr(self, name) == getattr(ProbeConfig, name) for name in _PUBLISHED)
+        """Whether the classifier is trained with the published values."""
+        names = ("lr", "cos", "weight_decay", "sgd_momentum", "epochs", "batch_size")
+        same = all(getattr(self, name) == getattr(ProbeConfig, name) for name in names)
         return same and self.milestones() == MILESTONES
 
     def linear_settings(self) -> list[LinearSetting]:
-        """What --cached trains classifiers with."""
+        """The settings of the classifiers that --cached trains."""
         return [LinearSetting(lr, wd) for lr in self.cached_lr for wd in self.cached_wd]
 
 
@@ -147,42 +166,57 @@ class ProbeConfig(SupervisedConfig):
 
 
 def main(config: ProbeConfig) -> None:
-    """Probe; see the top of this file."""
-    start = time.perf_counter()
-    result: dict[str, Any] = {"pretrained": str(config.pretrained)}
+    """Measure; see the top of this file."""
+    protocols = {"published": published, "cached": cached, "knn": knn}
     with init_launch(config.device) as launch:
-        # ------------------------------------------------------------------------- published protocol
-        name = "knn.json" if config.knn_only else "cached.json" if config.cached else "result.json"
-        if name == "result.json":
-            run = assemble(config, launch, frozen=True, base_lrs=(0.0, config.lr))
-            if not fit(run):
-                return
-            result |= of_random_crops(config, run)
-            start = run.start_s
-            if launch.is_main:  # what follows may not have room
-                write_json(config.out / name, result)
-            pretrained, sets = run.pretrained, run.sets
-        else:
-            pretrained, sets = load_pretrained(config, launch.device), labelled_sets(config)
-
-        # ------------------------------------------------------------------------ on features seen once
-        if name != "result.json" or config.knn:
-            result |= judge_features(config, launch, pretrained, sets)
-
-        # ---------------------------------------------------------------------------------------- result
-        result["seconds"] = round(time.perf_counter() - start, 1)
-        if launch.is_main:
-            write_json(config.out / name, result)
-            told = f"{figures(result)}  ({result['seconds']} s, {config.out / name})"
-            say(launch, f"{config.pretrained}: {told}")
+        protocols[config.protocol](config, launch)
 
 
-def figures(result: Mapping[str, Any]) -> str:
-    """The shares of a result, as a line."""
+def published(config: ProbeConfig, launch: Launch) -> None:
+    """Train a classifier on random crops; then measure kNN unless --no-knn is given."""
+    run = assemble(config, launch, frozen=True, base_lrs=(0.0, config.lr))
+    if not train(run):
+        return
+    result = classifier_figures(config, run)
+    if launch.is_main:  # now, because memory may be too small for what follows
+        write_json(config.path, {"pretrained": str(config.pretrained)} | result)
+    if config.knn and (features := cache_sets(config, launch, run.pretrained, run.sets)):
+        result |= knn_figures(config, *features)
+    finish(config, launch, result, run.seconds)
+
+
+def cached(config: ProbeConfig, launch: Launch) -> None:
+    """Train classifiers of all settings on cached features; also measure kNN unless --no-knn is given."""
+    start, result = time.perf_counter(), dict[str, Any]()
+    pretrained, sets = load_pretrained(config, launch.device), labelled_sets(config)
+    if features := cache_sets(config, launch, pretrained, sets):
+        result["encoder_sha256"] = fingerprint(pretrained.backbone.state)
+        result |= knn_figures(config, *features) if config.knn else {}
+        new_head = functools.partial(new_classifier, pretrained.feature_dim, sets.num_classes)
+        result |= sweep(config, launch.device, new_head, *features)
+    finish(config, launch, result, time.perf_counter() - start)
+
+
+def knn(config: ProbeConfig, launch: Launch) -> None:
+    """Measure kNN on cached features."""
+    start, result = time.perf_counter(), dict[str, Any]()
+    pretrained, sets = load_pretrained(config, launch.device), labelled_sets(config)
+    if features := cache_sets(config, launch, pretrained, sets):
+        result["encoder_sha256"] = fingerprint(pretrained.backbone.state)
+        result |= knn_figures(config, *features)
+    finish(config, launch, result, time.perf_counter() - start)
+
+
+def finish(config: ProbeConfig, launch: Launch, result: dict[str, Any], seconds: float) -> None:
+    """Write the figures and print their shares."""
+    if not launch.is_main:
+        return
+    result = {"pretrained": str(config.pretrained)} | result | {"seconds": round(seconds, 1)}
+    write_json(config.path, result)
     names = ("knn_top1", "knn_leave_one_out_top1", "linear_top1", "linear_top5")
-    return "  ".join(
-        f"{name.replace('_', ' ')} {100 * result[name]:.2f} %" for name in names if name in result
-    )
+    shares = (f"{name.replace('_', ' ')} {100 * result[name]:.2f} %" for name in names if name in result)
+    line = f"{config.pretrained}: {'  '.join(shares)}  ({result['seconds']} s, {config.path})"
+    print_once(launch, line)
 
 
 # ======================================================================================================
@@ -190,10 +224,11 @@ def figures(result: Mapping[str, Any]) -> str:
 # ======================================================================================================
 
 
-def of_random_crops(config: ProbeConfig, run: Training) -> dict[str, Any]:
+def classifier_figures(config: ProbeConfig, run: SupervisedRun) -> dict[str, Any]:
     """The figures of a finished run.
 
-    Raises RuntimeError if a weight or a statistic of the frozen encoder is not the file's any more.
+    Raises:
+        RuntimeError: if a weight or a BatchNorm statistic of the frozen encoder differs from its file.
     """
     state, accuracy = run.pretrained.backbone.state, run.measured.accuracy
     moved = [
@@ -216,49 +251,38 @@ def of_random_crops(config: ProbeConfig, run: Training) -> dict[str, Any]:
     }
 
 
-def judge_features(
-    config: ProbeConfig, launch: Launch, pretrained: Pretrained, sets: LabelledSets
-) -> dict[str, Any]:
-    """kNN and, with --cached, classifiers on features of centre views; nothing but on the main process."""
-    precision = Precision.choose(config.precision, launch.device)
-    bank = cache(config, pretrained, launch, precision, sets.train, config.backend)
-    test = cache(config, pretrained, launch, precision, sets.val, "auto")
-    if bank is None or test is None:
-        return {}
-    bank, test = (Features(*(part.to(launch.device) for part in features)) for features in (bank, test))
-    result: dict[str, Any] = {"encoder_sha256": fingerprint(pretrained.backbone.state)}
-    if config.knn:
-        vote = functools.partial(knn_top1, k=config.knn_k, temperature=config.knn_t)
-        result |= {"knn_k": min(config.knn_k, len(bank.label_N)), "knn_top1": vote(bank, test)}
-        if config.leave_one_out:
-            result["knn_leave_one_out_top1"] = vote(bank)
-    if config.cached:
-        result |= sweep(config, launch, pretrained.feature_dim, sets.num_classes, bank, test)
-    return result
+def knn_figures(config: ProbeConfig, bank: Features, test: Features) -> dict[str, Any]:
+    """kNN accuracy of the test set, and with --leave-one-out of the training set."""
+    top1 = functools.partial(knn_top1, k=config.knn_k, temperature=config.knn_t)
+    figures = {"knn_k": min(config.knn_k, len(bank.label_N)), "knn_top1": top1(bank, test)}
+    return figures | ({"knn_leave_one_out_top1": top1(bank)} if config.leave_one_out else {})
 
 
 def sweep(
-    config: ProbeConfig, launch: Launch, feature_dim: int, num_classes: int, bank: Features, test: Features
+    config: ProbeConfig,
+    device: torch.device,
+    new_head: Callable[[], torch.nn.Linear],
+    bank: Features,
+    test: Features,
 ) -> dict[str, Any]:
-    """Classifiers of all settings; the best on the test set, and a table of all."""
+    """Train classifiers of all settings; returns the best on the test set, and all as a table."""
     settings = config.linear_settings()
     steps = config.epochs * max(1, len(bank.label_N) // config.batch_size)
-    with progress_bar(f"{len(settings)} classifiers", steps, config.batch_size) as advance:
+    with progress(console, f"{len(settings)} classifiers", steps * config.batch_size) as advance:
         heads = train_linear(
             bank,
-            functools.partial(new_classifier, feature_dim, num_classes),
+            new_head,
             settings,
             epochs=config.epochs,
             batch_size=config.batch_size,
             seed=config.seed,
-            device=launch.device,
-            advance=advance,
+            device=device,
+            on_step=functools.partial(advance, config.batch_size),
         )
     found = accuracies(heads, test)
     best = max(range(len(found)), key=lambda number: found[number].top1)
     rows = [vars(setting) | vars(accuracy) for setting, accuracy in zip(settings, found, strict=True)]
-    table = Table(title="linear top-1, %, by weight decay and learning rate")
-    table.add_column("")
+    table = Table("", title="linear top-1, %, by weight decay and learning rate")
     for lr in config.cached_lr:
         table.add_column(f"{lr:g}", justify="right")
     for wd in config.cached_wd:
@@ -275,66 +299,47 @@ def sweep(
     }
 
 
-def cache(
-    config: ProbeConfig,
-    pretrained: Pretrained,
-    launch: Launch,
-    precision: Precision,
-    path: Path,
-    backend: Backend,
-) -> Features | None:
-    """Features of a set's centre views, gathered in the main process's memory: ImageNet's are 10 GB."""
-    batches = evaluation_batches(
-        path,
-        pretrained.view,
-        backend,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        device=precision.device,
-        num_threads=config.num_threads,
-    )
+def cache_sets(
+    config: ProbeConfig, launch: Launch, pretrained: Pretrained, sets: LabelledSets
+) -> tuple[Features, Features] | None:
+    """Features of the training and the test set, on the device; None but on the main process."""
+    precision = Precision.choose(config.precision, launch.device)
+
+    def cache(path: Path, backend: Backend) -> Features | None:
+        batches = evaluation_batches(
+            path,
+            pretrained.view,
+            backend,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            device=precision.device,
+            num_threads=config.num_threads,
+        )
+        shown = with_progress(batches, f"features of {path}") if launch.is_main else batches
+        # Gathered in the memory of the main process's machine: ImageNet's take 10 GB.
+        own = extract_features(pretrained.encoder, shown, precision, torch.device("cpu"))
+        return gather_features(launch, own)
+
     pretrained.encoder.eval()
-    shown = with_progress(batches, f"features of {path}") if launch.is_main else batches
-    return gathered(launch, extract_features(pretrained.encoder, shown, precision, torch.device("cpu")))
+    bank, test = cache(sets.train, config.backend), cache(sets.val, "auto")
+    if bank is None or test is None:
+        return None
+    bank, test = (Features(*(part.to(launch.device) for part in features)) for features in (bank, test))
+    return bank, test
 
 
-def with_progress(batches: Iterable[tuple[Tensor, Tensor]], what: str) -> Iterable[tuple[Tensor, Tensor]]:
-    """The same batches, with a line that tells how many pictures have passed, and how fast."""
-    start, num = time.perf_counter(), 0
-    with console.status(what) as status:
+def with_progress(batches: Iterable[tuple[Tensor, Tensor]], what: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches, with a progress bar."""
+    with progress(console, what) as advance:
         for images, labels in batches:
             yield images, labels
-            num += len(labels)
-            status.update(f"{what}: {num:,} ({num / (time.perf_counter() - start):,.0f}/s)")
-    console.print(f"{what}: {num:,} ({num / (time.perf_counter() - start):,.0f}/s)")
-
-
-@contextlib.contextmanager
-def progress_bar(what: str, steps: int, batch_size: int) -> Iterator[Callable[[], None]]:
-    """A bar with rate and time left; yields what to call after each step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    start, done = time.perf_counter(), 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=steps)
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            rate = done * batch_size / (time.perf_counter() - start)
-            progress.update(task, advance=1, description=f"{what} {rate:,.0f}/s")
-
-        yield advance
+            advance(len(labels))
 
 
 def parse(argv: list[str]) -> ProbeConfig:
-    """The config of a command line, as given or as published."""
-    return tyro.cli(
-        ProbeConfig,
-        args=from_published(argv),
-        description=__doc__,
-        console_outputs=failure.speaks_for_machine(),
-    )
+    """The config of a command line, ours or the published one."""
+    return cli.parse_args(ProbeConfig, from_published(argv), __doc__)
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(parse(sys.argv[1:])))
+    cli.program(ProbeConfig, main, parse=parse)

@@ -3,26 +3,25 @@
 One GPU, or a CPU:
     python train_pretrain.py data/in1k-train.beton --out runs/mixmask --val data/in1k-val.beton
 
-One node of eight GPUs (the batch of 256 is shared among them):
+One node of eight GPUs, which share the batch of 256:
     torchrun --nproc-per-node 8 train_pretrain.py data/in1k-train.beton --out runs/mixmask
 
-Two nodes (the same line on both, --out on a file system they share, HEAD the first one's address):
+Two nodes (the same command on both; --out on a shared file system, HEAD the address of the first node):
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
         train_pretrain.py data/in1k-train.beton --out runs/mixmask
 
-What it costs and gives: with the defaults, ResNet-50 and 200 epochs of ImageNet-1K as published, 69.2 linear
-top-1; `--preset fashion` takes minutes on two CPU cores. The published command line works with only the
-program's name and the launcher's flags changed, as docs/command-line.md tells flag by flag. The loss first
-rises, while the queue's noise gives way to real keys.
+Cost and result: the defaults are the published run, ResNet-50 and 200 epochs of ImageNet-1K, which gave 69.2
+linear top-1. `--preset fashion` takes minutes on two CPU cores. The published command line works with another
+program name and without the launcher's flags; docs/command-line.md lists every flag. The loss rises at first,
+while real keys replace the queue's initial noise.
 
-Left in --out: checkpoints that --resume continues, metrics.jsonl and TensorBoard logs, and at the end
-backbone.safetensors and checkpoint.pth.tar in the published layout (module.encoder_q.*). SIGTERM or Ctrl-C
-finishes the step, writes the state and tells the line that resumes.
+Files in --out: checkpoints for --resume, metrics.jsonl and TensorBoard logs; at the end backbone.safetensors
+and checkpoint.pth.tar in the published layout (module.encoder_q.*). On SIGTERM or Ctrl-C the run finishes its
+step, writes a checkpoint and prints the command that resumes it.
 """
 
 import dataclasses
 import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,22 +37,16 @@ from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batch
 from pipelines.kernels.compiled import compiled_before
 from pipelines.recipe import evaluation
 from presets import PRESETS, PretrainConfig, training_set
-from training import cli, failure
-from training.checkpoint import checkpoint_path, prune, save_checkpoint, to_resume
-from training.distributed import Launch, check_agreement, init_launch
+from training import cli
+from training.distributed import Launch, init_launch
+from training.evaluate import Features, effective_rank, extract_features, knn_top1, queue_health
 from training.export import BackboneMeta, save_backbone, save_published
-from training.features import Features, extract_features
-from training.health import effective_rank, queue_health
-from training.knn import knn_top1
 from training.logs import RunLog
-from training.loop import due, train_epochs
-from training.optimizer import sgd
+from training.optim import sgd
 from training.precision import Precision
 from training.published_flags import from_published
-from training.run import how_to_continue, restore, say, shared_among_processes, state_of
-from training.schedule import ScheduleKind, lr_at, set_lr
+from training.run import Run, due, prepare, print_once
 from training.step import TrainStep, check_graph
-from training.stop import StopRequest
 
 # ======================================================================================================
 # Config
@@ -61,23 +54,13 @@ from training.stop import StopRequest
 
 
 def parse(argv: list[str]) -> PretrainConfig:
-    """The config of a command line: a preset's values, overridden by the flags given."""
+    """The config of a command line: the values of a preset, overridden by the given flags."""
     argv = from_published(argv)
     preset = cli.value_of(argv, "--preset", PretrainConfig.preset)
     # An unknown name is left for the parser to refuse.
-    start = PRESETS[preset if preset in PRESETS else PretrainConfig.preset](tyro.MISSING)
-    config = tyro.cli(
-        PretrainConfig,
-        default=start,
-        args=argv,
-        description=__doc__,
-        console_outputs=failure.speaks_for_machine(),
-    )
+    defaults = PRESETS[preset if preset in PRESETS else PretrainConfig.preset](tyro.MISSING)
+    config = cli.parse_args(PretrainConfig, argv, __doc__, defaults)
     return dataclasses.replace(config, data=training_set(config.data))
-
-
-CHANGEABLE = ("lr", "precision")
-"""What a resumed run may have otherwise, and says so: it is what a loss that is not finite asks for."""
 
 
 # ======================================================================================================
@@ -85,40 +68,26 @@ CHANGEABLE = ("lr", "precision")
 # ======================================================================================================
 
 
-@dataclass
-class Run:
-    """The parts of a run, and how far it has come."""
+@dataclass(kw_only=True)
+class PretrainRun(Run):
+    """A pretraining."""
 
     config: PretrainConfig
-    launch: Launch
-    precision: Precision
     loader: ViewLoader
     model: MoCo
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    """Steps done."""
-    epoch: int = 0
-    """Epoch the next step belongs to."""
+    about = (
+        "The loss rises at first, while real keys replace the initial noise in the queue (queue_filled), "
+        "because noise is an easy negative. knn_top1 and rankme rise as the encoder learns. feature_std is "
+        "near 1 for features that are spread evenly and 0 for collapsed ones."
+    )
 
-    @property
-    def out(self) -> Path:
-        """The run's folder."""
-        return self.config.out
+    def backbone_meta(self) -> BackboneMeta:
+        """What the finished backbone's file says of it."""
+        return self.config.backbone_meta(self.model.feature_dim, self.loader.count)
 
-    @property
-    def num_epochs(self) -> int:
-        """Of the whole schedule."""
-        return self.config.epochs
-
-    @property
-    def global_batch(self) -> int:
-        """Pictures in a step over all processes."""
-        return self.config.batch_size
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole schedule."""
-        return self.config.epochs * len(self.loader)
+    def meta(self) -> dict[str, str]:
+        """What a checkpoint says of its model."""
+        return self.backbone_meta().as_strings()
 
 
 def main(config: PretrainConfig) -> None:
@@ -126,34 +95,14 @@ def main(config: PretrainConfig) -> None:
     with init_launch(config.device) as launch:
         run = assemble(config, launch)
         announce(run)
-        with (
-            StopRequest() as stop,
-            RunLog(
-                config.out,
-                launch.is_main,
-                total_steps=run.total_steps,
-                first_step=run.step,
-                every_s=config.log_every_s,
-            ) as log,
-        ):
-            train(run, log, stop)
-        if stop.requested:
-            more = how_to_continue(launch, config.resume)
-            say(launch, f"stopped after step {run.step} of {run.total_steps}; {more}")
-        else:
+        if train(run):
             export(run)
 
 
-def assemble(config: PretrainConfig, launch: Launch) -> Run:
-    """A run ready for its next step: the first one, or with --resume the one after the last checkpoint."""
+def assemble(config: PretrainConfig, launch: Launch) -> PretrainRun:
+    """Build a run that is ready for its first step, or with --resume for the step after its checkpoint."""
     # ---------------------------------------------------------------------------------------- set-up
-    if config.batch_size % launch.world_size:
-        raise ValueError(
-            f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes"
-        )
-    found = to_resume(config.out, config.resume)
-    torch.manual_seed(config.seed)
-    precision = Precision.choose(config.precision, launch.device)
+    precision, checkpoint = prepare(config, launch)
 
     # ------------------------------------------------------------------------------------------ data
     loader = open_data(config, launch, precision)
@@ -164,40 +113,44 @@ def assemble(config: PretrainConfig, launch: Launch) -> Run:
     optimizer = sgd(model.encoder_q, config.lr, config.sgd_momentum, config.weight_decay)
     if config.cuda_graph:
         check_graph(precision, launch.world_size)
-    if config.compile:  # in place: the state dict keeps its names
+    if config.compile:  # in place, so that the state dict keeps its names
         model.compile_for_training()
 
     # ---------------------------------------------------------------------------------------- resume
-    run = Run(config, launch, precision, loader, model, optimizer)
-    if found:
-        restore(run, found, config.as_json(), CHANGEABLE)
-    check_agreement(launch, run.step)
+    run = PretrainRun(
+        config=config,
+        settings=config.as_json(),
+        launch=launch,
+        precision=precision,
+        loader=loader,
+        model=model,
+        optimizer=optimizer,
+    )
+    run.resume(checkpoint)
     return run
 
 
 # ------------------------------------------------------------------------------------------------ loop
 
 
-def train(run: Run, log: RunLog, stop: StopRequest) -> None:
-    """All epochs that are left, or those until a stop is asked for."""
-    config, forward = run.config, shared_among_processes(run)
-    step = TrainStep(
-        forward, run.optimizer, run.precision, tensors_of=tensors_of if config.cuda_graph else None
-    )
-    run.model.train()
-    for _ in train_epochs(run, functools.partial(train_step, run, step), log, stop):
-        if stop.requested or due(run.epoch, config.save_every_epochs, config.epochs):
-            save(run)
-        if not stop.requested and due(run.epoch, config.knn_every_epochs, config.epochs):
+def train(run: PretrainRun) -> bool:
+    """Train to the end, or until a stop is requested; returns whether the end was reached."""
+    config = run.config
+    batch_tensors = tensors_of if config.cuda_graph else None
+    step = TrainStep(run.distributed_model(), run.optimizer, run.precision, tensors_of=batch_tensors)
+
+    def after_epoch(log: RunLog, stopped: bool) -> None:
+        if stopped or due(run.epoch, config.save_every_epochs, config.epochs):
+            run.save(config.keep_checkpoints)
+        if not stopped and due(run.epoch, config.knn_every_epochs, config.epochs):
             evaluate(run, log)
 
+    return run.train(lambda batch: train_step(run, step, batch), after_epoch)
 
-def train_step(run: Run, step: TrainStep, batch: Batch) -> dict[str, Tensor | float]:
+
+def train_step(run: PretrainRun, step: TrainStep, batch: Batch) -> dict[str, Tensor | float]:
     """One step of the optimizer; metrics stay on the device."""
-    config = run.config
-    kind: ScheduleKind = "cosine" if config.cos else "step"
-    lr = lr_at(run.step, run.total_steps, config.lr, kind=kind, milestones=config.milestones())
-    set_lr(run.optimizer, lr)
+    config, lr = run.config, run.update_lr()
     views = 2 if config.mixing.symmetric else 1
     return step(batch) | {"lr": lr} | queue_health(run.step + 1, views * config.batch_size, config.moco_k)
 
@@ -208,7 +161,7 @@ def train_step(run: Run, step: TrainStep, batch: Batch) -> dict[str, Tensor | fl
 
 
 def open_data(config: PretrainConfig, launch: Launch, precision: Precision) -> ViewLoader:
-    """The loader of this process's share; refuses a --val that kNN cannot use before the first step."""
+    """Open this process's share of the set, and check that --val can be used for kNN."""
     loader = build_loader(
         config.data,
         config.recipe(),
@@ -231,7 +184,7 @@ def open_data(config: PretrainConfig, launch: Launch, precision: Precision) -> V
 
 
 def build_model(config: PretrainConfig, world_size: int) -> MoCo:
-    """The model of a config, freshly initialised from torch's default generator."""
+    """Build the model of a config, initialised by torch's default generator."""
     return MoCo(
         functools.partial(build_encoder, config.arch, small_stem=config.small_stem),
         method=config.mixing.method,
@@ -247,17 +200,8 @@ def build_model(config: PretrainConfig, world_size: int) -> MoCo:
     )
 
 
-def save(run: Run) -> None:
-    """Write the state, and drop the oldest ones."""
-    if not run.launch.is_main:
-        return
-    state = state_of(run, run.config.as_json(), backbone_meta(run).as_strings())
-    save_checkpoint(checkpoint_path(run.config.out, run.step), state)
-    prune(run.config.out, run.config.keep_checkpoints)
-
-
-def evaluate(run: Run, log: RunLog) -> None:
-    """Log the effective rank of the query encoder's features, and with --val the kNN top-1 by them."""
+def evaluate(run: PretrainRun, log: RunLog) -> None:
+    """Log the effective rank of the query encoder's features, and with --val their kNN top-1."""
     if not run.launch.is_main:
         return
     config, device = run.config, run.precision.device
@@ -284,18 +228,13 @@ def evaluate(run: Run, log: RunLog) -> None:
     log.event(row)
 
 
-def backbone_meta(run: Run) -> BackboneMeta:
-    """What the finished backbone says of itself."""
-    return run.config.backbone_meta(run.model.feature_dim, run.loader.count)
-
-
-def export(run: Run) -> None:
-    """Write the finished backbone and the checkpoint in the published layout; tell the next command."""
+def export(run: PretrainRun) -> None:
+    """Write the finished backbone and the checkpoint in the published layout; print the next command."""
     config, launch, model = run.config, run.launch, run.model
     if not launch.is_main:
         return
     backbone = config.out / "backbone.safetensors"
-    save_backbone(backbone, model.encoder_q, backbone_meta(run))
+    save_backbone(backbone, model.encoder_q, run.backbone_meta())
     save_published(
         config.out / "checkpoint.pth.tar",
         epoch=config.epochs,
@@ -303,33 +242,34 @@ def export(run: Run) -> None:
         model=model.state_dict(),
         optimizer=run.optimizer.state_dict(),
     )
-    say(launch, f"finished: {backbone} (and checkpoint.pth.tar in the published layout)")
-    say(launch, f"next: python train_lincls.py {config.data} --val VAL --pretrained {backbone}")
+    print_once(launch, f"finished: {backbone} (and checkpoint.pth.tar in the published layout)")
+    print_once(launch, f"next: python train_lincls.py {config.data} --val VAL --pretrained {backbone}")
     if run.loader.faults:
-        say(launch, f"{len(run.loader.faults)} pictures could not be decoded and were replaced, see above")
+        num_faults = len(run.loader.faults)
+        print_once(launch, f"{num_faults} images could not be decoded and were replaced, see above")
 
 
-def announce(run: Run) -> None:
-    """One line of what runs, one of what to expect."""
+def announce(run: PretrainRun) -> None:
+    """Print what runs and what to expect."""
     config, launch, loader = run.config, run.launch, run.loader
     millions = sum(p.numel() for p in run.model.encoder_q.parameters()) / 1e6
-    say(
+    print_once(
         launch,
         f"{config.mixing.method}{', symmetric' if config.mixing.symmetric else ''} on {config.data}: "
-        f"{loader.set.count} pictures by {loader.decoder.name}, {config.arch} of {millions:.1f} M "
+        f"{loader.set.count} images by {loader.decoder.name}, {config.arch} of {millions:.1f} M "
         f"parameters, {config.epochs} epochs of {len(loader)} steps, "
         f"{run.precision.name} on {launch.device} × {launch.world_size}, "
         f"{config.batch_statistics(launch.world_size)}",
     )
     if config.backend == "auto":
-        say(launch, loader.chosen)
-    if run.step:
-        say(launch, f"continuing after step {run.step}")
+        print_once(launch, loader.chosen)
     if not compiled_before():
-        say(launch, "the loader's inner loops are compiled now, once after each update: some fifteen seconds")
+        print_once(
+            launch, "compiling the loader's inner loops, once after each update: about fifteen seconds"
+        )
     if not run.step and config.epochs:
-        say(launch, "the loss rises at first, until the queue's noise has given way to real keys")
+        print_once(launch, "the loss rises at first, until real keys have replaced the queue's initial noise")
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(parse(sys.argv[1:])))
+    cli.program(PretrainConfig, main, parse=parse)

@@ -47,7 +47,7 @@ from pipelines.randomness import Draw
 from pipelines.recipe import Recipe, moco_v2
 from training import cli
 from training.cli import console
-from training.optimizer import sgd
+from training.optim import sgd
 
 _DTYPE = torch.bfloat16
 CAN_COUNT_COMPILED = Version(torch.__version__) >= Version("2.11")

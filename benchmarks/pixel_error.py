@@ -1,6 +1,6 @@
-"""How far a loader's crops are from PIL's: decode by PIL, cut, resize with the antialiased bilinear filter.
+"""The error of a loader's crops, relative to PIL: decode, cut, resize with the antialiased bilinear filter.
 
-Shape letters: N pictures, V views, S side in pixels.
+Shape letters: N images, V views, S side in pixels.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from pipelines.sets.folder import FolderListing
 
 
 def choose_crops(job: Job, num: int) -> FixedCrops:
-    """Crops of ``num`` pictures spread over the set, boxes drawn by the recipe."""
+    """Choose crops of ``num`` images spread over the set, with boxes drawn by the recipe."""
     listing = FolderListing(job.folder)
     index_N = np.unique(np.linspace(0, len(listing) - 1, num).astype(np.int64))
     files = tuple(job.folder / listing.path(int(index)) for index in index_N)
@@ -24,29 +24,28 @@ def choose_crops(job: Job, num: int) -> FixedCrops:
     for file in files:
         with Image.open(file, formats=FORMATS) as image:
             sizes.append((image.height, image.width))
-    # A box's last number says whether it is flipped; that has nothing to do with how exact pixels are.
+    # Without the fifth number, the flip: it does not affect the accuracy of pixels.
     boxes_NV4 = draw_boxes(job.recipe, Draw(0, 0, index_N), np.array(sizes))[:, :, :4]
     return FixedCrops(job.beton, job.shards, files, index_N, boxes_NV4, job.recipe.crop_px)
 
 
-def reference_crops(asked: FixedCrops) -> NDArray[np.uint8]:
-    """(N, V, S, S, 3) uint8 by PIL."""
-    crops_NVSS3 = asked.empty()
-    side = (asked.crop_px, asked.crop_px)
-    for file, boxes_V4, crops_VSS3 in zip(asked.files, asked.boxes_NV4, crops_NVSS3, strict=True):
-        picture = read_with_pil(file)
+def reference_crops(crops: FixedCrops) -> NDArray[np.uint8]:
+    """Return (N, V, S, S, 3) uint8 crops by PIL."""
+    crops_NVSS3 = crops.empty()
+    side = (crops.crop_px, crops.crop_px)
+    for file, boxes_V4, crops_VSS3 in zip(crops.files, crops.boxes_NV4, crops_NVSS3, strict=True):
+        image = read_with_pil(file)
         for (top, left, height, width), crop_SS3 in zip(boxes_V4.tolist(), crops_VSS3, strict=True):
-            cut = picture.crop((left, top, left + width, top + height))
+            cut = image.crop((left, top, left + width, top + height))
             crop_SS3[:] = np.asarray(cut.resize(side, Image.Resampling.BILINEAR))
     return crops_NVSS3
 
 
 def pixel_error(
-    peer: Peer, asked: FixedCrops, reference_NVSS3: NDArray[np.uint8]
+    peer: Peer, crops: FixedCrops, reference_NVSS3: NDArray[np.uint8]
 ) -> dict[str, float | str | None]:
-    """Mean and largest absolute difference in grey levels; null where there are no crops, with the reason."""
+    """Return mean and largest absolute difference in grey levels, or None for both with the reason."""
     if isinstance(peer.fixed_crops, str):
         return {"mean_error": None, "max_error": None, "error_reason": peer.fixed_crops}
-    crops = peer.fixed_crops(asked).astype(np.int16)
-    difference = np.abs(crops - reference_NVSS3)
+    difference = np.abs(peer.fixed_crops(crops).astype(np.int16) - reference_NVSS3)
     return {"mean_error": round(float(difference.mean()), 4), "max_error": float(difference.max())}

@@ -38,11 +38,9 @@ from pipelines.workers import usable_cores
 from presets import PretrainConfig, fashion
 from training import cli
 from training.cli import console
-from training.features import Features, extract_features
-from training.knn import knn_top1
-from training.optimizer import sgd
+from training.evaluate import Features, extract_features, knn_top1
+from training.optim import lr_at, scale_lr, sgd
 from training.precision import Precision
-from training.schedule import lr_at, set_lr
 from training.step import LossOf, TrainStep
 
 OURS, MIXMASK = "ours, MoCo v2", "ours, MixMask"
@@ -264,7 +262,7 @@ def train(entry: Entry, seconds: float, progress: Callable[[Trained], None]) -> 
         batch = next(batches)
         start = time.perf_counter()
         while done.seconds < seconds:
-            set_lr(optimizer, _lr_after(done.seconds, seconds, preset.lr))
+            scale_lr(optimizer, _lr_after(done.seconds, seconds, 1.0))
             step(batch)
             batch = next(batches)
             done = Trained(done.samples + preset.batch_size, time.perf_counter() - start)

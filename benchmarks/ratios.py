@@ -1,7 +1,7 @@
-"""The figures that are asked for first: ratios of medians within one run."""
+"""Ratios of medians within one run: our figures over those of the peers."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.peers.contract import (
     DALI_ONCE,
@@ -19,66 +19,80 @@ from benchmarks.peers.contract import (
 )
 
 MAIN_SET = "reencoded"
-"""The set whose tables the ratios are taken from."""
+"""The set of the ratios of crops and recipes."""
 RAW_OURS, RAW_JPEG, RAW_FFCV = "ours, yuv420", "ours, jpeg", "ffcv, raw RGB"
 CONVERT_OURS, CONVERT_FFCV = "ours", "ffcv DatasetWriter"
 FUSED, COMPILED, EAGER = "ours, fused numba kernel", "torch.compile", "torch, eager"
 
 GROUPS = ("crops", "recipe", "dali_backend", "raw_tier", "scaling", "convert", "photometric")
-"""Where in the JSON ratios stand, in the order in which they are shown."""
-_STOCK_DALI = (DALI_ONCE, DALI_TWICE)
-# The ratio's name and the peers it is against; of several the fastest counts.
-_AGAINST = {
-    "vs_ffcv_decode_per_view": (FFCV,),
-    "vs_dali_cpu": _STOCK_DALI,
-    "vs_torchvision_pil": (TORCHVISION_PIL,),
-    "vs_torchvision_v2": (TORCHVISION_V2,),
-    "vs_spdl": (SPDL_FFMPEG, SPDL_TORCHVISION),
-    "fraction_of_decode_limit": (DECODE_LIMIT,),
-}
-Rates = Mapping[str, Mapping[str, Any]]
+"""Keys of the ratios in the JSON, in the order in which they are shown."""
+_CROPS, _RECIPE = (MAIN_SET, "crops"), (MAIN_SET, "recipe")
+_DALI = (DALI_ONCE, DALI_TWICE)
+
+
+class _Ratio(NamedTuple):
+    group: str
+    name: str
+    words: str
+    """What ours is compared with."""
+    table: tuple[str, ...]
+    """Keys of the table in the JSON."""
+    ours: str
+    others: tuple[str, ...]
+    """Rows of the table; the highest figure counts."""
+    figure: str = "median"
+
+
+_RATIOS = (
+    *(
+        _Ratio(table[1], name, words, table, OURS, peers)
+        for table in (_CROPS, _RECIPE)
+        for name, words, peers in (
+            ("vs_ffcv_decode_per_view", "FFCV, one decode per view", (FFCV,)),
+            ("vs_dali_cpu", "DALI on the CPU, the faster of two ways", _DALI),
+            ("vs_torchvision_pil", "torchvision + PIL", (TORCHVISION_PIL,)),
+            ("vs_torchvision_v2", "torchvision v2", (TORCHVISION_V2,)),
+            ("vs_spdl", "SPDL, the faster of two ways", (SPDL_FFMPEG, SPDL_TORCHVISION)),
+            ("fraction_of_decode_limit", "libjpeg-turbo decoding alone, the limit", (DECODE_LIMIT,)),
+        )
+    ),
+    *(
+        _Ratio("dali_backend", *rest)
+        for rest in (
+            ("crops_vs_dali_cpu", "two crops: ours with DALI over stock DALI, the faster of two ways", _CROPS,
+             OURS_DALI, _DALI),
+            ("recipe_vs_dali_cpu", "whole recipe: ours with DALI over stock DALI", _RECIPE, OURS_DALI, _DALI),
+            ("own_reader_over_own_order", "two crops with DALI: its own reader over our order", _CROPS,
+             OURS_STREAM, (OURS_DALI,)),
+            ("shards_over_beton", "two crops: shards over one .beton file", _CROPS, OURS_ON_SHARDS, (OURS,)),
+        )
+    ),
+    _Ratio("raw_tier", "vs_ffcv_raw", "FFCV's raw RGB", ("raw",), RAW_OURS, (RAW_FFCV,)),
+    _Ratio("raw_tier", "vs_jpeg_tier", "our JPEG tier", ("raw",), RAW_OURS, (RAW_JPEG,)),
+    _Ratio("raw_tier", "bytes_vs_ffcv_raw", "FFCV's raw RGB, bytes on disk: less is better", ("raw",),
+           RAW_OURS, (RAW_FFCV,), "bytes"),
+    _Ratio("convert", "vs_ffcv_writer", "FFCV's DatasetWriter", ("convert",), CONVERT_OURS, (CONVERT_FFCV,)),
+    _Ratio("photometric", "vs_compiled_torch", "torch.compile", ("photometric",), FUSED, (COMPILED,)),
+)  # fmt: skip
+WORDS = {ratio.name: ratio.words for ratio in _RATIOS}
+"""Names of ratios → what ours is compared with."""
 
 
 def ratios(tables: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """All ratios whose tables are there.
+    """Return the ratios by group, of all tables that exist.
 
     Args:
-        tables: as in the JSON; each row has a ``median``, those of the raw table ``bytes`` too.
+        tables: As in the JSON; each row has a ``median``, those of the raw table ``bytes`` too.
     """
+    most = str(max(map(int, tables.get("scaling", {})), default=1))
+    scaling = _Ratio("scaling", f"threads_{most}_over_1", "", ("scaling",), most, ("1",))
     found: dict[str, dict[str, float]] = {}
-    main = tables.get(MAIN_SET, {})
-    for work in ("crops", "recipe"):
-        rates: Rates = main.get(work, {})
-        found[work] = {
-            name: value
-            for name, peers in _AGAINST.items()
-            if (value := _over(rates, OURS, *peers)) is not None
-        }
-    crops, recipe = main.get("crops", {}), main.get("recipe", {})
-    raw, scaling = tables.get("raw", {}), tables.get("scaling", {})
-    most = max(map(int, scaling), default=1)
-    for group, ratio, value in (
-        ("dali_backend", "crops_vs_dali_cpu", _over(crops, OURS_DALI, *_STOCK_DALI)),
-        ("dali_backend", "recipe_vs_dali_cpu", _over(recipe, OURS_DALI, *_STOCK_DALI)),
-        ("dali_backend", "own_reader_over_own_order", _over(crops, OURS_STREAM, OURS_DALI)),
-        ("dali_backend", "shards_over_beton", _over(crops, OURS_ON_SHARDS, OURS)),
-        ("raw_tier", "vs_ffcv_raw", _over(raw, RAW_OURS, RAW_FFCV)),
-        ("raw_tier", "vs_jpeg_tier", _over(raw, RAW_OURS, RAW_JPEG)),
-        ("raw_tier", "bytes_vs_ffcv_raw", _over(raw, RAW_OURS, RAW_FFCV, key="bytes")),
-        ("scaling", f"threads_{most}_over_1", _over(scaling, str(most), "1") if most > 1 else None),
-        ("convert", "vs_ffcv_writer", _over(tables.get("convert", {}), CONVERT_OURS, CONVERT_FFCV)),
-        ("photometric", "vs_compiled_torch", _over(tables.get("photometric", {}), FUSED, COMPILED)),
-    ):
-        if value is not None:
-            found.setdefault(group, {})[ratio] = value
-    return {
-        group: {name: round(value, 4) for name, value in each.items()}
-        for group, each in found.items()
-        if each
-    }
-
-
-def _over(rates: Rates, ours: str, *others: str, key: str = "median") -> float | None:
-    """Our figure over the highest of the others'; None where ours or all others are missing."""
-    there = [rates[other][key] for other in others if other in rates]
-    return float(rates[ours][key] / max(there)) if ours in rates and there else None
+    for ratio in (*_RATIOS, scaling) if most != "1" else _RATIOS:
+        rows: Mapping[str, Any] = tables
+        for key in ratio.table:
+            rows = rows.get(key, {})
+        others = [rows[other][ratio.figure] for other in ratio.others if other in rows]
+        if ratio.ours in rows and others:
+            value = round(float(rows[ratio.ours][ratio.figure] / max(others)), 4)
+            found.setdefault(ratio.group, {})[ratio.name] = value
+    return found

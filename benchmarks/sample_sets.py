@@ -189,7 +189,7 @@ def read_with_pil(file: str | Path) -> Image.Image:
 
 
 def colourful(seed: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Draw a (height, width, 3) image of smooth, saturated colours with noise, hard for subsampled chroma."""
+    """Draw (height, width, 3) smooth, saturated colours with some noise, hard for chroma subsampling."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)

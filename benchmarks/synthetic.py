@@ -1,13 +1,15 @@
 """Sets of any size without the images for it: a full index over the payloads of a few real photographs."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.sets.beton import FIELD_DTYPE, HEADER_DTYPE, TABLE_DTYPE, BetonFile, matching_manifest
+from pipelines.sets.manifest import manifest_path
+from training.files import write_json
 
 _BLOCK_ENTRIES = 1 << 20
 
@@ -59,7 +61,8 @@ def write_synthetic(source: BetonFile, path: Path, *, count: int, payloads: int)
             file.write(block.tobytes())
         num_bytes = file.tell()
     # Hashing every entry's payload would read a terabyte, and no measurement needs the hash.
-    replace(manifest, count=count, num_bytes=num_bytes, sha256="", source="synthetic").write(path)
+    ours = replace(manifest, count=count, num_bytes=num_bytes, sha256="", source="synthetic")
+    write_json(manifest_path(path), asdict(ours))
     return int(payloads_at - metadata_at + num_bytes - table_at)
 
 

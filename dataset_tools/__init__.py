@@ -1,1 +1,1 @@
-"""From pictures to compiled sets: sources, the .beton writer, verification."""
+"""From images to compiled sets: sources, the .beton writer, verification."""

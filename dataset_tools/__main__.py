@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 import tyro
-from rich.console import Console
 
 from dataset_tools import check_commands, commands
-from dataset_tools.saying import line
-from training.cli import check_torch
+from dataset_tools.terminal import error_console, print_line
+from training.cli import INTERRUPTED, USER_ERROR, check_torch
 
 COMMANDS: dict[str, Callable[..., commands.Command]] = {
     "convert": commands.Convert,
@@ -23,35 +22,37 @@ COMMANDS: dict[str, Callable[..., commands.Command]] = {
     "preview": check_commands.Preview,
 }
 """Every sub-command by name."""
-USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the sub-command that ``args`` (default: the command line) name; return the exit code.
+    """Run a sub-command and return the exit code.
 
-    What a user can mend is one sentence on stderr and exit code 2; Ctrl-C and SIGTERM clean up and give 130.
+    A user's mistake is one sentence on stderr and exit code 2. Ctrl-C and SIGTERM clean up and give 130.
+
+    Args:
+        args: the sub-command and its options; by default those of the command line.
     """
     command: commands.Command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="python -m dataset_tools", description=__doc__, args=args
     )
-    err = Console(stderr=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         check_torch()
-        return command.run(Console(), err)
+        return command.run()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        mend = "; the output does not fit, make room where it goes or choose another place" if full else ""
-        line(err, f"error: {error}{mend}", style="red")
+        hint = "; the output does not fit, free some space or choose another place" if full else ""
+        print_line(f"error: {error}{hint}", out=error_console, style="red")
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
-        err.print(f"interrupted; {str(interrupt) or 'nothing was left behind'}", style="red")
+        hint = str(interrupt) or "nothing was left behind"
+        print_line(f"interrupted; {hint}", out=error_console, style="red")
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 – the shape that signal asks for
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 – the signature of a handler
     raise KeyboardInterrupt
 
 

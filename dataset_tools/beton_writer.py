@@ -1,20 +1,19 @@
-"""A writer of FFCV ``.beton`` files that leaves encoded pictures as they are and never a half-written file.
+"""Writes FFCV's ``.beton`` files. Encoded images are stored as they are, and no incomplete file is left.
 
-FFCV's own writer encodes every JPEG anew and waits for ever once one of its workers has raised.
+FFCV's own writer encodes every JPEG again, and waits forever if one of its workers raises.
 """
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.disk import BackgroundSync, Lock, open_alone
+from dataset_tools.disk import Lock, PartialFile, write_manifest
 from pipelines.sets.beton import (
     FIELD_DTYPE,
     HEADER_DTYPE,
@@ -47,9 +46,9 @@ DEFAULT_PAGE_BYTES = 8 << 20
 
 
 def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -> str:
-    """Finish the hash of a set: after all payloads come the columns mode, width, height and label.
+    """Finish the hash of a set: after all payloads, the columns mode, width, height and label are hashed.
 
-    Addresses stay out, so two files of the same pictures have the same hash whatever their pages.
+    Addresses are not, so files of the same images have the same hash for any page size.
     """
     for column in (metadata["f0"]["mode"], metadata["f0"]["width"], metadata["f0"]["height"], metadata["f1"]):
         hasher.update(np.ascontiguousarray(column).data)
@@ -57,61 +56,26 @@ def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -
 
 
 def settle(path: Path) -> None:
-    """Give pending side files their names where the set at ``path`` is theirs, and remove them where not."""
+    """Rename pending side files if they belong to the set at ``path``; remove them otherwise."""
     manifest = manifest_path(path)
-    theirs = in_force(path, manifest) != manifest
-    # The manifest goes last: it tells which set the others belong to.
+    belong = in_force(path, manifest) != manifest
+    # The manifest is last, because it identifies the set that the others belong to.
     for side in (paths_path(path), skipped_path(path), manifest):
         pending = pending_path(side)
         if not pending.exists():
             continue
-        if theirs and pending.stat().st_size:
+        if belong and pending.stat().st_size:
             pending.replace(side)
             continue
-        if theirs:
+        if belong:
             side.unlink(missing_ok=True)
         pending.unlink()
 
 
-class _SideFile:
-    """Lines of text beside a set, under a temporary name until the set is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
-        self._file: BinaryIO | None = None
-
-    def write(self, line: str) -> None:
-        """Add a line."""
-        self._opened().write(source_path_line(line))
-
-    def finish(self) -> None:
-        """Bring the lines to the disk under the pending name; no lines are an empty file."""
-        with self._opened() as file:
-            file.flush()
-            os.fsync(file.fileno())
-        self._partial.replace(pending_path(self._path))
-        self._file = None
-
-    def discard(self) -> None:
-        """Close and remove what is not finished."""
-        if self._file is not None:
-            self._partial.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a full disk, reported already
-                self._file.close()
-
-    def _opened(self) -> BinaryIO:
-        if self._file is None:
-            self._file = self._partial.open("wb")
-        return self._file
-
-
 class BetonWriter:
-    """Writes samples one after the other; the file appears under its name at ``commit`` and not before.
+    """Writes images one after the other; the file gets its name in :meth:`commit`.
 
-    Use it as a context manager: leaving it without ``commit``, by an error or Ctrl-C, removes what was
-    written. ``capacity`` is the greatest number of samples; fewer may be added, and the place of the others
-    in the metadata stays empty.
+    A context manager: leaving it without ``commit``, by an error or Ctrl-C, removes what was written.
     """
 
     def __init__(
@@ -123,10 +87,19 @@ class BetonWriter:
         page_bytes: int = DEFAULT_PAGE_BYTES,
         overwrite: bool = False,
     ) -> None:
-        """Check the options and open the temporary file ``<name>.partial``.
+        """Check the options and open the temporary files.
 
-        Raises ValueError for an unusable option, FileExistsError where ``path`` exists and ``overwrite`` is
-        off or where another process is writing it, FileNotFoundError where its folder does not exist.
+        Args:
+            path: the set to write, with the suffix .beton.
+            capacity: maximal number of images; the file has space in its tables for all of them.
+            tier: form in which images are stored.
+            page_bytes: size of a page, a power of two from 4096 on; grows if an image is larger.
+            overwrite: replace an existing set in ``commit``.
+
+        Raises:
+            ValueError: if an option is unusable.
+            FileExistsError: if ``path`` exists and ``overwrite`` is off, or another process is writing it.
+            FileNotFoundError: if its folder does not exist.
         """
         self.path = Path(path)
         if self.path.suffix != ".beton":
@@ -134,7 +107,7 @@ class BetonWriter:
         if tier not in TIER_MODES:
             raise ValueError(f"tier is {tier!r}; known are {', '.join(TIER_MODES)}")
         if capacity < 1:
-            raise ValueError(f"capacity is {capacity}; a compiled set holds at least one picture")
+            raise ValueError(f"capacity is {capacity}; a compiled set holds at least one image")
         if not 4096 <= page_bytes <= MAX_PAGE_BYTES or page_bytes & (page_bytes - 1):
             raise ValueError(f"page_bytes is {page_bytes}; choose a power of two in [4096, {MAX_PAGE_BYTES}]")
         if self.path.exists() and not overwrite:
@@ -149,18 +122,15 @@ class BetonWriter:
         self._descriptors = self._field_descriptors()
         self._metadata_at = HEADER_DTYPE.itemsize + self._descriptors.nbytes
         self._end: int = self._metadata_at + self._metadata.nbytes
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        self._paths, self._skipped = _SideFile(paths_path(self.path)), _SideFile(skipped_path(self.path))
-        self._committed = False
-        self._lock = Lock(self.path.with_name(f".{self.path.name}.lock"), self.path)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(Lock(self.path.with_name(f".{self.path.name}.lock"), self.path))
             settle(self.path)
-            self._file = open_alone(self._partial)
-        except BaseException:
-            self._lock.release()
-            raise
-        self._file.seek(self._end)
-        self._sync = BackgroundSync(self._file, self._end)
+            stack.callback(settle, self.path)
+            self._out = stack.enter_context(PartialFile(self.path))
+            self._out.skip_to(self._end)
+            self._paths = stack.enter_context(PartialFile(paths_path(self.path)))
+            self._skipped = stack.enter_context(PartialFile(skipped_path(self.path)))
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> "BetonWriter":
         return self
@@ -179,16 +149,23 @@ class BetonWriter:
         height: int,
         source_path: str,
     ) -> int:
-        """Append one picture and return its index.
+        """Append one image and return its index.
 
-        ``payload`` is a whole JPEG file; in the raw tier contiguous (height, width, 3) uint8 pixels; in the
-        yuv420 tier what ``Planes.packed`` gives.
-        Raises ValueError where it is empty or of another size, or a side is outside 1 … 65,535 px.
+        Args:
+            payload: a complete JPEG file; in the raw tier contiguous (height, width, 3) uint8 pixels; in the
+                yuv420 tier the result of ``Planes.packed``.
+            label: class number; −1 without classes.
+            width: in px, 1 … 65,535.
+            height: in px, 1 … 65,535.
+            source_path: path within the source, for the list of paths.
+
+        Raises:
+            ValueError: if the payload is empty or of another size, or a side is out of range.
         """
         data = memoryview(payload if isinstance(payload, bytes) else payload.data).cast("B")
         index, size = self.count, data.nbytes
         if index == len(self._metadata):
-            raise ValueError(f"the set was opened for {index} pictures and is full")
+            raise ValueError(f"the set was opened for {index} images and is full")
         if not (1 <= width <= MAX_SIDE_PX and 1 <= height <= MAX_SIDE_PX):
             raise ValueError(f"{source_path} is {width} × {height} px; sides must lie in 1 … {MAX_SIDE_PX}")
         if size == 0 or (self.tier != "jpeg" and size != pixel_bytes(self._mode, width, height)):
@@ -198,23 +175,23 @@ class BetonWriter:
         if size > MAX_PAGE_BYTES:
             raise ValueError(f"{source_path} has {size} bytes; a page holds at most {MAX_PAGE_BYTES}")
         pointer = self._place(size)
-        if pointer != self._end:  # a seek would empty the buffer of small pictures each time
-            self._file.seek(pointer)
-        self._file.write(data)
+        if pointer != self._end:  # a seek flushes the buffer, which is slow for small images
+            self._out.file.seek(pointer)
+        self._out.file.write(data)
         self._hasher.update(data)
         self._end = pointer + size
         image = self._metadata["f0"]
         image["mode"][index], image["width"][index] = self._mode, width
         image["height"][index], image["data_ptr"][index] = height, pointer
         self._metadata["f1"][index], self._sizes[index] = label, size
-        self._paths.write(source_path)
+        self._paths.file.write(source_path_line(source_path))
         self.count += 1
-        self._sync.written(self._end)
+        self._out.sync_behind(self._end)
         return index
 
     def skip(self, line: str) -> None:
-        """Name a picture that is not in the set, with the reason, in the list at ``skipped_path``."""
-        self._skipped.write(line)
+        """Write the path of an image that is left out, and the reason, into the list at ``skipped_path``."""
+        self._skipped.file.write(source_path_line(line))
 
     def commit(
         self,
@@ -224,61 +201,60 @@ class BetonWriter:
         replaced: Mapping[str, int] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Write tables and header, fsync, check, and give the set and its side files their names.
+        """Write tables and header, sync, check, and rename the set and its side files.
 
-        An old set stands until the new one is whole on the disk, and then is replaced in one step: a process
+        An old set stays until the new one is complete on the disk, and is replaced in one step. A process
         that is killed at any moment leaves one of the two, see ``in_force``.
-        Raises ValueError where no picture was added.
+
+        Args:
+            source: name of the source.
+            classes: class names in label order.
+            replaced: reason → number of images, as in the manifest.
+            settings: options of the conversion.
+
+        Raises:
+            ValueError: if no image was added.
         """
         if self.count == 0:
-            raise ValueError(f"no picture is left to put into {self.path}")
+            raise ValueError(f"no image is left to write to {self.path}")
         digest = contents_hash_end(self._hasher, self._metadata[: self.count])
         self._write_tables(digest)
         manifest = Manifest(
             tier=self.tier,
             count=self.count,
-            num_bytes=self._file.tell(),
+            num_bytes=self._out.file.tell(),
             sha256=digest,
             source=source,
             classes=tuple(classes),
             replaced=dict(replaced or {}),
             settings=dict(settings or {}),
         )
-        self._sync.finish()
+        self._out.sync()
         for side in (self._paths, self._skipped):
-            side.finish()
-        manifest.write(self.path, pending=True)
-        written = open_beton(self._partial)
+            side.sync()
+            side.rename(pending_path(side.path))
+        write_manifest(manifest, self.path, pending=True)
+        written = open_beton(self._out.partial)
         assert (len(written), written.sha256) == (manifest.count, manifest.sha256), (
-            "the file read back is another"
+            "the file that was read back differs"
         )
         sync_folder(self.path.parent)
-        self._partial.replace(self.path)
-        self._committed = True
+        self._out.rename()
         sync_folder(self.path.parent)
         settle(self.path)
         sync_folder(self.path.parent)
-        self._lock.release()
+        self._stack.close()
         return manifest
 
     def discard(self) -> None:
-        """Close and remove the temporary files; after ``commit`` only closes."""
-        for side in (self._paths, self._skipped):
-            side.discard()
-        if not self._committed:
-            self._partial.unlink(missing_ok=True)
-            settle(self.path)
-        self._sync.close()
-        with contextlib.suppress(OSError):
-            # Closing writes what waits in the buffer, which fails again where the disk is full.
-            self._file.close()
-        self._lock.release()
+        """Close and remove the temporary files; after ``commit`` do nothing."""
+        self._stack.close()
 
     def _place(self, size: int) -> int:
-        """Return the next address where ``size`` bytes stay within one page.
+        """Return the next address at which ``size`` bytes are within one page.
 
-        A payload larger than a page doubles the page for the whole file. What is already written stays valid:
-        every page of the old size lies within one of the new.
+        A payload larger than a page doubles the page size of the whole file. The addresses already used stay
+        valid: every old page is within one new page.
         """
         while size > self.page_bytes:
             self.page_bytes *= 2
@@ -296,11 +272,12 @@ class BetonWriter:
         header["alloc_table_ptr"] = self._end
         recorded = self._descriptors[1]["arguments"]
         recorded[:HASH_BYTES] = np.frombuffer(digest.encode("ascii"), np.uint8)
-        self._file.seek(0)
-        self._file.write(header.tobytes() + self._descriptors.tobytes())
-        self._file.write(self._metadata[: self.count].data.cast("B"))
-        self._file.seek(self._end)
-        self._file.write(table.data.cast("B"))
+        file = self._out.file
+        file.seek(0)
+        file.write(header.tobytes() + self._descriptors.tobytes())
+        file.write(self._metadata[: self.count].data.cast("B"))
+        file.seek(self._end)
+        file.write(table.data.cast("B"))
 
     def _field_descriptors(self) -> npt.NDArray[np.void]:
         fields = (("image", TYPE_PLANES if self.tier == "yuv420" else TYPE_IMAGE), ("label", TYPE_INT))

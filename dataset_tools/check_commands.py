@@ -1,4 +1,4 @@
-"""The sub-commands on sets that are there: index, verify, stats, preview."""
+"""The sub-commands for existing sets: index, verify, stats, preview."""
 
 import time
 from dataclasses import dataclass
@@ -6,56 +6,56 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from dataset_tools.index_shards import index_shards, write_dali_indices
 from dataset_tools.preview import preview
-from dataset_tools.progress import count_up, track
-from dataset_tools.report import NUM_NAMED, Stats
-from dataset_tools.saying import line, pace, printable, report_left_out
-from dataset_tools.verify import count_pictures, stats, verify
-from dataset_tools.work import MAX_BAD
+from dataset_tools.stats import Stats, count_images, stats
+from dataset_tools.terminal import count_up, pace, print_left_out, print_line, printable, track
+from dataset_tools.verify import verify
+from dataset_tools.work import MAX_BAD, NUM_NAMED
 from pipelines.sets.manifest import skipped_path
+from training.cli import console
 
 
 @dataclass(frozen=True)
 class Index:
-    """Make a set of WebDataset shards that are there already: only indices are added, no tar is changed.
+    """Make a set of existing WebDataset shards: only indices are added, no tar is changed.
 
-    A sample's picture is its jpg, png, webp … file; its label the number in its cls file, or "label" in json.
+    A sample's image is its jpg, png, webp … file. Its label is the number in its cls file, or "label" in
+    its json file.
     """
 
     path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """The folder that holds the .tar files."""
     ext: tuple[str, ...] = ()
-    """Endings of the picture files, such as jpg png; by default that of the first sample."""
+    """Suffixes of the image files, such as jpg png; by default that of the first sample."""
     labels: bool = True
-    """Take labels from cls and json files; --no-labels takes all pictures as unlabelled."""
+    """Take labels from cls and json files; --no-labels takes all images as unlabelled."""
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Class names, one a line in the order of the labels; by default labels are called 0, 1, …."""
+    """Class names, one per line in label order; by default the names are 0, 1, …."""
     max_bad: Annotated[float, tyro.conf.arg(metavar="SHARE")] = MAX_BAD
-    """Leave out samples without a picture that can be read, up to this share of all."""
+    """Leave out samples without a readable image, up to this share of all."""
     accept_truncated: bool = False
-    """Take the samples of a damaged tar that come before the place where it cannot be read on."""
+    """Take the samples of a damaged tar up to the place where it cannot be read any further."""
     dali_only: bool = False
     """Write DALI's .idx files where they are missing or wrong, and nothing else."""
     workers: int | None = None
-    """Tars read at once; all cores by default."""
+    """Tars read at the same time; all cores by default."""
 
-    def run(self, out: Console, err: Console) -> int:
+    def run(self) -> int:
         """Index and report."""
         started = time.monotonic()
-        with count_up("indexing tars", err) as advance:
+        with count_up("indexing tars") as progress:
             if self.dali_only:
                 written = write_dali_indices(
                     self.path,
                     accept_truncated=self.accept_truncated,
                     workers=self.workers,
-                    progress=advance,
+                    progress=progress,
                 )
-                line(out, f"{self.path}: {written} DALI indices written. "
-                          f"Next: python -m dataset_tools verify {self.path}")  # fmt: skip
+                next_step = f"Next: python -m dataset_tools verify {self.path}"
+                print_line(f"{self.path}: {written} DALI indices written. {next_step}")
                 return 0
             names = None if self.classes is None else self.classes.read_text(encoding="utf-8").splitlines()
             done = index_shards(
@@ -66,74 +66,72 @@ class Index:
                 max_bad=self.max_bad,
                 accept_truncated=self.accept_truncated,
                 workers=self.workers,
-                progress=advance,
+                progress=progress,
             )
-        skipped = done.skipped
-        report_left_out(skipped_path(self.path), done.manifest.replaced, skipped, len(skipped), out)
+        print_left_out(skipped_path(self.path), done.manifest.replaced, done.skipped, len(done.skipped))
         if done.was_converted:
-            line(out, "the set was converted here; its pictures are now numbered as they lie in the tars, no "
-                      "longer as in their source")  # fmt: skip
-        made = f"{done.manifest.count:,} pictures in {len(done.manifest.shards)} shards"
-        speed = pace(done.manifest.count, time.monotonic() - started)
-        line(out, f"{self.path}: {made}, {done.idx_written} DALI indices written, {speed}. "
-                  f"Next: make pretrain DATA={self.path}")  # fmt: skip
+            print_line(
+                "this set was made by a conversion; its images are now numbered in the order of the tars, "
+                "no longer in the order of their source"
+            )
+        count = done.manifest.count
+        made = f"{count:,} images in {len(done.manifest.shards)} shards"
+        made += f", {done.idx_written} DALI indices written, {pace(count, time.monotonic() - started)}"
+        print_line(f"{self.path}: {made}. Next: make pretrain DATA={self.path}")
         return 0
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Check a compiled set: tables, hashes, every picture decoded. Exit code 1 where it is damaged."""
+    """Check a compiled set: tables, hashes, every image by decoding it. Exit code 1 if it is damaged."""
 
     path: tyro.conf.Positional[Path]
     """The .beton file, or the folder of shards."""
     workers: int | None = None
     """Threads; all cores by default."""
 
-    def run(self, out: Console, err: Console) -> int:
+    def run(self) -> int:
         """Check and report."""
-        total = count_pictures(self.path)
+        total = count_images(self.path)
         started = time.monotonic()
-        with track(total, "verifying", err) as advance:
-            report = verify(self.path, workers=self.workers, progress=advance)
+        with track(total, "verifying") as progress:
+            report = verify(self.path, workers=self.workers, progress=progress)
         for problem in report.problems:
-            line(out, problem, style="red")
+            print_line(problem, style="red")
         for bad in report.bad[:NUM_NAMED]:
-            line(
-                out,
-                f"picture {bad.index} ({bad.source_path or 'source not recorded'}): {bad.reason}",
-                style="red",
-            )
+            source = bad.source_path or "source not recorded"
+            print_line(f"image {bad.index} ({source}): {bad.reason}", style="red")
         if len(report.bad) > NUM_NAMED:
-            line(out, f"… and {len(report.bad) - NUM_NAMED:,} more", style="red")
+            print_line(f"… and {len(report.bad) - NUM_NAMED:,} more", style="red")
         if not report.ok:
-            line(out, f"{self.path} is damaged: {len(report.bad):,} of {report.count:,} pictures bad. "
-                       "Next: mend what is named above, or compile it again")  # fmt: skip
+            bad_images = f"{len(report.bad):,} of {report.count:,} images bad"
+            next_step = "repair what is listed above, or compile the set again"
+            print_line(f"{self.path} is damaged: {bad_images}. Next: {next_step}")
             return 1
-        compared = (
-            "as its manifest says" if report.has_manifest else "no manifest to compare the contents with"
-        )
+        compared = "matches its manifest" if report.has_manifest else "without a manifest to compare it with"
         speed = pace(report.count, time.monotonic() - started)
-        whole = f"{self.path} is whole, tier {report.tier}, {compared}"
-        line(out, f"{whole}: {speed}. Next: make pretrain DATA={self.path}")
+        undamaged = f"{self.path} is undamaged, tier {report.tier}, {compared}"
+        print_line(f"{undamaged}: {speed}. Next: make pretrain DATA={self.path}")
         return 0
 
 
 @dataclass(frozen=True)
 class ShowStats:
-    """Show what a compiled set holds: pictures, classes, sizes, bytes."""
+    """Show what a compiled set holds: images, classes, sizes, bytes."""
 
     path: tyro.conf.Positional[Path]
     """The .beton file, or the folder of shards."""
     classes: Annotated[int, tyro.conf.arg(metavar="N")] = 20
-    """Classes to list, the largest first; 0 lists none."""
+    """Number of classes to list, the largest first; 0 lists none."""
 
-    def run(self, out: Console, err: Console) -> int:  # noqa: ARG002 – nothing here takes long
+    def run(self) -> int:
         """Print the tables."""
         found = stats(self.path)
-        out.print(_overview(found))
+        console.print(_overview(found), soft_wrap=False)
         if self.classes > 0:
-            out.print(_class_table(found, self.classes))
-        line(out, f"{self.path}: {found.count:,} pictures. Next: python -m dataset_tools verify {self.path}")
+            console.print(_class_table(found, self.classes), soft_wrap=False)
+        next_step = f"python -m dataset_tools verify {self.path}"
+        print_line(f"{self.path}: {found.count:,} images. Next: {next_step}")
         return 0
 
 
@@ -142,19 +140,19 @@ class Preview:
     """Draw a sheet of what the loader makes of a set: crops, views, masks, mixtures and their λ."""
 
     data: tyro.conf.Positional[Path]
-    """A .beton file, a folder of shards, or a folder of pictures."""
+    """A .beton file, a folder of shards, or a folder of images."""
     output: tyro.conf.Positional[Path]
     """The PNG to write."""
     rows: int = 6
-    """Pictures on the sheet."""
+    """Images on the sheet."""
     crop_px: int = 224
     """Side of the views."""
     grid_size: int = 8
     """Cells along a side of the mask."""
     seed: int = 0
-    """Of the run whose first batch is shown."""
+    """Seed of the run; its first batch is shown."""
 
-    def run(self, out: Console, err: Console) -> int:  # noqa: ARG002 – nothing here takes long
+    def run(self) -> int:
         """Draw the sheet."""
         path = preview(
             self.data,
@@ -164,17 +162,17 @@ class Preview:
             grid_size=self.grid_size,
             seed=self.seed,
         )
-        line(out, f"{path}: {self.rows} pictures. Next: make pretrain DATA={self.data}")
+        print_line(f"{path}: {self.rows} images. Next: make pretrain DATA={self.data}")
         return 0
 
 
 def _overview(found: Stats) -> Table:
     table = Table("", "", title=printable(str(found.path)), show_header=False)
-    table.add_row("pictures", f"{found.count:,}")
+    table.add_row("images", f"{found.count:,}")
     table.add_row("tier", found.tier)
     table.add_row("stored in", f"{found.num_bytes / 1e6:,.1f} MB, {found.layout}")
     table.add_row(
-        "bytes a picture", f"mean {found.payload_bytes_mean:,.0f}, median {found.payload_bytes_median:,.0f}"
+        "bytes per image", f"mean {found.payload_bytes_mean:,.0f}, median {found.payload_bytes_median:,.0f}"
     )
     for name, (low, median, high) in (("width", found.width_px), ("height", found.height_px)):
         table.add_row(name, f"{low} … {high} px, median {median:g}")
@@ -182,10 +180,10 @@ def _overview(found: Stats) -> Table:
 
 
 def _class_table(found: Stats, limit: int) -> Table:
-    """List the largest classes, each with a bar as long as its share of the largest."""
+    """List the largest classes, each with a bar of its share of the largest."""
     ranked = sorted(found.per_class, key=lambda item: -item[1])
     title = f"{len(ranked):,} classes" + (f", the largest {limit}" if len(ranked) > limit else "")
-    table = Table("class", "pictures", "", title=title)
+    table = Table("class", "images", "", title=title)
     for name, count in ranked[:limit]:
         table.add_row(printable(name), f"{count:,}", "█" * round(30 * count / max(ranked[0][1], 1)))
     return table

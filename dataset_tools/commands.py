@@ -1,128 +1,123 @@
-"""The sub-commands of ``python -m dataset_tools`` that make sets: each a dataclass of its options.
+"""The sub-commands of ``python -m dataset_tools`` that make sets. Each is a dataclass of its options.
 
-A new command is one more such class, and one more line in the table of ``__main__``.
+A new command is one more such class and one more line in the table of ``__main__``.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Protocol
 
 import tyro
-from rich.console import Console
 
-from dataset_tools.convert import Converted, Sharding, compile_set, make_shards
+from dataset_tools.convert import Converted, Sharding, convert_work, make_shards
 from dataset_tools.fashion_mnist import compile_fashion_mnist, locate
 from dataset_tools.normalise import Normalising
-from dataset_tools.open_source import open_source
 from dataset_tools.photographs import make_photographs
-from dataset_tools.progress import Advance, count_up, track
-from dataset_tools.saying import line, pace, report_left_out
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE
-from dataset_tools.shard_set import SUFFIX
-from dataset_tools.sources import Source
-from dataset_tools.work import MAX_BAD, Work
+from dataset_tools.shard_set import SUFFIX, unfinished
+from dataset_tools.sources import FolderSource, ShardSource, Source
+from dataset_tools.tar_source import TarSource
+from dataset_tools.terminal import count_up, pace, print_left_out, print_line, track
+from dataset_tools.work import MAX_BAD, Progress, Work
 from pipelines.sets.manifest import Tier, skipped_path
+from pipelines.sets.shards import index_hint, is_shard_set
 
-_FASHION_MNIST_PICTURES = 70_000
+_FASHION_MNIST_IMAGES = 70_000
+_TAR_SUFFIXES = (".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".zst")
+"""Of files that are opened as tars; a compressed one is an error that says so."""
 
 
 class Command(Protocol):
-    """One sub-command, its options as fields."""
+    """One sub-command, with its options as fields."""
 
-    def run(self, out: Console, err: Console) -> int:
-        """Do the work; results go to ``out``, progress bars to ``err``. Returns the exit code."""
+    def run(self) -> int:
+        """Do the work, print the results, and return the exit code."""
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Compile pictures into a .beton file or, where OUTPUT ends in .shards, into a folder of shards.
+    """Compile images into a .beton file or, if OUTPUT ends in .shards, into a folder of shards.
 
-    SOURCE is a folder of class folders, or a flat one; a tar of pictures, or of one tar per class as ImageNet
-    is downloaded, which is not unpacked; or a set of shards. Shards are made in parts that are whole or
-    absent: the same command again goes on where it was stopped, and several machines can share the work with
-    --shards.
+    SOURCE is a folder of class folders or a flat folder; a tar of images or of one tar per class, as
+    ImageNet is downloaded, which is not unpacked; or a set of shards. A stopped conversion to shards keeps
+    its complete shards, and the same command continues it. Several machines can share the work with --shards.
     """
 
     source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
-    """Folder or .tar of pictures, or set of shards."""
+    """Folder or .tar of images, or set of shards."""
     output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUTPUT")]]
     """The .beton file to write, or the .shards folder."""
     workers: int | None = None
     """Threads; all cores by default."""
     tier: Tier = "jpeg"
-    """jpeg: keep JPEG files as they are; yuv420: store decoded planes, fast to load, 1.5 bytes a pixel, best
-    with --short-side; raw: store pixels, for tiny pictures. Shards are always jpeg."""
+    """jpeg: keep JPEG files as they are. yuv420: store decoded planes, fast to load, 1.5 bytes per pixel,
+    best with --short-side. raw: store pixels, for tiny images. Shards are always jpeg."""
     quality: int = 95
-    """JPEG quality of pictures that must be encoded anew."""
+    """JPEG quality of images that must be encoded again."""
     max_side: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """Reduce pictures to this longer side in px; by default sizes stay, and none is ever enlarged."""
+    """Reduce images to this longer side in px; by default sizes stay. Images are never enlarged."""
     short_side: Annotated[int | None, tyro.conf.arg(metavar="PX")] = None
-    """Reduce pictures to this shorter side in px, instead of --max-side."""
+    """Reduce images to this shorter side in px, instead of --max-side."""
     recompress: bool = False
-    """Encode every JPEG anew at --quality, even one that could stay as it is."""
+    """Encode every JPEG again at --quality, even one that could stay as it is."""
     verify: bool = True
-    """Decode every JPEG once to find cut and corrupt ones."""
+    """Decode every JPEG once to find truncated and damaged ones."""
     labels: bool = True
-    """Take folders as classes; --no-labels takes all pictures of SOURCE as unlabelled."""
+    """Take folders as classes; --no-labels takes all images of SOURCE as unlabelled."""
     labels_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Class names, one a line in the order of the sorted pictures, for a tar without class folders."""
+    """Class names, one per line in the order of the sorted images, for a tar without class folders."""
     max_bad: Annotated[float, tyro.conf.arg(metavar="SHARE")] = MAX_BAD
-    """Leave out pictures that cannot be decoded, up to this share of all; 0 stops at the first."""
+    """Leave out images that cannot be decoded, up to this share of all; 0 stops at the first."""
     accept_truncated: bool = False
-    """Take the pictures of a damaged tar that come before the place where it cannot be read on."""
+    """Take the images of a damaged tar up to the place where it cannot be read any further."""
     shard_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Pictures a shard; 2000 by default."""
+    """Images per shard; 2000 by default."""
     seed: int | None = None
-    """Of the order of the pictures in the shards, in which they are shuffled once; 0 by default."""
+    """Seed of the order of the images in the shards, 0 by default. They are shuffled once."""
     shards: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
-    """Make only the shards A … B − 1; once all are there, the command without this option ends the set."""
+    """Make only the shards A … B − 1. When all exist, the command without this option finishes the set."""
     overwrite: bool = False
-    """Replace OUTPUT where it exists, once the new set is whole. Stopped before, it begins anew."""
+    """Replace an existing OUTPUT when the new set is complete. A stopped replacement starts again."""
 
-    def run(self, out: Console, err: Console) -> int:
-        """Compile and report."""
+    def run(self) -> int:
+        """Compile the set and report."""
         sharding = self._sharding()
         if sharding is None and self.output.exists() and not self.overwrite:
             raise FileExistsError(f"{self.output} exists already; choose another name or add --overwrite")
-        with count_up("reading names", err) as advance:
+        with count_up("reading names") as progress:
             source = open_source(
                 self.source,
                 labelled=self.labels,
                 labels_file=self.labels_file,
                 accept_truncated=self.accept_truncated,
-                progress=advance,
+                progress=progress,
             )
         if sharding is None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
         replaces = self.overwrite and self.output.exists()
         started = time.monotonic()
         try:
-            with track(len(source), "converting", err) as advance:
-                work = self._work(source, advance)
+            with track(len(source), "converting") as progress:
+                work = self._work(source, progress)
                 if sharding is not None and not _covers_all(sharding, source):
-                    return self._make_some(work, sharding, out)
+                    return self._make_some(work, sharding)
                 every = sharding and replace(sharding, shards=None)
-                converted = compile_set(work, self.output, sharding=every, overwrite=self.overwrite)
+                converted = convert_work(work, self.output, sharding=every, overwrite=self.overwrite)
         except KeyboardInterrupt:
             if sharding is None or replaces:
                 raise
-            raise KeyboardInterrupt("whole shards are kept; the same command goes on from there") from None
-        if converted.already_there:
-            num_shards = len(converted.manifest.shards)
-            told = f"{converted.manifest.count:,} pictures in {num_shards} shards, already complete"
-            line(out, f"{self.output}: {told}. Next: make pretrain DATA={self.output}")
-            return 0
-        _report_replaced(self.output, converted, out)
-        _say_done(self.output, converted, time.monotonic() - started, out)
+            raise KeyboardInterrupt("complete shards are kept; run the same command to continue") from None
+        _report(self.output, converted, time.monotonic() - started)
         return 0
 
     def _sharding(self) -> Sharding | None:
-        """What is asked of shards; None for a .beton file."""
+        """The options of shards; None for a .beton file."""
         if self.shards is not None and self.overwrite:
             raise ValueError(
-                f"--shards {self.shards} shares the work on {self.output}, and --overwrite would remove what "
-                "others have made; remove the folder by hand, once"
+                f"--shards {self.shards} makes a part of {self.output}, and --overwrite would remove the "
+                "other parts; remove the folder by hand, once"
             )
         if self.output.suffix != SUFFIX:
             options = {"--shard-size": self.shard_size, "--seed": self.seed, "--shards": self.shards}
@@ -137,17 +132,70 @@ class Convert:
             None if self.shards is None else _range(self.shards),
         )
 
-    def _work(self, source: Source, advance: Advance) -> Work:
+    def _work(self, source: Source, progress: Progress) -> Work:
         how = Normalising(
             self.tier, self.quality, self.max_side, self.short_side, self.recompress, self.verify
         )
-        return Work(source, how, self.max_bad, workers=self.workers, progress=advance)
+        return Work(source, how, self.max_bad, workers=self.workers, progress=progress)
 
-    def _make_some(self, work: Work, sharding: Sharding, out: Console) -> int:
+    def _make_some(self, work: Work, sharding: Sharding) -> int:
         done = make_shards(work, self.output, sharding)
-        told = f"{done.made} shards made, {done.asked - done.made} were whole, the set has {done.num_shards}"
-        line(out, f"{self.output}: {told}. Next: when all are here, the same command without --shards")
+        complete = done.requested - done.made
+        counts = f"{done.made} shards made, {complete} were complete, the set has {done.num_shards}"
+        print_line(f"{self.output}: {counts}. Next: when all exist, the same command without --shards")
         return 0
+
+
+def open_source(
+    path: Path,
+    *,
+    labelled: bool = True,
+    labels_file: Path | None = None,
+    accept_truncated: bool = False,
+    progress: Callable[[], None] | None = None,
+) -> Source:
+    """Open a folder of images, a tar of images or of tars, or a set of shards.
+
+    Args:
+        path: the folder or file.
+        labelled: False takes the images of a folder or a tar as one unlabelled set.
+        labels_file: for tars, see TarSource.
+        accept_truncated: take what can be read of a damaged tar or set of shards.
+        progress: called once per image of a tar and once per shard.
+
+    Raises:
+        ValueError: if ``path`` is anything else or an option does not apply to it; also as the classes of the
+            sources do.
+    """
+    if labels_file is not None and not path.is_file():
+        raise ValueError(f"the labels in {labels_file} are for a tar of images, and {path} is not a tar")
+    if path.is_file():
+        if path.suffix.lower() not in _TAR_SUFFIXES:
+            raise ValueError(
+                f"the source {path} is a file but not a .tar; give a folder of images, a tar of images "
+                "or a set of shards"
+            )
+        return TarSource(
+            path,
+            labelled=labelled,
+            labels_file=labels_file,
+            accept_truncated=accept_truncated,
+            progress=progress,
+        )
+    if is_shard_set(path):
+        if not labelled:
+            raise ValueError(f"{path} is a set of shards, and its labels cannot be left out")
+        return ShardSource(path, accept_truncated=accept_truncated, progress=progress)
+    if accept_truncated:
+        raise ValueError(
+            f"--accept-truncated is for damaged tars; {path} is neither a tar nor a set of shards"
+        )
+    if path.is_dir():
+        if sentence := unfinished(path):
+            raise ValueError(sentence)
+        if (tar := next(path.glob("*.tar"), None)) and not any(entry.is_dir() for entry in path.iterdir()):
+            raise ValueError(f"{path} holds tars (such as {tar.name}) without an index; {index_hint(path)}")
+    return FolderSource(path, labelled=labelled)
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -166,22 +214,22 @@ class Photographs:
     """Make the sample set: ImageNet-like JPEGs cut from photographs inside installed packages."""
 
     output: tyro.conf.Positional[Path]
-    """Folder to make, with train and val below it."""
+    """Folder to make, with the folders train and val in it."""
     count: int = 2000
-    """Pictures in train."""
+    """Images in train."""
     val: int = 200
-    """Pictures in val."""
+    """Images in val."""
     seed: int = 0
-    """The same seed gives the same pictures."""
+    """The same seed gives the same images."""
     workers: int | None = None
     """Threads; all cores by default."""
     overwrite: bool = False
     """Replace a sample set made with other options."""
 
-    def run(self, out: Console, err: Console) -> int:
+    def run(self) -> int:
         """Make the set and report."""
         started = time.monotonic()
-        with track(self.count + self.val, "making photographs", err) as advance:
+        with track(self.count + self.val, "making photographs") as progress:
             made = make_photographs(
                 self.output,
                 count=self.count,
@@ -189,13 +237,13 @@ class Photographs:
                 seed=self.seed,
                 workers=self.workers,
                 overwrite=self.overwrite,
-                progress=advance,
+                progress=progress,
             )
         total = sum(made.counts)
-        mean = f"{total:,} pictures, {made.num_bytes / total / 1e3:.0f} KB on average"
+        mean = f"{total:,} images, {made.num_bytes / total / 1e3:.0f} KB on average"
         done = "already complete" if made.already_there else pace(total, time.monotonic() - started)
         next_step = f"python -m dataset_tools convert {made.root / 'train'} {made.root}-train.beton"
-        line(out, f"{made.root}: {mean}, {done}. Next: {next_step}")
+        print_line(f"{made.root}: {mean}, {done}. Next: {next_step}")
         return 0
 
 
@@ -206,44 +254,45 @@ class FashionMnist:
     output: tyro.conf.Positional[Path]
     """Folder for fashion-mnist-train.beton and fashion-mnist-test.beton."""
     download_to: Path = Path("data")
-    """Where torchvision downloads the files when Debian's package is not installed."""
+    """Folder into which torchvision downloads the files if Debian's package is not installed."""
     workers: int | None = None
     """Threads; all cores by default."""
     limit: int | None = None
-    """Take only this many pictures of the training set, and a sixth as many of the test set."""
+    """Take only this number of images of the training set, and a sixth of it of the test set."""
     overwrite: bool = False
-    """Replace the sets where they exist."""
+    """Replace existing sets."""
 
-    def run(self, out: Console, err: Console) -> int:
+    def run(self) -> int:
         """Compile both splits and report."""
         pairs = locate(self.download_to)
         started = time.monotonic()
-        expected = _FASHION_MNIST_PICTURES if self.limit is None else self.limit + self.limit // 6
-        with track(expected, "compiling Fashion-MNIST", err) as advance:
+        expected = _FASHION_MNIST_IMAGES if self.limit is None else self.limit + self.limit // 6
+        with track(expected, "compiling Fashion-MNIST") as progress:
             outcome = compile_fashion_mnist(
                 self.output,
                 pairs,
                 workers=self.workers,
                 limit=self.limit,
                 overwrite=self.overwrite,
-                progress=advance,
+                progress=progress,
             )
         seconds = time.monotonic() - started
         total = sum(converted.manifest.count for converted in outcome.values())
         for path, converted in outcome.items():
-            _say_done(path, converted, seconds * converted.manifest.count / total, out)
+            _report(path, converted, seconds * converted.manifest.count / total)
         return 0
 
 
-def _report_replaced(path: Path, converted: Converted, out: Console) -> None:
-    """Say what was encoded anew or left out, and name the first pictures left out."""
+def _report(path: Path, converted: Converted, seconds: float) -> None:
+    """Print what became of the images, and what to do next."""
     manifest = converted.manifest
-    report_left_out(skipped_path(path), manifest.replaced, converted.skipped, converted.num_skipped, out)
-
-
-def _say_done(path: Path, converted: Converted, seconds: float, out: Console) -> None:
-    manifest = converted.manifest
+    num_shards = len(manifest.shards)
+    next_step = f"Next: make pretrain DATA={path}"
+    if converted.already_there:
+        print_line(f"{path}: {manifest.count:,} images in {num_shards} shards, already complete. {next_step}")
+        return
+    print_left_out(skipped_path(path), manifest.replaced, converted.skipped, converted.num_skipped)
     listed = f" of {manifest.count + converted.num_skipped:,} listed" if converted.num_skipped else ""
-    size = f"{manifest.count:,} pictures{listed}, tier {manifest.tier}, {manifest.num_bytes / 1e6:,.1f} MB"
-    shards = f" in {len(manifest.shards)} shards" if manifest.shards else ""
-    line(out, f"{path}: {size}{shards}, {pace(manifest.count, seconds)}. Next: make pretrain DATA={path}")
+    size = f"{manifest.count:,} images{listed}, tier {manifest.tier}, {manifest.num_bytes / 1e6:,.1f} MB"
+    shards = f" in {num_shards} shards" if num_shards else ""
+    print_line(f"{path}: {size}{shards}, {pace(manifest.count, seconds)}. {next_step}")

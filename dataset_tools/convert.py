@@ -1,117 +1,102 @@
-"""A source of pictures → a compiled set: one ``.beton`` file, or a folder of shards."""
+"""Converts a source of images to a compiled set: one ``.beton`` file, or a folder of shards."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dataset_tools.beton_writer import DEFAULT_PAGE_BYTES, BetonWriter
-from dataset_tools.keys import Keys
-from dataset_tools.normalise import BadPicture, Normal, Normalising
-from dataset_tools.report import NUM_NAMED
+from dataset_tools.beton_writer import BetonWriter
+from dataset_tools.normalise import BadImage, Normal, Normalising
 from dataset_tools.shard_claim import claimed, replacing
-from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan, plan_for
+from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan
 from dataset_tools.shard_set import SUFFIX, finish, missing, remove_sides
-from dataset_tools.shard_writer import ShardsWriter
+from dataset_tools.shard_writer import Keys, ShardsWriter
 from dataset_tools.sources import Source
-from dataset_tools.work import MAX_BAD, Progress, Work
+from dataset_tools.work import MAX_BAD, NUM_NAMED, Progress, Work
 from pipelines.randomness import EpochOrder
-from pipelines.sets.manifest import Manifest, Tier, of_kind
+from pipelines.sets.manifest import Manifest, of_kind
 from pipelines.sets.shards import set_aside
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The outcome of one conversion."""
+    """The result of a conversion."""
 
     manifest: Manifest
     skipped: tuple[str, ...]
-    """"path: reason" of the first twenty pictures left out."""
+    """"path: reason" of the first twenty images left out."""
     num_skipped: int
+    """Number of images left out."""
     already_there: bool = False
-    """The set was complete before, nothing was done."""
+    """True if the set was complete before and nothing was done."""
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a set is divided among tars."""
+    """How a set is divided into tars."""
 
     shard_size: int = DEFAULT_SHARD_SIZE
-    """Pictures of the source per shard."""
+    """Images of the source per shard."""
     seed: int = 0
-    """Of the order in which pictures lie in the shards."""
+    """Seed of the order of the images in the shards."""
     shards: tuple[int, int] | None = None
-    """Make only the shards [first, stop); None: all."""
+    """Make only the shards [first, stop); None makes all."""
 
 
 @dataclass(frozen=True)
 class ShardsMade:
-    """The outcome of a conversion that was asked for some of the shards and did not end the set."""
+    """The result of making some of the shards of a set."""
 
     made: int
-    """Shards made now; the others asked for were whole."""
-    asked: int
+    """Number of shards made now; the other requested ones were complete before."""
+    requested: int
     num_shards: int
-    """Of the whole set."""
+    """Number of shards of the whole set."""
 
 
 def convert(
     source: Source,
     out: str | Path,
+    how: Normalising | None = None,
     *,
-    tier: Tier = "jpeg",
-    workers: int | None = None,
-    quality: int = 95,
-    max_side: int | None = None,
-    short_side: int | None = None,
-    recompress: bool = False,
-    verify: bool = True,
-    max_bad: float = MAX_BAD,
-    limit: int | None = None,
-    page_bytes: int = DEFAULT_PAGE_BYTES,
     sharding: Sharding | None = None,
     overwrite: bool = False,
+    max_bad: float = MAX_BAD,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Converted:
-    """Compile ``source`` into ``out``: a file (.beton) with its manifest and list of paths beside it, or a
-    folder (.shards) with them inside.
-
-    The options from ``tier`` to ``verify``, but for ``workers``, are those of Normalising. The bytes written
-    depend on the source and the options, not on ``workers`` (None: all cores).
-    ``limit`` takes only the first pictures of the source; ``page_bytes`` is for files, ``sharding`` for
-    shards; ``progress`` is called once a picture.
-    Pictures that cannot be decoded are left out, counted in the manifest and named in the list that
-    ``skipped_path`` tells. It is an error if they are more than the share ``max_bad`` of the source.
-    After any error nothing new is left of a file. Of shards those that are whole stay, unless they were to
-    replace others, and the next call goes on.
-    Raises ValueError for an unusable option and where no picture, or too few, can be used, FileExistsError
-    where ``out`` exists and ``overwrite`` is off (shards made of the same source with the same options are
-    taken as they are), ImportError without libturbojpeg, which finds damaged pictures.
-    """
-    how = Normalising(
-        tier=tier,
-        quality=quality,
-        max_side=max_side,
-        short_side=short_side,
-        recompress=recompress,
-        verify=verify,
-    )
-    work = Work(source, how, max_bad, limit, workers, progress)
-    return compile_set(work, out, page_bytes=page_bytes, sharding=sharding, overwrite=overwrite)
+    """Convert ``source`` to a compiled set; :func:`convert_work` with the options of Work as arguments."""
+    work = Work(source, how or Normalising(), max_bad, workers=workers, progress=progress)
+    return convert_work(work, out, sharding=sharding, overwrite=overwrite)
 
 
-def compile_set(
-    work: Work,
-    out: str | Path,
-    *,
-    page_bytes: int = DEFAULT_PAGE_BYTES,
-    sharding: Sharding | None = None,
-    overwrite: bool = False,
+def convert_work(
+    work: Work, out: str | Path, *, sharding: Sharding | None = None, overwrite: bool = False
 ) -> Converted:
-    """Like ``convert``, of work that is described already."""
+    """Write the compiled set of the images that ``work`` describes.
+
+    The bytes depend on the source and the options, not on the number of threads. Images that cannot be
+    decoded are left out, counted in the manifest and listed in the file ``skipped_path``. After an error no
+    new ``.beton`` file is left. Complete shards stay, unless they were to replace others, and the next call
+    continues.
+
+    Args:
+        work: the source, and how to convert it.
+        out: a file (.beton), with its manifest and the list of paths next to it; or a folder (.shards).
+        sharding: how to divide a folder; by default as in Sharding.
+        overwrite: replace an existing set when the new one is complete.
+
+    Raises:
+        ValueError: if an option is unusable, or too few images are usable.
+        FileExistsError: if ``out`` exists and ``overwrite`` is off. A complete set of shards of the same
+            source and options is kept and is not an error.
+        ImportError: if libturbojpeg, which finds damaged images, is missing.
+    """
     if Path(out).suffix != SUFFIX:
         if sharding is not None:
-            raise ValueError(f"{out} is to be one file, which has no shards; name a folder {SUFFIX} for them")
-        return _convert_to_file(work, Path(out), page_bytes, overwrite)
+            raise ValueError(
+                f"{out} is a single file and has no shards; give a folder with the suffix {SUFFIX}"
+            )
+        return _convert_to_file(work, Path(out), overwrite)
     sharding = Sharding() if sharding is None else sharding
     if sharding.shards is not None:
         raise ValueError("convert makes all shards; call make_shards for some of them")
@@ -123,18 +108,20 @@ def compile_set(
 
 
 def make_shards(work: Work, folder: str | Path, sharding: Sharding) -> ShardsMade:
-    """Make the shards that ``sharding`` asks for, and leave the set's end to a later ``convert``.
+    """Make the shards ``sharding.shards`` of a set; a later :func:`convert` finishes the set.
 
-    Never replaces another set, as machines that share the work would remove each other's shards.
-    Raises as ``convert`` does, and ValueError for shards that the set does not have.
+    Never replaces another set, because machines that share the work would remove each other's shards.
+
+    Raises:
+        ValueError: if the set does not have these shards; also as :func:`convert_work` does.
+        FileExistsError: as :func:`convert_work` does.
     """
     folder = _shards_folder(folder)
     plan = _plan(work, sharding)
     first, stop = sharding.shards or (0, plan.num_shards)
     if not 0 <= first < stop <= plan.num_shards:
         raise ValueError(
-            f"the shards {first}:{stop} are asked for; the set has 0:{plan.num_shards}, of "
-            f"{plan.shard_size} pictures each"
+            f"shards is {first}:{stop}; the set has 0:{plan.num_shards}, of {plan.shard_size} images each"
         )
     with claimed(folder, plan) as finished:
         made = 0 if finished else _make_missing(work, folder, plan, range(first, stop))
@@ -157,7 +144,7 @@ def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: 
 
 
 def _make_all(work: Work, folder: Path, plan: Plan) -> Converted:
-    """Make what is missing of a set, and its end."""
+    """Make the missing shards of a set, its index and its manifest."""
     _make_missing(work, folder, plan, range(plan.num_shards))
     done = finish(folder, plan, work)
     return Converted(done.manifest, done.skipped[:NUM_NAMED], len(done.skipped))
@@ -175,15 +162,14 @@ def _shards_folder(folder: str | Path) -> Path:
 def _plan(work: Work, sharding: Sharding) -> Plan:
     if work.how.tier != "jpeg":
         raise ValueError(
-            f"shards hold encoded pictures, tier jpeg; for the tier {work.how.tier} name the output x.beton"
+            f"shards hold encoded images, tier jpeg; for the tier {work.how.tier} name the output x.beton"
         )
-    return plan_for(
-        work.source, work.count, asdict(work.how), seed=sharding.seed, shard_size=sharding.shard_size
-    )
+    source = work.source.fingerprint()
+    return Plan(source, work.count, sharding.seed, sharding.shard_size, asdict(work.how))
 
 
 def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
-    """Make those of ``shards`` that are not whole; return how many."""
+    """Make those of ``shards`` that are incomplete; return how many."""
     todo, bad = missing(folder, plan, shards, work)
     work.advance(sum(map(len, map(plan.places, set(shards) - set(todo)))))
     if not todo:
@@ -204,18 +190,13 @@ def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
 # One file
 
 
-def _convert_to_file(work: Work, out: Path, page_bytes: int, overwrite: bool) -> Converted:
-    with BetonWriter(
-        out, capacity=work.count, tier=work.how.tier, page_bytes=page_bytes, overwrite=overwrite
-    ) as beton:
+def _convert_to_file(work: Work, out: Path, overwrite: bool) -> Converted:
+    with BetonWriter(out, capacity=work.count, tier=work.how.tier, overwrite=overwrite) as beton:
         writer = _FileWriter(beton)
         work.fill(writer, lambda place: place, work.count)
         if beton.count == 0:
-            raise ValueError(
-                f"none of the {work.count} pictures of {work.source.name} can be used: "
-                f"{'; '.join(writer.first_skipped[:3])}; look at them with another program"
-            )
-        assert beton.count + writer.num_skipped == work.count, "pictures were lost"
+            raise work.nothing_usable(writer.first_skipped)
+        assert beton.count + writer.num_skipped == work.count, "images were lost"
         manifest = beton.commit(
             source=work.source.name,
             classes=work.source.classes,
@@ -226,7 +207,7 @@ def _convert_to_file(work: Work, out: Path, page_bytes: int, overwrite: bool) ->
 
 
 class _FileWriter:
-    """Pictures into one file, their faults into the list beside it."""
+    """Writes images into one file, and the reasons of those left out into the list next to it."""
 
     def __init__(self, beton: BetonWriter) -> None:
         self.replaced: Counter[str] = Counter()
@@ -234,16 +215,14 @@ class _FileWriter:
         self.num_skipped = 0
         self._beton = beton
 
-    def add(self, index: int, picture: Normal, label: int, path: str) -> None:  # noqa: ARG002 – the order is the source's
-        """Write one picture."""
-        if picture.changed:
-            self.replaced[f"transcoded: {picture.changed}"] += 1
-        self._beton.add(
-            picture.payload, label=label, width=picture.width, height=picture.height, source_path=path
-        )
+    def add(self, index: int, image: Normal, label: int, path: str) -> None:  # noqa: ARG002 – in order
+        """Write one image."""
+        if image.changed:
+            self.replaced[f"transcoded: {image.changed}"] += 1
+        self._beton.add(image.payload, label=label, width=image.width, height=image.height, source_path=path)
 
-    def skip(self, index: int, path: str, fault: BadPicture) -> None:  # noqa: ARG002
-        """Count and name one picture as left out."""
+    def skip(self, index: int, path: str, fault: BadImage) -> None:  # noqa: ARG002
+        """Count one image as left out and record its name."""
         line = f"{path}: {fault}"
         self.replaced[f"skipped: {fault.reason}"] += 1
         self._beton.skip(line)

@@ -1,7 +1,11 @@
-"""Writing large files: one writer at a time, the disk kept busy, and new in place of old in one step."""
+"""Writing large files: locks, a temporary name until a file is complete, and replacing a folder in one step.
+
+Small files are written by ``training.files.write_atomically``.
+"""
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import fcntl
 import os
@@ -9,17 +13,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+from pipelines.sets.manifest import Manifest, manifest_path, pending_path
+from training.files import write_json
+
 _BUFFER_BYTES = 8 << 20
 _SYNC_EVERY_BYTES = 32 << 20
-"""How much is left to the disk at a time, while pictures go on being added."""
+"""Amount of new data after which a file is synced in the background, while more is written."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def lock(path: Path, *, shared: bool = False, target: Path | None = None) -> int:
-    """Lock the file that ``path`` names, made where it is missing, and return its descriptor.
+    """Lock the file at ``path``, creating it if needed. Closing the returned descriptor unlocks it.
 
-    Closing that unlocks it. ``shared``: with others who share it. ``target``: what is written under this
-    lock, for the error. Raises FileExistsError where another process holds it.
+    Args:
+        path: the file to lock.
+        shared: allow other shared locks at the same time.
+        target: what is written under this lock, for the error message; by default ``path``.
+
+    Raises:
+        FileExistsError: if another process holds the lock.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT, 0o666)
@@ -39,7 +51,7 @@ def lock(path: Path, *, shared: bool = False, target: Path | None = None) -> int
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether ``path`` still names this file: who held a lock before may have renamed or removed it."""
+    """Whether ``path`` still names this file; a previous owner of the lock may have renamed or removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -47,12 +59,12 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 
 class Lock:
-    """The right to write ``target``, held by a lock file; a dead process holds none."""
+    """A lock file that gives the right to write ``target``. The lock of a process ends with it."""
 
     def __init__(self, path: Path, target: Path, *, shared: bool = False) -> None:
-        """Make the lock file ``path``. Raises as ``lock`` does."""
+        """Lock the file ``path``; arguments and errors as in :func:`lock`."""
         self.path = path
-        """Where the lock file is; to be set anew where its folder was renamed."""
+        """Path of the lock file; must be updated when its folder is renamed."""
         self._descriptor = lock(path, shared=shared, target=target)
 
     def __enter__(self) -> "Lock":
@@ -62,7 +74,7 @@ class Lock:
         self.release()
 
     def release(self) -> None:
-        """Let others write; the last of those who share it removes the file. The first call counts."""
+        """Unlock; the last owner of a shared lock removes the file. Further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor < 0:
             return
@@ -76,17 +88,89 @@ class Lock:
 
 
 def open_alone(path: Path) -> BinaryIO:
-    """Open ``path`` empty for writing, or raise FileExistsError where another process holds it."""
+    """Open ``path`` empty for writing. Raises FileExistsError if another process is writing it."""
     descriptor = lock(path)
     os.ftruncate(descriptor, 0)
     return os.fdopen(descriptor, "w+b", buffering=_BUFFER_BYTES)
 
 
-def exchange(new: Path, old: Path, aside: Path) -> None:
-    """Give two folders each other's name, in one step.
+class PartialFile:
+    """A large file with the temporary name ``<name>.partial`` until it is complete.
 
-    Where the file system cannot do that, in three: a process that is killed between them leaves ``old`` under
-    the name ``aside``.
+    Write to ``file``, then call :meth:`sync` and :meth:`rename`. :meth:`discard`, or leaving the context,
+    closes the file and removes it if it was not renamed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the temporary file for ``path``. Raises FileExistsError if another process is writing it."""
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.file = open_alone(self.partial)
+        self._synced_to, self._renamed = 0, False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="disk-sync")
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> "PartialFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
+
+    def skip_to(self, start: int) -> None:
+        """Go to byte ``start``. The bytes before it are written last; background syncs do not count them."""
+        self.file.seek(start)
+        self._synced_to = start
+
+    def sync_behind(self, end: int) -> None:
+        """Start a sync in the background if there is enough new data; ``end`` bytes are written.
+
+        So the disk works while images are added, and the final :meth:`sync` is short. Raises the OSError of
+        an earlier sync.
+        """
+        if end - self._synced_to >= _SYNC_EVERY_BYTES and (self._running is None or self._running.done()):
+            self._wait()
+            self._running, self._synced_to = self._pool.submit(os.fdatasync, self.file.fileno()), end
+
+    def sync(self) -> None:
+        """Write everything to the disk. Raises OSError if any part of the file could not be written."""
+        self._wait()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def rename(self, path: Path | None = None) -> None:
+        """Give the file its final name, or the name ``path``."""
+        self.partial.replace(path or self.path)
+        self._renamed = True
+
+    def discard(self) -> None:
+        """Close the file, and remove it if it was not renamed."""
+        if not self._renamed:
+            self.partial.unlink(missing_ok=True)
+        self._pool.shutdown()
+        with contextlib.suppress(OSError):  # closing flushes, which fails once more if the disk is full
+            self.file.close()
+
+    def _wait(self) -> None:
+        """Wait for the last sync and raise its error, which the kernel reports only once."""
+        if self._running is not None:
+            self._running.result()
+
+
+def write_manifest(manifest: Manifest, path: str | Path, *, pending: bool = False) -> Path:
+    """Write the manifest of the set at ``path`` as JSON, atomically, and return its path.
+
+    ``pending`` uses the name that the manifest has until the set itself has replaced an old one.
+    """
+    target = pending_path(manifest_path(path)) if pending else manifest_path(path)
+    write_json(target, dataclasses.asdict(manifest))
+    return target
+
+
+def exchange(new: Path, old: Path, aside: Path) -> None:
+    """Exchange the names of two folders in one step.
+
+    File systems that lack this operation need three renames. A process killed between them leaves ``old``
+    under the name ``aside``.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
@@ -99,34 +183,3 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
     old.rename(aside)
     new.rename(old)
     aside.rename(new)
-
-
-class BackgroundSync:
-    """Sends a growing file to the disk piece by piece, on a thread of its own, so that its end is no wait."""
-
-    def __init__(self, file: BinaryIO, start: int = 0) -> None:
-        """``start`` bytes of the file need no sync."""
-        self._file, self._synced_to = file, start
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="disk-sync")
-        self._running: Future[None] | None = None
-
-    def written(self, end: int) -> None:
-        """Tell that the file now has ``end`` bytes; raises the OSError of an earlier sync."""
-        if end - self._synced_to >= _SYNC_EVERY_BYTES and (self._running is None or self._running.done()):
-            self._wait()
-            self._running, self._synced_to = self._pool.submit(os.fdatasync, self._file.fileno()), end
-
-    def finish(self) -> None:
-        """Bring all of the file to the disk. Raises OSError where a part of it could not be written."""
-        self._wait()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown()
-
-    def _wait(self) -> None:
-        """Let the last sync end and raise its error, which the kernel tells only once."""
-        if self._running is not None:
-            self._running.result()

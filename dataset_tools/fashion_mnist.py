@@ -1,14 +1,26 @@
-"""Fashion-MNIST, seventy thousand small pictures with real labels, as two compiled sets of the raw tier."""
+"""Fashion-MNIST, seventy thousand small images with labels, as two compiled sets of the raw tier."""
 
-from collections.abc import Callable
+import gzip
+import hashlib
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset_tools.convert import Converted, convert
-from dataset_tools.sources import IdxSource
+import numpy as np
+import numpy.typing as npt
 
+from dataset_tools.convert import Converted, convert_work
+from dataset_tools.normalise import Normalising
+from dataset_tools.sources import Sample
+from dataset_tools.work import Progress, Work
+from pipelines.sets.folder import PassedOver
+
+CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts its files."""
+"""Folder of Debian's package dataset-fashion-mnist."""
 _PREFIXES = {"train": "train", "test": "t10k"}
 
 
@@ -21,7 +33,7 @@ class IdxPair:
 
 
 def find_split(folder: str | Path, split: str) -> IdxPair | None:
-    """Return the idx files of ``split`` (train, test) in ``folder``, gzipped or plain; None without both."""
+    """Return the idx files of ``split`` (train, test) in ``folder``, gzipped or plain; None if missing."""
     if split not in _PREFIXES:
         raise ValueError(f"split is {split!r}; known are {', '.join(_PREFIXES)}")
     for suffix in (".gz", ""):
@@ -33,9 +45,10 @@ def find_split(folder: str | Path, split: str) -> IdxPair | None:
 
 
 def locate(download_to: str | Path = "data", *, folder: str | Path = DEBIAN_FOLDER) -> dict[str, IdxPair]:
-    """Return the files of both splits: from ``folder``, else from torchvision's download in ``download_to``.
+    """Return the files of both splits: from ``folder``, or from torchvision's download in ``download_to``.
 
-    Raises RuntimeError naming the mend where neither is there and the download fails.
+    Raises:
+        RuntimeError: if neither exists and the download fails.
     """
     downloaded = Path(download_to) / "FashionMNIST" / "raw"
     if (pairs := _both(Path(folder))) or (pairs := _both(downloaded)):
@@ -57,7 +70,7 @@ def locate(download_to: str | Path = "data", *, folder: str | Path = DEBIAN_FOLD
 
 
 def _both(folder: Path) -> dict[str, IdxPair]:
-    """Return both splits of ``folder``, or nothing."""
+    """Return both splits of ``folder``, or an empty dictionary."""
     found = {split: pair for split in _PREFIXES if (pair := find_split(folder, split))}
     return found if len(found) == len(_PREFIXES) else {}
 
@@ -69,13 +82,25 @@ def compile_fashion_mnist(
     workers: int | None = None,
     overwrite: bool = False,
     limit: int | None = None,
-    progress: Callable[[], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[Path, Converted]:
     """Write ``fashion-mnist-train.beton`` and ``fashion-mnist-test.beton`` into ``out_dir``.
 
-    ``limit`` takes only the first training pictures, and a sixth as many of the test set, as in the whole.
-    ``progress`` is called once a picture. Raises FileExistsError, before any work, where one of the two
-    exists and ``overwrite`` is off, and ValueError where a file of ``pairs`` is not what it should be.
+    Args:
+        out_dir: folder for the sets.
+        pairs: split → its idx files.
+        workers: number of threads; None takes all cores.
+        overwrite: replace existing sets.
+        limit: number of training images to take; of the test set a sixth of it is taken, as in the whole
+            set.
+        progress: called once per image.
+
+    Returns:
+        Path of the set → result of its conversion.
+
+    Raises:
+        FileExistsError: before any work, if one of the sets exists and ``overwrite`` is off.
+        ValueError: if a file of ``pairs`` is not a correct idx file.
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +113,85 @@ def compile_fashion_mnist(
     for split, target in targets.items():
         source = IdxSource(pairs[split].images, pairs[split].labels)
         share = limit if limit is None or split == "train" else max(1, limit // 6)
-        outcome[target] = convert(
-            source, target, tier="raw", workers=workers, limit=share, overwrite=overwrite, progress=progress
-        )
+        work = Work(source, Normalising(tier="raw"), limit=share, workers=workers, progress=progress)
+        outcome[target] = convert_work(work, target, overwrite=overwrite)
     return outcome
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+class IdxSource:
+    """The grey images of a pair of idx files (the MNIST format), plain or gzipped, as RGB pixels."""
+
+    def __init__(self, images: str | Path, labels: str | Path, *, classes: Sequence[str] = CLASSES) -> None:
+        """Read both files. Raises ValueError if one is not an idx file or they do not match."""
+        self._images = read_idx(images, num_dims=3)
+        self._labels = read_idx(labels, num_dims=1)
+        self._file, self._classes, self.passed_over = Path(images), tuple(classes), PassedOver()
+        if len(self._images) != len(self._labels):
+            raise ValueError(
+                f"{images} holds {len(self._images)} images, {labels} {len(self._labels)} labels; "
+                "give the two files of the same split"
+            )
+        if len(self._labels) and int(self._labels.max()) >= len(self._classes):
+            raise ValueError(
+                f"{labels} has the label {self._labels.max()}, but {len(self._classes)} classes are known; "
+                "give the names of all classes"
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the file of images."""
+        return self._file.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names."""
+        return self._classes
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all images and labels."""
+        return hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
+
+    def path(self, index: int) -> str:
+        """Return ``file#index``."""
+        return f"{self._file.name}#{index}"
+
+    def read(self, index: int) -> Sample:
+        """Return image ``index`` as (H, W, 3) uint8 with three equal channels."""
+        grey = self._images[index]
+        return Sample(np.repeat(grey[:, :, None], 3, axis=2), int(self._labels[index]), self.path(index))
+
+
+def read_idx(path: str | Path, *, num_dims: int) -> npt.NDArray[np.uint8]:
+    """Read an idx file of unsigned bytes, gzipped if its name ends in .gz.
+
+    Raises:
+        ValueError: if the magic number, the number of dimensions or the size is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"the idx file {path} does not exist; fetch it")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error}); fetch it again") from error
+    header = 4 + 4 * num_dims
+    magic = bytes((0, 0, 8, num_dims))
+    if len(content) < header or content[:4] != magic:
+        raise ValueError(
+            f"{path} starts with {content[:4].hex()}, an idx file of {num_dims} dimensions with "
+            f"{magic.hex()}; fetch it again"
+        )
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", num_dims, offset=4))
+    expected = header + int(np.prod(shape, dtype=np.int64))
+    if len(content) != expected:
+        raise ValueError(
+            f"{path} has {len(content)} bytes, its header {shape} requires {expected}; fetch it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

@@ -1,4 +1,4 @@
-"""Shards that are there already → a set: nothing is copied, only indices are written beside the tars."""
+"""Makes a set of existing shards: nothing is copied, indices are written next to the tars."""
 
 import hashlib
 import json
@@ -6,19 +6,18 @@ import mmap
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.dali_index import Component, TarSample, dali_index, tar_samples, with_pictures_at
-from dataset_tools.parallel import num_workers, ordered_map
-from dataset_tools.shard_set import PLAN_KEY, finished_before, save_set, unfinished
-from dataset_tools.shard_writer import MAX_PICTURE_BYTES
-from dataset_tools.tar_members import scan_tar
-from dataset_tools.work import MAX_BAD, check_bad, check_share
+from dataset_tools.shard_plan import PLAN_KEY
+from dataset_tools.shard_set import finished_before, save_set, unfinished
+from dataset_tools.shard_writer import MAX_IMAGE_BYTES
+from dataset_tools.tars import Component, TarSample, dali_index, scan_tar, tar_samples, with_images_at
+from dataset_tools.work import MAX_BAD, Progress, check_bad, check_share, num_workers, ordered_map
 from pipelines.decode.pillow import read_size
 from pipelines.sets.beton import MAX_SIDE_PX
 from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES, PassedOver
@@ -27,24 +26,26 @@ from pipelines.sets.shards import INDEX_DTYPE, dali_index_path, open_shards, pic
 from training.files import write_atomically
 
 LABEL_SUFFIX, JSON_SUFFIX, JSON_KEY = "cls", "json", "label"
-"""A sample's label: the number in its ``cls`` file, or the key of that name in its ``json`` file."""
-_NO_PICTURE = "no picture"
+"""A sample's label is the number in its ``cls`` file, or this key of its ``json`` file."""
+_NO_IMAGE = "no picture"
+"""The reason in manifests, which keep their words."""
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,10}\s*")
 MAX_NUMBERED_CLASSES = 1_000_000
-"""Past so many, labels that no file names are taken for a mistake."""
+"""Larger labels that have no class names are taken for a mistake."""
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """The outcome of indexing a folder of shards."""
+    """The result of indexing a folder of shards."""
 
     manifest: Manifest
     skipped: tuple[str, ...]
     """"shard: sample: reason" of every sample left out."""
     idx_written: int
-    """DALI indices made or made anew; the others were right."""
+    """Number of DALI indices written; the others were correct."""
     was_converted: bool
-    """The set had been converted here; its pictures were in their source's order and are now in the tars'."""
+    """True if a conversion made the set. Its images were in the order of their source; now they are in the
+    order of the tars."""
 
 
 def index_shards(
@@ -56,23 +57,30 @@ def index_shards(
     max_bad: float = MAX_BAD,
     accept_truncated: bool = False,
     workers: int | None = None,
-    progress: Callable[[], None] | None = None,
+    progress: Progress | None = None,
 ) -> Indexed:
-    """Index the tars of a folder, sorted by name; picture i is the i-th on the disk.
+    """Index the tars of a folder, sorted by name; image i is the i-th on the disk.
 
-    Adds index.npy, set.json and a DALI index beside each tar, and changes no tar. A sample's picture is the
-    file with one of ``extensions`` (without a dot, any case, the first that it has); by default the kind of
-    picture that the first sample has. Its label is the number in ``cls``, or ``label`` in ``json``, or none
-    (always with ``labelled`` off).
-    ``classes`` names the labels; by default an earlier manifest does, else they are called 0, 1, ….
-    Samples without a picture, or with one whose size cannot be read, are left out and named. More pictures
-    without a size than the share ``max_bad`` are an error. ``accept_truncated`` takes of a damaged tar the
-    samples that come before the place where it cannot be read on, and counts that place in the manifest.
-    ``progress`` is called once a tar.
-    Raises ValueError, naming tar and sample, for a folder without tars, with compressed ones or with a
-    conversion that has not ended, for a tar that is damaged, for too many samples left out, for a label that
-    is none or has no name, and for samples that have another kind of picture; OSError where the folder cannot
-    be written.
+    Adds index.npy, set.json and one DALI index per tar, and changes no tar. Samples without an image, or
+    with an image of unknown size, are left out and listed.
+
+    Args:
+        folder: holds the tars.
+        labelled: take the label of a sample from its ``cls`` or ``json`` file; −1 if it has neither.
+        classes: names of the labels; by default those of an earlier manifest, or else 0, 1, ….
+        extensions: suffixes of images, without a dot, in any case; a sample's image is the file with the
+            first one that it has. By default the suffix of the image in the first sample.
+        max_bad: share of the images that may have an unknown size.
+        accept_truncated: take the samples of a damaged tar before the damage, and count it in the manifest.
+        workers: tars that are read at the same time; None takes all cores.
+        progress: called once per tar.
+
+    Raises:
+        ValueError: if the folder has no tars, compressed tars or an unfinished conversion; if a tar is
+        damaged;
+            if too many samples are left out; if a label is not a number or has no name; if samples have
+            images of another kind.
+        OSError: if the folder cannot be written.
     """
     folder = Path(folder)
     tars = _find_tars(folder)
@@ -80,39 +88,68 @@ def index_shards(
     check_share(max_bad)
     _check_writable(folder)
     before = finished_before(folder, replaced=True)
-    wanted = (
-        tuple(e.lower().lstrip(".") for e in extensions)
-        if extensions
-        else _first_kind(tars, accept_truncated)
+    suffixes = tuple(e.lower().lstrip(".") for e in extensions or _first_kind(tars, accept_truncated))
+    found = list(
+        ordered_map(
+            lambda i: _read_tar(tars[i], suffixes, labelled, accept_truncated),
+            len(tars),
+            workers=workers,
+            progress=progress,
+        )
     )
-    found: list[_Tar] = []
-    for tar in ordered_map(
-        lambda i: _read_tar(tars[i], wanted, labelled, accept_truncated), len(tars), workers=workers
-    ):
-        found.append(tar)
-        if progress is not None:
-            progress()
-    skipped = tuple(line for tar in found for line in tar.skipped)
     kept = [tar for tar in found if len(tar.records)]
+    skipped = tuple(line for tar in found for line in tar.skipped)
     if not kept:
-        raise ValueError(f"{folder} holds no picture that can be used: {'; '.join(skipped[:3])}")
+        raise ValueError(f"{folder} holds no image that can be used: {'; '.join(skipped[:3])}")
     index = _join(kept)
     replaced = sum((tar.replaced for tar in found), Counter[str]())
-    bad = {reason: count for reason, count in of_kind("skipped", replaced).items() if reason != _NO_PICTURE}
+    bad = {reason: count for reason, count in of_kind("skipped", replaced).items() if reason != _NO_IMAGE}
     check_bad(bad, len(index) + sum(bad.values()), max_bad, str(folder), skipped[-1] if skipped else "")
-    names = _class_names(folder, index["label"], classes, before)
     manifest = save_set(
         folder,
         index,
         [tar.shard for tar in kept],
         skipped=skipped,
         source=folder.resolve().name,
-        classes=names,
+        classes=_class_names(folder, index["label"], classes, before),
         replaced=replaced,
-        settings={"indexed": True, "extensions": list(wanted)},
+        settings={"indexed": True, "extensions": list(suffixes)},
     )
     was_converted = before is not None and PLAN_KEY in before.settings
     return Indexed(manifest, skipped, sum(tar.idx_written for tar in found), was_converted)
+
+
+def write_dali_indices(
+    folder: str | Path,
+    *,
+    accept_truncated: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write the DALI indices of a set that are missing or wrong, and nothing else; return their number.
+
+    Args:
+        folder: of the set.
+        accept_truncated: as in :func:`index_shards`, like the arguments that follow.
+        workers: tars that are read at the same time.
+        progress: called once per tar.
+
+    Raises:
+        ValueError: if a tar is damaged; also as ``open_shards`` does.
+        OSError: if the folder cannot be written.
+    """
+    shards = open_shards(folder)
+    workers = num_workers(workers)
+    _check_writable(shards.path)
+    rows_by_shard = pictures_on_disk(shards.shards, shards.index)
+
+    def write(number: int) -> bool:
+        tar = shards.tar_path(number)
+        offsets = shards.index["offset"][rows_by_shard[number]]
+        samples = _samples(tar, PassedOver() if accept_truncated else None)
+        return _write_idx(tar, dali_index(with_images_at(offsets, samples)))
+
+    return sum(ordered_map(write, len(shards.shards), workers=workers, progress=progress))
 
 
 def _find_tars(folder: Path) -> list[Path]:
@@ -124,8 +161,8 @@ def _find_tars(folder: Path) -> list[Path]:
     packed = sorted(p for p in folder.iterdir() if p.name.lower().endswith((".tgz", ".tar.gz", ".tar.zst")))
     if packed:
         raise ValueError(
-            f"{packed[0]} is compressed ({len(packed)} such files), so that no picture can be reached "
-            "without unpacking all before it; unpack them to plain .tar files first"
+            f"{packed[0]} is compressed ({len(packed)} such files): no image can be read without unpacking "
+            "everything before it; unpack them to plain .tar files first"
         )
     if not tars:
         raise ValueError(f"{folder} holds no .tar files; give the folder that holds the shards")
@@ -133,84 +170,52 @@ def _find_tars(folder: Path) -> list[Path]:
 
 
 def _check_writable(folder: Path) -> None:
-    """Fail before the work, not after it."""
+    """Raise OSError before the work instead of after it."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(
-            f"{folder} cannot be written ({error.strerror}); indices lie beside the tars: make it writable, "
-            "or link the tars into a folder of your own"
+            f"{folder} cannot be written ({error.strerror}); indices are stored next to the tars: make it "
+            "writable, or link the tars into a folder of your own"
         ) from error
 
 
 def _first_kind(tars: Sequence[Path], accept_truncated: bool) -> tuple[str, ...]:
     for tar in tars:
         for sample in _samples(tar, PassedOver() if accept_truncated else None):
-            if found := _pictures(sample):
+            if found := _images(sample):
                 return (found[0].suffix.lower(),)
     raise ValueError(
-        f"no pictures in the tars of {tars[0].parent}: looked for {' '.join(PICTURE_SUFFIXES)}; name their "
-        "kind with --ext"
+        f"no images in the tars of {tars[0].parent}: looked for {' '.join(PICTURE_SUFFIXES)}; name their "
+        "suffix with --ext"
     )
 
 
 def _samples(tar: Path, passed_over: PassedOver | None) -> list[TarSample]:
-    """The samples of a tar; damage is counted in ``passed_over``, or without it an error."""
+    """Return the samples of a tar; damage is counted in ``passed_over``, or raises ValueError without it."""
     members = scan_tar(tar, None if passed_over is None else passed_over.count_damage)
     return list(tar_samples(member for member in members if not member.link))
 
 
-def _pictures(sample: TarSample) -> list[Component]:
+def _images(sample: TarSample) -> list[Component]:
     return [c for c in sample.components if "." + c.suffix.lower() in PICTURE_SUFFIXES]
-
-
-def write_dali_indices(
-    folder: str | Path,
-    *,
-    accept_truncated: bool = False,
-    workers: int | None = None,
-    progress: Callable[[], None] | None = None,
-) -> int:
-    """Write the DALI index of every tar of a set where it is missing or wrong, and nothing else.
-
-    ``accept_truncated`` as in ``index_shards``. Returns how many were written. Raises as ``open_shards``
-    does, ValueError for a damaged tar, and OSError where the folder cannot be written.
-    """
-    shards = open_shards(folder)
-    workers = num_workers(workers)
-    _check_writable(shards.path)
-
-    rows_by_shard = pictures_on_disk(shards.shards, shards.index)
-
-    def write(number: int) -> bool:
-        tar = shards.tar_path(number)
-        offsets = shards.index["offset"][rows_by_shard[number]]
-        samples = _samples(tar, PassedOver() if accept_truncated else None)
-        return _write_idx(tar, dali_index(with_pictures_at(offsets, samples)))
-
-    written = 0
-    for anew in ordered_map(write, len(shards.shards), workers=workers):
-        written += anew
-        if progress is not None:
-            progress()
-    return written
 
 
 @dataclass
 class _Tar:
-    """What was found in one tar."""
+    """The contents of one tar."""
 
     path: Path
     shard: Shard = field(init=False)
     records: npt.NDArray[np.void] = field(init=False)
-    """(n,) of INDEX_DTYPE, the column ``shard`` still empty."""
+    """(n,) of INDEX_DTYPE; the column ``shard`` is not set."""
     idx_written: bool = False
     replaced: PassedOver = field(default_factory=PassedOver)
     skipped: list[str] = field(default_factory=list)
 
 
-def _read_tar(path: Path, wanted: tuple[str, ...], labelled: bool, accept_truncated: bool) -> _Tar:
+def _read_tar(path: Path, suffixes: tuple[str, ...], labelled: bool, accept_truncated: bool) -> _Tar:
     tar = _Tar(path)
     samples = _samples(path, tar.replaced if accept_truncated else None)
     if not samples:
@@ -219,7 +224,7 @@ def _read_tar(path: Path, wanted: tuple[str, ...], labelled: bool, accept_trunca
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         records = []
         for sample in samples:
-            record = _record(path, sample, wanted, labelled, content)
+            record = _record(path, sample, suffixes, labelled, content)
             if isinstance(record, str):
                 tar.replaced[f"skipped: {record}"] += 1
                 tar.skipped.append(f"{path.name}: {sample.key}: {record}")
@@ -227,30 +232,30 @@ def _read_tar(path: Path, wanted: tuple[str, ...], labelled: bool, accept_trunca
                 records.append(record)
         tar.records = np.array(records, INDEX_DTYPE)
         tar.shard = Shard(path.name, len(records), len(content), hashlib.sha256(content).hexdigest())
-    tar.idx_written = _write_idx(path, dali_index(with_pictures_at(tar.records["offset"], samples)))
+    tar.idx_written = _write_idx(path, dali_index(with_images_at(tar.records["offset"], samples)))
     return tar
 
 
 def _record(
-    path: Path, sample: TarSample, wanted: tuple[str, ...], labelled: bool, content: mmap.mmap
+    path: Path, sample: TarSample, suffixes: tuple[str, ...], labelled: bool, content: mmap.mmap
 ) -> tuple[int, ...] | str:
-    """The record of a sample's picture, or why it is left out."""
+    """Return the record of a sample's image, or the reason why it is left out."""
     by_suffix = {component.suffix.lower(): component for component in reversed(sample.components)}
-    picture = next((by_suffix[suffix] for suffix in wanted if suffix in by_suffix), None)
-    if picture is None:
-        if others := _pictures(sample):
+    image = next((by_suffix[suffix] for suffix in suffixes if suffix in by_suffix), None)
+    if image is None:
+        if others := _images(sample):
             raise ValueError(
-                f"{path}: the sample {sample.key} has the picture {others[0].name}, others have "
-                f"{' or '.join(wanted)}; name all kinds with --ext {' '.join(wanted)} {others[0].suffix}"
+                f"{path}: the sample {sample.key} has the image {others[0].name}, others have "
+                f"{' or '.join(suffixes)}; name all kinds with --ext {' '.join(suffixes)} {others[0].suffix}"
             )
-        return _NO_PICTURE
-    size = read_size(content[picture.offset : picture.offset + picture.num_bytes])
+        return _NO_IMAGE
+    size = read_size(content[image.offset : image.offset + image.num_bytes])
     if size is None:
         return "no readable size"
-    if max(size) > MAX_SIDE_PX or picture.num_bytes > MAX_PICTURE_BYTES:
+    if max(size) > MAX_SIDE_PX or image.num_bytes > MAX_IMAGE_BYTES:
         return "too large"
     label = _label(path, sample, by_suffix, content) if labelled else NO_LABEL
-    return picture.offset, picture.num_bytes, 0, label, size[1], size[0]
+    return image.offset, image.num_bytes, 0, label, size[1], size[0]
 
 
 def _label(path: Path, sample: TarSample, by_suffix: dict[str, Component], content: mmap.mmap) -> int:
@@ -267,7 +272,7 @@ def _label(path: Path, sample: TarSample, by_suffix: dict[str, Component], conte
             value = None
         if not isinstance(value, int) or isinstance(value, bool) or not NO_LABEL <= value < 1 << 31:
             raise ValueError(
-                f"{path}: {file.name} of the sample {sample.key} gives no class number (it starts with "
+                f"{path}: {file.name} of the sample {sample.key} holds no class number (it starts with "
                 f"{text[:20]!r}); a label is 0 … {(1 << 31) - 1}, or −1 for none"
             )
         return value
@@ -283,14 +288,14 @@ def _join(tars: Sequence[_Tar]) -> npt.NDArray[np.void]:
 def _class_names(
     folder: Path, labels: npt.NDArray[np.int32], given: Sequence[str] | None, before: Manifest | None
 ) -> tuple[str, ...]:
-    """The names of all labels; none where no picture has a label."""
+    """Return the names of all labels, or () if no image has a label."""
     num_needed = int(labels.max()) + 1
     if num_needed == 0:
         return ()
     if given is not None:
         if len(given) < num_needed:
             raise ValueError(
-                f"{len(given)} classes are named, {folder} has the label {num_needed - 1}; name all of them"
+                f"{len(given)} classes are named, {folder} has the label {num_needed - 1}; name all classes"
             )
         return tuple(given)
     if before is not None and len(before.classes) >= num_needed:
@@ -298,13 +303,13 @@ def _class_names(
     if num_needed > MAX_NUMBERED_CLASSES:
         raise ValueError(
             f"{folder} has the label {num_needed - 1}, which would make {num_needed} classes; give a file of "
-            "class names with --classes, or mend the labels"
+            "class names with --classes, or correct the labels"
         )
     return tuple(map(str, range(num_needed)))
 
 
 def _write_idx(tar: Path, text: bytes) -> bool:
-    """Write DALI's index where it is not there as it should be; return whether it was written."""
+    """Write DALI's index if it is missing or differs; return whether it was written."""
     path = dali_index_path(tar)
     try:
         if path.read_bytes() == text:

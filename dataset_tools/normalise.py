@@ -1,4 +1,4 @@
-"""Any picture → what a compiled set stores: its own JPEG bytes, a new JPEG, planes, or raw pixels."""
+"""Converts any image to what a compiled set stores: its own JPEG, a new JPEG, planes, or raw pixels."""
 
 import io
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ _JPEG_FORMATS = ("JPEG", "MPO")
 _MARKER, _APP1, _SOS = 0xFF, 0xE1, 0xDA
 
 
-class BadPicture(Exception):
-    """A picture that cannot go into a set; ``reason`` groups it in the report, ``detail`` says more."""
+class BadImage(Exception):
+    """An image that is unusable; ``reason`` groups it in the report, ``detail`` is specific.
+
+    Both are stored in users' files: manifests count the reasons, and lists of skipped images hold both.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -28,21 +31,21 @@ class BadPicture(Exception):
 
 @dataclass(frozen=True)
 class Normalising:
-    """What becomes of a picture on its way into a set."""
+    """How images are converted. Raises ValueError for unusable values."""
 
     tier: Tier = "jpeg"
-    """jpeg: store JPEG files, a plain RGB one untouched; yuv420: store planes, those of a 4:2:0 JPEG exactly
-    as it decodes; raw: store (H, W, 3) uint8 pixels."""
+    """jpeg: store JPEG files, plain RGB ones unchanged. yuv420: store planes, those of a 4:2:0 JPEG exactly
+    as it decodes. raw: store (H, W, 3) uint8 pixels."""
     quality: int = 95
-    """JPEG quality, 1 … 100, of pictures that must be encoded anew."""
+    """JPEG quality, 1 … 100, of images that must be encoded again."""
     max_side: int | None = None
-    """Pictures with a longer side than this many px are reduced to it; None leaves sizes alone."""
+    """Reduce the longer side to this number of px if it is larger; None keeps sizes."""
     short_side: int | None = None
-    """Pictures with a shorter side than this many px stay; the others are reduced to it; None as above."""
+    """Reduce the shorter side to this number of px if it is larger; None keeps sizes."""
     recompress: bool = False
-    """Encode every JPEG anew at ``quality``, even one that could be stored untouched."""
+    """Encode every JPEG again at ``quality``, even one that could be stored unchanged."""
     verify: bool = True
-    """Decode every untouched JPEG once, to find cut and corrupt ones."""
+    """Decode every unchanged JPEG once, to find truncated and damaged ones."""
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
@@ -60,60 +63,65 @@ class Normalising:
             raise ValueError(f"recompress encodes JPEGs, the tier {self.tier} has none; choose tier jpeg")
 
     def reduced(self, width: int, height: int) -> tuple[int, int] | None:
-        """Return the (width, height) to reduce a picture to, None where it keeps its size."""
-        side, wanted = (
+        """Return the (width, height) to reduce an image to, or None if it keeps its size."""
+        side, limit = (
             (max(width, height), self.max_side)
             if self.short_side is None
             else (min(width, height), self.short_side)
         )
-        if wanted is None or side <= wanted:
+        if limit is None or side <= limit:
             return None
-        return max(1, round(width * wanted / side)), max(1, round(height * wanted / side))
+        return max(1, round(width * limit / side)), max(1, round(height * limit / side))
 
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """A picture as it will be stored."""
+    """An image in the form in which it is stored."""
 
     payload: bytes | npt.NDArray[np.uint8]
     width: int
     height: int
     changed: str = ""
-    """Why it is not the source's own bytes, "" where it is."""
+    """The reason why it differs from the source, or ""."""
 
 
 def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> Normal:
-    """Bring one picture into the form ``how`` asks for.
+    """Convert one image to the form that ``how`` describes.
 
-    ``payload`` is an encoded file of any kind Pillow reads, or (H, W, 3) uint8 RGB. A JPEG of three
-    components, upright by its EXIF tag and not to be reduced passes untouched into the jpeg tier, and one of
-    them at 4:2:0 gives the yuv420 tier its own planes. Anything else is decoded, turned upright, converted to
-    RGB, reduced, and made into what the tier stores; a JPEG is encoded anew at 4:2:0, all else at 4:4:4.
-    Raises BadPicture where it cannot be decoded in full or has a side over 65,535 px.
+    In the jpeg tier, an RGB JPEG stays unchanged if it is upright and small enough. In the yuv420 tier, such
+    a JPEG with 4:2:0 chroma gives its own planes. Any other image is decoded, turned upright, converted to
+    RGB, reduced, and stored as the tier requires; JPEGs are encoded at 4:2:0, other images at 4:4:4.
+
+    Args:
+        payload: an encoded file of a format that Pillow reads, or (H, W, 3) uint8 RGB pixels.
+        how: the options.
+
+    Raises:
+        BadImage: if the image cannot be decoded completely or has a side over 65,535 px.
     """
     if isinstance(payload, np.ndarray):
         return _normalise_pixels(payload, how)
-    # Pillow's readers meet arbitrary bytes here and raise nearly anything; all of it means a bad picture.
+    # For arbitrary bytes Pillow raises nearly any exception; each of them means a bad image.
     try:
         if (normal := _as_it_is(payload, how)) is not None:
             return normal
         with open_image(payload) as image:
             return _normalise_opened(payload, image, how)
-    except (BadPicture, MemoryError, ImportError):
+    except (BadImage, MemoryError, ImportError):
         raise
     except UnidentifiedImageError as error:
-        raise BadPicture("not a picture") from error
+        raise BadImage("not a picture") from error
     except Image.DecompressionBombError as error:
-        raise BadPicture("too large", str(error)) from error
+        raise BadImage("too large", str(error)) from error
     except Exception as error:
         reason = "truncated" if "truncated" in str(error).lower() else "damaged"
-        raise BadPicture(reason, str(error)) from error
+        raise BadImage(reason, str(error)) from error
 
 
 def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
-    """Take a sound JPEG that needs no change by the decoder's word alone; None: Pillow must look at it.
+    """Return an image that can be stored unchanged, or None if Pillow must examine it.
 
-    Most JPEGs of a set go this way, which costs them nothing but the one decode that checks them.
+    Most JPEGs of a set take this path, which costs only the decode that checks them.
     """
     if how.tier == "raw" or how.recompress or not _is_plain_jpeg(payload):
         return None
@@ -124,7 +132,7 @@ def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
     if how.reduced(header.width, header.height) is not None:
         return None
     if header.width * header.height > (Image.MAX_IMAGE_PIXELS or 0):
-        return None  # perhaps a small file that would take all memory
+        return None  # perhaps a small file that would need all memory to decode
     if how.tier == "yuv420":
         return _own_planes(jpeg, header.width, header.height) if header.is_yuv420 else None
     if how.verify and jpeg.check().state != "whole":
@@ -133,33 +141,33 @@ def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
 
 
 def _is_plain_jpeg(payload: bytes) -> bool:
-    """Is this a JPEG without EXIF and XMP, which may ask for a rotation, before its first scan?"""
+    """Whether this is a JPEG without an APP1 segment (EXIF or XMP, which may request a rotation)."""
     if not payload.startswith(JPEG_START):
         return False
     at = len(JPEG_START)
     while at + 4 <= len(payload) and payload[at] == _MARKER and payload[at + 1] != _APP1:
-        if payload[at + 1] == _SOS:
+        if payload[at + 1] == _SOS:  # segments after the start of a scan are not read
             return True
         at += 2 + int.from_bytes(payload[at + 2 : at + 4])
     return False
 
 
 def _own_planes(jpeg: Jpeg, width: int, height: int) -> Normal:
-    """Decode a 4:2:0 JPEG to what the yuv420 tier stores of it."""
+    """Decode a 4:2:0 JPEG to its planes."""
     try:
         return Normal(jpeg.planes().packed(), width, height)
     except ValueError as error:
         raise _damaged(str(error)) from error
 
 
-def _damaged(message: str) -> BadPicture:
-    """What the decoder's complaint about lost pixels means."""
-    return BadPicture("truncated" if "remature end" in message else "damaged", message)
+def _damaged(message: str) -> BadImage:
+    """The error for a decoder's message about missing pixels."""
+    return BadImage("truncated" if "remature end" in message else "damaged", message)
 
 
 def _normalise_pixels(pixels: npt.NDArray[np.uint8], how: Normalising) -> Normal:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise BadPicture(
+        raise BadImage(
             "not a picture", f"pixels are {pixels.dtype} of shape {pixels.shape}, not (H, W, 3) uint8"
         )
     height, width, _ = pixels.shape
@@ -171,7 +179,7 @@ def _normalise_pixels(pixels: npt.NDArray[np.uint8], how: Normalising) -> Normal
 
 def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> Normal:
     if max(image.size) > MAX_SIDE_PX:
-        raise BadPicture(
+        raise BadImage(
             "too large", f"{image.width} × {image.height} px; the limit is {MAX_SIDE_PX} px a side"
         )
     kind = image.format or "unknown"
@@ -190,7 +198,7 @@ def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> N
 
 
 def _why_not_as_is(payload: bytes, image: Image.Image, kind: str, how: Normalising) -> str:
-    """Return why this file's bytes, or planes, cannot be stored as they are; "" where they can."""
+    """Return why this file's bytes, or planes, cannot be stored as they are; "" if they can."""
     if how.reduced(*image.size) is not None:
         return _reduction(how)
     if kind not in _JPEG_FORMATS:
@@ -210,18 +218,18 @@ def _why_not_as_is(payload: bytes, image: Image.Image, kind: str, how: Normalisi
 
 
 def _reduction(how: Normalising) -> str:
-    """Name the change of a picture that is reduced."""
+    """The reason that is recorded for a reduced image."""
     if how.short_side is not None:
         return f"reduced to a short side of {how.short_side} px"
     return f"reduced to {how.max_side} px"
 
 
 def _store(image: Image.Image, kind: str, how: Normalising, changed: str) -> Normal:
-    """Reduce where asked, then encode for the tier; in the raw tier only a reduction counts as a change."""
+    """Reduce if needed, then encode for the tier; in the raw tier only a reduction counts as a change."""
     if (size := how.reduced(*image.size)) is not None:
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
     if max(image.size) > MAX_SIDE_PX:
-        raise BadPicture(
+        raise BadImage(
             "too large", f"{image.width} × {image.height} px; the limit is {MAX_SIDE_PX} px a side"
         )
     if how.tier == "raw":

@@ -1,7 +1,7 @@
-"""The sample set: ImageNet-like JPEGs cut from the photographs that scikit-image and scikit-learn carry.
+"""The sample set: ImageNet-like JPEGs made of the photographs inside scikit-image and scikit-learn.
 
-Nothing is downloaded. Picture i of a split is a function of (seed, split, i) alone: a crop of one source,
-resized to one of ImageNet's common sizes, recoloured, given a sensor's noise, stored as a 4:2:0 JPEG.
+Nothing is downloaded. Image i of a split is a function of (seed, split, i): a crop of one source, resized
+to one of ImageNet's common sizes, recoloured, with sensor noise, stored as a 4:2:0 JPEG.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dataset_tools.parallel import ordered_map
+from dataset_tools.work import Progress, ordered_map
 from pipelines.decode.pillow import FORMATS
 
 RECIPE_VERSION = 1
-"""Raised whenever the same seed would give other pictures."""
+"""Increased when the same seed would give other images."""
 SPLITS = ("train", "val")
-# Drawings, texts, logos, masks and pictures under 300 px are left out.
+# Drawings, texts, logos, masks and images under 300 px are left out.
 _SKIMAGE_FILES = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png",
     "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
@@ -34,27 +33,28 @@ _SKLEARN_FILES = ("china.jpg", "flower.jpg")
 _SIZES_PX = ((500, 375), (375, 500), (500, 333), (333, 500), (500, 500), (500, 400), (640, 480), (400, 300))
 _SIZE_SHARES = (0.46, 0.14, 0.16, 0.06, 0.06, 0.04, 0.05, 0.03)
 _QUALITIES = (93, 98)
-"""JPEG quality is drawn from here, both ends included; chosen for a mean of about 110 KB a picture."""
+"""Range of the JPEG quality, both ends included; chosen for a mean of about 110 KB per image."""
 _MARKER = "photographs.json"
 
 
 @dataclass(frozen=True)
 class Made:
-    """The sample set as it lies on disk."""
+    """A sample set on the disk."""
 
     root: Path
     counts: tuple[int, int]
-    """Pictures in train and val."""
+    """Numbers of images in train and val."""
     num_bytes: int
-    """Sum of all JPEG files."""
+    """Total size of the JPEG files."""
     already_there: bool
-    """True where a complete set of the same options was found and nothing was written."""
+    """True if a complete set with the same options existed and nothing was written."""
 
 
 def source_files() -> dict[str, Path]:
     """Return name → file of the source photographs.
 
-    Raises ImportError with the command that installs them where one of the two packages is missing.
+    Raises:
+        ImportError: if one of the two packages is missing.
     """
     found = {}
     for package, folder, files in (
@@ -64,14 +64,14 @@ def source_files() -> dict[str, Path]:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ImportError(
-                "the sample photographs lie inside scikit-image and scikit-learn; run `make setup` or "
+                "the sample photographs are part of scikit-image and scikit-learn; run `make setup` or "
                 "`pip install scikit-image scikit-learn`"
             )
         root = Path(spec.submodule_search_locations[0]) / folder
         found.update({file.split(".")[0]: root / file for file in files if (root / file).is_file()})
     if len(found) < 10:
         raise ImportError(
-            f"only {len(found)} of {len(_SKIMAGE_FILES) + len(_SKLEARN_FILES)} photographs lie in the "
+            f"only {len(found)} of {len(_SKIMAGE_FILES) + len(_SKLEARN_FILES)} photographs are in the "
             "installed packages; run `pip install --force-reinstall scikit-image scikit-learn`"
         )
     return found
@@ -85,14 +85,26 @@ def make_photographs(
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
-    progress: Callable[[], None] | None = None,
+    progress: Progress | None = None,
 ) -> Made:
     """Make the tree ``out/{train,val}/<source>/<nnnn>.JPEG``; the source is the class.
 
-    ``count`` and ``val`` are the pictures of the two splits. The tree appears under its name when complete. A
-    complete tree of the same options is left as it is; one of other options is replaced where ``overwrite``
-    is on. Raises ValueError for unusable options, FileExistsError where ``out`` holds anything else,
-    ImportError without the source packages.
+    The tree gets its name when it is complete. A complete tree with the same options is kept.
+
+    Args:
+        out: root of the tree.
+        count: number of images in train.
+        val: number of images in val.
+        seed: determines the images.
+        workers: number of threads; None takes all cores.
+        overwrite: replace a tree made with other options.
+        progress: called once per image.
+
+    Raises:
+        ValueError: if ``count`` or ``val`` is too small.
+        FileExistsError: if ``out`` holds anything else, or a tree with other options and ``overwrite`` is
+            off.
+        ImportError: if the source packages are missing.
     """
     if count < 1 or val < 0:
         raise ValueError(f"count is {count} and val is {val}; at least 1 and at least 0 are needed")
@@ -103,10 +115,10 @@ def make_photographs(
         return Made(out, (count, val), int(known["num_bytes"]), already_there=True)
     if known is not None and not overwrite:
         raise FileExistsError(
-            f"{out} holds a sample set made as {known}; choose another folder or add --overwrite"
+            f"{out} holds a sample set with other options, {known}; choose another folder or add --overwrite"
         )
     if known is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not a sample set of ours; choose another folder")
+        raise FileExistsError(f"{out} exists and is not a sample set; choose another folder")
 
     sources = {name: _open_source(file) for name, file in sorted(source_files().items())}
     partial = out.with_name(out.name + ".partial")
@@ -123,7 +135,7 @@ def make_photographs(
 
 
 def _read_marker(root: Path) -> dict[str, Any] | None:
-    """Return how the sample set at ``root`` was made, None where there is none."""
+    """Return the options of the sample set at ``root``, or None."""
     try:
         content = json.loads((root / _MARKER).read_text())
     except (OSError, json.JSONDecodeError):
@@ -137,9 +149,9 @@ def _write_tree(
     counts: tuple[int, int],
     seed: int,
     workers: int | None,
-    progress: Callable[[], None] | None,
+    progress: Progress | None,
 ) -> int:
-    """Write all pictures of both splits; return the sum of their sizes."""
+    """Write all images of both splits; return their total size."""
     names = list(sources)
     for split, count in zip(SPLITS, counts, strict=True):
         for name in names[:count]:
@@ -149,16 +161,12 @@ def _write_tree(
         split = 0 if position < counts[0] else 1
         index = position - split * counts[0]
         name = names[index % len(names)]
-        picture = draw_photograph(sources[name], np.random.default_rng((seed, split, index)))
-        return (root / SPLITS[split] / name / f"{index:04d}.JPEG").write_bytes(picture)
+        image = draw_photograph(sources[name], np.random.default_rng((seed, split, index)))
+        return (root / SPLITS[split] / name / f"{index:04d}.JPEG").write_bytes(image)
 
-    total = 0
-    with contextlib.closing(ordered_map(make, sum(counts), workers=workers, chunk=4)) as made:
-        for num_bytes in made:
-            total += num_bytes
-            if progress is not None:
-                progress()
-    return total
+    sizes = ordered_map(make, sum(counts), workers=workers, progress=progress, chunk=4)
+    with contextlib.closing(sizes):
+        return sum(sizes)
 
 
 def _open_source(file: Path) -> Image.Image:
@@ -168,11 +176,11 @@ def _open_source(file: Path) -> Image.Image:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# One picture
+# One image
 
 
 def draw_photograph(source: Image.Image, rng: np.random.Generator) -> bytes:
-    """Return one JPEG made of ``source`` ("RGB" or "L"): crop, flip, recolour, noise, 4:2:0 encoding."""
+    """Return one JPEG made from ``source`` ("RGB" or "L"): crop, flip, recolour, noise, 4:2:0 encoding."""
     size = _SIZES_PX[rng.choice(len(_SIZES_PX), p=_SIZE_SHARES)]
     image = source.resize(size, Image.Resampling.BICUBIC, box=_crop_box(source.size, size, rng))
     if rng.random() < 0.5:
@@ -188,16 +196,19 @@ def draw_photograph(source: Image.Image, rng: np.random.Generator) -> bytes:
 def _crop_box(
     source: tuple[int, int], target: tuple[int, int], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Return (left, top, right, bottom) of a crop in the target's aspect ratio, at least a third as large."""
-    greatest = min(source[0] / target[0], source[1] / target[1])
-    scale = greatest * rng.uniform(0.33, 1.0)
+    """Return (left, top, right, bottom) of a random crop with the target's aspect ratio.
+
+    Its sides are at least a third of those of the largest such crop.
+    """
+    largest = min(source[0] / target[0], source[1] / target[1])
+    scale = largest * rng.uniform(0.33, 1.0)
     width, height = target[0] * scale, target[1] * scale
     left, top = rng.uniform(0, source[0] - width), rng.uniform(0, source[1] - height)
     return left, top, min(left + width, source[0]), min(top + height, source[1])
 
 
 def _recolour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change gains, gamma and hue mildly; grey pictures get a ramp between two colours first."""
+    """Change gains, gamma and hue slightly; a grey image is first coloured with a ramp of three colours."""
     if image.mode == "L":
         dark, light = rng.integers(0, 60, 3), rng.integers(170, 256, 3)
         middle = (dark + light) / 2 + rng.uniform(-45, 45, 3)
@@ -221,9 +232,10 @@ def _recolour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _add_noise(pixels_HWC: npt.NDArray[np.uint8], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Add a sensor's noise: read noise everywhere, shot noise growing with light.
+    """Add sensor noise: constant read noise, and shot noise that grows with the light.
 
-    Neighbours are slightly alike, and the three channels fully so, as demosaicing leaves them.
+    As after demosaicing, the noise of neighbouring pixels is slightly correlated, and the three channels have
+    the same noise.
     """
     read, shot = rng.uniform(3.0, 6.5), rng.uniform(0.0, 0.5)
     white_HW = rng.standard_normal(pixels_HWC.shape[:2], dtype=np.float32)

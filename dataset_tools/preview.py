@@ -1,4 +1,4 @@
-"""A sheet that shows at a glance what the loader does to pictures: crops, views, masks and mixtures."""
+"""Draws a sheet of what the loader makes of images: crops, views, masks and mixtures."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from training.files import write_atomically
 
 _QUERY_COLOUR, _KEY_COLOUR = "#e8590c", "#1c7ed6"
 _TITLES = (
-    "picture and its two crops",
+    "image and its two crops",
     "query view",
     "key view",
     "mixed in: another\nquery of the batch",
@@ -36,33 +36,33 @@ def preview(
     Args:
         data: a compiled set or a folder.
         out: the PNG to write.
-        rows: pictures on the sheet, at least 2.
+        rows: images on the sheet, at least 2.
         crop_px: side of the views.
         grid_size: cells along a side of the mask.
-        seed: of the run.
+        seed: seed of the run.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: for fewer than two rows, or more than the set has pictures.
+        ValueError: if ``rows`` is less than 2 or more than the number of images in the set.
     """
     if rows < 2:
-        raise ValueError(f"{rows} rows cannot be mixed with each other; take at least 2")
+        raise ValueError(f"rows is {rows}; mixtures need at least 2 images")
     mixing = Mixing(method="both", grid_size=grid_size, mask_per="image")
     loader = build_loader(data, moco_v2(crop_px, mixing), batch_size=rows, seed=seed)
     batch = next(iter(loader))
     cell_S = cell_of_pixel(grid_size, crop_px)
     masks = torch.from_numpy(draw_masks(mixing, Draw(seed, 0, batch.index.numpy())))[:, cell_S][:, :, cell_S]
 
-    # A figure without a window, drawn straight into the file.
+    # A figure without a window, for the file alone.
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(rows, len(_TITLES), figsize=(2.1 * len(_TITLES), 2.25 * rows), dpi=80)
     figure.suptitle(
-        "What the loader hands to the model: two augmented views of each picture, and mixtures of queries. "
-        "λ is the share of the row's own picture.",
+        "What the model receives: two augmented views of each image, and mixtures of queries. "
+        "λ is the share of the row's own image.",
         fontsize=13,
     )
     for row in range(rows):
@@ -80,9 +80,9 @@ def _draw_row(axes: Any, row: int, loader: ViewLoader, batch: Batch, masks: Tens
         axis.set_xticks([])
         axis.set_yticks([])
     index = batch.index[row : row + 1].numpy()
-    picture = decode_image(loader.set.fetch(index))
-    assert picture is not None, "the loader has just decoded it"
-    axes[0].imshow(picture)
+    image = decode_image(loader.set.fetch(index))
+    assert image is not None, "the loader has just decoded it"
+    axes[0].imshow(image)
     axes[0].set_ylabel(f"row {row + 1}", fontsize=11)
     for box, colour in zip(loader.boxes(0, index)[0], (_QUERY_COLOUR, _KEY_COLOUR), strict=True):
         top, left, height, width = (int(x) for x in box[:4])
@@ -97,24 +97,24 @@ def _draw_row(axes: Any, row: int, loader: ViewLoader, batch: Batch, masks: Tens
         (axes[1], batch.query[row], _QUERY_COLOUR),
         (axes[2], batch.key[row], _KEY_COLOUR),
     ):
-        axis.imshow(_to_picture(view, loader))
+        axis.imshow(_to_image(view, loader))
         for spine in axis.spines.values():
             spine.set(edgecolor=colour, linewidth=2.5)
-    axes[3].imshow(_to_picture(batch.query[partner], loader))
+    axes[3].imshow(_to_image(batch.query[partner], loader))
     axes[3].set_xlabel(f"query of row {partner + 1}", fontsize=10)
     axes[4].imshow(masks[row], cmap="gray", vmin=0, vmax=1)
     for axis, mixture in zip(axes[5:], (mixmask, unmix), strict=True):
         lam = float(mixture.lam[row])
-        axis.imshow(_to_picture(mixture.images[row], loader))
+        axis.imshow(_to_image(mixture.images[row], loader))
         axis.set_xlabel(
             f"λ = {lam:.2f} of row {row + 1}, {1 - lam:.2f} of row {int(mixture.partner[row]) + 1}",
             fontsize=9,
         )
 
 
-def _to_picture(view: Tensor, loader: ViewLoader) -> npt.NDArray[np.uint8]:
+def _to_image(view: Tensor, loader: ViewLoader) -> npt.NDArray[np.uint8]:
     """(3, S, S) normalised → (S, S, 3) uint8."""
     mean, std = torch.tensor(loader.recipe.mean), torch.tensor(loader.recipe.std)
     pixels = (view.permute(1, 2, 0) * std + mean) * 255
-    picture: npt.NDArray[np.uint8] = pixels.round().clamp(0, 255).byte().numpy()
-    return picture
+    image: npt.NDArray[np.uint8] = pixels.round().clamp(0, 255).byte().numpy()
+    return image

@@ -1,4 +1,4 @@
-"""Who may make a set of shards in a folder, and how a new set takes the place of an old one."""
+"""Which process may make shards in a folder, and how a new set replaces an old one."""
 
 import contextlib
 import os
@@ -7,13 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dataset_tools.disk import Lock, exchange
-from dataset_tools.shard_plan import Plan, numbered_files
-from dataset_tools.shard_set import (
-    PLAN_KEY,
-    finished_before,
-    remove_sides,
-    settle_index,
-)
+from dataset_tools.shard_plan import PLAN_KEY, Plan, numbered_files
+from dataset_tools.shard_set import finished_before, remove_sides, settle_index
 from pipelines.sets.manifest import SKIPPED_NAME, Manifest, manifest_path
 from pipelines.sets.shards import (
     INDEX_NAME,
@@ -26,20 +21,23 @@ from pipelines.sets.shards import (
 from training.files import sync_folder
 
 LOCK_NAME = ".convert.lock"
-"""In a folder where a set is made: shared by those who make shards there, held alone to replace it."""
+"""Lock file in the folder of a set: shared by the processes that make its shards, exclusive to replace it."""
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, plan: Plan) -> Iterator[Manifest | None]:
-    """Take the folder for a conversion, which other machines may share; gives the manifest if it is done.
+    """Claim the folder for a conversion, which other machines may share. Yields the manifest if it is done.
 
-    Makes the folder and writes the plan into it. Raises FileExistsError where another plan is being, or has
-    been, carried out there, where tars lie there that no conversion made, or where it is being replaced.
+    Makes the folder and writes the plan into it.
+
+    Raises:
+        FileExistsError: if another plan is being carried out there or was, if the folder holds tars that no
+            conversion made, or if the set is being replaced.
     """
     put_back(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if finished := _finished_by(plan, folder):
-        if (folder / LOCK_NAME).exists():  # left by a process that was killed
+        if (folder / LOCK_NAME).exists():  # left by a killed process
             with contextlib.suppress(OSError):
                 Lock(folder / LOCK_NAME, folder, shared=True).release()
         yield finished
@@ -52,7 +50,7 @@ def claimed(folder: Path, plan: Plan) -> Iterator[Manifest | None]:
 
 
 def _finished_by(plan: Plan, folder: Path) -> Manifest | None:
-    """The manifest of the finished set in a folder. Raises FileExistsError where it is another plan's."""
+    """Return the manifest of a finished set. Raises FileExistsError if it was made by another plan."""
     finished = finished_before(folder, replaced=False)
     if finished is None:
         return None
@@ -60,20 +58,20 @@ def _finished_by(plan: Plan, folder: Path) -> Manifest | None:
         raise _indexed(folder)
     if made_by != plan.digest:
         raise FileExistsError(
-            f"{folder} exists already, made of other pictures or with other options; choose another name or "
+            f"{folder} exists already, made of other images or with other options; choose another name or "
             "add --overwrite"
         )
-    open_shards(folder)  # says what is missing
+    open_shards(folder)  # raises if a file is missing
     settle_index(folder, finished)
     remove_sides(folder)
     return finished
 
 
 def _begin(folder: Path, plan: Plan) -> None:
-    """Begin or go on with the plan in a folder."""
+    """Begin or continue the plan in a folder."""
     _refuse_foreign(folder, None)
     if Plan.read(folder) is None:
-        # Of machines that begin at once, one finds its temporary file renamed by another.
+        # If two machines begin at once, one finds that the other has renamed its temporary file.
         with contextlib.suppress(FileNotFoundError):
             plan.write(folder)
     begun = Plan.read(folder)
@@ -90,25 +88,27 @@ def _begin(folder: Path, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path, plan: Plan) -> Iterator[Path]:
-    """A folder beside ``folder`` to make a set in; at the end of the block, checked, it takes its place.
+    """Yield a new folder to make a set in; at the end of the block it is checked and replaces ``folder``.
 
-    The old set stands until then; after an error the new folder is removed. Files in the old folder that are
-    not the set's are kept.
-    Raises FileExistsError where what lies there was not made by a conversion or is being made, and ValueError
-    where the folder cannot be exchanged.
+    The old set stays until then. After an error the new folder is removed. Files in the old folder that do
+    not belong to the set are kept.
+
+    Raises:
+        FileExistsError: if the old set was not made by a conversion, or is being made.
+        ValueError: if the folder cannot be exchanged.
     """
     if folder.is_mount() or not os.access(folder.parent, os.W_OK):
         why = "is a mount point" if folder.is_mount() else f"lies in {folder.parent}, which cannot be written"
-        raise ValueError(f"{folder} {why}, so no new folder can take its place; choose another name")
+        raise ValueError(f"{folder} {why}, so it cannot be replaced; choose another name")
     put_back(folder)
     new = folder.with_name(f".{folder.name}.maskmix-new")
-    with Lock(folder / LOCK_NAME, folder) as held:
+    with Lock(folder / LOCK_NAME, folder) as old_lock:
         finished = finished_before(folder, replaced=True)
         if finished is not None and PLAN_KEY not in finished.settings:
             raise _indexed(folder)
         _refuse_foreign(folder, finished)
         new.mkdir(exist_ok=True)
-        with Lock(new / LOCK_NAME, folder) as held_too:
+        with Lock(new / LOCK_NAME, folder) as new_lock:
             try:
                 _clear(new)
                 plan.write(new)
@@ -121,7 +121,7 @@ def replacing(folder: Path, plan: Plan) -> Iterator[Path]:
             except BaseException:
                 _retire(new, folder)
                 raise
-            held.path, held_too.path = held_too.path, held.path
+            old_lock.path, new_lock.path = new_lock.path, old_lock.path
             sync_folder(folder.parent)
             remove_sides(folder)
             _retire(new, folder)
@@ -129,15 +129,15 @@ def replacing(folder: Path, plan: Plan) -> Iterator[Path]:
 
 def _indexed(folder: Path) -> FileExistsError:
     return FileExistsError(
-        f"{folder} is a set that was indexed where it lay, not converted; its tars are never replaced, "
-        "choose another name"
+        f"{folder} was indexed in place, not converted; its tars are never replaced, choose another name"
     )
 
 
 def put_back(folder: Path) -> None:
-    """End an exchange of folders in which a process was killed.
+    """Finish an exchange of folders that a killed process left incomplete.
 
-    Raises FileExistsError where that process lives, or something else has taken the folder's name.
+    Raises:
+        FileExistsError: if that process is alive, or if something else has the name ``folder``.
     """
     aside = set_aside(folder)
     if not aside.exists():
@@ -151,28 +151,28 @@ def put_back(folder: Path) -> None:
             open_shards(folder)
         except (OSError, ValueError) as error:
             raise FileExistsError(
-                f"a process was killed while it replaced {folder}, whose old set is in {aside}; move away "
-                f"what is in its place now ({error}), and rename the old set back"
+                f"a process was killed while it replaced {folder}; the old set is in {aside}. Move away what "
+                f"is in {folder} now ({error}), and rename the old set back"
             ) from error
         _retire(aside, folder)
 
 
 def _retire(old: Path, folder: Path) -> None:
-    """Remove a set that does not count, in favour of ``folder``, where files that are not the set's go.
+    """Remove a set that is not valid any more; files that do not belong to it move to ``folder``.
 
-    Its lock is held by the caller.
+    The caller holds the lock of ``old``.
     """
     _clear(old)
     (old / LOCK_NAME).unlink(missing_ok=True)
     for file in old.iterdir():
         if not (folder / file.name).exists():
             file.rename(folder / file.name)
-    with contextlib.suppress(OSError):  # a file of a name that is taken stays where it was
+    with contextlib.suppress(OSError):  # a file with a name that is taken stays where it was
         old.rmdir()
 
 
 def _refuse_foreign(folder: Path, finished: Manifest | None) -> None:
-    """Raise FileExistsError for a tar that no conversion made: one without manifest, plan or side file."""
+    """Raise FileExistsError for a tar that no conversion made: it has no manifest, plan or side file."""
     if (folder / PLAN_NAME).exists():
         return
     known = {shard.name for shard in finished.shards} if finished else set()
@@ -185,9 +185,9 @@ def _refuse_foreign(folder: Path, finished: Manifest | None) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove all that belongs to a set or to the making of one, the manifest first."""
+    """Remove all files that belong to a set or are needed to make one, the manifest first."""
     for name in (manifest_path(folder).name, PLAN_NAME, INDEX_NAME, PENDING_INDEX_NAME, SKIPPED_NAME):
-        for file in (folder / name, folder / f".{name}.partial", folder / f"{name}.partial"):
+        for file in (folder / name, folder / f".{name}.partial"):
             file.unlink(missing_ok=True)
     for path in numbered_files(folder):
         path.unlink(missing_ok=True)

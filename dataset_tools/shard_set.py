@@ -1,4 +1,4 @@
-"""The set that a folder of shards holds: what is left to make, its index and manifest, and the end of it."""
+"""The set in a folder of shards: which shards are missing, and its index and manifest."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataset_tools.shard_plan import (
-    Part,
-    Plan,
-    numbered_files,
-    whole_part,
-)
+from dataset_tools.disk import write_manifest
+from dataset_tools.shard_plan import PLAN_KEY, Part, Plan, complete_part, numbered_files
 from dataset_tools.work import Work
 from pipelines.sets.manifest import SKIPPED_NAME, Manifest, Shard, of_kind, source_path_line
 from pipelines.sets.shards import (
@@ -28,10 +24,8 @@ from pipelines.sets.shards import (
 from training.files import sync_folder, write_atomically
 
 SUFFIX = ".shards"
-"""Of the name of a folder that a conversion makes."""
-PLAN_KEY = "plan"
-"""The setting in a manifest that holds the plan's hash; only a set that was converted has it."""
-_GO_ON = "run the same conversion again, which keeps whole shards"
+"""Suffix of a folder that a conversion makes."""
+_CONTINUE = "run the same conversion again, which keeps complete shards"
 
 
 @dataclass(frozen=True)
@@ -40,11 +34,14 @@ class Finished:
 
     manifest: Manifest
     skipped: tuple[str, ...]
-    """"path: reason" of every picture left out, in the order of the source."""
+    """"path: reason" of every image left out, in the order of the source."""
 
 
 def finished_before(folder: Path, *, replaced: bool) -> Manifest | None:
-    """The manifest of a finished set; a damaged one counts as none where it is to be replaced."""
+    """Return the manifest of a finished set, or None.
+
+    Raises ValueError for a damaged manifest, unless the set is to be ``replaced``.
+    """
     try:
         return Manifest.read(folder)
     except ValueError:
@@ -54,13 +51,13 @@ def finished_before(folder: Path, *, replaced: bool) -> Manifest | None:
 
 
 def missing(folder: Path, plan: Plan, shards: range, work: Work) -> tuple[list[int], Counter[str]]:
-    """Return which of ``shards`` are to be made, and the pictures left out of the others, by reason.
+    """Return the shards to make, and reason → number of images left out of the other shards.
 
-    A shard is to be made if it is not whole, or if a picture that was left out of it can be used now.
+    A shard is made if it is incomplete, or if an image that was left out of it has become usable.
     """
     todo, bad, digest = list[int](), Counter[str](), plan.digest
     for shard in shards:
-        part = whole_part(folder, shard, digest)
+        part = complete_part(folder, shard, digest)
         if part is None or not all(work.is_bad(index) for index, _ in part.skipped):
             todo.append(shard)
         else:
@@ -69,13 +66,15 @@ def missing(folder: Path, plan: Plan, shards: range, work: Work) -> tuple[list[i
 
 
 def finish(folder: Path, plan: Plan, work: Work) -> Finished:
-    """Make the index and the manifest of a set all of whose shards are whole; the side files stay.
+    """Write the index and the manifest of a set when all of its shards are complete; side files stay.
 
-    Raises ValueError where none of the pictures could be used, TooManyBadError where too few could,
-    FileNotFoundError where a shard has gone.
+    Raises:
+        ValueError: if none of the images is usable.
+        TooManyBadError: if too many images are bad.
+        FileNotFoundError: if a shard has disappeared.
     """
     source = work.source
-    kept, told, skipped = np.zeros(plan.count, np.bool_), [], list[tuple[int, str]]()
+    kept, shards, skipped = np.zeros(plan.count, np.bool_), list[Shard](), list[tuple[int, str]]()
     replaced: Counter[str] = Counter()
     for shard in range(plan.num_shards):
         part = _part(folder, shard, plan)
@@ -83,21 +82,18 @@ def finish(folder: Path, plan: Plan, work: Work) -> Finished:
         replaced.update(part.replaced)
         skipped += part.skipped
         if part.tar is not None:
-            told.append(part.tar)
+            shards.append(part.tar)
     lines = tuple(line for _, line in sorted(skipped))
-    if not told:
-        raise ValueError(
-            f"none of the {plan.count} pictures of {source.name} can be used: {'; '.join(lines[:3])}; look "
-            "at them with another program"
-        )
+    if not shards:
+        raise work.nothing_usable(lines)
     if lines:
         work.check_bad(of_kind("skipped", replaced), lines[-1])
-    assert int(kept.sum()) + len(lines) == plan.count, "pictures were lost"
+    assert int(kept.sum()) + len(lines) == plan.count, "images were lost"
     settings = {**plan.settings, "seed": plan.seed, "shard_size": plan.shard_size, PLAN_KEY: plan.digest}
     manifest = save_set(
         folder,
         _merge(folder, plan, kept),
-        told,
+        shards,
         skipped=lines,
         source=source.name,
         classes=source.classes,
@@ -118,10 +114,20 @@ def save_set(
     replaced: Mapping[str, int],
     settings: Mapping[str, Any],
 ) -> Manifest:
-    """Write a set's index, its list of pictures left out and its manifest, in place of others.
+    """Write the index, the list of images left out and the manifest of a set, replacing existing ones.
 
-    The index gets its name after the manifest. Until then the valid index is the one whose hash is in the
-    manifest, see ``index_in_force``.
+    The index is renamed after the manifest. Until then the index with the hash that the manifest records is
+    the valid one, see ``index_in_force``.
+
+    Args:
+        folder: of the set.
+        index: (N,) of INDEX_DTYPE.
+        shards: in the order in which the index counts them.
+        skipped: a line for each image left out.
+        source: as in the manifest, like the arguments that follow.
+        classes: class names in label order.
+        replaced: reason → number of images.
+        settings: options of the conversion.
     """
     settle_index(folder, finished_before(folder, replaced=True))
     write_atomically(folder / PENDING_INDEX_NAME, lambda file: np.save(file, index))
@@ -142,14 +148,14 @@ def save_set(
         format="shards",
         shards=tuple(shards),
     )
-    manifest.write(folder)
+    write_manifest(manifest, folder)
     (folder / PENDING_INDEX_NAME).replace(folder / INDEX_NAME)
     sync_folder(folder)
     return manifest
 
 
 def settle_index(folder: Path, manifest: Manifest | None) -> None:
-    """Give a pending index its name where it belongs to the manifest, and remove it where not."""
+    """Rename a pending index if it belongs to the manifest; remove it otherwise."""
     pending = folder / PENDING_INDEX_NAME
     if pending.exists():
         if manifest is not None and index_in_force(folder, manifest) == pending:
@@ -159,14 +165,16 @@ def settle_index(folder: Path, manifest: Manifest | None) -> None:
 
 
 def _part(folder: Path, shard: int, plan: Plan) -> Part:
-    part = whole_part(folder, shard, plan.digest)
+    part = complete_part(folder, shard, plan.digest)
     if part is None:
-        raise FileNotFoundError(f"shard {shard} of {folder} has gone while the set was finished; {_GO_ON}")
+        raise FileNotFoundError(
+            f"shard {shard} of {folder} disappeared while the set was finished; {_CONTINUE}"
+        )
     return part
 
 
 def _merge(folder: Path, plan: Plan, kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.void]:
-    """The records of all shards in the order of the source, counting only tars that are there."""
+    """Return the records of all shards in the order of the source; only existing tars are counted."""
     place = np.cumsum(kept) - 1
     index = np.zeros(int(place[-1]) + 1, INDEX_DTYPE)
     number = 0
@@ -183,7 +191,7 @@ def _merge(folder: Path, plan: Plan, kept: npt.NDArray[np.bool_]) -> npt.NDArray
 
 
 def remove_sides(folder: Path) -> None:
-    """Remove what belongs to the making of a set and not to the set."""
+    """Remove the files that are only needed while a set is made."""
     for path in numbered_files(folder):
         if path.name.endswith((".part.npz", ".partial")):
             path.unlink(missing_ok=True)
@@ -191,7 +199,7 @@ def remove_sides(folder: Path) -> None:
 
 
 def unfinished(folder: Path) -> str:
-    """A sentence on a set that is still being made, "" where ``folder`` holds none."""
+    """Return a sentence about a set that is still being made; "" if ``folder`` holds none."""
     parts = list(folder.glob("*.part.npz"))
     if not parts and not (folder / PLAN_NAME).exists():
         return ""
@@ -200,4 +208,4 @@ def unfinished(folder: Path) -> str:
     if plan is not None and finished is not None and finished.settings.get(PLAN_KEY) == plan.digest:
         return ""  # the process that made it was killed before it removed the side files
     of = f" of {plan.num_shards}" if plan else ""
-    return f"{folder} is half made, {len(parts)}{of} shards are whole; {_GO_ON} and ends it"
+    return f"{folder} is incomplete: {len(parts)}{of} shards are complete; {_CONTINUE} and makes the others"

@@ -1,46 +1,44 @@
-"""Writing the shards of a set: one tar after the other, each of them whole or absent."""
+"""Writes the shards of a set, one tar after the other. A shard is complete or absent."""
 
 import contextlib
 import hashlib
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
+from urllib.parse import quote, unquote
 
 import numpy as np
+import numpy.typing as npt
 
-from dataset_tools.dali_index import dali_index, tar_samples
-from dataset_tools.disk import BackgroundSync, open_alone
-from dataset_tools.keys import Keys
-from dataset_tools.normalise import BadPicture, Normal
+from dataset_tools.disk import PartialFile
+from dataset_tools.normalise import BadImage, Normal
 from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, tar_name
-from dataset_tools.tar_members import Member
-from pipelines.sets.folder import NO_LABEL
+from dataset_tools.tars import Member, dali_index, tar_samples
+from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES
 from pipelines.sets.manifest import Shard
 from pipelines.sets.shards import TAR_BLOCK, dali_index_path
 from training.files import sync_folder, write_atomically
 
-MAX_PICTURE_BYTES = (1 << 32) - 1
-"""The index has 32 bits for a picture's size."""
+MAX_IMAGE_BYTES = (1 << 32) - 1
+"""The index stores the size of an image in 32 bits."""
 
 
 class TarWriter:
-    """One tar, written from its first byte to its last and hashed on the way.
+    """Writes and hashes one tar.
 
-    The same files give the same bytes: no times, no owners. Names of more than 100 letters are written in
-    tar's own long form where they fit, else in GNU's, which DALI finds its way through without an index too
-    (in PAX's it does not).
+    The same files give the same bytes: there are no times and no owners. Names of more than 100 characters
+    are written in tar's own long form if they fit, and in GNU's form otherwise. DALI reads both without an
+    index; it does not read PAX's form.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open ``<name>.partial``. Raises FileExistsError where another process is writing it."""
+        """Open ``<name>.partial``. Raises FileExistsError if another process is writing it."""
         self.path = path
         self.members: list[Member] = []
-        self._partial = path.with_name(path.name + ".partial")
-        self._file = open_alone(self._partial)
-        self._sync = BackgroundSync(self._file)
-        self._hasher, self._end, self._sealed = hashlib.sha256(), 0, False
+        self._out = PartialFile(path)
+        self._hasher, self._end = hashlib.sha256(), 0
 
     def add(self, name: str, content: memoryview) -> int:
         """Append a file; return the offset of its first byte."""
@@ -54,35 +52,30 @@ class TarWriter:
         for piece in (header, content, bytes(-content.nbytes % TAR_BLOCK)):
             self._write(piece)
         self.members.append(Member(name, offset, content.nbytes))
-        self._sync.written(self._end)
+        self._out.sync_behind(self._end)
         return offset
 
-    def seal(self) -> Shard:
-        """Write the end mark, bring all to the disk, give the tar its name. ``count`` of the result is 0."""
+    def seal(self, count: int) -> Shard:
+        """Write the end mark, sync, rename; ``count`` is the number of images in the tar."""
         self._write(bytes(2 * TAR_BLOCK))
         self._write(bytes(-self._end % tarfile.RECORDSIZE))
-        self._sync.finish()
-        self._partial.replace(self.path)
-        self._sealed = True
+        self._out.sync()
+        self._out.rename()
         sync_folder(self.path.parent)
-        return Shard(self.path.name, 0, self._end, self._hasher.hexdigest())
+        return Shard(self.path.name, count, self._end, self._hasher.hexdigest())
 
     def close(self) -> None:
-        """Close the file; remove it where it was not sealed."""
-        if not self._sealed:
-            self._partial.unlink(missing_ok=True)
-        self._sync.close()
-        with contextlib.suppress(OSError):  # a full disk, reported already
-            self._file.close()
+        """Close the file; remove it if it was not sealed."""
+        self._out.discard()
 
     def _write(self, content: bytes | memoryview) -> None:
-        self._file.write(content)
+        self._out.file.write(content)
         self._hasher.update(content)
         self._end += len(content)
 
 
 class _OpenShard:
-    """What has come together of the shard that is being written."""
+    """The shard that is being written."""
 
     def __init__(self, path: Path) -> None:
         self.tar = TarWriter(path)
@@ -93,13 +86,13 @@ class _OpenShard:
 
 
 class ShardsWriter:
-    """Takes the pictures of some shards in their order, and writes these shards.
+    """Receives the images of some shards in order and writes these shards.
 
-    A context manager: leaving it removes the shard that is not complete, and keeps those that are.
+    Leaving the context removes an incomplete shard and keeps the complete ones.
     """
 
-    def __init__(self, folder: Path, plan: Plan, shards: list[int], keys: Keys) -> None:
-        """Pictures will come for ``shards``, the places of each in order."""
+    def __init__(self, folder: Path, plan: Plan, shards: list[int], keys: "Keys") -> None:
+        """Prepare to receive the images of ``shards``, one shard after the other."""
         self._folder, self._plan, self._keys, self._digest = folder, plan, keys, plan.digest
         self._shards = iter(shards)
         self._number = -1
@@ -108,37 +101,35 @@ class ShardsWriter:
     def __enter__(self) -> "ShardsWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._open is not None:
             self._open.tar.close()
 
-    def add(self, index: int, picture: Normal, label: int, path: str) -> None:
-        """Write picture ``index`` of the source. Raises ValueError for one of 4 GiB or more."""
-        payload = picture.payload
+    def add(self, index: int, image: Normal, label: int, path: str) -> None:
+        """Write image ``index`` of the source. Raises ValueError if it has 4 GiB or more."""
+        payload = image.payload
         content = memoryview(payload if isinstance(payload, bytes) else payload.data).cast("B")
-        if content.nbytes > MAX_PICTURE_BYTES:
-            raise ValueError(f"{path} has {content.nbytes} bytes; a picture may have {MAX_PICTURE_BYTES}")
-        with self._taking() as shard:
+        if content.nbytes > MAX_IMAGE_BYTES:
+            raise ValueError(f"{path} has {content.nbytes} bytes; the limit is {MAX_IMAGE_BYTES}")
+        with self._next_place() as shard:
             key = self._keys(index, path)
             offset = shard.tar.add(f"{key}.jpg", content)
             if label != NO_LABEL:
                 shard.tar.add(f"{key}.cls", memoryview(b"%d" % label))
-            size = (picture.width, picture.height)
+            size = (image.width, image.height)
             shard.records.append((index, offset, content.nbytes, self._number, label, *size))
-            if picture.changed:
-                shard.replaced[f"transcoded: {picture.changed}"] += 1
+            if image.changed:
+                shard.replaced[f"transcoded: {image.changed}"] += 1
 
-    def skip(self, index: int, path: str, fault: BadPicture) -> None:
-        """Leave picture ``index`` out, and remember why."""
-        with self._taking() as shard:
+    def skip(self, index: int, path: str, fault: BadImage) -> None:
+        """Leave image ``index`` out and record why."""
+        with self._next_place() as shard:
             shard.replaced[f"skipped: {fault.reason}"] += 1
             shard.skipped.append((index, f"{path}: {fault}"))
 
     @contextlib.contextmanager
-    def _taking(self) -> Iterator[_OpenShard]:
-        """The shard that the next picture belongs to; sealed once it has all."""
+    def _next_place(self) -> Iterator[_OpenShard]:
+        """Yield the shard of the next image; seal it after its last one."""
         if self._open is None:
             self._number = next(self._shards)
             self._open = _OpenShard(self._folder / tar_name(self._number))
@@ -149,18 +140,17 @@ class ShardsWriter:
             self._open = None
 
     def _seal(self, shard: _OpenShard) -> None:
-        """Tar, DALI's index, side file: in this order, as the last tells that the others are whole."""
+        """Write the tar, DALI's index and the side file; the last one marks the shard as complete."""
         records = np.array(shard.records, PART_DTYPE)
         index = dali_index(tar_samples(shard.tar.members))
         sealed: Shard | None = None
         tar, idx = shard.tar.path, dali_index_path(shard.tar.path)
-        if not len(records):
+        if len(records):
+            sealed = shard.tar.seal(len(records))
+            write_atomically(idx, lambda file: file.write(index))
+        else:
             for file in (tar, idx):  # of another conversion, which this one replaces
                 file.unlink(missing_ok=True)
-        else:
-            told = shard.tar.seal()
-            sealed = Shard(told.name, len(records), told.num_bytes, told.sha256)
-            write_atomically(idx, lambda file: file.write(index))
         shard.tar.close()
         part = Part(
             records=records,
@@ -170,3 +160,64 @@ class ShardsWriter:
             skipped=tuple(shard.skipped),
         )
         part.write(self._folder, self._number, self._digest)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Keys: the names of samples in shards
+#
+# WebDataset splits a name at the first dot after the last slash, DALI splits the lines of its index at white
+# space, and tar programs print other characters in different ways. So a key is the path of the image in its
+# source, percent-encoded as in URLs except for letters, digits and ``_ - ~ / .``. The dots in the image's
+# own name are encoded too. All keys differ.
+
+
+def encode_key(path: str) -> str:
+    """Percent-encode a relative path; only dots in the names of folders stay."""
+    folder, slash, name = path.rpartition("/")
+    parts = [_encode_part(part) for part in folder.split("/")] if slash else []
+    return "/".join([*parts, quote(os.fsencode(name), safe="").replace(".", "%2E")])
+
+
+def decode_key(key: str) -> str:
+    """Return the path from which :func:`encode_key` made ``key``."""
+    return unquote(key, errors="surrogateescape")
+
+
+def _encode_part(part: str) -> str:
+    quoted = quote(os.fsencode(part), safe="")
+    return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
+
+
+def without_suffix(path: str) -> str:
+    """Remove the suffix of an image file from a path, unless the name consists of nothing else."""
+    folder, slash, name = path.rpartition("/")
+    stem, dot, suffix = name.rpartition(".")
+    return f"{folder}{slash}{stem}" if stem and f"{dot}{suffix}".lower() in PICTURE_SUFFIXES else path
+
+
+class Keys:
+    """The key of every image: its path without the suffix, or with it if two paths differ only there.
+
+    Stores one bit per image: whether the key keeps the suffix.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        """Read all paths, which must be unique."""
+        hashes = np.fromiter(((_hash(without_suffix(path)), _hash(path)) for path in paths), _TWO_HASHES)
+        # If the hashes of two different paths are equal, a suffix is kept that could go; nothing else
+        # happens.
+        stems, inverse, counts = np.unique(hashes["stem"], return_inverse=True, return_counts=True)
+        shared = (counts > 1) | np.isin(stems, hashes["path"])
+        self._keeps: npt.NDArray[np.uint8] = np.packbits(shared[inverse])
+
+    def __call__(self, index: int, path: str) -> str:
+        """Return the key of image ``index``, which has the path ``path``."""
+        keeps = self._keeps[index >> 3] >> (7 - (index & 7)) & 1
+        return encode_key(path if keeps else without_suffix(path))
+
+
+_TWO_HASHES = np.dtype([("stem", "<u8"), ("path", "<u8")])
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")

@@ -1,14 +1,11 @@
-"""Where pictures come from. A source knows how many there are and reads one by number, from any thread.
+"""Where images come from. A source has a number of images and reads one by its index, from any thread.
 
-A new source needs the members of ``Source``; sets of a hundred million pictures must fit, so no Python
-object per picture is kept. Sources in tars stand in ``tar_source`` and ``shard_source``; ``open_source``
-chooses one by its path.
+A new source needs the members of ``Source``. Sets of a hundred million images must fit into memory, so a
+source keeps no Python object per image. ``tar_source`` reads tars; ``commands.open_source`` chooses a
+source by its path.
 """
 
-import gzip
-import hashlib
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,68 +13,69 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dataset_tools.shard_plan import PLAN_KEY
+from dataset_tools.shard_writer import decode_key
+from dataset_tools.tars import scan_tar, split_name
 from pipelines.sets.folder import FolderListing, PassedOver, PictureList
-
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+from pipelines.sets.manifest import verify_hint
+from pipelines.sets.shards import open_shards, pictures_on_disk
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture as its source holds it."""
+    """One image as its source holds it."""
 
     payload: bytes | npt.NDArray[np.uint8]
-    """A whole encoded file, or (H, W, 3) uint8 RGB pixels."""
+    """A complete encoded file, or (H, W, 3) uint8 RGB pixels."""
     label: int
-    """Position in the source's classes, −1 without."""
+    """Position in the source's classes; −1 without classes."""
     path: str
-    """Where it lies within the source, for reports."""
+    """Path within the source, for reports."""
 
 
 class Source(Protocol):
-    """A numbered collection of pictures."""
+    """A numbered collection of images."""
 
     @property
     def name(self) -> str:
-        """A name for the manifest, free of machine paths."""
+        """A name for the manifest, without the path on this machine."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in label order; empty for unlabelled pictures."""
+        """Class names in label order; empty for unlabelled images."""
 
     @property
     def passed_over(self) -> PassedOver:
-        """What the source holds besides its pictures, or holds and cannot be read, counted."""
+        """Counts of the files that are not images, and of the places that cannot be read."""
 
     def __len__(self) -> int: ...
 
     def path(self, index: int) -> str:
-        """Return where picture ``index`` lies within the source, for reports."""
+        """Return the path of image ``index`` within the source, for reports."""
 
     def fingerprint(self) -> str:
-        """Return what tells this source from another, by which a conversion knows that it may go on."""
+        """Return a hash that identifies the source, so that a stopped conversion can be continued."""
 
     def read(self, index: int) -> Sample:
-        """Read picture ``index``; called from several threads. Raises OSError where it cannot be read."""
+        """Read image ``index``; called from several threads. Raises OSError if it cannot be read."""
 
 
 class FolderSource(FolderListing):
-    """Picture files, one folder a class or one flat folder, listed by FolderListing."""
+    """Image files in class folders or in one flat folder; see FolderListing."""
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """Name of the folder."""
         return self.root.resolve().name
 
     def read(self, index: int) -> Sample:
-        """Read the file of picture ``index``."""
+        """Read the file of image ``index``."""
         path = self.path(index)
         return Sample((self.root / path).read_bytes(), self.label(index), path)
 
 
 class ListedSource(PictureList):
-    """Pictures whose paths are kept as a folder's are, but were found by other means."""
+    """Base of sources that list their images themselves."""
 
     def __init__(
         self,
@@ -87,7 +85,15 @@ class ListedSource(PictureList):
         paths: Iterable[tuple[str, Sequence[str]]],
         passed_over: PassedOver | None = None,
     ) -> None:
-        """Keep (prefix, names) in the order given; ``labels`` has one number for every name."""
+        """Store the paths and labels.
+
+        Args:
+            root: the file or folder.
+            classes: class names in label order.
+            labels: (N,) class numbers.
+            paths: (prefix, names) in order; an image's path is ``prefix + name``, N in all.
+            passed_over: counts of what is not listed.
+        """
         super().__init__(root, classes, passed_over)
         for prefix, names in paths:
             self._add(prefix, names)
@@ -95,80 +101,74 @@ class ListedSource(PictureList):
 
     @property
     def name(self) -> str:
-        """The name of the file or folder."""
+        """Name of the file or folder."""
         return self.root.resolve().name
 
 
-class IdxSource:
-    """Grey pictures of a pair of idx files (the MNIST format), plain or gzipped, as RGB pixels."""
+class ShardSource(ListedSource):
+    """The images of a set of shards, in the order of its index.
+
+    In a set that was converted, the paths are those of the original source with the suffix .jpg. In other
+    sets, a path is the name of the shard and the name of the member.
+    """
 
     def __init__(
-        self, images: str | Path, labels: str | Path, *, classes: Sequence[str] = FASHION_MNIST_CLASSES
+        self, path: str | Path, *, accept_truncated: bool = False, progress: Callable[[], None] | None = None
     ) -> None:
-        """Read both files. Raises ValueError, naming the file, where one is not idx or they do not match."""
-        self._images = read_idx(images, num_dims=3)
-        self._labels = read_idx(labels, num_dims=1)
-        self._file, self._classes, self.passed_over = Path(images), tuple(classes), PassedOver()
-        if len(self._images) != len(self._labels):
-            raise ValueError(
-                f"{images} holds {len(self._images)} pictures, {labels} {len(self._labels)} labels; "
-                "give the two files of the same split"
-            )
-        if len(self._labels) and int(self._labels.max()) >= len(self._classes):
-            raise ValueError(
-                f"{labels} has the label {self._labels.max()}, but {len(self._classes)} classes are known; "
-                "give the names of all classes"
-            )
+        """Open the set and read the names in its tars.
 
-    @property
-    def name(self) -> str:
-        """The name of the file of pictures."""
-        return self._file.name
+        Args:
+            path: folder of the set.
+            accept_truncated: count damage behind the images of a tar instead of raising.
+            progress: called once per shard.
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The class names given."""
-        return self._classes
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def fingerprint(self) -> str:
-        """Return a hash of all pictures and labels."""
-        return hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
+        Raises:
+            ValueError: if the tars do not match the index; also as ``open_shards`` does.
+            FileNotFoundError: as ``open_shards`` does.
+        """
+        self._set = open_shards(path)
+        rows_by_shard = pictures_on_disk(self._set.shards, self._set.index)
+        labels = self._set.index["label"].astype(np.int64)
+        passed_over = PassedOver()
+        on_damage = passed_over.count_damage if accept_truncated else None
+        names = self._names(rows_by_shard, on_damage, progress)
+        super().__init__(Path(path), self._set.manifest.classes, labels, names, passed_over)
+        # The names are in disk order; image i is the place_N[i]-th on the disk.
+        self._place_N = np.empty(len(labels), np.int64)
+        self._place_N[np.concatenate(rows_by_shard)] = np.arange(len(labels))
 
     def path(self, index: int) -> str:
-        """Return ``file#index``."""
-        return f"{self._file.name}#{index}"
+        """Return the name of image ``index``."""
+        return super().path(int(self._place_N[index]))
+
+    def fingerprint(self) -> str:
+        """Return the hash of the set."""
+        return self._set.manifest.sha256
 
     def read(self, index: int) -> Sample:
-        """Return picture ``index`` as (H, W, 3) uint8, the grey value in all three channels."""
-        grey = self._images[index]
-        return Sample(np.repeat(grey[:, :, None], 3, axis=2), int(self._labels[index]), self.path(index))
+        """Read image ``index``. Raises OSError if its tar ends before the end of the image."""
+        return Sample(self._set.payload(index).tobytes(), self.label(index), self.path(index))
 
-
-def read_idx(path: str | Path, *, num_dims: int) -> npt.NDArray[np.uint8]:
-    """Read an idx file of unsigned bytes, gzipped where its name ends in .gz.
-
-    Raises ValueError, naming the file, where the magic number, the number of dimensions or the size is wrong.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"the idx file {path} does not exist")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}); fetch it again") from error
-    header = 4 + 4 * num_dims
-    magic = bytes((0, 0, 8, num_dims))
-    if len(content) < header or content[:4] != magic:
-        raise ValueError(
-            f"{path} starts with {content[:4].hex()}, an idx file of {num_dims} dimensions with {magic.hex()}"
-        )
-    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", num_dims, offset=4))
-    wanted = header + int(np.prod(shape, dtype=np.int64))
-    if len(content) != wanted:
-        raise ValueError(
-            f"{path} has {len(content)} bytes, its header {shape} asks for {wanted}; fetch it again"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    def _names(
+        self,
+        rows_by_shard: list[npt.NDArray[np.int64]],
+        on_damage: Callable[[str], None] | None,
+        progress: Callable[[], None] | None,
+    ) -> Iterator[tuple[str, list[str]]]:
+        """Yield (prefix, names) for the images of each shard."""
+        converted = PLAN_KEY in self._set.manifest.settings
+        for number, rows in enumerate(rows_by_shard):
+            tar = self._set.tar_path(number)
+            by_offset = {member.offset: member.name for member in scan_tar(tar, on_damage)}
+            offsets = self._set.index["offset"][rows].tolist()
+            if not by_offset.keys() >= set(offsets):
+                raise ValueError(
+                    f"the images of {tar} are not where the index says; {verify_hint(self._set.path)}"
+                )
+            names = [by_offset[offset] for offset in offsets]
+            if converted:
+                yield "", [decode_key(split_name(name)[0]) + ".jpg" for name in names]
+            else:
+                yield f"{tar.name}/", names
+            if progress is not None:
+                progress()

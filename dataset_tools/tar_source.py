@@ -1,4 +1,4 @@
-"""Pictures in a tar, as they are downloaded: nothing is unpacked, every picture is read from its place."""
+"""Images in a tar. Nothing is unpacked: every image is read from its offset."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.sources import ListedSource, Sample
-from dataset_tools.tar_members import Member, Window, tar_members
+from dataset_tools.tars import Member, Window, tar_members
 from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
 
 Folder = tuple[str, ...]
@@ -18,11 +18,12 @@ Folder = tuple[str, ...]
 
 
 class TarSource(ListedSource):
-    """Pictures of one tar, in the order in which the unpacked folder would list them.
+    """Images of one tar, in the order of a FolderSource of the unpacked tar.
 
-    Either a tar of one tar per class (ILSVRC2012_img_train.tar: the class is the inner tar's name), or a tar
-    of pictures: where all lie in folders, the first folder is the class, where all lie loose they have none.
-    Names starting with a dot are passed over; of members of the same name the last counts, as in unpacking.
+    Either a tar of one tar per class (as ILSVRC2012_img_train.tar: the class is the name of the inner tar),
+    or a tar of images: all in folders, then the first folder is the class, or all without folders and
+    classes. Names that start with a dot are ignored. The last of several members with the same name counts,
+    as in unpacking.
     """
 
     def __init__(
@@ -34,13 +35,20 @@ class TarSource(ListedSource):
         accept_truncated: bool = False,
         progress: Callable[[], None] | None = None,
     ) -> None:
-        """Read all headers; nothing is kept per picture but its name, place and label.
+        """Read all headers; only the name, offset, size and label of each image are kept.
 
-        ``labels_file`` has one class name a line, in the order of the sorted pictures, for tars without
-        class folders. ``accept_truncated`` takes the pictures before the place where a damaged tar cannot be
-        read on, and counts that place among what is passed over. ``progress`` is called once a picture.
-        Raises ValueError, naming the tar and the mend, where it is compressed, cut short or damaged, holds no
-        pictures, both loose and filed ones, or links; or where the labels do not fit.
+        Args:
+            path: the tar.
+            labelled: False takes all images as unlabelled.
+            labels_file: one class name per line, in the order of the sorted images, for tars without
+                folders.
+            accept_truncated: take the images of a damaged tar before the damage, and count it in
+                ``passed_over``.
+            progress: called once per image.
+
+        Raises:
+            ValueError: if the tar is compressed, cut short or damaged; if it holds no images, images both
+                in folders and outside, or links; if the labels do not match.
         """
         scan = _Scan(Path(path), accept_truncated)
         found = scan.folders(progress)
@@ -48,7 +56,7 @@ class TarSource(ListedSource):
         if labels_file is not None:
             if classes:
                 raise ValueError(
-                    f"{path} has class folders, {labels_file} would label it again; leave the file out"
+                    f"{path} has class folders, and {labels_file} would label it again; omit the file"
                 )
             classes, labels = read_labels(labels_file, len(labels))
         names = ((f.prefix, f.names()) for f in found)
@@ -62,7 +70,7 @@ class TarSource(ListedSource):
             os.close(file)
 
     def read(self, index: int) -> Sample:
-        """Read the bytes of picture ``index``. Raises OSError where the tar ends before."""
+        """Read the bytes of image ``index``. Raises OSError if the tar ends before its end."""
         size = int(self._sizes[index])
         content = os.pread(self._file, size, int(self._offsets[index]))
         if len(content) < size:
@@ -71,17 +79,17 @@ class TarSource(ListedSource):
 
 
 class _Folder:
-    """The pictures of one folder of a tar, in the order they were found until ``sort``."""
+    """The images of one folder of a tar, in the order of the tar until ``sort``."""
 
     def __init__(self, parts: Folder) -> None:
         self.parts = parts
         self.prefix = "".join(part + "/" for part in parts)
-        self._names = bytearray()  # each with a NUL before it, which no name holds
+        self._names = bytearray()  # each after a NUL, which no name contains
         self.offsets, self.sizes = array("Q"), array("Q")
         self._order: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
     def add(self, name: str, offset: int, num_bytes: int) -> None:
-        """Add one picture."""
+        """Add one image."""
         self._names += b"\0" + os.fsencode(name)
         self.offsets.append(offset)
         self.sizes.append(num_bytes)
@@ -90,9 +98,9 @@ class _Folder:
         return len(self._order)
 
     def sort(self) -> int:
-        """Sort by name; of the same name keep the last, and return how many were left out.
+        """Sort by name, keep the last image of each name, and return how many were dropped.
 
-        Names are Python objects only here, those of one folder at a time.
+        Names are Python objects only here and in ``names``, for one folder at a time.
         """
         names = self._decoded()
         last = {name: i for i, name in enumerate(names)}
@@ -100,12 +108,12 @@ class _Folder:
         return len(names) - len(last)
 
     def names(self) -> list[str]:
-        """The names, sorted."""
+        """Return the sorted names."""
         names = self._decoded()
         return [names[i] for i in self._order]
 
     def numbers(self, values: "array[int]") -> npt.NDArray[np.uint64]:
-        """``offsets`` or ``sizes`` in the order of the names."""
+        """Return ``offsets`` or ``sizes`` in the order of the names."""
         sorted_values: npt.NDArray[np.uint64] = np.frombuffer(values, np.uint64)[self._order]
         return sorted_values
 
@@ -122,19 +130,17 @@ class _Scan:
         self._on_damage = self.passed_over.count_damage if accept_truncated else None
 
     def folders(self, progress: Callable[[], None] | None) -> list[_Folder]:
-        """Find all pictures; return their folders in the order of a listing, a folder's pictures before its
-        folders.
-        """
+        """Return the folders of all images in the order of a listing, a folder before its subfolders."""
         folders: dict[Folder, _Folder] = {}
-        for parts, member in self._pictures():
+        for parts, member in self._images():
             folder = folders.setdefault(parts[:-1], _Folder(parts[:-1]))
             folder.add(parts[-1], member.offset, member.num_bytes)
             if progress is not None:
                 progress()
         if not folders:
             raise ValueError(
-                f"no pictures in {self._path}: looked for {' '.join(PICTURE_SUFFIXES)}, and for tars with "
-                "them; give a tar of pictures, or of one tar per class"
+                f"no images in {self._path}: looked for {' '.join(PICTURE_SUFFIXES)}, and for tars with "
+                "them; give a tar of images, or of one tar per class"
             )
         ordered = [folders[parts] for parts in sorted(folders)]
         for folder in ordered:
@@ -142,9 +148,9 @@ class _Scan:
                 self.passed_over["ignored: earlier files of the same name"] += earlier
         return ordered
 
-    def _pictures(self) -> Iterator[tuple[Folder, Member]]:
-        """Yield every picture of the tar, or of the tars in it, with the parts of its path."""
-        first_tar = first_picture = ""
+    def _images(self) -> Iterator[tuple[Folder, Member]]:
+        """Yield (folder and name, member) of every image of the tar, or of the tars in it."""
+        first_tar = first_image = ""
         with self._path.open("rb") as file:
             for member in tar_members(file, str(self._path), self._on_damage):
                 parts = self._parts(member, (*PICTURE_SUFFIXES, ".tar"))
@@ -152,60 +158,56 @@ class _Scan:
                     continue
                 if parts[-1].lower().endswith(".tar"):
                     first_tar = first_tar or member.name
-                    yield from self._pictures_of_class(Path(parts[-1]).stem, member, file.fileno())
+                    yield from self._images_of_class(Path(parts[-1]).stem, member, file.fileno())
                 else:
-                    first_picture = first_picture or member.name
+                    first_image = first_image or member.name
                     yield parts, member
-                if first_tar and first_picture:
+                if first_tar and first_image:
                     raise ValueError(
-                        f"{self._path} holds tars (such as {first_tar}) and pictures (such as "
-                        f"{first_picture}); pack one of the two kinds alone"
+                        f"{self._path} holds tars (such as {first_tar}) and images (such as "
+                        f"{first_image}); pack only one of the two kinds"
                     )
 
-    def _pictures_of_class(
-        self, name: str, inner: Member, descriptor: int
-    ) -> Iterator[tuple[Folder, Member]]:
-        """Yield the pictures of one class, which lie in a tar within the tar; offsets are the outer's."""
+    def _images_of_class(self, name: str, inner: Member, descriptor: int) -> Iterator[tuple[Folder, Member]]:
+        """Yield the images of one class, which are in an inner tar; offsets are those of the outer tar."""
         window = io.BufferedReader(Window(descriptor, inner.offset, inner.num_bytes))
         for member in tar_members(window, f"{self._path}: {inner.name}", self._on_damage):
             if parts := self._parts(member, PICTURE_SUFFIXES):
                 yield (name, *parts), member._replace(offset=inner.offset + member.offset)
 
     def _parts(self, member: Member, suffixes: tuple[str, ...]) -> Folder:
-        """The parts of a member's path; none for a hidden file or one of another suffix, which is counted."""
+        """Return the parts of a member's path; () for a hidden file or another suffix, which is counted."""
         parts = tuple(part for part in member.name.split("/") if part not in ("", "."))
         hidden = next((part for part in parts if part.startswith(".") and part != ".."), "")
         if not parts or hidden or not parts[-1].lower().endswith(suffixes):
             self.passed_over.count_file(hidden or (parts[-1] if parts else ""))
             return ()
         if ".." in parts:
-            raise ValueError(
-                f"{self._path}: {member.name} lies outside the folder that is packed; pack it again"
-            )
+            raise ValueError(f"{self._path}: {member.name} lies outside the packed folder; pack it again")
         if member.link:
             raise ValueError(
-                f"{self._path}: {member.name} is a link or a sparse file, so its bytes do not lie at its "
-                "place; pack it again with `tar --dereference --hard-dereference`"
+                f"{self._path}: {member.name} is a link or a sparse file, so its content is not stored here; "
+                "pack the tar again with `tar --dereference --hard-dereference`"
             )
         return parts
 
 
 def _label(path: Path, found: list[_Folder], labelled: bool) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Class names, and the label of every picture in order."""
+    """Return the class names, and the (N,) labels of the images in order."""
     counts = [len(folder) for folder in found]
     loose = not found[0].parts
     if not labelled or (loose and len(found) == 1):
         return (), np.full(sum(counts), NO_LABEL, np.int64)
     if loose:
         raise ValueError(
-            f"{path} holds {counts[0]} loose pictures (first: {found[0].names()[0]}) and others in folders "
-            f"(first: {found[1].prefix}); pack them alike, or convert with --no-labels to take all of them "
-            "as one unlabelled set"
+            f"{path} holds {counts[0]} loose images (first: {found[0].names()[0]}) and others in folders "
+            f"(first: {found[1].prefix}); pack all of them in folders or none, or convert with --no-labels "
+            "to take all of them as one unlabelled set"
         )
     classes = tuple(sorted({folder.parts[0] for folder in found}))
     if {name.lower() for name in classes} <= SPLIT_NAMES:
         raise ValueError(
-            f"the folders in {path} are splits, not classes ({', '.join(classes)}); pack one of them alone, "
+            f"the folders in {path} are splits, not classes ({', '.join(classes)}); pack only one of them, "
             "or convert with --no-labels to take all as one unlabelled set"
         )
     number = {name: i for i, name in enumerate(classes)}
@@ -213,15 +215,16 @@ def _label(path: Path, found: list[_Folder], labelled: bool) -> tuple[tuple[str,
 
 
 def read_labels(file: str | Path, count: int) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Read one class name a line for ``count`` pictures; return the sorted names and (N,) class numbers.
+    """Read one class name per line for ``count`` images; return the sorted names and (N,) class numbers.
 
-    Raises ValueError, naming the file, where it has another number of lines or an empty one.
+    Raises:
+        ValueError: if the file has another number of lines or an empty line.
     """
     names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     if len(names) != count:
-        raise ValueError(f"{file} has {len(names)} lines for {count} pictures; give one class name a line")
+        raise ValueError(f"{file} has {len(names)} lines for {count} images; give one class name per line")
     if not all(names):
-        raise ValueError(f"{file}: line {names.index('') + 1} is empty; give one class name a line")
+        raise ValueError(f"{file}: line {names.index('') + 1} is empty; give one class name per line")
     classes = tuple(sorted(set(names)))
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[name] for name in names], np.int64)

@@ -22,11 +22,12 @@ def main(argv: list[str]) -> None:
 
     Raises:
         ImportError: if Detectron2 is missing.
-        Exception: as :func:`detection.trainer.prepare`, before any process is started.
+        FileNotFoundError, ValueError, CheckpointError: from :func:`detection.trainer.check_run`, before any
+            process is started.
     """
     trainer = import_trainer()
     args = trainer.parse(argv, __doc__)
-    trainer.prepare(args)
+    trainer.check_run(args)
     trainer.launch(
         trainer.train_and_evaluate,
         args.num_gpus,

@@ -25,7 +25,7 @@ from detection.config import check_config, configure, parse, resumes
 from training.cli import console
 from training.files import write_json
 
-__all__ = ["launch", "parse", "prepare", "train_and_evaluate"]
+__all__ = ["check_run", "launch", "parse", "train_and_evaluate"]
 
 IMAGE_FORMATS = ("JPEG", "PNG")
 """Image formats that a set may contain."""
@@ -75,7 +75,7 @@ class Trainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, tasks, output_dir=folder, use_fast_impl=False)
 
 
-def prepare(args: argparse.Namespace) -> None:
+def check_run(args: argparse.Namespace) -> None:
     """Check config, sets and weights once, before any process is started.
 
     Raises:
@@ -94,7 +94,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def train_and_evaluate(args: argparse.Namespace) -> None:
-    """Train and evaluate, or only evaluate, after :func:`prepare` has checked the arguments.
+    """Train and evaluate, or only evaluate, after :func:`check_run` has checked the arguments.
 
     Writes the figures to result.json, or to evaluation.json with --eval-only.
 

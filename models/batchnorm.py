@@ -1,10 +1,11 @@
-"""Keeping batch statistics from giving the positive pair away.
+"""BatchNorm over parts of a batch, and the shuffles that keep its statistics from leaking the positive pair.
 
-BatchNorm lets images of one batch see each other. If a query and its key are normalised in the same
-company, the network can match them by that company and learn nothing. So the company of the keys is
-changed: the batch is dealt out anew, over ranks or over the groups of a `SplitBatchNorm2d`.
+BatchNorm mixes information between the images of a batch. If a query and its key are normalised together with
+the same other images, the network can match the two by their shared statistics and learns nothing. So keys
+are normalised together with other images than their queries: the rows of the key batch are redistributed over
+ranks, or over the parts of a `SplitBatchNorm2d`, and put back in order after the encoder.
 
-Shape letters: N batch on this rank, C channels, S side, G groups, R ranks.
+Shape letters: N batch on this rank, C channels, S side, G parts (groups), R ranks, B branches, D embedding.
 """
 
 import functools
@@ -32,9 +33,9 @@ def _check_divisible(batch_size: int, num_splits: int) -> None:
 
 @functools.cache
 def missing_for_kernels() -> str:
-    """What this machine lacks to compile GPU kernels at run time, and what to do; "" for nothing.
+    """What this machine lacks to compile GPU kernels at run time, and how to install it; "" for nothing.
 
-    Triton compiles a launcher in C for each kernel, whether it is our own or torch.compile's.
+    Triton compiles a launcher in C for each kernel, for torch.compile's kernels as well as for ours.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
@@ -65,8 +66,8 @@ class NormArguments(NamedTuple):
     """Added to variances."""
 
 
-# One operation forward and one backward. Their kernels write each part where it belongs, so that nothing is
-# copied to join parts, and the gradient needs nothing but the input and the parts' statistics.
+# One custom operation forward and one backward. They write each part to its place in one output, so no copy
+# joins the parts. The backward pass needs only the input and the statistics of the parts.
 
 
 @torch.library.custom_op("maskmix::split_batch_norm", mutates_args=("running_mean_C", "running_var_C"))
@@ -83,16 +84,8 @@ def split_batch_norm(
     """Normalise each of G consecutive parts of a batch by its own statistics.
 
     The running statistics move, in place, towards the mean of the parts' means and unbiased variances.
-
-    Args:
-        input: (N, C, S, S) in channels_last; G divides N.
-        weight_C: (C,) float32, as the three after it.
-        bias_C: added after the weight.
-        running_mean_C: changed in place.
-        running_var_C: changed in place.
-        num_splits: G.
-        momentum: share of the new statistics in the running ones.
-        eps: added to variances.
+    ``input`` is (N, C, S, S) in channels_last, and G divides N. The other arguments are those of
+    `NormArguments`, which the schema of a custom operation cannot group.
 
     Returns:
         The normalised batch, and (G, C) means and 1 / standard deviations of the parts.
@@ -120,8 +113,8 @@ def split_batch_norm(
 
 @split_batch_norm.register_fake
 def _shapes(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    running_mean_C, num_splits = rest[2], rest[4]
-    mean_GC = running_mean_C.new_empty(num_splits, len(running_mean_C))
+    norm = NormArguments(*rest)
+    mean_GC = norm.running_mean_C.new_empty(norm.num_splits, len(norm.running_mean_C))
     return torch.empty_like(input), mean_GC, torch.empty_like(mean_GC)
 
 
@@ -129,9 +122,18 @@ def _shapes(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 def split_batch_norm_backward(
     grad: Tensor, input: Tensor, weight_C: Tensor, mean_GC: Tensor, inverse_std_GC: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `split_batch_norm` by input, weight and bias, the last two summed over the parts.
+    """Gradients of `split_batch_norm` with respect to input, weight and bias.
 
-    grad and input are (N, C, S, S) in channels_last, the rest as `split_batch_norm` takes and returns it.
+    Args:
+        grad: (N, C, S, S) in channels_last, gradient of the output.
+        input: (N, C, S, S) in channels_last.
+        weight_C: as `split_batch_norm` takes it.
+        mean_GC: as `split_batch_norm` returns it.
+        inverse_std_GC: likewise.
+        eps: as `split_batch_norm` takes it.
+
+    Returns:
+        (N, C, S, S), and (C,) for weight and bias, summed over the parts.
     """
     if input.device.type == "cuda":
         from models import batchnorm_triton
@@ -160,11 +162,11 @@ def _shapes_of_gradients(
 
 
 class _SplitBatchNorm(torch.autograd.Function):
-    """The output of `split_batch_norm`, with its gradient."""
+    """The output of `split_batch_norm`, differentiable."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight_C: Tensor, bias_C: Tensor, *rest: Any) -> Tensor:
-        """Arguments as of `split_batch_norm`."""
+        """Take the arguments of `split_batch_norm`."""
         output: Tensor
         output, mean_GC, inverse_std_GC = split_batch_norm(input, weight_C, bias_C, *rest)
         ctx.save_for_backward(input, weight_C, mean_GC, inverse_std_GC)
@@ -174,14 +176,14 @@ class _SplitBatchNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients by input, weight and bias."""
+        """Return gradients for input, weight and bias, and None for the five other arguments."""
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         gradients = split_batch_norm_backward(grad, *ctx.saved_tensors, ctx.eps)
         return (*gradients, None, None, None, None, None)
 
 
 def split_batch_norm_for_compiler(input: Tensor, norm: NormArguments) -> Tensor:
-    """The output of `split_batch_norm` as plain arithmetic, which a compiler fuses with what is around it."""
+    """The output of `split_batch_norm` as plain arithmetic, which torch.compile fuses with its neighbours."""
     x_GNCSS = input.unflatten(0, (norm.num_splits, -1)).to(norm.weight_C.dtype)
     var_GC, mean_GC = torch.var_mean(x_GNCSS, dim=(1, 3, 4), correction=0)
     with torch.no_grad():
@@ -195,11 +197,20 @@ def split_batch_norm_for_compiler(input: Tensor, norm: NormArguments) -> Tensor:
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics are taken over ``num_splits`` consecutive parts of the batch.
+    """BatchNorm2d that normalises each of ``num_splits`` consecutive parts of a training batch by itself.
 
-    One device then behaves like ``num_splits`` devices without synchronised BN. The running statistics move
-    towards the mean of the parts' statistics; in eval mode and in the state dict it is a plain BatchNorm2d.
-    Raises ValueError at a training batch that ``num_splits`` does not divide.
+    One device then computes what ``num_splits`` devices without synchronised BatchNorm compute. The running
+    statistics move towards the mean of the parts' statistics. In eval mode, and in the state dict, it is a
+    plain BatchNorm2d.
+
+    Args:
+        num_features: C.
+        num_splits: G, at least 1; 1 is plain BatchNorm. It must divide every training batch.
+        eps: added to variances.
+        momentum: share of the new statistics in the running ones.
+
+    Raises:
+        ValueError: if ``num_splits`` is below 1; in ``forward``, if it does not divide the batch.
     """
 
     def __init__(self, num_features: int, num_splits: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
@@ -209,7 +220,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.num_splits = num_splits
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, S, S) in, the same out."""
+        """Normalise (N, C, S, S)."""
         if not self.training or self.num_splits == 1:
             return super().forward(input)
         _check_divisible(len(input), self.num_splits)
@@ -229,12 +240,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return buffer
 
     def extra_repr(self) -> str:
-        """What BatchNorm2d shows, and the number of splits."""
+        """Add the number of splits to what BatchNorm2d shows."""
         return f"{super().extra_repr()}, num_splits={self.num_splits}"
 
 
 def _channels_first_to_last(x: Tensor) -> Tensor:
-    """The dense memory of a channels_last image batch, so that rows can be moved without another copy."""
+    """(N, S, S, C), contiguous, of an image batch; without a copy where that is channels_last already."""
     return x.movedim(1, -1).contiguous() if x.dim() == 4 else x.contiguous()
 
 
@@ -242,28 +253,44 @@ def _channels_last_to_first(x: Tensor) -> Tensor:
     return x.movedim(-1, 1) if x.dim() == 4 else x
 
 
-def deal_over_splits(x: Tensor, num_splits: int) -> Tensor:
-    """Reorder (N, …) so that each of ``num_splits`` consecutive parts draws evenly from all former parts.
+def shuffle_across_splits(x: Tensor, num_splits: int) -> Tensor:
+    """Reorder rows so that each of ``num_splits`` consecutive parts has rows of all former parts, evenly.
 
-    Image batches come back channels_last. Raises ValueError where ``num_splits`` does not divide N.
+    Args:
+        x: (N, …).
+        num_splits: number of parts.
+
+    Returns:
+        (N, …); image batches are channels_last.
+
+    Raises:
+        ValueError: if ``num_splits`` does not divide N.
     """
     _check_divisible(len(x), num_splits)
     rows = _channels_first_to_last(x)
-    dealt = rows.unflatten(0, (num_splits, -1)).transpose(0, 1).flatten(0, 1)
-    return _channels_last_to_first(dealt)
+    shuffled = rows.unflatten(0, (num_splits, -1)).transpose(0, 1).flatten(0, 1)
+    return _channels_last_to_first(shuffled)
 
 
-def undeal_over_splits(x: Tensor, num_splits: int) -> Tensor:
-    """Undo `deal_over_splits`."""
+def unshuffle_across_splits(x: Tensor, num_splits: int) -> Tensor:
+    """Undo `shuffle_across_splits`."""
     rows = _channels_first_to_last(x)
     gathered = rows.unflatten(0, (-1, num_splits)).transpose(0, 1).flatten(0, 1)
     return _channels_last_to_first(gathered)
 
 
 def join_branches(branches: Sequence[Tensor], num_splits: int) -> Tensor:
-    """One batch of B batches (N, …), of whose consecutive parts each has its share of every one.
+    """Concatenate B batches so that each of ``num_splits`` consecutive parts has rows of every batch.
 
-    Image batches come back channels_last. Raises ValueError where ``num_splits`` does not divide N.
+    Args:
+        branches: B tensors (N, …).
+        num_splits: number of parts.
+
+    Returns:
+        (B·N, …); image batches are channels_last.
+
+    Raises:
+        ValueError: if ``num_splits`` does not divide N.
     """
     _check_divisible(len(branches[0]), num_splits)
     parts_BG = [_channels_first_to_last(x).chunk(num_splits) for x in branches]
@@ -271,13 +298,13 @@ def join_branches(branches: Sequence[Tensor], num_splits: int) -> Tensor:
     return _channels_last_to_first(torch.cat(in_order))
 
 
-def part_branches(x: Tensor, num_branches: int, num_splits: int) -> list[Tensor]:
-    """Undo `join_branches` for rows (B·N, D) made of its rows."""
+def separate_branches(x: Tensor, num_branches: int, num_splits: int) -> list[Tensor]:
+    """Undo `join_branches`: (B·N, D) rows that were computed from its rows become B tensors (N, D)."""
     x_GBnD = x.unflatten(0, (num_splits, num_branches, -1))
     return [x_GBnD[:, branch].flatten(0, 1) for branch in range(num_branches)]
 
 
-def _hand_sizes(num_rows: int, rank: int, world_size: int) -> list[int]:
+def _send_sizes(num_rows: int, rank: int, world_size: int) -> list[int]:
     """How many rows ``rank`` sends to each rank. Row and column sums of the R × R table are ``num_rows``."""
     share, rest = divmod(num_rows, world_size)
     return [share + ((to - rank) % world_size < rest) for to in range(world_size)]
@@ -291,22 +318,28 @@ def _exchange(x: Tensor, send: list[int], receive: list[int]) -> Tensor:
 
 
 def shuffle_across_ranks(x: Tensor) -> Tensor:
-    """Deal the (N, …) rows of every rank evenly over all ranks; N must be the same on all of them.
+    """Distribute the rows of every rank evenly over all ranks.
 
-    Only rows that change their place travel (all-to-all), about N·(R − 1)/R of them, where gathering whole
-    batches would bring in N·(R − 1). The deal is fixed: an epoch's order is random already, an even deal
-    leaves the fewest old neighbours together, and there is no generator state to agree on or to resume.
-    Image batches come back channels_last. No gradient passes. Needs an initialised process group.
+    Only rows that change their rank are sent (all-to-all): about N·(R − 1)/R a rank, where gathering whole
+    batches would receive N·(R − 1). Which row goes where is fixed. The order of an epoch is random already,
+    an even distribution leaves the fewest rows together, and there is no generator state to synchronise or to
+    resume. No gradient passes. Needs an initialised process group.
+
+    Args:
+        x: (N, …), with the same N on all ranks.
+
+    Returns:
+        (N, …); image batches are channels_last.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    send = _hand_sizes(len(x), rank, world_size)
-    receive = [_hand_sizes(len(x), source, world_size)[rank] for source in range(world_size)]
+    send = _send_sizes(len(x), rank, world_size)
+    receive = [_send_sizes(len(x), source, world_size)[rank] for source in range(world_size)]
     return _exchange(x, send, receive)
 
 
 def unshuffle_across_ranks(x: Tensor) -> Tensor:
-    """Undo `shuffle_across_ranks`: row i is again what belongs to row i of this rank's batch."""
+    """Undo `shuffle_across_ranks`: row i belongs to row i of this rank's batch again."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    receive = _hand_sizes(len(x), rank, world_size)
-    send = [_hand_sizes(len(x), source, world_size)[rank] for source in range(world_size)]
+    receive = _send_sizes(len(x), rank, world_size)
+    send = [_send_sizes(len(x), source, world_size)[rank] for source in range(world_size)]
     return _exchange(x, send, receive)

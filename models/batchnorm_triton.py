@@ -1,17 +1,18 @@
-"""`models.batchnorm`'s split BatchNorm for NVIDIA GPUs: three kernels forward, three backward.
+"""The split BatchNorm of `models.batchnorm` for NVIDIA GPUs: three Triton kernels forward, three backward.
 
-The same mathematics runs on a CPU by torch's own kernels, see `models.batchnorm`. An image batch in
-channels_last is a matrix of rows (pixels) and columns (channels), and a part of the batch is a run of M rows:
+An image batch in channels_last is a matrix: rows are pixels, columns are channels. A part of the batch is M
+consecutive rows. The forward kernels compute:
 
-1. blocks of rows of every part → partial statistics, each shifted by the mean of its first rows, so that
-   large means do not cancel;
-2. partial statistics → mean and 1 / standard deviation of every part, and the new running statistics;
-3. rows → normalised rows.
+1. from blocks of rows of every part: partial means, and sums of squared deviations. Each block subtracts the
+   mean of its first rows from its values, so that large means do not cancel;
+2. from the partial statistics: mean and 1 / standard deviation of every part, and the new running statistics;
+3. from the rows: the normalised rows.
 
-The backward pass has the same three steps. Not yet measured on a GPU.
+The backward pass has the same three steps. Each program of a kernel handles a block of rows and 64 channels
+of one part, tile by tile. The code has not been measured on a GPU yet.
 
 Shape letters: N batch, C channels, S side, G parts, M rows of a part, B blocks of rows in a part. In the
-kernels a name's suffix is its shape, with r for the rows and c for the channels of a tile.
+kernels a name's suffix is the shape of the tile: r rows, c channels, g parts, b blocks.
 """
 
 from typing import Any
@@ -24,19 +25,21 @@ from torch import Tensor
 from models.batchnorm import NormArguments
 
 _ROWS, _CHANNELS = 64, 64
-"""Of a tile."""
+"""Size of a tile."""
 _FINISH_CHANNELS = 8
+"""Channels that a program of step 2 reduces."""
 _FINISH_ELEMENTS = 8192
-"""Of the tile of partial results that is reduced at once."""
+"""Most partial results that a program of step 2 reduces."""
 _PROGRAMS, _PROGRAMS_OF_ROWS = 1024, 4096
-"""Aimed at in steps 1 and 3; a large GPU has 132 multiprocessors."""
+"""Programs to aim at in steps 1 and 3; a large GPU has 132 multiprocessors."""
 
 
 @triton.jit
-def _tile(block, first, stop, channel_c, C, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile(part, first, stop, channel_c, C, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pointers to the tile of a part that begins at row ``first``, and which of them are before ``stop``."""
     row_r = first + tl.arange(0, ROWS)
     inside_rc = (row_r < stop)[:, None] & (channel_c < C)[None, :]
-    return block + row_r.to(tl.int64)[:, None] * C + channel_c[None, :], inside_rc
+    return part + row_r.to(tl.int64)[:, None] * C + channel_c[None, :], inside_rc
 
 
 @triton.jit
@@ -44,7 +47,7 @@ def _partial_statistics(  # type: ignore[no-untyped-def]
     x, mean_GBC, square_GBC, M, C, B, block_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """Mean, and sum of squared deviations from it, of one block of rows."""
+    """Step 1: mean, and sum of squared deviations from it, of one block of rows."""
     channel_c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     b, g = tl.program_id(1), tl.program_id(2)
     part = x + g.to(tl.int64) * M * C
@@ -72,7 +75,7 @@ def _finish_statistics(  # type: ignore[no-untyped-def]
     M, C, G, B, block_rows, momentum, eps,
     PARTS: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of all parts; the running ones move towards the mean of the parts' statistics."""
+    """Step 2: statistics of all parts; the running ones move towards the mean of the parts' statistics."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     g, b = tl.arange(0, PARTS)[:, None, None], tl.arange(0, BLOCKS)[None, :, None]
     inside = (g < G) & (b < B) & (c < C)
@@ -103,6 +106,7 @@ def _normalise(  # type: ignore[no-untyped-def]
     x, y, mean_GC, inverse_std_GC, weight_C, bias_C, M, C, block_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
+    """Step 3: y = (x − mean) / σ · weight + bias for one block of rows."""
     channel_c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     b, g = tl.program_id(1), tl.program_id(2)
     known_c = channel_c < C
@@ -124,7 +128,7 @@ def _partial_gradients(  # type: ignore[no-untyped-def]
     dy, x, mean_GC, inverse_std_GC, sum_GBC, dot_GBC, M, C, B, block_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """Σ dy and Σ dy · x̂ of one block of rows, x̂ the normalised input."""
+    """Step 1: Σ dy and Σ dy · x̂ of one block of rows, where x̂ is the normalised input."""
     channel_c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     b, g = tl.program_id(1), tl.program_id(2)
     mean_c = tl.load(mean_GC + g * C + channel_c, mask=channel_c < C)
@@ -150,6 +154,7 @@ def _finish_gradients(  # type: ignore[no-untyped-def]
     sum_GBC, dot_GBC, sum_GC, dot_GC, weight_grad_C, bias_grad_C, C, G, B,
     PARTS: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """Step 2: the sums of every part, and the gradients of weight and bias."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     g, b = tl.arange(0, PARTS)[:, None, None], tl.arange(0, BLOCKS)[None, :, None]
     inside = (g < G) & (b < B) & (c < C)
@@ -168,7 +173,7 @@ def _input_gradient(  # type: ignore[no-untyped-def]
     dy, x, dx, mean_GC, inverse_std_GC, weight_C, sum_GC, dot_GC, M, C, block_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """dx = weight / σ · (dy − mean(dy) − x̂ · mean(dy · x̂))."""
+    """Step 3: dx = weight / σ · (dy − mean(dy) − x̂ · mean(dy · x̂)) for one block of rows."""
     channel_c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     b, g = tl.program_id(1), tl.program_id(2)
     known_c = channel_c < C
@@ -190,7 +195,7 @@ def _input_gradient(  # type: ignore[no-untyped-def]
 
 
 class _Sizes:
-    """How a batch is cut into tiles and blocks."""
+    """Sizes of tiles, blocks and grids for one batch."""
 
     def __init__(self, x: Tensor, num_parts: int) -> None:
         self.parts, self.channels = num_parts, x.shape[1]
@@ -201,7 +206,7 @@ class _Sizes:
         blocks = min(most, triton.cdiv(_PROGRAMS, columns * num_parts), triton.cdiv(self.rows, _ROWS))
         self.block_rows, self.blocks = self._blocks(blocks)
         self.grid = (columns, self.blocks, num_parts)
-        # Step 3 leaves nothing to be put together, so it may have more blocks.
+        # Step 3 has no partial results that step 2 must reduce, so it may have more blocks.
         self.row_block_rows, row_blocks = self._blocks(triton.cdiv(_PROGRAMS_OF_ROWS, columns * num_parts))
         self.row_grid = (columns, row_blocks, num_parts)
         self.finish_grid = (triton.cdiv(self.channels, _FINISH_CHANNELS),)
@@ -218,18 +223,18 @@ class _Sizes:
             "num_warps": 8,
         }
 
-    def _blocks(self, wanted: int) -> tuple[int, int]:
-        """Rows of a block and number of blocks, about as many as wanted: whole tiles, none without rows."""
-        rows = triton.cdiv(triton.cdiv(self.rows, wanted), _ROWS) * _ROWS
+    def _blocks(self, num: int) -> tuple[int, int]:
+        """Rows of a block, in whole tiles, and the number of blocks: about ``num``, none of them empty."""
+        rows = triton.cdiv(triton.cdiv(self.rows, num), _ROWS) * _ROWS
         return rows, triton.cdiv(self.rows, rows)
 
     def empty(self, like: Tensor, *leading: int) -> Tensor:
-        """(…, C) without values."""
+        """(…, C), uninitialised, on the device of ``like``."""
         return torch.empty(*leading, self.channels, dtype=self.float, device=like.device)
 
 
 def forward(x: Tensor, norm: NormArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """As `models.batchnorm.split_batch_norm`; x is (N, C, S, S) in channels_last."""
+    """Compute `models.batchnorm.split_batch_norm` on a GPU; x is (N, C, S, S) in channels_last."""
     num_parts = norm.num_splits
     sizes = _Sizes(x, num_parts)
     y = torch.empty_like(x)
@@ -251,7 +256,7 @@ def forward(x: Tensor, norm: NormArguments) -> tuple[Tensor, Tensor, Tensor]:
 def backward(
     grad: Tensor, x: Tensor, weight_C: Tensor, mean_GC: Tensor, inverse_std_GC: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `models.batchnorm.split_batch_norm_backward`; grad and x are (N, C, S, S) in channels_last."""
+    """Compute `models.batchnorm.split_batch_norm_backward` on a GPU; grad and x are in channels_last."""
     num_parts = len(mean_GC)
     sizes = _Sizes(x, num_parts)
     dx = torch.empty_like(x)

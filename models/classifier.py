@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def new_classifier(feature_dim: int, num_classes: int) -> nn.Linear:
-    """A linear classifier as the published probe begins: weights of N(0, 0.01²), biases of 0."""
+    """A linear classifier initialised like the published probe: weights from N(0, 0.01²), biases 0."""
     fc = nn.Linear(feature_dim, num_classes)
     nn.init.normal_(fc.weight, std=0.01)
     nn.init.zeros_(fc.bias)
@@ -18,10 +18,16 @@ def new_classifier(feature_dim: int, num_classes: int) -> nn.Linear:
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear layer on its features, which is computed in float32."""
+    """An encoder and a linear layer on its features. The linear layer is computed in float32.
+
+    Args:
+        encoder: (N, 3, S, S) → (N, F).
+        feature_dim: F.
+        num_classes: C.
+        frozen: do not train the encoder, and keep its BatchNorm statistics as they are.
+    """
 
     def __init__(self, encoder: nn.Module, feature_dim: int, num_classes: int, *, frozen: bool) -> None:
-        """frozen: the encoder is not trained, and its BatchNorm statistics stay as they are."""
         super().__init__()
         self.encoder = encoder
         self.fc = new_classifier(feature_dim, num_classes)
@@ -30,7 +36,7 @@ class Classifier(nn.Module):
             encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, which a frozen encoder never enters."""
+        """Set training mode; a frozen encoder stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()

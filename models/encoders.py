@@ -1,4 +1,4 @@
-"""ResNets by name, with or without the small stem, ready to take a projection head in ``.fc``.
+"""ResNets by name, with the usual stem or one for small images. A projection head may replace ``.fc``.
 
 Shape letters: N batch, S side in pixels, F features.
 """
@@ -32,14 +32,14 @@ class EncoderFactory(Protocol):
     """Builds an encoder around a norm layer: ``partial(build_encoder, "resnet50")`` is one."""
 
     def __call__(self, *, norm_layer: NormLayer) -> tuple[nn.Module, int]:
-        """An encoder whose ``fc`` may be replaced, and the number of features that reach ``fc``."""
+        """Build an encoder with an ``fc`` that can be replaced; returns it and the number of features F."""
         ...
 
 
 class _NarrowResNet(ResNet):
-    """Four stages of one BasicBlock each, 16 … 128 channels: 0.3 M parameters, for a demo on a CPU.
+    """Four stages of one BasicBlock each, with 16 … 128 channels: 0.3 M parameters, for demos on a CPU.
 
-    Every stage halves the side, the first one too, which makes it twice as fast at 32 px.
+    Every stage halves the side. The first stage of other ResNets does not; here it halves the time.
     """
 
     def __init__(self, norm_layer: NormLayer) -> None:
@@ -58,7 +58,7 @@ class _NarrowResNet(ResNet):
 
 
 def _use_small_stem(encoder: ResNet) -> None:
-    """Replace the 7×7 stride-2 convolution and the max-pool, which would leave a 32 px image 8×8 cells."""
+    """Replace the 7×7 stride-2 convolution and the max-pool, which reduce an image of 32 px to 8×8."""
     encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
     encoder.maxpool = nn.Identity()
@@ -67,12 +67,18 @@ def _use_small_stem(encoder: ResNet) -> None:
 def build_encoder(
     arch: str, *, small_stem: bool = False, norm_layer: NormLayer = nn.BatchNorm2d
 ) -> tuple[nn.Module, int]:
-    """A freshly initialised ResNet with ``fc`` an identity, and its number of features F.
+    """Build a freshly initialised ResNet with an identity as ``fc``.
 
-    arch: one of `ARCHS`; "resnet10w16" has the small stem always, the others are torchvision's.
-    small_stem: a 3×3 stride-1 first convolution and no max-pool, for images of 32 … 64 px.
-    norm_layer: what stands in for BatchNorm2d; its keys in the state dict are those of the layer given.
-    Raises ValueError for an unknown arch.
+    Args:
+        arch: one of `ARCHS`; "resnet10w16" always has the small stem, the others are torchvision's.
+        small_stem: a 3×3 stride-1 first convolution and no max-pool, for images of 32 … 64 px.
+        norm_layer: replaces BatchNorm2d.
+
+    Returns:
+        The ResNet and its number of features F.
+
+    Raises:
+        ValueError: if ``arch`` is unknown.
     """
     if arch not in ARCHS:
         raise ValueError(f"arch is {arch!r}; choose one of {', '.join(ARCHS)}")
@@ -89,7 +95,7 @@ def build_encoder(
 
 
 def backbone_features(encoder: nn.Module, images_N3SS: Tensor) -> Tensor:
-    """(N, F) features of a ResNet before its ``fc``, whatever head stands there."""
+    """(N, F) features of a ResNet before its ``fc``, whatever that is."""
     resnet: ResNet = encoder
     x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(images_N3SS))))
     x = resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))

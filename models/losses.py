@@ -1,7 +1,9 @@
 """Contrastive losses against a queue of negatives, as pure functions.
 
-Shape letters: N batch, D embedding, K queue. All embeddings are L2-normalised rows. Everything is computed in
-float32 (float64 stays), whatever autocast says: at temperature 0.07 half-precision logits are off by 0.05.
+All embeddings are L2-normalised rows. All arithmetic is float32 (float64 stays float64), also under autocast:
+at temperature 0.07, logits in half precision are off by 0.05.
+
+Shape letters: N batch, D embedding, K queue, C rows of a block of the queue.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 @contextlib.contextmanager
 def true_float32() -> Iterator[None]:
-    """Compute products of float32 in float32 and not in TF32; the setting is as before at the end."""
+    """Compute float32 products in float32, not in TF32, inside the ``with`` block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -26,21 +28,21 @@ def true_float32() -> Iterator[None]:
 
 
 def _rows_of_a_block(device: torch.device) -> int:
-    """Queue rows a block of logits spans: on a CPU it stays in the cache, on a GPU it fills the device."""
+    """C: on a CPU a block of logits stays in the cache, on a GPU it fills the device."""
     return 4096 if device.type == "cpu" else 16384
 
 
 class _NegativeLogSumExp(torch.autograd.Function):
-    """Row-wise log Σ exp(q·queueᵀ / T), never holding more than a block of the N × K logits.
+    """Row-wise log Σ exp(q·queueᵀ / T), with only one block of the N × K logits in memory at a time.
 
-    The gradient by q is (softmax · queue) / T, an N × D matrix. The forward pass makes it while each block of
-    logits is at hand, so the backward pass needs neither logits nor queue: nothing of size N × K is kept, and
+    The gradient with respect to q is (softmax · queue) / T, an N × D matrix. The forward pass computes it
+    block by block, so the backward pass needs neither logits nor queue. Nothing of size N × K is kept, and
     the queue may be overwritten in between. The queue receives no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """(N,) log-sum-exp and (N,) maximum of the logits, which carries no gradient."""
+        """Return the (N,) log-sum-exp and the (N,) maximum of the logits, which has no gradient."""
         wants_gradient = ctx.needs_input_grad[0]
         max_N = q_ND.new_full((len(q_ND),), -torch.inf)
         sum_N = torch.zeros_like(max_N)
@@ -72,11 +74,18 @@ def _full_precision(*tensors: Tensor) -> Sequence[Tensor]:
 
 
 def negative_logsumexp(q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(N,) log-sum-exp and (N,) maximum of each query's logits against the queue.
+    """Log-sum-exp and maximum of each query's logits q·queueᵀ / T.
 
-    Only the first carries a gradient, only to the queries, and only once (no second derivatives).
+    Args:
+        q_ND: queries.
+        queue_KD: negatives; they receive no gradient.
+        temperature: T.
+
+    Returns:
+        (N,) log-sum-exp, which can be differentiated once with respect to the queries, and (N,) maximum,
+        which has no gradient.
     """
-    # A compiler cannot follow the setting; it finds what the run has set, see training.precision.
+    # torch.compile cannot trace a change of this setting. Compiled code uses what the run has set.
     exact = contextlib.nullcontext() if torch.compiler.is_compiling() else true_float32()
     with torch.autocast(q_ND.device.type, enabled=False), exact:
         q_ND, queue_KD = _full_precision(q_ND, queue_KD)
@@ -91,14 +100,21 @@ def positive_logit(q_ND: Tensor, k_ND: Tensor, temperature: float) -> Tensor:
 
 
 def cross_entropy(positive_N: Tensor, negative_lse_N: Tensor) -> Tensor:
-    """(N,) −log of the positive's share: log(exp(pos) + exp(lse)) − pos, without the cancellation."""
+    """(N,) −log softmax of the positive: log(exp(pos) + exp(lse)) − pos, computed without cancellation."""
     return F.softplus(negative_lse_N - positive_N)
 
 
 def info_nce(q_ND: Tensor, k_ND: Tensor, negative_lse_N: Tensor, temperature: float) -> Tensor:
-    """Mean of CE(q, k) against the queue, a scalar (MoCo, eq. 1).
+    """Mean of CE(q, k) against the queue (MoCo, arXiv 1911.05722, eq. 1).
 
-    negative_lse_N: of the same queries, from `negative_logsumexp`. Keys receive no gradient.
+    Args:
+        q_ND: queries.
+        k_ND: their keys, which receive no gradient.
+        negative_lse_N: log-sum-exp of the same queries, from `negative_logsumexp`.
+        temperature: T.
+
+    Returns:
+        Scalar.
     """
     return cross_entropy(positive_logit(q_ND, k_ND.detach(), temperature), negative_lse_N).mean()
 
@@ -111,10 +127,20 @@ def mixture_loss(
     negative_lse_N: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Mean of λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]), a scalar (MixMask, arXiv 2210.11456; Un-Mix).
+    """Mean of λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]) (MixMask, arXiv 2210.11456; Un-Mix, arXiv 2003.05438).
 
-    qm_ND: embedded mixed views; k_ND: clean keys; partner_N: int64, whose pixels fill view i; lam_N in
-    [0, 1]: share of the anchor's own pixels. Both terms have the same negatives, so one log-sum-exp serves.
+    Both terms have the same negatives, so they share one log-sum-exp.
+
+    Args:
+        qm_ND: embedded mixed views.
+        k_ND: keys of the clean views, which receive no gradient.
+        partner_N: int64 π; view i shows pixels of images i and partner_N[i].
+        lam_N: in [0, 1], the share of image i in view i.
+        negative_lse_N: log-sum-exp of ``qm_ND``, from `negative_logsumexp`.
+        temperature: T.
+
+    Returns:
+        Scalar.
     """
     k_ND = k_ND.detach()
     own_N = cross_entropy(positive_logit(qm_ND, k_ND, temperature), negative_lse_N)

@@ -18,12 +18,12 @@ from models import losses
 from models.batch import NUM_MIXTURES, Batch, Method, Mixture, directions_of
 from models.batchnorm import (
     SplitBatchNorm2d,
-    deal_over_splits,
     join_branches,
-    part_branches,
+    separate_branches,
     shuffle_across_ranks,
-    undeal_over_splits,
+    shuffle_across_splits,
     unshuffle_across_ranks,
+    unshuffle_across_splits,
 )
 from models.encoders import EncoderFactory, NormLayer, backbone_features
 
@@ -32,19 +32,34 @@ def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
 class MoCo(nn.Module):
     """Momentum contrast; ``forward(batch)`` returns the loss to minimise and the metrics of the step.
 
     The state dict has ``encoder_q.*``, ``encoder_k.*`` (heads in ``.fc``), ``queue_KD`` and ``queue_ptr``.
-    Only ``encoder_q`` has trainable parameters. Under DDP queue and pointer are left out of the broadcast:
-    keys are gathered in rank order, so every rank's queue is the same already.
+    Only ``encoder_q`` has trainable parameters. DDP does not broadcast queue and pointer: keys are gathered
+    in rank order, so they are the same on every rank already. The loss first rises, while real keys replace
+    the noise that the queue starts with.
 
-    The loss first rises while the queue fills with real keys in place of the noise it starts from.
+    Args:
+        encoder_factory: called once, with ``norm_layer``; returns a ResNet and its feature dimension F.
+        method: which mixtures a batch has. Their loss terms are weighted by λ; "erase" takes the plain loss.
+        dim: D, at least 1.
+        queue_len: K, at least 1; independent of the batch size.
+        momentum: share of the key encoder that a step keeps, in [0, 1].
+        temperature: divides the cosine similarities, above 0.
+        mlp: head F-F-D with a ReLU (MoCo v2), or one linear layer F-D (v1).
+        bn_splits: parts of the batch for BatchNorm statistics, on every rank; it must divide the batch. With
+            one rank, 1 is plain BatchNorm, which lets statistics leak which key matches which query and costs
+            about 4 points at long schedules. With several ranks, keys are shuffled over ranks and 1 is
+            enough.
+        symmetric: each view is query once and key once; the loss is the sum of both directions, and the keys
+            of both views enter the queue.
+        joint_forward: encode all queries and mixtures as one batch with common BatchNorm statistics. By
+            default each is a batch of its own, as published.
+        queue_seed: of the initial noise; the same on all ranks.
+
+    Raises:
+        ValueError: if a value is out of range.
     """
 
     def __init__(
@@ -62,31 +77,18 @@ class MoCo(nn.Module):
         joint_forward: bool = False,
         queue_seed: int = 0,
     ) -> None:
-        """Build both encoders and a queue of noise.
-
-        encoder_factory: called once, with ``norm_layer``; returns a ResNet and its feature dimension F.
-        method: which mixtures a batch brings; "erase" takes the plain loss for them, others weigh it by λ.
-        dim: D. queue_len: K, at least 1, independent of the batch size.
-        momentum: share of the key encoder that stays at each step, in [0, 1].
-        temperature: divides the cosine similarities, above 0.
-        mlp: head F-F-D with a ReLU (MoCo v2) or one linear layer F-D (v1).
-        bn_splits: parts the batch is split into for BN statistics, on every rank; it must divide the batch.
-            With one rank, 1 is plain BN, which lets the positive pair be told by its company and costs about
-            4 points at long schedules. With several ranks keys are dealt out over the ranks and 1 is enough.
-        symmetric: each view is query once and key once; the loss is the sum of both, and both views' keys
-            enter the queue.
-        joint_forward: all queries and mixtures go through the encoder as one batch, with BN statistics in
-            common; each by itself, as published, if not.
-        queue_seed: of the noise; the same on all ranks.
-        Raises ValueError for a value out of range.
-        """
         super().__init__()
-        _check(method in NUM_MIXTURES, f"method is {method!r}; choose one of {', '.join(NUM_MIXTURES)}")
-        _check(dim >= 1, f"dim is {dim}; it must be at least 1")
-        _check(queue_len >= 1, f"queue_len is {queue_len}; it must be at least 1")
-        _check(0 <= momentum <= 1, f"momentum is {momentum}; it must lie in [0, 1]")
-        _check(temperature > 0, f"temperature is {temperature}; it must be above 0")
-        _check(bn_splits >= 1, f"bn_splits is {bn_splits}; it must be at least 1 (1 is plain BatchNorm)")
+        checks = {
+            f"method is {method!r}; choose one of {', '.join(NUM_MIXTURES)}": method in NUM_MIXTURES,
+            f"dim is {dim}; it must be at least 1": dim >= 1,
+            f"queue_len is {queue_len}; it must be at least 1": queue_len >= 1,
+            f"momentum is {momentum}; it must lie in [0, 1]": 0 <= momentum <= 1,
+            f"temperature is {temperature}; it must be above 0": temperature > 0,
+            f"bn_splits is {bn_splits}; it must be at least 1 (1 is plain BatchNorm)": bn_splits >= 1,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(message)
         self.method: Method = method
         self.momentum = momentum
         self.temperature = temperature
@@ -115,14 +117,23 @@ class MoCo(nn.Module):
         return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (scalar) and metrics (0-d, detached, on the device) of one batch.
+        """Compute loss and metrics of one batch.
 
-        In training mode it also moves the key encoder (before the keys are made) and the queue (last).
-        Loss: CE(q, k) + Σ over mixtures of λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]); for "erase" CE(q_e, k).
-        Metrics: loss, loss_clean, acc1 (share of queries whose key beats the whole queue), pos_sim and
-        neg_sim (mean cosine), feature_std (spread of the queries per dimension; 1 is even, 0 collapsed), and
-        with mixtures loss_mix (their sum) and lam (mean).
-        Raises ValueError if the batch does not bring the views and mixtures of the method.
+        The loss is CE(q, k) + Σ over mixtures of λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]); for "erase" each
+        mixture adds CE(q_e, k). In training mode the key encoder moves first, before the keys are made, and
+        the queue moves last.
+
+        Args:
+            batch: views and mixtures, as the loader makes them for the method.
+
+        Returns:
+            The scalar loss, and metrics that are 0-d, detached and on the device: loss, loss_clean, acc1
+            (share of queries with a larger logit for their key than for any of the queue), pos_sim, neg_sim
+            (mean cosines), feature_std (spread of the queries per dimension; 1 is even, 0 collapsed), and
+            with mixtures loss_mix (their sum) and lam (mean).
+
+        Raises:
+            ValueError: if the batch does not have the views and mixtures of the method.
         """
         directions = directions_of(batch, self.method, symmetric=self.symmetric)
         if self.training:
@@ -130,7 +141,7 @@ class MoCo(nn.Module):
         keys = [self._embed_keys(direction.key) for direction in directions]
         queries = self._embed_queries([images for d in directions for images in d.branches])
 
-        # One walk along the queue serves every branch of every direction.
+        # One pass over the queue serves every branch of every direction.
         lse_N, hardest_N = losses.negative_logsumexp(torch.cat(queries), self.queue_KD, self.temperature)
         branches = iter(zip(queries, lse_N.chunk(len(queries)), hardest_N.chunk(len(queries)), strict=True))
         clean_terms, mixture_terms, contrasts = [], [], []
@@ -158,9 +169,10 @@ class MoCo(nn.Module):
         return backbone_features(self.encoder_q, images_N3SS)
 
     def compile_for_training(self) -> None:
-        """Have torch.compile fuse the whole forward pass, as one graph; in place, so names stay as they are.
+        """Compile the whole forward pass as one graph; with several ranks, only the encoders.
 
-        With several ranks the encoders alone, because rows travel between ranks in the middle.
+        Compiling is in place, so names in the state dict stay as they are. With several ranks, rows are sent
+        between ranks in the middle of the forward pass, which one graph cannot contain.
         """
         if _num_ranks() == 1:
             self.compile(fullgraph=True)
@@ -174,29 +186,29 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _embed_keys(self, images_N3SS: Tensor) -> Tensor:
-        """Keys, made in other company than their queries wherever BN statistics are taken from the batch."""
+        """(N, D) keys. In training they are normalised together with other images than their queries are."""
         if not self.training:
             return self._embed(self.encoder_k, images_N3SS)
         across_ranks, across_splits = _num_ranks() > 1, self.bn_splits > 1
         if across_ranks:
-            # What autocast would do at the first convolution, before the rows travel: half the bytes.
+            # Autocast would convert at the first convolution. Converting here sends half the bytes.
             if torch.is_autocast_enabled(images_N3SS.device.type):
                 images_N3SS = images_N3SS.to(torch.get_autocast_dtype(images_N3SS.device.type))
             images_N3SS = shuffle_across_ranks(images_N3SS)
         if across_splits:
-            images_N3SS = deal_over_splits(images_N3SS, self.bn_splits)
+            images_N3SS = shuffle_across_splits(images_N3SS, self.bn_splits)
         k_ND = self._embed(self.encoder_k, images_N3SS)
         if across_splits:
-            k_ND = undeal_over_splits(k_ND, self.bn_splits)
+            k_ND = unshuffle_across_splits(k_ND, self.bn_splits)
         return unshuffle_across_ranks(k_ND) if across_ranks else k_ND
 
     def _embed_queries(self, branches: list[Tensor]) -> list[Tensor]:
-        """(N, D) of each (N, 3, S, S): by a forward pass for each, or by one for all."""
+        """(N, D) of each (N, 3, S, S), by one forward pass each or by one for all."""
         if not self.joint_forward:
             return [self._embed(self.encoder_q, images) for images in branches]
         splits = self.bn_splits if self.training else 1
         q_MD = self._embed(self.encoder_q, join_branches(branches, splits))
-        return part_branches(q_MD, len(branches), splits)
+        return separate_branches(q_MD, len(branches), splits)
 
     def _mixture_term(self, mixture: Mixture, qm_ND: Tensor, k_ND: Tensor, lse_N: Tensor) -> Tensor:
         if self.method == "erase":
@@ -209,21 +221,21 @@ class MoCo(nn.Module):
         return {
             "acc1": (positive_N > hardest_N).float().mean(),
             "pos_sim": positive_N.mean() * self.temperature,
-            # A sum of products: as a matrix product autocast would make it 16 bits.
+            # A sum of products, because autocast would compute a matrix product in 16 bits.
             "neg_sim": (q_ND.mean(0) * self.queue_KD.mean(0)).sum(),
             "feature_std": q_ND.std(0, correction=0).mean() * q_ND.shape[1] ** 0.5,
         }
 
     @torch.no_grad()
     def _update_key_encoder(self) -> None:
-        """k ← m·k + (1 − m)·q over all parameters; BN buffers of the key encoder are its own."""
+        """k ← m·k + (1 − m)·q for all parameters. The key encoder has BatchNorm buffers of its own."""
         torch._foreach_lerp_(
             list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.momentum
         )
 
     @torch.no_grad()
     def _enqueue(self, k_ND: Tensor) -> None:
-        """Write the keys of all ranks, in rank order, over the oldest rows; without a host sync."""
+        """Overwrite the oldest rows with the keys of all ranks, in rank order, without a host sync."""
         keys_MD = k_ND
         if (num_ranks := _num_ranks()) > 1:
             keys_MD = k_ND.new_empty(num_ranks * k_ND.shape[0], k_ND.shape[1])

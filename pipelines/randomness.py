@@ -148,7 +148,7 @@ class EpochOrder:
 
     def __init__(self, seed: int, epoch: int, count: int) -> None:
         if not 1 <= count <= 1 << 32:
-            raise ValueError(f"a set of {count} pictures cannot be ordered; it must have 1 … 2^32")
+            raise ValueError(f"a set of {count} images cannot be ordered; it must have 1 … 2^32")
         self._key, self._epoch, self._count = key_of(seed), epoch, count
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ Shape letters: N images of a slice or batch, B bad ones among them, V views, S s
 """
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ _MIN_SLICE = 8
 """Images; smaller slices cost more in hand-overs than they gain in balance."""
 _READERS_PER_THREAD = 4
 """Threads that wait for the disk, for each thread that decodes."""
+_ALIGNMENT = 64
+"""Bytes."""
 _MAX_TRIES = 16
 """Neighbours that are tried in place of an image that cannot be decoded."""
 _MAX_BAD_SHARE, _MIN_BAD_LIMIT = 0.01, 10
@@ -62,11 +65,7 @@ class Fault:
 
 
 def usable_cores(num_threads: int = 0) -> int:
-    """``num_threads``, or if it is 0, this process's share of the cores that it may run on.
-
-    Raises:
-        ValueError: if there are fewer cores than threads.
-    """
+    """``num_threads``, or for 0 this process's share of its cores. Raises ValueError if there are fewer."""
     allowed = len(os.sched_getaffinity(0))
     if num_threads > allowed or num_threads < 0:
         raise ValueError(
@@ -217,8 +216,10 @@ class Workers:
         num, device = self._config.batch_size, self._config.device
         views, side = self._recipe.num_views, self._recipe.crop_px
         if augmented:
-            return torch.empty((views, num, side, side, 3), dtype=torch.float32)
+            return _empty((views, num, side, side, 3), np.float32)
         shape = (num, views, side, side, 3)
+        if device.type == "cpu":
+            return _empty(shape, np.uint8)
         if self._device_decoder:
             return torch.empty(shape, dtype=torch.uint8, device=device)
         return torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -313,10 +314,23 @@ class Workers:
 
     def _decode(self, epoch: int, encoded: Encoded, views_NVSS3: Tensor) -> NDArray[np.bool_]:
         """Draw the boxes and write the crops; returns which images could be decoded."""
-        boxes_NV5 = draw_boxes(self._recipe, Draw(self._config.seed, epoch, encoded.index_N), encoded.size_N2)
+        draw = Draw(self._config.seed, epoch, encoded.index_N)
+        boxes_NV5 = draw_boxes(self._recipe, draw, encoded.size_N2)
         if self._device_decoder:
             return self._device_decoder.crop_on_device(encoded, boxes_NV5, views_NVSS3)
         return self._decoder.crop(encoded, boxes_NV5, views_NVSS3.numpy())
+
+
+def _empty(shape: tuple[int, ...], dtype: type[np.float32 | np.uint8]) -> Tensor:
+    """Uninitialised memory of the host, from NumPy but aligned like torch's.
+
+    torch allocates by posix_memalign, for which glibc needs a larger gap than the block then takes. Where
+    freed memory is kept, a batch would not fit into the gap of the batch before, and the process would grow.
+    """
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[start : start + num_bytes].view(dtype).reshape(shape))
 
 
 def _thread_pool(name: str, num_threads: int, stack: ExitStack) -> ThreadPoolExecutor:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.parity.samples import colourful
 from benchmarks.peers.contract import hush_numba
+from benchmarks.sample_sets import colourful
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
 from models.losses import true_float32

@@ -1,4 +1,4 @@
-"""Programs as a shell starts them, and a function run by two processes of one run as torchrun starts them."""
+"""Start programs like a shell, and functions in two processes like torchrun."""
 
 import contextlib
 import os
@@ -14,23 +14,23 @@ import torch.multiprocessing as mp
 
 @contextlib.contextmanager
 def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A program in the foreground, wherever the tests run; killed if it is still there at the end.
+    """Start a program as in the foreground; kill it at the end if it still runs.
 
-    Shells have SIGINT ignored by what they start in the background, and children inherit that.
+    Shells let background jobs ignore SIGINT, and their children inherit that, so it is reset here.
     """
-    with subprocess.Popen(command, text=True, preexec_fn=_hear_ctrl_c, **options) as process:
+    with subprocess.Popen(command, text=True, preexec_fn=_reset_ctrl_c, **options) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def _hear_ctrl_c() -> None:
+def _reset_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def in_two_processes(function: Callable[..., object], *args: Any) -> None:
-    """Call ``function`` in both, which find each other over gloo; it and ``args`` must be picklable."""
+    """Call ``function(*args)``, both picklable, in two processes of one run over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

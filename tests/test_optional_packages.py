@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Modules built on a package: other loaders that are measured, and subclasses of its classes.
 BUILT_ON: dict[str, list[str]] = {
     "ffcv": ["benchmarks.peers.with_ffcv"],
-    "nvidia.dali": ["benchmarks.parity.dali_operators", "benchmarks.peers.with_dali"],
+    "nvidia.dali": ["benchmarks.peers.with_dali"],
     "detectron2": [
         "detection.config",
         "detection.datasets",

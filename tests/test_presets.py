@@ -1,4 +1,4 @@
-"""The named runs, and that docs/command-line.md and the programs say the same."""
+"""The named runs, and the agreement of docs/command-line.md with the programs."""
 
 import contextlib
 import dataclasses
@@ -15,8 +15,8 @@ from presets import PRESETS, PresetName, PretrainConfig, Views, training_set
 from train_lincls import ProbeConfig
 from train_lincls import parse as parse_probe
 from train_pretrain import parse
+from training.optim import MILESTONES
 from training.published_flags import GONE
-from training.schedule import MILESTONES
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "command-line.md").read_text()
 
@@ -38,7 +38,7 @@ def test_a_preset_is_a_whole_run_and_flags_override_it(name: PresetName) -> None
     assert config == dataclasses.replace(preset, lr=0.5, mixing=mixing)
 
 
-def test_presets_keep_their_runs_apart_and_say_recipe_cost_and_source() -> None:
+def test_presets_have_their_own_folders_and_name_source_and_cost() -> None:
     assert len({PRESETS[name](Path("DATA")).out for name in PRESETS}) == len(PRESETS)
     for name, preset in PRESETS.items():
         text = preset.__doc__ or ""
@@ -69,7 +69,7 @@ def test_in100_is_the_published_run_with_another_encoder_and_more_epochs() -> No
         assert same == (item.name not in differing), item.name
 
 
-def test_cifar_is_unmixs_recipe() -> None:
+def test_cifar_has_the_recipe_of_unmix() -> None:
     ten, hundred = (PRESETS[name](Path("DATA")) for name in ("cifar10", "cifar100"))
     assert (ten.arch, ten.small_stem, ten.mlp, ten.moco_dim) == ("resnet18", True, False, 128)
     assert (ten.epochs, ten.batch_size, ten.lr, ten.weight_decay) == (1000, 512, 0.06, 5e-4)
@@ -80,7 +80,7 @@ def test_cifar_is_unmixs_recipe() -> None:
     recipe = ten.recipe()
     assert (recipe.crop_px, recipe.crop_scale, recipe.blur_prob) == (32, (0.08, 1.0), 0.0)
     assert recipe.center_share == 1.0 and not mixing.symmetric
-    # The same run, on another set.
+    # The same run on another set.
     normalised = dataclasses.replace(ten.views, mean=hundred.views.mean, std=hundred.views.std)
     assert hundred == dataclasses.replace(ten, preset="cifar100", out=hundred.out, views=normalised)
 
@@ -94,7 +94,7 @@ def test_tiny_imagenet_is_the_cifar_recipe_at_64_px() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_views_are_normalised_by_numbers_of_the_unit_range(name: PresetName) -> None:
+def test_mean_and_deviation_are_for_pixels_in_the_unit_range(name: PresetName) -> None:
     views: Views = PRESETS[name](Path("DATA")).views
     assert all(0.25 < mean < 0.52 for mean in views.mean)
     assert all(0.22 < std < 0.36 for std in views.std)
@@ -129,9 +129,9 @@ def test_schedules_that_do_not_fit_the_run_are_refused(
     assert message.split()[1] in capsys.readouterr().err
 
 
-def test_train_is_taken_of_a_folder_with_train_and_val(tmp_path: Path) -> None:
+def test_train_is_used_of_a_folder_with_train_and_val(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    assert training_set(tmp_path) == tmp_path, "a class may be called train"
+    assert training_set(tmp_path) == tmp_path, "a class may be named train"
     (tmp_path / "val").mkdir()
     assert training_set(tmp_path) == tmp_path / "train"
     assert parse([str(tmp_path)]).data == tmp_path / "train"
@@ -148,7 +148,7 @@ def _section(title: str) -> str:
 
 
 def _rows(title: str, head: str) -> list[list[str]]:
-    """The cells of the table of a section whose head begins so."""
+    """The cells of a section's table with this first head cell."""
     lines = _section(title).split(f"| {head} |")[1].splitlines()[2:]
     table = itertools.takewhile(lambda line: line.startswith("|"), lines)
     return [line.strip("| ").split(" | ") for line in table]
@@ -159,7 +159,7 @@ def _flags(cell: str) -> list[list[str]]:
 
 
 def _table(title: str) -> list[tuple[list[str], list[str] | None]]:
-    """(A published flag with a value, ours or None where it is gone) of a table of flags."""
+    """The pairs of a table of flags: a published flag with its value, and ours, None if it is gone."""
     pairs: list[tuple[list[str], list[str] | None]] = []
     for published, here, *_ in _rows(title, "published"):
         for flags in _flags(published):
@@ -173,7 +173,7 @@ WORKING = [(flags, ours) for flags, ours in PRETRAINING if ours]
 
 
 def _published_command(title: str) -> list[str]:
-    """The published command of a section, without its program and its launcher's flags."""
+    """The published command of a section, without the program's name and the launcher's flags."""
     block = _section(title).split("# published\n")[1].split("\n# ")[0]
     launcher = r"--(dist-url \S+|multiprocessing-distributed|world-size 1|rank 0)"
     return shlex.split(re.sub(launcher, "", block))[2:]
@@ -189,7 +189,7 @@ def test_the_published_command_line_is_the_default() -> None:
 
 @pytest.mark.parametrize(("flags", "ours"), WORKING, ids=[" ".join(flags) for flags, _ in WORKING])
 @pytest.mark.parametrize("swap", ["_-", "-_"])
-def test_a_published_flag_does_what_the_table_says(flags: list[str], ours: list[str], swap: str) -> None:
+def test_a_published_flag_has_the_meaning_in_the_table(flags: list[str], ours: list[str], swap: str) -> None:
     flag, *values = flags
     spelled = flag[:2] + flag[2:].replace(*swap)
     config = parse(["DATA", spelled, *values])
@@ -203,7 +203,7 @@ def test_a_published_flag_does_what_the_table_says(flags: list[str], ours: list[
 
 
 @pytest.mark.parametrize("flags", [" ".join(flags) for flags, ours in PRETRAINING if not ours])
-def test_a_published_flag_that_is_gone_is_refused_with_a_sentence(flags: str) -> None:
+def test_a_published_flag_that_is_gone_is_refused(flags: str) -> None:
     flag, *values = flags.split()
     for argv in (["DATA", flag, *values], [flag, *values, "DATA"], ["DATA", "=".join([flag, *values])]):
         with pytest.raises(ValueError, match=flag if flag in GONE else "takes no path") as refusal:
@@ -215,7 +215,7 @@ def test_the_table_has_every_flag_that_is_gone() -> None:
     assert {flags[0] for flags, ours in PRETRAINING if not ours} == {*GONE, "--resume"}
 
 
-def test_what_is_left_out_means_what_the_page_says() -> None:
+def test_the_defaults_are_those_on_the_page() -> None:
     default = parse(["DATA"])
     for row in _rows("Pretraining", "left out"):
         (flags,) = _flags(row[3])
@@ -230,7 +230,7 @@ def test_every_recipe_is_parsed(row: list[str]) -> None:
         parse(["DATA", *flags])
 
 
-def test_recipes_are_what_they_are_called() -> None:
+def test_recipes_match_their_names() -> None:
     recipes = {row[0]: _flags(row[1]) for row in _rows("Recipes", "recipe")}
     first = parse(["DATA", *recipes["MoCo v1"][0]])
     assert first.recipe().grey_before_jitter and first.moco_t == 0.07

@@ -1,7 +1,7 @@
-"""Two real processes under torchrun: one dies, one errs alone, and at last they finish.
+"""Two processes under torchrun: one is killed, one fails alone, and at last both finish.
 
-One start of torchrun, which restarts both processes after each mishap (they take seconds to start); every
-test reads its part of what was printed.
+torchrun is started once and restarts both processes after each failure, because they take seconds to start.
+Each test checks a part of the output.
 """
 
 import json
@@ -20,14 +20,14 @@ from training.checkpoint import latest, load_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 KILLED, ALONE, FINISHED = range(3)
 
-# Rank 1 is killed in the second epoch; cannot open its data; nothing happens.
+# Attempt 0: rank 1 is killed in the second epoch. Attempt 1: it cannot open its data. Attempt 2: both finish.
 DRIVER = """
-import os, signal, sys
+import os, signal
 import train_pretrain
-from training import cli
+from training import cli, run
 
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
-lr_at, build_loader = train_pretrain.lr_at, train_pretrain.build_loader
+lr_at, build_loader = run.lr_at, train_pretrain.build_loader
 
 def dies(step, *args, **options):
     if step == 7 and rank == "1":
@@ -38,12 +38,12 @@ def without_data(data, *args, **options):
     return build_loader(data.with_name("absent.beton") if rank == "1" else data, *args, **options)
 
 if attempt == 0:
-    train_pretrain.lr_at = dies
+    run.lr_at = dies
 if attempt == 1:
     train_pretrain.build_loader = without_data
 if rank == "0":
     print(f"== attempt {attempt}", flush=True)
-cli.run(lambda: train_pretrain.main(train_pretrain.parse(sys.argv[1:])))
+cli.program(train_pretrain.PretrainConfig, train_pretrain.main, parse=train_pretrain.parse)
 """
 
 FLAGS = shlex.split(
@@ -54,11 +54,11 @@ FLAGS = shlex.split(
 
 @dataclass(frozen=True)
 class _Run:
-    """What torchrun and both processes left."""
+    """The results of torchrun and both processes."""
 
     exit_code: int
     attempts: list[str]
-    """Everything printed in each attempt."""
+    """The output of each attempt."""
     out: Path
 
 
@@ -78,7 +78,7 @@ def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> _Run:
         try:
             printed, _ = process.communicate(timeout=240)
         finally:
-            process.terminate()  # it ends the processes it has started, if there are any left
+            process.terminate()  # torchrun ends the processes that it started
     attempts = re.split(r"== attempt \d\n", printed)[1:]
     assert len(attempts) == 3, printed[-3000:]
     return _Run(process.returncode, attempts, folder / "out")
@@ -88,22 +88,22 @@ def _errors(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith("error:")]
 
 
-def test_survivor_of_a_killed_process_says_so_and_ends(run: _Run) -> None:
-    (sentence,) = _errors(run.attempts[KILLED])
-    assert re.match(r"error: rank 0: lost the connection to the run's other processes \(.+\)", sentence)
-    assert "--resume" in sentence
+def test_the_survivor_of_a_killed_process_reports_it_and_ends(run: _Run) -> None:
+    (line,) = _errors(run.attempts[KILLED])
+    assert re.match(r"error: rank 0: lost the connection to the run's other processes \(.+\)", line)
+    assert "--resume" in line
 
 
 def test_no_tracebacks(run: _Run) -> None:
     assert not any("Traceback" in printed for printed in run.attempts)
 
 
-def test_a_mistake_of_one_rank_is_told_with_its_rank_and_nothing_else(run: _Run) -> None:
-    (sentence,) = _errors(run.attempts[ALONE])
-    assert sentence.startswith("error: rank 1: ") and "absent.beton" in sentence
+def test_a_failure_of_one_rank_is_reported_with_its_rank_and_nothing_else(run: _Run) -> None:
+    (line,) = _errors(run.attempts[ALONE])
+    assert line.startswith("error: rank 1: ") and "absent.beton" in line
 
 
-def test_restarted_run_continues_from_its_checkpoint_to_the_end(run: _Run) -> None:
+def test_the_restarted_run_continues_from_its_checkpoint_to_the_end(run: _Run) -> None:
     assert run.exit_code == 0
     assert not _errors(run.attempts[FINISHED])
     assert "continuing after step 5" in run.attempts[FINISHED]

@@ -1,10 +1,9 @@
-"""A model card beside an exported backbone: what it is, how it was trained, its figures, how to load it.
+"""The model card of an exported backbone: description, training, figures, how to load it.
 
     python -m training.card runs/mixmask/backbone.safetensors --results runs/lincls/result.json
 
-Everything in it is read from the files: the backbone's own words, the log of its training beside it, and the
-JSON files that evaluations leave, which say whose figures they are. Written as MODEL_CARD.md beside the
-backbone.
+The card is written as MODEL_CARD.md to the backbone's folder. Its content comes from files: the backbone's
+description of itself, the log of its training, and the JSON files of evaluations, which name their encoder.
 """
 
 import json
@@ -30,9 +29,9 @@ _NAMES = {
     "top1": "fine-tuned top-1",
     "best_top1": "fine-tuned top-1, best epoch",
 }
-"""Shares in a result, and what they are called."""
+"""Keys of shares in a result, and their names on the card."""
 RESULTS = ("result.json", "cached.json", "knn.json")
-"""What evaluations call the files of their figures."""
+"""Names of the files that evaluations write."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +41,27 @@ class Card:
     backbone: tyro.conf.Positional[Path]
     """backbone.safetensors of a finished run."""
     results: tuple[Path, ...] = ()
-    """Files that evaluations of it have left; by default those in its own folder and in the folders below."""
+    """Result files of its evaluations; by default those in its folder and in the folders below."""
 
 
 def main(config: Card) -> Path:
-    """Write the card; returns where it is.
+    """Write the card; returns its path.
 
-    Raises CheckpointError for a backbone that cannot be read, and ValueError for one that does not say what
-    it is, and for results that are of no kind that is known.
+    Raises:
+        CheckpointError: for a backbone that cannot be read.
+        ValueError: for a backbone without a description, and for results of an unknown kind.
     """
     if config.backbone.suffix != ".safetensors":
         raise ValueError(f"{config.backbone} is no exported backbone; give the run's backbone.safetensors")
     state, meta = load_backbone(config.backbone)
     if meta.arch is None or meta.feature_dim is None:
         raise ValueError(
-            f"{config.backbone} does not say its architecture; a card is written of a backbone that "
-            "train_pretrain.py or train_finetune.py has exported"
+            f"{config.backbone} does not name its architecture; give a backbone that train_pretrain.py or "
+            "train_finetune.py exported"
         )
     folder = config.backbone.parent
     own = fingerprint(state)
-    results = [path for path in _found(config) if _of(path, own, given=bool(config.results))]
+    results = [path for path in _found(config) if _is_of(path, own, given=bool(config.results))]
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -87,12 +87,12 @@ def _found(config: Card) -> list[Path]:
         return list(config.results)
     folder = config.backbone.parent
     found = sorted(path for path in folder.rglob("*.json") if path.name in RESULTS)
-    # Single runs of several, whose mean and spread stand in the folder above, are left out.
+    # Repeated runs are left out: their mean and spread are in the folder above.
     return [path for path in found if path.parent == folder or not path.parent.name.startswith("run-")]
 
 
-def _of(path: Path, own: str, *, given: bool) -> bool:
-    """Whether a result is of this backbone: raises ValueError for one that was ``given`` and is not."""
+def _is_of(path: Path, own: str, *, given: bool) -> bool:
+    """Whether a result is of this backbone; raises ValueError if it is not but was ``given``."""
     try:
         result = _read(path)
     except ValueError:
@@ -101,7 +101,7 @@ def _of(path: Path, own: str, *, given: bool) -> bool:
         return False
     theirs = {result.get("encoder_sha256"), result.get("exported_sha256")}
     if given and own not in theirs:
-        raise ValueError(f"{path} is of another backbone, or does not say of which; leave it out")
+        raise ValueError(f"{path} is of another backbone, or does not name one; leave it out")
     return own in theirs
 
 
@@ -111,17 +111,17 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a result ({error}); leave it out") from error
     if not isinstance(result, dict):
-        raise ValueError(f"{path} is no result but a {type(result).__name__}; leave it out")
+        raise ValueError(f"{path} holds a {type(result).__name__}, not a result; leave it out")
     return result
 
 
 def _recipe(meta: BackboneMeta) -> dict[str, Any]:
-    """Option → value, those of groups by the group's name and their own."""
+    """The options of the run and their values; see `flat`."""
     return flat(json.loads(meta.recipe)) if meta.recipe else {}
 
 
 def _pretraining(log: Path) -> dict[str, Any]:
-    """Last measurements and the middle rate of a pretraining's log; nothing where there is none."""
+    """The last measurements and the median rate in a pretraining's log; empty without a log."""
     if not log.is_file():
         return {}
     rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -137,10 +137,10 @@ def _pretraining(log: Path) -> dict[str, Any]:
 
 
 def _figures(path: Path, own: str) -> Iterable[tuple[str, str]]:
-    """What was measured, and its value, of one result.json."""
+    """The figures of one result: name and value, as text."""
     result = _read(path)
     if result.get("exported_sha256") == own:
-        result.pop("top1", None)  # the last epoch's, and what was exported is the best one
+        result.pop("top1", None)  # of the last epoch; the exported backbone is that of the best one
     known = False
     protocol = f" ({result['protocol']})" if "protocol" in result else ""
     for key, name in _NAMES.items():
@@ -154,12 +154,12 @@ def _figures(path: Path, own: str) -> Iterable[tuple[str, str]]:
         for name in ("AP", "AP50", "AP75"):
             known = True
             value = figures[name]
-            if value is None:  # it was not a number
+            if value is None:  # the result was NaN
                 continue
-            told = f"{value['mean']:.2f} ± {value['std']:.2f}" if isinstance(value, dict) else f"{value:.2f}"
-            yield f"{task} {name}, {of}", told
+            text = f"{value['mean']:.2f} ± {value['std']:.2f}" if isinstance(value, dict) else f"{value:.2f}"
+            yield f"{task} {name}, {of}", text
     if not known:
-        raise ValueError(f"{path} has none of the figures known: {', '.join(_NAMES)}, figures; leave it out")
+        raise ValueError(f"{path} has none of the known figures: {', '.join(_NAMES)}, figures; leave it out")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The whole state of a run in one file that is either complete or not there.
+"""Checkpoints: the whole state of a run in one file, written atomically.
 
-A file holds tensors and plain data only and is read with ``weights_only=True``: opening one from elsewhere
-runs none of its code. It also holds a hash of all that, because torch reads damaged bytes as they are.
+A file holds only tensors and plain data and is read with ``weights_only=True``, so opening a foreign file
+runs no code from it. It also holds a hash of its content, because torch does not notice damaged bytes.
 """
 
 import dataclasses
@@ -26,49 +26,49 @@ from training.files import write_atomically
 log = logging.getLogger(__name__)
 
 NO_CHECKSUMS = "it is not checked for damage, as its format has no checksums either"
-"""What is said of a file without a hash in a format without checksums."""
+"""Warning for a file without a hash in a format without checksums."""
 HASH = "sha256"
-"""The key of a file's hash of all else in it, see `content_hash`."""
+"""Key of a file's hash of the rest of its content, see `content_hash`."""
 _NAME = re.compile(r"checkpoint_(\d{9})\.pt")
 
 
 class CheckpointError(Exception):
-    """A checkpoint is missing, damaged, unsafe or of another run; the message says which and what to do."""
+    """A checkpoint is missing, damaged, unsafe or of another run."""
 
 
 @dataclass
 class TrainState:
-    """Everything a run needs to go on as if it had never stopped.
+    """Everything that a run needs to continue as if it had never stopped.
 
-    The learning rate is a function of ``step`` and the queue part of ``model``, so neither is listed apart.
-    Randomness of views is addressed by (seed, epoch, index), so one rank's state serves all.
+    The learning rate is a function of ``step``, and the queue is part of ``model``. The randomness of views
+    is addressed by (seed, epoch, index), so the state of one rank serves all.
     """
 
     step: int
     """Optimizer steps done."""
     epoch: int
-    """Epoch the next step belongs to."""
+    """Epoch of the next step."""
     model: dict[str, Any]
-    """The model's state dict, without DDP's prefix."""
+    """State dict of the model, without DDP's prefix."""
     optimizer: dict[str, Any]
-    """The optimizer's state dict."""
+    """State dict of the optimizer."""
     scaler: dict[str, Any] = field(default_factory=dict)
-    """The gradient scaler's state dict; empty unless fp16."""
+    """State dict of the gradient scaler; empty unless fp16."""
     loader: dict[str, Any] = field(default_factory=dict)
-    """The loader's cursor."""
+    """The loader's position."""
     generators: dict[str, Tensor] = field(default_factory=dict)
-    """As `generator_states` gives them."""
+    """Result of `generator_states`."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The run's configuration as JSON would hold it; a resume must bring the same."""
+    """The run's settings as JSON values; a resumed run must have the same."""
     meta: dict[str, str] = field(default_factory=dict)
-    """What an exported backbone says of itself: arch, feature_dim, small_stem, mean, std, …"""
+    """Description of the backbone: arch, feature_dim, small_stem, mean, std, …"""
 
 
 _FIELDS = [f.name for f in dataclasses.fields(TrainState)]
 
 
 def generator_states() -> dict[str, Tensor]:
-    """The state of torch's default generators: "cpu", and "cuda" (this process's GPU) where there is one."""
+    """The states of torch's default generators: "cpu", and "cuda" (this process's GPU) if there is one."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -76,31 +76,32 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def restore_generators(states: Mapping[str, Tensor]) -> None:
-    """Put the default generators back; a GPU's state is left out on a machine without one."""
+    """Restore the default generators; a GPU's state is ignored on a machine without one."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the state after ``step`` steps is kept."""
+    """The path of the checkpoint after ``step`` steps."""
     return run_dir / f"checkpoint_{step:09d}.pt"
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """Oldest first."""
+    """The checkpoints of a run, oldest first."""
     return sorted(path for path in run_dir.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name))
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, None if there is none."""
+    """The newest checkpoint of a run; None if there is none."""
     return next(reversed(_checkpoints(run_dir)), None)
 
 
 def to_resume(run_dir: Path, resume: bool) -> Path | None:
-    """The newest checkpoint of a run that is to go on; None for a run that begins.
+    """The newest checkpoint of a run that is to be resumed; None if there is none.
 
-    Raises ValueError where a run would begin in a folder that holds one.
+    Raises:
+        ValueError: if ``resume`` is not set and the folder holds a checkpoint.
     """
     found = latest(run_dir)
     if found and not resume:
@@ -111,17 +112,18 @@ def to_resume(run_dir: Path, resume: bool) -> Path | None:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints, and what an interrupted write left behind."""
+    """Delete all but the ``keep`` newest checkpoints, and the temporary files of interrupted writes."""
     if keep < 1:
-        raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay, or the run cannot be resumed")
+        raise ValueError(f"keep is {keep}; keep at least 1 checkpoint, or the run cannot be resumed")
     for path in (*_checkpoints(run_dir)[:-keep], *run_dir.glob(".checkpoint_*.pt.partial")):
         path.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, state: TrainState) -> None:
-    """Write ``state`` to ``path``, atomically.
+    """Write a state atomically.
 
-    Raises TypeError, before anything is written, if the state holds what `load_checkpoint` would refuse.
+    Raises:
+        TypeError: for values that `load_checkpoint` would refuse; nothing is written then.
     """
     content = {name: getattr(state, name) for name in _FIELDS}
     for where, kind in _not_plain(content, ""):
@@ -136,12 +138,12 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
 
 
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain data and tensors by ``torch.save``, atomically, with their hash among them."""
+    """Write tensors, plain data and their hash by ``torch.save``, atomically."""
     write_atomically(path, lambda file: torch.save({**content, HASH: content_hash(content)}, file))
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
-    """SHA-256 of plain data and tensors: of keys, types, shapes and values, whatever the order of keys."""
+    """SHA-256 of the keys, types, shapes and values of tensors and plain data, in any order of keys."""
     digest = hashlib.sha256()
     _hash_into(digest, content, "")
     return digest.hexdigest()
@@ -164,33 +166,33 @@ def _hash_into(digest: "hashlib._Hash", value: object, where: str) -> None:
 
 
 def hash_tensor(digest: "hashlib._Hash", tensor: Tensor) -> None:
-    """Add a tensor's values, row by row whatever its memory format."""
+    """Add a tensor's values in row-major order, whatever its memory format."""
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def check_hash(path: Path, content: Mapping[str, Any], written: object, otherwise: str) -> None:
-    """Raise CheckpointError unless the content of a file has the hash written in it.
+def check_hash(path: Path, content: Mapping[str, Any], expected: object, warning: str) -> None:
+    """Raise CheckpointError unless the content of a file has the ``expected`` hash, which the file holds.
 
-    written: the hash. None if the file has none: then a warning says what else was checked, ``otherwise``.
+    A file without a hash (None) is accepted with a ``warning`` that says what else was checked.
     """
-    if written is None:
-        _say_unchecked(path, otherwise)
-    elif written != content_hash(content):
+    if expected is None:
+        _warn_unchecked(path, warning)
+    elif expected != content_hash(content):
         raise CheckpointError(
-            f"{path} does not match its hash: it is damaged, or was changed since; delete it and take "
-            "another copy, or an older one"
+            f"{path} does not match its hash: it is damaged, or was changed after it was written; delete it "
+            "and take another copy, or an older one"
         )
 
 
 @functools.cache
-def _say_unchecked(path: Path, otherwise: str) -> None:
-    """Once for each file, which may be read several times."""
-    if failure.speaks_for_machine():
-        log.warning("%s carries no hash of its content: %s", path, otherwise)
+def _warn_unchecked(path: Path, warning: str) -> None:
+    """Cached, so that a file that is read several times gives one warning."""
+    if failure.is_first_on_machine():
+        log.warning("%s carries no hash of its content: %s", path, warning)
 
 
 def _not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
-    """Paths and types of values that ``weights_only=True`` would not read back."""
+    """The places and types of values that ``weights_only=True`` would not read."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _not_plain(item, f"{where}.{key}" if where else str(key))
@@ -202,9 +204,10 @@ def _not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
 
 
 def read_safely(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, on the CPU, with ``weights_only=True``.
+    """Read what ``torch.save`` wrote, to the CPU, with ``weights_only=True``.
 
-    Raises CheckpointError if the file is missing, damaged, cut short, or holds objects that could run code.
+    Raises:
+        CheckpointError: if the file is missing, damaged, cut short, or holds objects that could run code.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}; check the path")
@@ -216,12 +219,12 @@ def read_safely(path: Path) -> Any:
         if refused is None:
             raise _damaged(path, "not written by torch.save") from error
         raise CheckpointError(
-            f"{path} holds {refused.group(1)}, which could run code when opened, and was not loaded; "
-            "take a file of tensors and plain data, or convert it where you trust it"
+            f"{path} holds {refused.group(1)}, which could run code when opened, so it was not loaded; "
+            "use a file of tensors and plain data, or convert this one if you trust it"
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # in a damaged file the reader may meet anything
+    except Exception as error:  # a damaged file can raise anything
         raise _damaged(path, str(error).split(". ")[0] or "it ends too early") from error
     if isinstance(content, dict):
         written = content.pop(HASH, None)
@@ -230,15 +233,19 @@ def read_safely(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> str:
-    """Hold the members of an archive of torch's against their checksums, which torch itself does not read.
+    """Compare the members of a torch archive with their checksums, which torch ignores.
 
-    Returns what is checked by that, in words. Raises ValueError for a member that is damaged.
+    Returns:
+        What this checks, for `check_hash`'s warning.
+
+    Raises:
+        ValueError: for a damaged member.
     """
     if not zipfile.is_zipfile(path):
         return NO_CHECKSUMS
     with zipfile.ZipFile(path) as archive:
         if (member := archive.testzip()) is not None:
-            raise ValueError(f"{member} does not have its checksum, or was saved without one")
+            raise ValueError(f"{member} does not match its checksum, or has none")
     return "only the archive's checksums are checked"
 
 
@@ -251,21 +258,24 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
 def load_checkpoint(
     path: Path, config: Mapping[str, Any] | None = None, *, may_differ: Collection[str] = ()
 ) -> TrainState:
-    """The state in ``path``, on the CPU; with ``config``, only if the run that wrote it had the same.
+    """Load a state to the CPU.
 
-    may_differ: keys of the config that need not be the same.
-    Raises CheckpointError for a missing, damaged, unsafe or foreign file, and for a config that differs,
-    naming every key with both values.
+    Args:
+        path: of the checkpoint.
+        config: settings that the state must have been written with; None for any.
+        may_differ: keys of ``config`` that need not be the same.
+
+    Raises:
+        CheckpointError: for a missing, damaged, unsafe or foreign file, and for a config that differs, naming
+            every key with both values.
     """
     content = read_safely(path)
     if not isinstance(content, dict) or set(content) != set(_FIELDS):
         keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} is no checkpoint of this project: expected {_FIELDS}, found {keys}")
     state = TrainState(**content)
-    fixed, wanted = (
-        {k: v for k, v in c.items() if k not in may_differ} for c in (state.config, config or {})
-    )
-    if config is not None and (differences := _differences(fixed, wanted)):
+    then, now = ({k: v for k, v in c.items() if k not in may_differ} for c in (state.config, config or {}))
+    if config is not None and (differences := _differences(then, now)):
         raise CheckpointError(
             f"{path} was written by a run with another configuration ({'; '.join(differences)}); "
             "resume with the same values, or start in a new folder"
@@ -274,18 +284,18 @@ def load_checkpoint(
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config without groups: those of a group go by ``group.key``."""
+    """A config with its groups flattened: the keys of a group become ``group.key``."""
     plain: dict[str, Any] = {}
     for key, value in config.items():
         plain |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return plain
 
 
-def _differences(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """One entry for each key that differs; tuples and lists are alike, as in JSON."""
-    left, right = (flat(json.loads(json.dumps(config))) for config in (written, wanted))
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One entry for each key that differs; tuples equal lists, as in JSON."""
+    old, new = (flat(json.loads(json.dumps(config))) for config in (then, now))
     return [
-        f"{key}: {left.get(key, 'absent')!r} then, {right.get(key, 'absent')!r} now"
-        for key in sorted(left | right)
-        if key not in left or key not in right or left[key] != right[key]
+        f"{key}: {old.get(key, 'absent')!r} then, {new.get(key, 'absent')!r} now"
+        for key in sorted(old | new)
+        if key not in old or key not in new or old[key] != new[key]
     ]

@@ -1,4 +1,4 @@
-"""What every program of the house shares on the command line."""
+"""How every program of the project starts: command line, error messages, exit codes."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ from training.distributed import ProcessLost
 from training.logs import NonFiniteLoss
 
 USER_ERRORS = (ValueError, OSError, ImportError, CheckpointError, NonFiniteLoss, ProcessLost)
-"""What is a sentence for the user; anything else is a defect of ours and keeps its traceback."""
+"""Errors that are shown as one message; others are defects of ours and keep their traceback."""
 OLDEST_TORCH = 2, 8
 """As in pyproject.toml."""
 USER_ERROR, PROCESS_LOST, INTERRUPTED = 2, 3, 130
@@ -27,49 +27,79 @@ console = Console(highlight=False, soft_wrap=True)
 _Config = TypeVar("_Config")
 
 
-def program(config: type[_Config], main: Callable[[_Config], object], description: str | None = None) -> None:
+def program(
+    config: type[_Config],
+    main: Callable[[_Config], object],
+    description: str | None = None,
+    parse: Callable[[list[str]], _Config] | None = None,
+) -> None:
     """Parse the command line as ``config``, call ``main`` with it, and exit with its exit code.
 
-    Errors of the user are reported as by :func:`run`.
+    Errors are reported as by `run`.
 
     Args:
         config: a dataclass; its fields are the options and their docstrings the help.
-        main: an ``int`` that it returns is the exit code.
+        main: returns the exit code; anything but an ``int`` is 0.
         description: the first lines of ``--help``; by default the docstring of ``config``.
+        parse: makes the config from the arguments; by default `parse_args`.
     """
-    run(lambda: main(tyro.cli(config, args=sys.argv[1:], description=description)))
+    parse = parse or (lambda args: parse_args(config, args, description))
+    run(lambda: main(parse(sys.argv[1:])))
+
+
+def parse_args(
+    config: type[_Config], args: Sequence[str], description: str | None, default: _Config | None = None
+) -> _Config:
+    """Parse arguments as ``config``; of several processes on a machine only the first prints.
+
+    Args:
+        config: see `program`.
+        args: the command line without the program's name.
+        description: see `program`.
+        default: values of the options that are not given; by default those of the dataclass.
+
+    Raises:
+        SystemExit: after ``--help``, and after the message for arguments that cannot be parsed.
+    """
+    first = failure.is_first_on_machine()
+    if default is None:
+        return tyro.cli(config, args=args, description=description, console_outputs=first)
+    return tyro.cli(config, args=args, description=description, default=default, console_outputs=first)
 
 
 def run(program: Callable[[], object]) -> None:
-    """Run a program; a user's mistake becomes one red sentence on stderr and exit code 2, Ctrl-C code 130.
+    """Call a program and exit with its exit code; report a user's error as one message on stderr.
 
-    Where several processes make a run, what befalls all of a machine is told once, what befalls one with its
-    rank; one that has lost the others ends with code 3. With MASKMIX_TRACEBACK=1 in the environment the
-    traceback is shown all the same.
+    Exit codes: `USER_ERROR` for an error of the user, `INTERRUPTED` for Ctrl-C, `PROCESS_LOST` for a process
+    that has lost the others. Of several processes, see `training.failure` for which one prints. With
+    MASKMIX_TRACEBACK=1 in the environment, errors keep their traceback.
+
+    Args:
+        program: returns the exit code; anything but an ``int`` is 0.
     """
-    with failure.ending_at_once():
+    with failure.exit_on_failure():
         try:
             check_torch()
             status = program()
             if isinstance(status, int) and status:
                 sys.exit(status)
         except KeyboardInterrupt:
-            _tell("[red]{}[/]", "interrupted")
+            _print_error("[red]{}[/]", "interrupted")
             sys.exit(INTERRUPTED)
         except SystemExit as end:
             if end.code:
-                failure.to_tell("the program ended, see above", failure.USAGE)
+                failure.report("the program ended, see above", failure.USAGE)
             raise
         except USER_ERRORS as error:
             if os.environ.get("MASKMIX_TRACEBACK") == "1":
                 raise
             lost = isinstance(error, ProcessLost)
-            _tell("[bold red]error:[/] {}", str(error), failure.LOST if lost else "")
+            _print_error("[bold red]error:[/] {}", str(error), failure.LOST if lost else "")
             sys.exit(PROCESS_LOST if lost else USER_ERROR)
 
 
 def check_torch() -> None:
-    """Raise ImportError where the installed torch is too old. Looks at its version alone, without it."""
+    """Raise ImportError if the installed torch is too old; reads its version without importing it."""
     version = importlib.metadata.version("torch")
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TORCH:
@@ -79,15 +109,14 @@ def check_torch() -> None:
         )
 
 
-def _tell(form: str, sentence: str, kind: str = "") -> None:
-    told = failure.to_tell(sentence, kind)
-    if told is not None:
-        err = Console(stderr=True, highlight=False, soft_wrap=True)
-        err.print(form.format(escape(told)))
+def _print_error(template: str, message: str, kind: str = "") -> None:
+    if (line := failure.report(message, kind)) is not None:
+        stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        stderr.print(template.format(escape(line)))
 
 
 def value_of(argv: Sequence[str], flag: str, default: str) -> str:
-    """The value of ``--flag value`` or ``--flag=value`` on a command line, before it is parsed as a whole."""
+    """The value of ``--flag value`` or ``--flag=value``, before the command line is parsed."""
     for number, word in enumerate(argv):
         if word == flag and number + 1 < len(argv):
             return argv[number + 1]

@@ -1,13 +1,19 @@
-"""Who am I among the processes of a run: read from torchrun's environment, set up and torn down once."""
+"""The processes of a run: rank and device from torchrun's environment, the process group, agreement.
+
+A run without torchrun is a run of one process.
+"""
 
 import contextlib
 import datetime
 import gc
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -17,45 +23,56 @@ from torch.distributed.rendezvous import rendezvous
 from models.batchnorm import missing_for_kernels
 from training.precision import settings_of_training
 
-_ROWS_AT_A_TIME = 65_536
-"""Of a gathered tensor in one message."""
+_ROWS_PER_MESSAGE = 65_536
+"""Rows of a gathered tensor that one message holds."""
+_GLOO_ERROR = re.compile(r"\[\S*gloo/transport/\S+:\d+\]")
+"""Start of the messages of gloo's connection errors, which have no type of their own."""
 
 
 class ProcessLost(Exception):
-    """A collective failed, because another process of the run has died or hangs; told in a sentence."""
+    """A collective operation failed because another process of the run died or hangs."""
+
+
+# ======================================================================================================
+# This process
+# ======================================================================================================
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One process's place in the run and the device it computes on."""
+    """This process's rank and device."""
 
     rank: int
-    """Of all processes, 0 … world_size − 1."""
+    """Rank among all processes, 0 … world_size − 1."""
     world_size: int
-    """Processes in the run."""
+    """Number of processes."""
     local_rank: int
-    """Of the processes on this machine; the number of its GPU."""
+    """Rank among the processes on this machine, and the index of its GPU."""
     device: torch.device
-    """Where models and batches live."""
+    """Device of models and batches."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks to the terminal."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until all processes are here; returns at once for a single one."""
+        """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
 
     def gather_rows(self, rows: Tensor) -> Tensor | None:
-        """Rows of all processes, those of rank 0 first, on the main process; None on the others.
+        """Concatenate the rows of all processes by rank, on the main process.
 
-        rows: (n, …) on the CPU, where they stay; n may differ, and be 0, the rest not. Returns (Σ n, …).
+        Args:
+            rows: (n, …) on the CPU. n may differ between processes and may be 0; the other sizes may not.
+
+        Returns:
+            (Σ n, …) on the CPU; None on the other processes.
         """
         if self.world_size == 1:
             return rows
-        # NCCL would take them through a GPU, which may have no room.
+        # NCCL would move the rows through a GPU, which may lack the memory.
         group: dist.ProcessGroup = dist.new_group(backend="gloo")  # type: ignore[assignment]
         counts = [torch.zeros((), dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(counts, torch.tensor(len(rows)), group=group)
@@ -65,28 +82,20 @@ class Launch:
             shares = gathered.split([int(count) for count in counts])
             shares[0].copy_(rows)
             for rank, share in enumerate(shares[1:], start=1):
-                for block in share.split(_ROWS_AT_A_TIME) if len(share) else ():
+                for block in share.split(_ROWS_PER_MESSAGE) if len(share) else ():
                     dist.recv(block, src=rank, group=group)
         else:
-            for block in rows.contiguous().split(_ROWS_AT_A_TIME) if len(rows) else ():
+            for block in rows.contiguous().split(_ROWS_PER_MESSAGE) if len(rows) else ():
                 dist.send(block, dst=0, group=group)
         dist.destroy_process_group(group)
         return gathered
 
 
-def _number_from_environment(name: str, otherwise: int) -> int:
-    text = os.environ.get(name, str(otherwise))
-    if not text.isdecimal():
-        raise ValueError(
-            f"the environment variable {name} is {text!r}; it must be a whole number (torchrun sets it)"
-        )
-    return int(text)
-
-
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device named "auto" (a GPU where there is one), "cpu" or "cuda"; on cuda, GPU ``local_rank``.
+    """The device for "auto" (a GPU if there is one), "cpu" or "cuda"; of GPUs, number ``local_rank``.
 
-    Raises ValueError for another name, for "cuda" without a usable GPU, and for more processes than GPUs.
+    Raises:
+        ValueError: for another name, for "cuda" without a usable GPU, and for more processes than GPUs.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(
@@ -107,68 +116,82 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+# ======================================================================================================
+# Process group
+# ======================================================================================================
+
+
 @contextlib.contextmanager
 def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launch]:
-    """Join the run that torchrun started, or be a run of one; leave it at the end of the ``with`` block.
+    """Join the run that torchrun started, or start a run of one process; leave it at the end of the block.
 
-    device: see `choose_device`. Processes talk over NCCL on GPUs, over gloo on CPUs.
-    timeout_s: how long a collective waits for a missing process before it fails.
-    Raises ProcessLost in place of a collective's error. Where the block fails, the group is not left: that
-    could wait for the dead, so the process should end soon, see `training.failure.ending_at_once`.
+    If the block fails, the process group is not destroyed, because that could wait for dead processes. The
+    process should then exit soon; see `training.failure.exit_on_failure`.
+
+    Args:
+        device: see `choose_device`. The backend is NCCL on GPUs and gloo on CPUs.
+        timeout_s: how long a collective operation waits for a missing process.
+
+    Raises:
+        ProcessLost: in place of the error of a collective operation.
     """
-    rank = _number_from_environment("RANK", 0)
-    world_size = _number_from_environment("WORLD_SIZE", 1)
-    local_rank = _number_from_environment("LOCAL_RANK", 0)
+    rank = _environment_number("RANK", 0)
+    world_size = _environment_number("WORLD_SIZE", 1)
+    local_rank = _environment_number("LOCAL_RANK", 0)
     launch = Launch(rank, world_size, local_rank, choose_device(device, local_rank))
-    on_gpu = launch.device.type == "cuda"
-    if on_gpu:
+    if launch.device.type == "cuda":
         torch.cuda.set_device(launch.device)
     if world_size == 1:
-        with settings_of_training(), _kernels_or_warning(launch):
+        with settings_of_training(), _kernels_or_eager(launch):
             yield launch
         return
-    with settings_of_training(), _kernels_or_warning(launch), _losses_told():
-        _join(launch, datetime.timedelta(seconds=timeout_s))
+    with settings_of_training(), _kernels_or_eager(launch), _raise_process_lost():
+        _init_process_group(launch, datetime.timedelta(seconds=timeout_s))
         yield launch
-        # What still holds the group, such as DDP's reducer in a cycle of references, would keep gloo's
-        # threads alive into the interpreter's end, where one that lets go of a tensor aborts the process:
-        # pytorch's issue 190489.
+        # DDP's reducer, in a reference cycle, holds the group. gloo's threads would live until the end of the
+        # interpreter, and abort the process if they free a tensor then (pytorch issue 190489).
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
 
 
+def _environment_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(
+            f"the environment variable {name} is {text!r}; it must be a whole number (torchrun sets it)"
+        )
+    return int(text)
+
+
 @contextlib.contextmanager
-def _kernels_or_warning(launch: Launch) -> Iterator[None]:
-    """Where GPU kernels cannot be compiled, say so once and run what would be compiled as it stands."""
-    why = missing_for_kernels() if launch.device.type == "cuda" else ""
-    if not why:
+def _kernels_or_eager(launch: Launch) -> Iterator[None]:
+    """If GPU kernels cannot be compiled, warn once and run the compiled functions eagerly."""
+    reason = missing_for_kernels() if launch.device.type == "cuda" else ""
+    if not reason:
         yield
         return
     if launch.is_main:
         sys.stderr.write(
-            f"warning: GPU kernels cannot be compiled here, for {why}. Until then BatchNorm in parts, the "
+            f"warning: GPU kernels cannot be compiled here: {reason}. Until then split BatchNorm, the "
             "augmentation on the GPU and --compile run operation by operation, which is slower\n"
         )
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
-def _join(launch: Launch, timeout: datetime.timedelta) -> None:
-    """Set up the process group, apart from what earlier starts of the run left behind.
+def _init_process_group(launch: Launch, timeout: datetime.timedelta) -> None:
+    """Set up the process group under a store prefix for this start of the run.
 
-    torchrun keeps its store through restarts, and with it the addresses of the dead. On one machine the
-    number of the start tells them apart; several machines do not always count alike.
+    torchrun keeps its store through restarts, with the addresses of dead processes in it. On one machine the
+    restart count separates the starts. Several machines need not count alike, so they have no prefix.
     """
     on_gpu = launch.device.type == "cuda"
-    start, num_machines = (
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-        os.environ.get("GROUP_WORLD_SIZE"),
-    )
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = None
-    if start != "0" and num_machines == "1":
+    if restart != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
         shared, _, _ = next(rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"start-{start}", shared)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"start-{restart}", shared)  # type: ignore[attr-defined]
         store.set_timeout(timeout)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -180,28 +203,28 @@ def _join(launch: Launch, timeout: datetime.timedelta) -> None:
     )
 
 
-_OF_GLOO = re.compile(r"\[\S*gloo/transport/\S+:\d+\]")
-"""How messages of gloo's connections begin; NCCL's and the store's errors have types of their own."""
-
-
 @contextlib.contextmanager
-def _losses_told() -> Iterator[None]:
-    """Turn the failure of a collective into ProcessLost."""
+def _raise_process_lost() -> Iterator[None]:
+    """Raise ProcessLost in place of the error of a collective operation."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not _OF_GLOO.match(str(error)):
+        if not isinstance(error, dist.DistError) and not _GLOO_ERROR.match(str(error)):
             raise
         reason = re.sub(r"^\[[^]]*\]\s*", "", str(error)).splitlines()[0].split(". ")[0]
         raise ProcessLost(
-            f"lost the connection to the run's other processes ({reason}): one of them has died or hangs; "
-            "its own message stands above, or in the output of its machine; --resume continues from the last "
-            "checkpoint"
+            f"lost the connection to the run's other processes ({reason}): one of them died or hangs; see "
+            "its message above or in the output of its machine; --resume continues from the last checkpoint"
         ) from error
 
 
+# ======================================================================================================
+# Agreement
+# ======================================================================================================
+
+
 def check_agreement(launch: Launch, step: int) -> None:
-    """Refuse to go on where processes found different checkpoints to resume from."""
+    """Raise ValueError if the processes resume from checkpoints of different steps."""
     if launch.world_size == 1:
         return
     steps = [torch.zeros((), dtype=torch.int64, device=launch.device) for _ in range(launch.world_size)]
@@ -211,3 +234,49 @@ def check_agreement(launch: Launch, step: int) -> None:
             f"the processes would resume after different steps {[int(other) for other in steps]}; "
             "--out must lie on a file system that all nodes share"
         )
+
+
+class StopRequest:
+    """Records SIGTERM and SIGINT, so that the loop ends after a whole step and the same one everywhere.
+
+    A context manager; the former signal handlers are restored at its end. If SIGINT was ignored, it stays
+    ignored: shells do that for background jobs, which Ctrl-C is not meant for. If one of several processes
+    fails, the handlers stay, because torchrun then sends SIGTERM, which must not interrupt error messages.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        """Whether the processes have agreed to stop."""
+        self._signalled = False
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            self._former[number] = signal.signal(number, self._record)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and dist.is_initialized():
+            return
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _record(self, _number: int, _frame: object) -> None:
+        self._signalled = True
+
+    def agreed(self, launch: Launch, *, ask: bool) -> bool:
+        """Whether to stop now; with several processes, a collective operation if ``ask`` is set.
+
+        All processes must set ``ask`` after the same steps. A single process need not.
+        """
+        if launch.world_size == 1:
+            self.requested = self._signalled
+        elif ask:
+            flag = torch.tensor(self._signalled, device=launch.device, dtype=torch.uint8)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.requested = bool(flag)
+        return self.requested

@@ -1,4 +1,4 @@
-"""Backbones in and out: our checkpoint, a safetensors file, and the published ``.pth.tar`` layout.
+"""Read and write backbones: our checkpoint, a safetensors file, and the published ``.pth.tar`` layout.
 
 Shape letters: D embedding, K queue.
 """
@@ -35,72 +35,73 @@ _QUEUE_KEYS = {"queue_KD", "queue", "queue_ptr"}
 
 @dataclass(frozen=True)
 class BackboneMeta:
-    """What a file says of the backbone in it; None for what it does not say."""
+    """Description of a backbone in its file; None for what the file does not hold."""
 
     arch: str | None = None
     """One of `models.encoders.ARCHS`."""
     feature_dim: int | None = None
-    """Features that reach the head."""
+    """Size of the features."""
     small_stem: bool | None = None
-    """Whether the first convolution is 3 × 3 and there is no max-pool."""
+    """Whether the first convolution is 3 × 3 without max-pool."""
     method: str | None = None
-    """What it was trained by."""
+    """Training method."""
     trained_on: str | None = None
-    """The set it was trained on, in words."""
+    """Name of the training set, and number of images."""
     recipe: str | None = None
-    """The run's options that decide its numbers, as JSON."""
+    """The run's settings, as JSON."""
     crop_px: int | None = None
-    """Side of the views it was trained on."""
+    """Side of the training views."""
     eval_center_share: float | None = None
-    """Side of the evaluation's centre crop over the picture's short side."""
+    """Side of the evaluation's centre crop over the image's short side."""
     mean: tuple[float, float, float] | None = None
     """Subtracted from pixels in [0, 1]."""
     std: tuple[float, float, float] | None = None
     """Divides after the mean is subtracted."""
 
     def as_strings(self) -> dict[str, str]:
-        """Name → text, or JSON where it is no text: what a safetensors file can hold."""
-        said = {name: value for name, value in vars(self).items() if value is not None}
-        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}
+        """The fields as strings, which a safetensors file can hold; values that are no text are JSON."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in known.items()}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str]) -> "BackboneMeta":
-        """The inverse; what others wrote beside it is passed over. Raises ValueError for what is no JSON."""
-        said: dict[str, Any] = {}
+        """The inverse of `as_strings`; unknown keys are ignored. Raises ValueError for invalid JSON."""
+        known: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             if field.name in strings:
                 text = strings[field.name]
                 value = text if field.name in _TEXTS else json.loads(text)
-                said[field.name] = tuple(value) if isinstance(value, list) else value
-        return cls(**said)
+                known[field.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**known)
 
 
 class Backbone(NamedTuple):
     """An encoder without its head, read from a file."""
 
     state: dict[str, Tensor]
-    """By torchvision's key names, without ``fc``."""
+    """State dict with torchvision's key names, without ``fc``."""
     meta: BackboneMeta
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model's state dict, every key in exactly one part; a classifier has the first two."""
+    """A model's state dict in parts; every key is in one of them. A classifier has the first two."""
 
     backbone: dict[str, Tensor]
-    """The (query) encoder without its head, by torchvision's key names."""
+    """The (query) encoder without its head, with torchvision's key names."""
     head: dict[str, Tensor]
-    """Its projection head or classifier, keys beginning with ``fc.``."""
+    """Projection head or classifier; keys start with ``fc.``."""
     key_encoder: dict[str, Tensor]
-    """The key encoder with its head, by torchvision's key names."""
+    """The key encoder with its head, with torchvision's key names."""
     queue: dict[str, Tensor]
     """Queue and pointer."""
 
 
 def split_state_dict(state_dict: Mapping[str, Tensor]) -> ModelParts:
-    """Sort the keys of our models or of a published one, with or without the prefix ``module.``.
+    """Split the state dict of our models or a published one, with or without the prefix ``module.``.
 
-    Raises CheckpointError naming the keys that belong nowhere, or if there is no query encoder.
+    Raises:
+        CheckpointError: for unknown keys, and without a (query) encoder.
     """
     parts = ModelParts({}, {}, {}, {})
     unknown = []
@@ -134,7 +135,7 @@ def split_state_dict(state_dict: Mapping[str, Tensor]) -> ModelParts:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a backbone's tensors, by which results tell whose they are, whatever file it was in."""
+    """SHA-256 of a backbone's tensors, by which a result names its encoder, whatever the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -143,32 +144,35 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def save_backbone(path: Path, encoder: nn.Module, meta: BackboneMeta) -> None:
-    """Write an encoder without its ``fc`` to a safetensors file, atomically; equal encoders, equal files.
+    """Write an encoder without its ``fc`` to a safetensors file, atomically, with torchvision's keys.
 
-    Keys are torchvision's. Raises ValueError if ``meta`` says no arch or feature_dim.
+    Equal encoders and metas give equal bytes.
+
+    Raises:
+        ValueError: if ``meta`` lacks arch or feature_dim.
     """
     missing = [name for name in ("arch", "feature_dim") if getattr(meta, name) is None]
     if missing:
-        raise ValueError(f"the backbone's meta lacks {missing}; without them nobody can rebuild it")
-    # safetensors stores dense row-major memory, so channels_last weights are laid out anew.
+        raise ValueError(f"the backbone's meta lacks {missing}; the encoder cannot be rebuilt without them")
+    # safetensors stores row-major memory, so channels_last weights are copied.
     tensors = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in encoder.state_dict().items()
         if not name.startswith("fc.")
     }
-    said = meta.as_strings()
-    said[HASH] = content_hash({"tensors": tensors, "metadata": said})
-    content = _in_fixed_order(safetensors.torch.save(tensors, metadata=said))
+    metadata = meta.as_strings()
+    metadata[HASH] = content_hash({"tensors": tensors, "metadata": metadata})
+    content = _in_fixed_order(safetensors.torch.save(tensors, metadata=metadata))
     write_atomically(path, lambda file: file.write(content))
 
 
 def _in_fixed_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata sorted, whose order in the library is another in each process."""
+    """A safetensors file with sorted metadata; the library's order differs from process to process."""
     stop = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:stop])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     return len(text).to_bytes(8, "little") + text + content[stop:]
 
 
@@ -177,7 +181,8 @@ def save_published(
 ) -> None:
     """Write our model's state dict in the layout of the published ``.pth.tar`` files, atomically.
 
-    {epoch, arch, state_dict, optimizer}; keys get the prefix ``module.``, the queue its shape there, (D, K).
+    The layout is {epoch, arch, state_dict, optimizer}. Keys have the prefix ``module.``, and the queue has
+    the shape (D, K).
     """
     state_dict = {
         f"module.{key}": tensor.detach().cpu() for key, tensor in model.items() if key != "queue_KD"
@@ -188,14 +193,17 @@ def save_published(
 
 
 def load_backbone(path: Path) -> Backbone:
-    """The backbone in ``path``, in float32, and what the file says of it.
+    """Read a backbone in float32, and its description.
 
-    Reads our checkpoints, our safetensors files and published ``.pth.tar`` files (whose meta is arch alone).
-    Raises CheckpointError for a missing, damaged or unsafe file, for an unknown layout (listing its keys) and
-    for keys of the model that belong nowhere.
+    Reads our checkpoints, our safetensors files, and published ``.pth.tar`` files, which describe only the
+    arch.
+
+    Raises:
+        CheckpointError: for a missing, damaged or unsafe file, an unknown layout, and unknown keys of the
+        model.
     """
     state, meta = _read_backbone(path)
-    # Others keep theirs in half precision.
+    # Files of other projects may be in half precision.
     return Backbone({name: t.float() if t.is_floating_point() else t for name, t in state.items()}, meta)
 
 
@@ -221,7 +229,7 @@ def _meta(path: Path, strings: Mapping[str, str]) -> BackboneMeta:
         return BackboneMeta.from_strings(strings)
     except ValueError as error:
         raise CheckpointError(
-            f"what {path} says of its backbone is damaged ({error}); export it again"
+            f"the description of the backbone in {path} is damaged ({error}); export it again"
         ) from error
 
 
@@ -231,12 +239,11 @@ def _load_safetensors(path: Path) -> Backbone:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            said = dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise CheckpointError(
             f"{path} is cut short or no safetensors file ({error}); export it again"
         ) from error
-    written = said.pop(HASH, None)
-    content = {"tensors": state, "metadata": said}
-    check_hash(path, content, written, NO_CHECKSUMS)
-    return Backbone(state, _meta(path, said))
+    expected = metadata.pop(HASH, None)
+    check_hash(path, {"tensors": state, "metadata": metadata}, expected, NO_CHECKSUMS)
+    return Backbone(state, _meta(path, metadata))

@@ -1,7 +1,10 @@
-"""How the processes of one run fail: every sentence told once, by whom it befell, and all are gone at once.
+"""Error messages and exits of a run of several processes.
+
+Each failure is reported once on a machine, with the rank if it concerns one process only; then all processes
+stop.
 
 torchrun gives each process a file for its error, ``<folder of this start>/<local rank>/error.json``, and
-prints what it finds there at the very end. By these files the processes of a machine also know of each other.
+prints these files at the end. Through this folder the processes of a machine also see each other's failures.
 """
 
 import contextlib
@@ -17,70 +20,125 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOST = "lost"
-"""The kind of failure that only follows from another's."""
+"""Kind of a failure that follows from another process's failure."""
 USAGE = "usage"
-"""A command line that cannot be parsed; its parser has told already what is wrong."""
-PATIENCE_S = {LOST: 0.0, USAGE: 30.0}
-"""How long a process that fails waits for others to fail alike: the lost not at all, and all the others of a
-machine are sure to read the same command line."""
-_USUAL_PATIENCE_S = 2.0
+"""Kind of a command line that cannot be parsed; the parser has already printed the reason."""
+_WAIT_S = {LOST: 0.0, USAGE: 30.0}
+"""Seconds that a failing process waits for others to fail in the same way, by kind. All processes of a
+machine parse the same command line, so they are sure to fail alike."""
+_DEFAULT_WAIT_S = 2.0
 
 
-def _number(name: str, otherwise: int) -> int:
-    """Of an environment variable; one that is no number is refused by `training.distributed`, not here."""
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else otherwise
+def is_first_on_machine() -> bool:
+    """Whether this process prints what all processes of its machine would print."""
+    return _environment_number("LOCAL_RANK", 0) == 0
 
 
-def _is_alone() -> bool:
-    return _number("WORLD_SIZE", 1) == 1
+def report(message: str, kind: str = "") -> str | None:
+    """Report this process's failure to torchrun and to the other processes of the machine.
+
+    From here on SIGTERM is ignored: torchrun sends it to all processes once one has failed, and it must not
+    interrupt a message.
+
+    Args:
+        message: the error message.
+        kind: failures of one kind are printed once on a machine; by default failures with the same message.
+
+    Returns:
+        What this process is to print: the message if all processes of the machine fail alike, else the
+        message after its rank. None if another process prints it, and for a `LOST` process if another one
+        has a failure of its own.
+    """
+    if _is_single():
+        return message
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    machine = _Machine.from_environment()
+    with_rank = f"rank {machine.rank}: {message}"
+    if machine.folder is None:
+        return with_rank
+    kind = kind or message
+    try:
+        is_first = machine.record(kind, message)
+        all_alike = machine.wait_for_all(kind)
+        if not is_first or (kind == LOST and set(machine.kinds()) != {LOST}):
+            return None
+    except OSError:  # a full disk must not suppress the message
+        return with_rank
+    return message if all_alike else with_rank
+
+
+@contextlib.contextmanager
+def exit_on_failure() -> Iterator[None]:
+    """End a failing process of several by ``os._exit`` with its exit code; a single process is left alone.
+
+    A normal exit could wait for dead processes in the process group, or abort in gloo's threads. The other
+    processes notice the closed connections.
+    """
+    try:
+        yield
+        return
+    except SystemExit as end:
+        if _is_single() or not end.code:
+            raise
+        code = end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str) and (line := report(end.code)):
+            sys.stderr.write(f"{line}\n")
+    except BaseException:
+        if _is_single():
+            raise
+        if text := report(traceback.format_exc()):
+            sys.stderr.write(text)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @dataclass(frozen=True)
 class _Machine:
-    """This process among those of its machine."""
+    """This process among the processes of its machine."""
 
     rank: int
     local_rank: int
     num_local: int
     folder: Path | None
-    """Where each process has a folder named as its local rank; None where torchrun has not made one."""
+    """Holds a folder for each process, named by local rank; None if torchrun has not made one."""
 
     @classmethod
     def from_environment(cls) -> "_Machine":
         own_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", os.devnull))
-        local_rank = _number("LOCAL_RANK", 0)
+        local_rank = _environment_number("LOCAL_RANK", 0)
         return cls(
-            rank=_number("RANK", 0),
+            rank=_environment_number("RANK", 0),
             local_rank=local_rank,
-            num_local=_number("LOCAL_WORLD_SIZE", 1),
+            num_local=_environment_number("LOCAL_WORLD_SIZE", 1),
             folder=own_file.parents[1] if own_file.parent.name == str(local_rank) else None,
         )
 
-    def note(self, kind: str, sentence: str) -> bool:
-        """Leave a failure for torchrun and for the others; whether this process is the first of its kind."""
+    def record(self, kind: str, message: str) -> bool:
+        """Write a failure to this process's file; returns whether it is the first of its kind."""
         assert self.folder is not None
         own = self.folder / str(self.local_rank) / "error.json"
         partial = own.with_suffix(".partial")
-        # The form that torchrun reads, beside what is ours.
-        message = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
-        partial.write_text(json.dumps({"message": message, "kind": kind}), encoding="utf-8")
+        # "message" is read by torchrun, "kind" by `kinds`.
+        content = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+        partial.write_text(json.dumps({"message": content, "kind": kind}), encoding="utf-8")
         partial.replace(own)
         try:
-            (self.folder / f"told-{zlib.crc32(kind.encode()):08x}").touch(exist_ok=False)
+            (self.folder / f"reported-{zlib.crc32(kind.encode()):08x}").touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
 
     def kinds(self) -> list[str]:
-        """Of the failures noted so far."""
+        """The kinds of all failures recorded so far."""
         assert self.folder is not None
         files = self.folder.glob("*/error.json")
         return [json.loads(file.read_text(encoding="utf-8")).get("kind", "") for file in files]
 
-    def all_fail_alike(self, kind: str) -> bool:
-        """Wait for the others for a while; whether they have all failed this way."""
-        end = time.monotonic() + PATIENCE_S.get(kind, _USUAL_PATIENCE_S)
+    def wait_for_all(self, kind: str) -> bool:
+        """Wait for the other processes to fail in the same way; returns whether all did."""
+        end = time.monotonic() + _WAIT_S.get(kind, _DEFAULT_WAIT_S)
         while self.kinds().count(kind) < self.num_local:
             if time.monotonic() >= end:
                 return False
@@ -88,59 +146,11 @@ class _Machine:
         return self.num_local > 1
 
 
-def speaks_for_machine() -> bool:
-    """Whether this process says what all processes of its machine would say at once."""
-    return _number("LOCAL_RANK", 0) == 0
+def _is_single() -> bool:
+    return _environment_number("WORLD_SIZE", 1) == 1
 
 
-def to_tell(sentence: str, kind: str = "") -> str | None:
-    """What a process that fails is to print: the sentence, one with its rank in front, or nothing.
-
-    kind: failures of a kind are told once on a machine; by default those with the same sentence. The rank is
-    left out where all processes of the machine fail alike. The LOST keep silent where another one's own
-    failure is told. From here on SIGTERM is ignored, so that torchrun, which ends everybody once one has
-    failed, does not cut a sentence short.
-    """
-    if _is_alone():
-        return sentence
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    machine = _Machine.from_environment()
-    befell = f"rank {machine.rank}: {sentence}"
-    if machine.folder is None:
-        return befell
-    kind = kind or sentence
-    try:
-        first = machine.note(kind, sentence)
-        alike = machine.all_fail_alike(kind)
-        if not first or (kind == LOST and set(machine.kinds()) != {LOST}):
-            return None
-    except OSError:  # a full disk must not keep anyone from speaking
-        return befell
-    return sentence if alike else befell
-
-
-@contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Where several processes make a run, end a failing one with its exit code and nothing else.
-
-    To leave the process group may mean to wait for the dead, and the interpreter's own end may abort over
-    gloo's threads; the others learn of a failure by the connections that the system closes.
-    """
-    try:
-        yield
-        return
-    except SystemExit as end:
-        if _is_alone() or not end.code:
-            raise
-        code = end.code if isinstance(end.code, int) else 1
-        if isinstance(end.code, str) and (told := to_tell(end.code)):
-            sys.stderr.write(f"{told}\n")
-    except BaseException:
-        if _is_alone():
-            raise
-        if told := to_tell(traceback.format_exc()):
-            sys.stderr.write(told)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _environment_number(name: str, default: int) -> int:
+    """An environment variable as a number; `training.distributed` refuses what is not a number."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default

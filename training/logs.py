@@ -1,13 +1,14 @@
-"""What a run says of itself: JSON lines, TensorBoard, and one line on the terminal.
+"""The log of a run: JSON lines, TensorBoard, and one line on the terminal.
 
-Metrics are summed on their device and fetched by the clock, so the loop waits for the device once in a few
-seconds and not at every step.
+Metrics are summed on their device and fetched every few seconds, so that the loop does not wait for the
+device at each step.
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,34 +24,26 @@ from training.files import write_atomically
 
 Value = float | int | str | None
 
-ABOUT = (
-    "The loss rises at first, while the queue's noise gives way to real keys (queue_filled): noise is easy "
-    "to tell from a picture's key. Whether it learns is told by knn_top1 and rankme, which rise, and by "
-    "feature_std, which is near 1 for features that are spread evenly and 0 for collapsed ones."
-)
-"""What a reader of a pretraining's curves must know."""
-
 
 class NonFiniteLoss(Exception):
-    """The loss was NaN or infinite; the message names the step, the last good state and what to try."""
+    """The loss or the weights became NaN or infinite."""
 
 
 def last_good_state(run_dir: Path) -> str:
-    """In words, what a run whose numbers went wrong can go on from, and how."""
+    """The end of a message: the checkpoint from which a diverged run can continue, and how."""
     good = latest(run_dir)
     remedy = "a lower --lr, or --precision bf16 or fp32"
     if good is None:
-        return f"no epoch was finished, so there is no state to go on from; start anew with {remedy}"
+        return f"no epoch was finished, so there is no checkpoint; start again in a new --out with {remedy}"
     return f"the last good state is {good}; continue from it with --resume and {remedy}"
 
 
 class RunLog:
-    """Collects the metrics of steps and writes their means to ``run_dir`` every ``every_s`` seconds.
+    """Collects the metrics of steps and writes their means every few seconds, on the main process only.
 
-    Files: ``metrics.jsonl``, one object a line, which a resumed run appends to; ``tensorboard/``. A row of
-    steps has kind "step", first_step and step (both included), epoch, time_s (Unix), samples_per_s,
-    wait_percent (time spent waiting for data), and the mean of each metric, null where it is not finite. On
-    ranks other than the main one nothing is collected or written.
+    It writes ``tensorboard/`` and ``metrics.jsonl``, one JSON object per line; a resumed run appends. A row
+    of kind "step" has first_step and step (inclusive), epoch, time_s (Unix time), samples_per_s, wait_percent
+    (share of the time spent waiting for data), and the mean of each metric, null if it is not finite.
     """
 
     def __init__(
@@ -62,16 +55,22 @@ class RunLog:
         first_step: int = 0,
         every_s: float = 5.0,
         plain_every_s: float = 30.0,
-        about: str = ABOUT,
+        about: str = "",
         console: Console | None = None,
     ) -> None:
         """Open the files.
 
-        about: what a reader of the curves must know, shown beside them.
-
-        first_step: where a resumed run goes on. Rows a killed run wrote beyond its last checkpoint, from this
-        step on, are dropped: those steps are run, and logged, again.
-        plain_every_s: time between lines where the output is not a terminal.
+        Args:
+            run_dir: the run's folder.
+            is_main: whether this is the main process.
+            total_steps: steps of the whole run.
+            first_step: the first step of a resumed run. Rows from this step on, which a killed run wrote
+            after
+                its last checkpoint, are dropped, because these steps are run again.
+            every_s: seconds between rows.
+            plain_every_s: seconds between printed lines if the output is not a terminal.
+            about: explanation of the metrics, shown in TensorBoard.
+            console: the terminal; by default standard output.
         """
         self.is_main = is_main
         if not is_main:
@@ -89,7 +88,7 @@ class RunLog:
         self._num_steps = self._num_samples = self._epoch = 0
         self._last_step = first_step
         self._wait_s = 0.0
-        # The first rows come soon, so that a run that goes wrong shows it at once.
+        # The first row comes after a second, so that a bad start shows at once.
         self._window_start = time.monotonic()
         self._next_flush = self._window_start + min(1.0, every_s)
         self._next_plain = self._window_start
@@ -103,10 +102,18 @@ class RunLog:
         samples: int = 0,
         wait_s: float = 0.0,
     ) -> None:
-        """Add one step's metrics (0-d tensors stay on their device); flush if it is time.
+        """Add the metrics of a step, and flush if it is time.
 
-        samples: seen in this step over all ranks. wait_s: spent waiting for its batch. Every step of a
-        window brings the same metrics. Raises NonFiniteLoss at a flush.
+        Args:
+            step: number of the step.
+            metrics: numbers or 0-d tensors, which stay on their device. The same names in each step between
+                two flushes.
+            epoch: of the step.
+            samples: in the step, over all processes.
+            wait_s: seconds spent waiting for its batch.
+
+        Raises:
+            NonFiniteLoss: at a flush.
         """
         if not self.is_main:
             return
@@ -123,7 +130,7 @@ class RunLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write the means since the last flush. Raises NonFiniteLoss if the mean of "loss" is not finite."""
+        """Write the means since the last flush. Raises NonFiniteLoss if the mean loss is not finite."""
         if not self.is_main or self._num_steps == 0:
             return
         means = self._fetch_means()
@@ -144,9 +151,9 @@ class RunLog:
             self._next_plain = now + self._plain_every_s
         self._sums, self._num_steps, self._num_samples, self._wait_s = {}, 0, 0, 0.0
         self._window_start, self._next_flush = now, now + self._every_s
-        self._refuse_non_finite(first_step, means)
+        self._check_loss(first_step, means)
 
-    def _refuse_non_finite(self, first_step: int, means: Mapping[str, float]) -> None:
+    def _check_loss(self, first_step: int, means: Mapping[str, float]) -> None:
         losses, self._losses = self._losses, []
         if math.isfinite(means.get("loss", 0.0)):
             return
@@ -158,7 +165,7 @@ class RunLog:
         )
 
     def _fetch_means(self) -> dict[str, float]:
-        """One transfer for all metrics on a device."""
+        """The means, in one transfer for all tensors."""
         totals = {name: value for name, value in self._sums.items() if isinstance(value, float)}
         tensors = {name: value for name, value in self._sums.items() if isinstance(value, Tensor)}
         if tensors:
@@ -166,20 +173,20 @@ class RunLog:
         return {name: total / self._num_steps for name, total in totals.items()}
 
     def busy(self, what: str) -> None:
-        """Say on the progress line what the run is doing other than stepping."""
+        """Show a task other than training on the progress line."""
         if self.is_main:
             self._terminal.busy(what)
 
     def event(self, row: Mapping[str, Value]) -> None:
-        """Write a row of its own, e.g. {"kind": "eval", "knn_top1": 0.62}; the steps so far come first."""
+        """Write a row such as {"kind": "eval", "knn_top1": 0.62}, after the steps so far."""
         if not self.is_main:
             return
         if "kind" not in row or row["kind"] == "step":
-            raise ValueError(f"an event is {dict(row)}; give it a kind of its own, other than 'step'")
+            raise ValueError(f"an event is {dict(row)}; give it a kind other than 'step'")
         self.flush()
         self._write({"step": self._last_step} | dict(row))
-        self._terminal.say(row)
-        # What the event took, say an evaluation, is not the steps' time.
+        self._terminal.print(row)
+        # The time of the event, such as an evaluation, does not count as the steps' time.
         self._window_start = time.monotonic()
 
     def _write(self, row: Mapping[str, Value]) -> None:
@@ -191,7 +198,7 @@ class RunLog:
                 self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
     def close(self, *, flush: bool = True) -> None:
-        """Close the files, after the steps so far are written; ``flush`` leaves that out after an error."""
+        """Close the files; ``flush``: write the steps so far first."""
         if not self.is_main or self._file.closed:
             return
         try:
@@ -208,12 +215,12 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error a flush might raise another in its place, or wait for a device that waits in vain.
+        # After an error, a flush could raise another one, or wait forever for the device.
         self.close(flush=error is None)
 
 
 def _keep_rows_before(path: Path, step: int) -> None:
-    """Drop rows from ``step`` on, and a last line cut short when the run was killed."""
+    """Drop the rows from ``step`` on, and an incomplete last line of a killed run."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
@@ -230,11 +237,11 @@ _SHOWN = {
     "neg_sim": "neg",
     "feature_std": "std",
 }
-"""Metrics the line on screen has room for, and what they are called there."""
+"""Metrics on the terminal's line, and their names there."""
 
 
 class _Terminal:
-    """A progress line that renews itself on a terminal; a plain line now and then elsewhere."""
+    """A progress bar on a terminal; occasional plain lines on other outputs."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
         self._console, self._total_steps = console, total_steps
@@ -267,7 +274,7 @@ class _Terminal:
         if self._progress:
             self._progress.update(self._task, description=what)
 
-    def say(self, row: Mapping[str, Value]) -> None:
+    def print(self, row: Mapping[str, Value]) -> None:
         words = [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in row.items()
@@ -277,3 +284,30 @@ class _Terminal:
     def close(self) -> None:
         if self._progress:
             self._progress.stop()
+
+
+@contextlib.contextmanager
+def progress(console: Console, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show a bar with rate and time left, and print a line at the end.
+
+    Args:
+        console: where to show it; without a terminal only the last line is printed.
+        what: name of the task.
+        total: number of samples; None if unknown.
+
+    Yields:
+        The function to call with the number of further samples done.
+    """
+    start, done, line = time.perf_counter(), 0, what
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(num: int) -> None:
+            nonlocal done, line
+            done += num
+            line = f"{what}: {done:,} ({done / (time.perf_counter() - start):,.0f}/s)"
+            bar.update(task, advance=num, description=line)
+
+        yield advance
+    console.print(line)

@@ -1,8 +1,7 @@
-"""In which number format a run computes.
+"""The number format of a run.
 
-What is float32 is float32 under every precision: TF32, with its 10 bits of mantissa, is off for products and
-for convolutions. 16-bit runs lose no speed by that: what stays float32 in them are the logits, which need
-the bits.
+TF32, with its 10 bits of mantissa, is off under every precision, for products and convolutions. This costs
+16-bit runs no speed: only their logits stay float32, and these need the bits.
 """
 
 import contextlib
@@ -21,21 +20,21 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """The format of the forward pass and the gradient scaler that goes with it."""
+    """The format of the forward pass, and the gradient scaler that goes with it."""
 
     name: Literal["fp32", "bf16", "fp16"]
-    """What was chosen; never "auto"."""
+    """The chosen format; never "auto"."""
     device: torch.device
-    """Where it applies."""
+    """Device of the forward pass."""
     scaler: torch.amp.GradScaler
-    """Scales the loss under fp16, whose gradients underflow; disabled, and a no-op, otherwise."""
+    """Scales the loss under fp16, which underflows without it; disabled for other formats."""
 
     @classmethod
     def choose(cls, name: PrecisionName, device: torch.device) -> "Precision":
-        """Pick a format for ``device``.
+        """Choose the format for a device; "auto" is bf16 on GPUs that have it, else fp16, and fp32 on CPUs.
 
-        "auto" is bf16 on GPUs that compute in it, fp16 on older ones and fp32 on CPUs.
-        Raises ValueError for an unknown name, for fp16 on a CPU and for bf16 on a GPU that lacks it.
+        Raises:
+            ValueError: for an unknown name, for fp16 on a CPU, and for bf16 on a GPU that lacks it.
         """
         if name not in get_args(PrecisionName):
             raise ValueError(f"precision is {name!r}; choose one of {', '.join(get_args(PrecisionName))}")
@@ -55,21 +54,23 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the forward pass."""
+        """The dtype of the forward pass."""
         return _DTYPES[self.name]
 
     def autocast(self) -> torch.autocast:
-        """A context for the forward pass; it does nothing under fp32."""
+        """A context for the forward pass; disabled under fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
 
 
 @contextlib.contextmanager
 def settings_of_training() -> Iterator[None]:
-    """Turn TF32 off and cuDNN's search for the fastest convolution on; both are as before at the end.
+    """Turn TF32 off, and cuDNN's search for the fastest convolution on; restore both at the end.
 
-    The shapes of a training are always the same, so that the search is made once for each.
+    The shapes in a run never change, so cuDNN searches once for each.
     """
-    kept = torch.backends.cudnn.deterministic
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=kept, allow_tf32=False)
+    deterministic = torch.backends.cudnn.deterministic
+    cudnn = torch.backends.cudnn.flags(
+        enabled=True, benchmark=True, deterministic=deterministic, allow_tf32=False
+    )
     with true_float32(), cudnn:
         yield

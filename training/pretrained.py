@@ -1,4 +1,4 @@
-"""A pretrained encoder from a file, and the sets it is judged on: what every evaluation begins with."""
+"""The start of every evaluation: a pretrained encoder from a file, and its training and test sets."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,40 +14,40 @@ from torch import Tensor, nn
 from models.encoders import build_encoder
 from pipelines import Backend, open_set
 from pipelines.recipe import Recipe, evaluation
+from training.evaluate import check_labels
 from training.export import Backbone, load_backbone
-from training.features import check_labels
 from training.precision import PrecisionName
 
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """Judge a pretrained encoder."""
+    """Evaluate a pretrained encoder."""
 
     data: tyro.conf.Positional[Path]
     """Labelled training set: compiled, a folder of class folders, or a folder that holds train/ and val/."""
     pretrained: Path
     """Checkpoint, backbone.safetensors or published .pth.tar. `train_pretrain.py --epochs 0` exports an
-    encoder that has learned nothing, to compare with."""
+    untrained encoder for comparison."""
     val: Path | None = None
     """Labelled test set; by default DATA/val."""
     out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = dataclasses.field(kw_only=True)
-    """Folder of the run: result.json, and what else it writes."""
+    """Folder of the run."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Encoder, where the file does not say; they must agree where it does."""
+    """Encoder; needed if the file does not name it, and must agree with the file otherwise."""
     small_stem: bool | None = None
-    """3 × 3 first convolution and no max-pool, where the file does not say."""
+    """3 × 3 first convolution without max-pool; needed if the file does not say."""
     crop_px: int | None = None
-    """Side of a view; by default what the encoder was trained on, else 224."""
+    """Side of a view; by default that of the encoder's training, or 224 if the file does not say."""
     seed: int = 0
-    """Of the classifier, the order and the crops."""
+    """Seed of the classifier, the order and the crops."""
     precision: PrecisionName = "auto"
-    """Number format of the encoder. The classifier's is fp32."""
+    """Number format of the encoder; that of the classifier is fp32."""
     backend: Backend = "auto"
-    """Reads the training set, as in train_pretrain.py; what reads the test set is chosen by its kind."""
+    """Decoder of the training set, as in train_pretrain.py; that of the test set is chosen by its format."""
     num_threads: int = 0
-    """Threads that decode; 0 takes all cores."""
+    """Decoding threads; 0 uses all cores."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
 
     def sets(self) -> tuple[Path, Path]:
         """The training and the test set. Raises ValueError if there is no test set."""
@@ -69,19 +69,19 @@ class LabelledSets:
     val: Path
     num_classes: int
     val_fingerprint: str
-    """Of the test set's content."""
+    """Fingerprint of the test set's content."""
 
 
 def labelled_sets(config: PretrainedConfig) -> LabelledSets:
-    """The sets of a config. Raises ValueError unless all pictures have labels, the same ones in both."""
+    """The sets of a config. Raises ValueError unless all images have labels, of the same classes in both."""
     train, val = config.sets()
     sets = [open_set(path) for path in (train, val)]
     names, others = (images.classes for images in sets)
     if names and others and names != others:
         first = next((pair for pair in zip(names, others, strict=False) if pair[0] != pair[1]), None)
-        told = f"{first[0]!r} stands where the other has {first[1]!r}" if first else "one has more"
+        detail = f"{first[0]!r} in the place of {first[1]!r}" if first else "one set has more"
         raise ValueError(
-            f"the {len(names)} classes of {train} and the {len(others)} of {val} differ: {told}; "
+            f"the {len(names)} classes of {train} and the {len(others)} of {val} differ: {detail}; "
             "make both sets from folders of the same classes"
         )
     labels = [torch.from_numpy(images.labels(np.arange(images.count))) for images in sets]
@@ -93,29 +93,30 @@ def labelled_sets(config: PretrainedConfig) -> LabelledSets:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """An encoder as a file has it, and the view it wants."""
+    """An encoder from a file, and the view for evaluating it."""
 
     encoder: nn.Module
     feature_dim: int
     view: Recipe
-    """The evaluation's."""
+    """Recipe of the evaluation's view."""
     backbone: Backbone
-    """What the file holds; what it left unsaid of the encoder and its pictures is as used here."""
+    """Content of the file; what its meta did not hold is filled in."""
 
 
 def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretrained:
-    """The encoder of a config's file, on the device, in channels_last.
+    """Load the encoder to a device, in channels_last.
 
-    Raises ValueError where the file and the flags do not agree on the architecture, or neither says it, and
-    CheckpointError for a file that cannot be read.
+    Raises:
+        ValueError: if the file and the flags disagree on the architecture, or neither names it.
+        CheckpointError: for a file that cannot be read.
     """
     backbone = load_backbone(config.pretrained)
     meta = backbone.meta
     arch = config.arch or meta.arch
     if arch is None:
-        raise ValueError(f"{config.pretrained} does not say its architecture; give --arch")
+        raise ValueError(f"{config.pretrained} does not name its architecture; give --arch")
     if meta.arch not in (None, arch):
-        raise ValueError(f"{config.pretrained} holds a {meta.arch}, --arch says {arch}")
+        raise ValueError(f"{config.pretrained} holds a {meta.arch}, --arch says {arch}; leave out --arch")
     small_stem = bool(meta.small_stem) if config.small_stem is None else config.small_stem
     encoder, feature_dim = build_encoder(arch, small_stem=small_stem)
     if differences := _differences(encoder.state_dict(), backbone.state):
@@ -134,7 +135,7 @@ def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretraine
     )
     encoder.to(device)
     encoder.to(memory_format=torch.channels_last)
-    said = dataclasses.replace(
+    complete = dataclasses.replace(
         meta,
         arch=arch,
         feature_dim=feature_dim,
@@ -144,19 +145,19 @@ def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretraine
         mean=view.mean,
         std=view.std,
     )
-    return Pretrained(encoder, feature_dim, view, backbone._replace(meta=said))
+    return Pretrained(encoder, feature_dim, view, backbone._replace(meta=complete))
 
 
-def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """How a state dict differs from the one wanted, in words; nothing where it does not."""
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """How a state dict differs from the expected one, in words; empty if it does not."""
     shapes = (
         f"{name} {tuple(found[name].shape)} for {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
+        for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     )
     kinds = {
-        "missing": [name for name in wanted if name not in found],
-        "unknown": [name for name in found if name not in wanted],
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
         "of another shape": list(shapes),
     }
     return "; ".join(

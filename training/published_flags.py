@@ -1,10 +1,10 @@
-"""Flags of the published programs that the parser cannot take as they are.
+"""Flags of the published programs that our parser does not take.
 
-Flags that only have another name here are aliases in the parser. What is left: values with another name, and
-flags that have no equivalent, which are refused with a sentence on what to do instead.
+Flags that only have another name are aliases in the parser. This module renames the others and their values,
+and refuses flags without an equivalent, with a message on what to do instead.
 
-Sources of the flags: MoCo's main_moco.py (arXiv 1911.05722), the same program as Un-Mix (arXiv 2003.05438)
-and MixMask (arXiv 2210.11456) extended it.
+Sources of the flags: MoCo's main_moco.py (arXiv 1911.05722), and its extensions for Un-Mix (arXiv 2003.05438)
+and MixMask (arXiv 2210.11456).
 """
 
 import re
@@ -14,22 +14,22 @@ RENAMED = {
     "--unmix-prob": "--unmix-global-prob",
     "--beta": "--unmix-beta",
 }
-"""Flags whose options belong to rooms that know of no command line."""
+"""Published flag → ours, for options of `pipelines`, which defines no aliases."""
 
 RENAMED_VALUES = {("--mask-type", "discrete"): "grid"}
 """(Our flag, published value) → our value."""
 
 _LAUNCHER = (
-    "torchrun starts the processes here: leave out {flag} and the other launcher flags (--world-size, "
-    "--rank, --dist-url, --dist-backend, --multiprocessing-distributed) and put `torchrun --nproc-per-node "
-    "GPUS` in python's place; one GPU needs no launcher"
+    "torchrun starts the processes: leave out {flag} and the other launcher flags (--world-size, --rank, "
+    "--dist-url, --dist-backend, --multiprocessing-distributed), and replace `python` by `torchrun "
+    "--nproc-per-node GPUS`; one GPU needs no launcher"
 )
 _THREADS = (
-    "{flag} counted a node's loader processes, of which there are none here: leave it out, every core is "
-    "used; --num-threads sets the decoding threads of each process"
+    "{flag} set the number of a node's loader processes, and this loader has none: leave it out, every core "
+    "is used; --num-threads sets the decoding threads of each process"
 )
-_BY_THE_CLOCK = "{flag} counted steps: the log is written by the clock here, every --log-every-s seconds"
-_RESUME = "--resume takes no path here: it continues from the newest checkpoint in the folder --out names"
+_LOG_INTERVAL = "{flag} counted steps: leave it out, --log-every-s sets the seconds between rows"
+_RESUME = "--resume takes no path: it continues from the newest checkpoint in the folder of --out"
 
 GONE = {
     "--world-size": _LAUNCHER,
@@ -37,25 +37,27 @@ GONE = {
     "--dist-url": _LAUNCHER,
     "--dist-backend": _LAUNCHER,
     "--multiprocessing-distributed": _LAUNCHER,
-    "--gpu": "{flag} is not known here: choose a GPU by CUDA_VISIBLE_DEVICES=N in front of the command",
+    "--gpu": "{flag} is unknown: choose a GPU by CUDA_VISIBLE_DEVICES=N in front of the command",
     "--workers": _THREADS,
     "-j": _THREADS,
-    "--print-freq": _BY_THE_CLOCK,
-    "-p": _BY_THE_CLOCK,
-    "--start-epoch": "{flag} is not needed: the newest checkpoint tells --resume its step",
-    "--moco-tm": "{flag} was never used by the published programs: leave it out; all terms take --moco-t",
-    "--debug": "{flag} switched wandb off, which is not used here: leave it out",
+    "--print-freq": _LOG_INTERVAL,
+    "-p": _LOG_INTERVAL,
+    "--start-epoch": "{flag} is not needed: leave it out, --resume reads the epoch from the checkpoint",
+    "--moco-tm": "{flag} had no effect in the published programs: leave it out, all terms use --moco-t",
+    "--debug": "{flag} switched wandb off: leave it out, wandb is not used",
 }
-"""Flags without an equivalent, and what to do instead."""
+"""Flags without an equivalent → what to do instead."""
 
 _CHECKPOINT = re.compile(r"\.(tar|pth|pt|ckpt)$")
 
 
 def from_published(argv: Sequence[str]) -> list[str]:
-    """A command line, as given or as published, in flags that the parser knows; what is ours stays as it is.
+    """Translate a command line to the flags of our parser; our own flags are kept.
 
-    Hyphens and underscores in flags mean the same. Raises ValueError for a flag in `GONE`, and for a path
-    after ``--resume``.
+    Underscores in flags become hyphens.
+
+    Raises:
+        ValueError: for a flag in `GONE`, and for a path after ``--resume``.
     """
     words: list[str] = []
     for word in argv:
@@ -74,7 +76,7 @@ def from_published(argv: Sequence[str]) -> list[str]:
 
 
 def _split(word: str) -> tuple[str, str, str]:
-    """Flag with hyphens, "=" or nothing, value; no flag for words that are none."""
+    """Split a word into flag (with hyphens), "=" or "", and value; all are empty if it is no flag."""
     if word.startswith("--") and len(word) > 2:
         flag, equals, value = word.partition("=")
         return flag.replace("_", "-"), equals, value

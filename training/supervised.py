@@ -1,13 +1,12 @@
-"""A pretrained encoder with a classifier, trained on labels: what linear probe and fine-tuning share.
+"""Training on labels: a pretrained encoder with a classifier, shared by linear probe and fine-tuning.
 
-Shape letters: N batch, S side, C classes, F features.
+Shape letters: N batch, C classes.
 """
 
 import dataclasses
 import functools
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,31 +22,18 @@ from torch import Tensor, nn
 from models.classifier import Classifier
 from pipelines import Batch, ViewLoader, build_loader, evaluation_batches
 from pipelines.recipe import linear_train
-from training.accuracy import Accuracy, count_hits
-from training.checkpoint import (
-    TrainState,
-    checkpoint_path,
-    prune,
-    save_checkpoint,
-    to_resume,
-)
-from training.distributed import Launch, check_agreement
+from training.checkpoint import save_checkpoint
+from training.distributed import Launch
+from training.evaluate import Accuracy, count_hits
 from training.export import BackboneMeta, fingerprint
 from training.logs import RunLog
-from training.loop import due, train_epochs
-from training.optimizer import sgd_groups
-from training.precision import Precision
+from training.optim import milestone_shares, sgd_groups
 from training.pretrained import LabelledSets, Pretrained, PretrainedConfig, labelled_sets, load_pretrained
-from training.run import how_to_continue, restore, say, shared_among_processes, state_of
-from training.schedule import ScheduleKind, lr_at, scale_lr, shares
+from training.run import Run, due, prepare
 from training.step import TrainStep
-from training.stop import StopRequest
 
 BEST = "best.pt"
-"""The checkpoint that did best on the test set."""
-CHANGEABLE = ("lr", "head_lr", "precision")
-"""What a resumed run may have otherwise, and says so: it is what a loss that is not finite asks for."""
-ABOUT = "top1 and top5 are shares of the test set; train_top1 is that of augmented training views."
+"""The checkpoint with the best accuracy on the test set."""
 
 # ======================================================================================================
 # Config
@@ -61,19 +47,19 @@ class SupervisedConfig(PretrainedConfig):
     epochs: int = 100
     """Passes over the training set."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 256
-    """Pictures in a step over all processes."""
+    """Images in a step over all processes."""
     schedule: tuple[int, ...] = ()
     """Epochs at which the rate drops to a tenth; by default 60 % and 80 % of the run."""
     cos: bool = False
-    """A cosine in place of the drops."""
+    """Cosine schedule in place of the drops."""
     weight_decay: Annotated[float, tyro.conf.arg(aliases=["--wd"])] = 0.0
-    """L2 penalty on all weights that are trained."""
+    """L2 penalty on all trained weights."""
     sgd_momentum: Annotated[float, tyro.conf.arg(aliases=["--momentum"])] = 0.9
     """Momentum of SGD."""
     resume: bool = False
-    """Continue from the newest checkpoint in the run's folder, if there is one."""
+    """Continue from the newest checkpoint in --out, if there is one."""
     val_every_epochs: int = 1
-    """Epochs between measurements on the test set; the last epoch always has one."""
+    """Epochs between measurements on the test set; the last epoch is always measured."""
     log_every_s: float = 5.0
     """Seconds between rows of the log."""
 
@@ -87,14 +73,14 @@ class SupervisedConfig(PretrainedConfig):
 
     def milestones(self) -> tuple[float, ...]:
         """Shares of the run at which the rate drops."""
-        return shares(self.schedule, self.epochs)
+        return milestone_shares(self.schedule, self.epochs)
 
     def describe(self, encoder: BackboneMeta, sets: LabelledSets) -> BackboneMeta:  # noqa: ARG002
-        """What is to be said of the encoder after this run: what was said of it before, if it is frozen."""
+        """The meta of the encoder after this run; unchanged here, as for a frozen encoder."""
         return encoder
 
     def as_json(self) -> dict[str, Any]:
-        """What decides the run's numbers beside its files, as plain data; a resumed run must agree on it."""
+        """The options that decide the run's numbers, as JSON values; a resumed run must have the same."""
         files = {"data", "val", "pretrained", "out"}
         free = files | {"resume", "device", "num_threads", "val_every_epochs", "log_every_s"}
         plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))
@@ -102,76 +88,60 @@ class SupervisedConfig(PretrainedConfig):
 
 
 # ======================================================================================================
-# Loop
+# Run
 # ======================================================================================================
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The test set's verdict so far."""
+    """Accuracy on the test set so far."""
 
     epoch: int = 0
-    """Of the newest measurement; 0 before the first."""
+    """Epochs before the newest measurement; 0 before the first."""
     accuracy: Accuracy | None = None
-    """The newest; None before the first."""
+    """The newest measurement; None before the first."""
     best_top1: float = -1.0
-    """Over all epochs measured; below 0 before the first."""
+    """Best of all measurements; negative before the first."""
+
+    @classmethod
+    def from_json(cls, text: str) -> "Measured":
+        """The inverse of ``json.dumps(dataclasses.asdict(…))``."""
+        content = json.loads(text)
+        accuracy = Accuracy(**content["accuracy"]) if content["accuracy"] else None
+        return cls(content["epoch"], accuracy, content["best_top1"])
 
 
-@dataclass
-class Training:
-    """The parts of a training on labels, and how far it has come."""
+@dataclass(kw_only=True)
+class SupervisedRun(Run):
+    """A training on labels."""
 
     config: SupervisedConfig
-    launch: Launch
-    precision: Precision
-    sets: LabelledSets
     loader: ViewLoader
-    pretrained: Pretrained
     model: Classifier
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    """Steps done."""
-    epoch: int = 0
-    """Epoch the next step belongs to."""
+    sets: LabelledSets
+    pretrained: Pretrained
     measured: Measured = Measured()
-    """On the test set."""
     start_s: float = dataclasses.field(default_factory=time.perf_counter)
-    """When it began by this process's clock, were it not for interruptions."""
+    """Start of the run on this process's clock, moved back by the time taken before a resume."""
+    about = "top1 and top5 are shares of the test set; train_top1 is that of augmented training views."
 
     @property
     def seconds(self) -> float:
-        """Taken so far, without interruptions."""
+        """Time taken so far, without interruptions."""
         return time.perf_counter() - self.start_s
 
-    @property
-    def out(self) -> Path:
-        """The run's folder."""
-        return self.config.out
+    def meta(self) -> dict[str, str]:
+        """The encoder's meta, the measurements and the time taken."""
+        encoder = self.config.describe(self.pretrained.backbone.meta, self.sets)
+        measured = json.dumps(dataclasses.asdict(self.measured))
+        return encoder.as_strings() | {"measured": measured, "seconds": str(self.seconds)}
 
-    @property
-    def num_epochs(self) -> int:
-        """Of the whole schedule."""
-        return self.config.epochs
-
-    @property
-    def global_batch(self) -> int:
-        """Pictures in a step over all processes."""
-        return self.config.batch_size
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole schedule."""
-        return self.config.epochs * len(self.loader)
-
-    @functools.cached_property
-    def settings(self) -> dict[str, Any]:
-        """What a resumed run must agree on; the loader itself compares the training sets."""
-        files = {
-            "encoder_sha256": fingerprint(self.pretrained.backbone.state),
-            "test_set": self.sets.val_fingerprint,
-        }
-        return self.config.as_json() | files
+    def restore(self, checkpoint: Path) -> dict[str, str]:
+        """As `Run.restore`, with the measurements and the time taken."""
+        meta = super().restore(checkpoint)
+        self.measured = Measured.from_json(meta["measured"])
+        self.start_s -= float(meta["seconds"])
+        return meta
 
 
 def assemble(
@@ -182,28 +152,24 @@ def assemble(
     base_lrs: tuple[float, float],
     subset: NDArray[np.int64] | None = None,
     sync_bn: bool = False,
-) -> Training:
-    """A training ready for its next step: the first one, or with --resume the one after the last checkpoint.
+) -> SupervisedRun:
+    """Build a run that is ready for its first step, or with --resume for the step after its checkpoint.
 
     Args:
         config: of the run.
         launch: of this process.
         frozen: train the classifier only.
         base_lrs: learning rates of encoder and classifier.
-        subset: train on these pictures of the set only.
-        sync_bn: have BatchNorm's statistics taken over all processes, which only GPUs can.
+        subset: (n,) sorted positions of the training images to use; None for all.
+        sync_bn: take BatchNorm statistics over all processes; needs GPUs.
     """
     if sync_bn and launch.device.type == "cpu":
         raise ValueError("--sync-bn needs GPUs; leave it out on a CPU, where each process has its own BN")
     if config.out.resolve() == config.pretrained.parent.resolve():
-        raise ValueError(f"--out {config.out} is the folder of --pretrained, whose files stay; give another")
-    found = to_resume(config.out, config.resume)
-    if config.batch_size % launch.world_size:
         raise ValueError(
-            f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes"
+            f"--out {config.out} is the folder of --pretrained, which must not change; choose another --out"
         )
-    torch.manual_seed(config.seed)
-    precision = Precision.choose(config.precision, launch.device)
+    precision, checkpoint = prepare(config, launch)
     sets = labelled_sets(config)
     pretrained = load_pretrained(config, launch.device)
     loader = build_loader(
@@ -223,81 +189,78 @@ def assemble(
         model.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
     model.to(launch.device)
     parts = list(zip((model.encoder, model.fc), base_lrs, strict=True))
-    optimizer = sgd_groups(parts[frozen:], config.sgd_momentum, config.weight_decay)
-    run = Training(config, launch, precision, sets, loader, pretrained, model, optimizer)
-    if found:
-        meta = restore(run, found, run.settings, [name for name in CHANGEABLE if name in run.settings])
-        run.measured = _measured(meta)
-        run.start_s -= float(meta["seconds"])
-        say(launch, f"continuing after step {run.step} of {run.total_steps}")
-    check_agreement(launch, run.step)
+    run = SupervisedRun(
+        config=config,
+        settings=config.as_json()
+        | {"encoder_sha256": fingerprint(pretrained.backbone.state), "test_set": sets.val_fingerprint},
+        launch=launch,
+        precision=precision,
+        sets=sets,
+        loader=loader,
+        pretrained=pretrained,
+        model=model,
+        optimizer=sgd_groups(parts[frozen:], config.sgd_momentum, config.weight_decay),
+    )
+    run.resume(checkpoint)
     return run
 
 
-def fit(run: Training) -> bool:
-    """Train to the end, or until a stop is asked for; whether the end was reached."""
-    config, launch = run.config, run.launch
-    forward = shared_among_processes(run)
-    step = TrainStep(functools.partial(loss_and_metrics, forward), run.optimizer, run.precision)
-    with (
-        StopRequest() as stop,
-        RunLog(
-            config.out,
-            launch.is_main,
-            total_steps=run.total_steps,
-            first_step=run.step,
-            every_s=config.log_every_s,
-            about=ABOUT,
-        ) as log,
-    ):
-        run.model.train()
-        measure_if_due(run, log)  # the run may have been stopped just before it
-        for _ in train_epochs(run, functools.partial(train_step, run, step), log, stop):
-            if not stop.requested:
-                measure_if_due(run, log)
-            save(run)
-    if stop.requested:
-        more = how_to_continue(launch, config.resume)
-        say(launch, f"stopped after step {run.step} of {run.total_steps}; {more}")
-    return not stop.requested
+# ======================================================================================================
+# Loop
+# ======================================================================================================
 
 
-def loss_and_metrics(forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def train(run: SupervisedRun) -> bool:
+    """Train to the end, or until a stop is requested; returns whether the end was reached."""
+    forward = functools.partial(loss_and_metrics, run.distributed_model())
+    step = TrainStep(forward, run.optimizer, run.precision)
+
+    def after_epoch(log: RunLog, stopped: bool) -> None:
+        if not stopped:
+            measure_if_due(run, log)
+        run.save(keep=1)
+
+    return run.train(
+        lambda batch: train_step(run, step, batch),
+        after_epoch,
+        # A run that was stopped at the end of an epoch has not measured it yet.
+        before=lambda log: measure_if_due(run, log),
+    )
+
+
+def loss_and_metrics(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The cross-entropy of a batch, and the metrics of the step."""
-    logits_NC: Tensor = forward(batch.query)
+    logits_NC: Tensor = model(batch.query)
     loss = F.cross_entropy(logits_NC, batch.label)
     train_top1 = (logits_NC.detach().argmax(1) == batch.label).float().mean()
     return loss, {"loss": loss.detach(), "train_top1": train_top1}
 
 
-def train_step(run: Training, step: TrainStep, batch: Batch) -> dict[str, Tensor | float]:
+def train_step(run: SupervisedRun, step: TrainStep, batch: Batch) -> dict[str, Tensor | float]:
     """One step of the optimizer; metrics stay on the device."""
-    config, optimizer = run.config, run.optimizer
-    kind: ScheduleKind = "cosine" if config.cos else "step"
-    share = lr_at(run.step, run.total_steps, 1.0, kind=kind, milestones=config.milestones())
-    scale_lr(optimizer, share)
-    return step(batch) | {"lr": share * optimizer.param_groups[-1]["initial_lr"]}
+    lr = run.update_lr()
+    return step(batch) | {"lr": lr}
 
 
-def measure_if_due(run: Training, log: RunLog) -> None:
-    """Log the accuracy on the test set after every few epochs; the best state so far is kept as best.pt."""
-    config, launch, before = run.config, run.launch, run.measured
-    if before.epoch == run.epoch or not due(run.epoch, config.val_every_epochs, config.epochs):
+def measure_if_due(run: SupervisedRun, log: RunLog) -> None:
+    """Measure on the test set if due, log the accuracy, and keep the state if it is the best so far."""
+    config, former = run.config, run.measured
+    if former.epoch == run.epoch or not due(run.epoch, config.val_every_epochs, config.epochs):
         return
     log.busy(f"epoch {run.epoch}  measuring on {run.sets.val}")
     accuracy = measure(run)
-    run.measured = Measured(run.epoch, accuracy, max(accuracy.top1, before.best_top1))
+    run.measured = Measured(run.epoch, accuracy, max(accuracy.top1, former.best_top1))
     log.event({"kind": "eval", "epoch": run.epoch, **vars(accuracy), "best_top1": run.measured.best_top1})
-    if accuracy.top1 > before.best_top1 and launch.is_main:
-        save_checkpoint(config.out / BEST, training_state(run))
+    if accuracy.top1 > former.best_top1 and run.launch.is_main:
+        save_checkpoint(config.out / BEST, run.state())
 
 
 @torch.no_grad()
-def measure(run: Training) -> Accuracy:
-    """Accuracy on the test set, of which each process takes a share."""
+def measure(run: SupervisedRun) -> Accuracy:
+    """Accuracy on the test set, which the processes share."""
     launch = run.launch
     if launch.world_size > 1:
-        # Processes gather BatchNorm statistics of their own, and all must measure one model.
+        # Each process has BatchNorm statistics of its own, but all must measure the same model.
         for buffer in run.model.buffers():
             dist.broadcast(buffer, 0)
     run.model.eval()
@@ -318,30 +281,3 @@ def measure(run: Training) -> Accuracy:
         dist.all_reduce(hits_3)
     run.model.train()
     return Accuracy.of(hits_3)
-
-
-# ======================================================================================================
-# State
-# ======================================================================================================
-
-
-def training_state(run: Training) -> TrainState:
-    """Everything a training needs to go on; `_measured` is its inverse for the measurements."""
-    measured = json.dumps(dataclasses.asdict(run.measured))
-    meta = run.config.describe(run.pretrained.backbone.meta, run.sets)
-    return state_of(
-        run, run.settings, meta.as_strings() | {"measured": measured, "seconds": str(run.seconds)}
-    )
-
-
-def _measured(meta: Mapping[str, str]) -> Measured:
-    said = json.loads(meta["measured"])
-    accuracy = Accuracy(**said["accuracy"]) if said["accuracy"] else None
-    return Measured(said["epoch"], accuracy, said["best_top1"])
-
-
-def save(run: Training) -> None:
-    """Write the state in place of the last one."""
-    if run.launch.is_main:
-        save_checkpoint(checkpoint_path(run.config.out, run.step), training_state(run))
-        prune(run.config.out, keep=1)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.programs import differences
-from benchmarks.report.charts import number
 from benchmarks.report.files import read_json
+from benchmarks.report.formats import number
 from training.files import write_json
 
 BENCHMARK = "half_hour"

@@ -21,7 +21,7 @@ from benchmarks.published import PlainMoCo
 from models.batch import NUM_MIXTURES, Batch, Method, Mixture, tensors_of
 from models.encoders import build_encoder
 from models.moco import MoCo
-from training.optimizer import sgd
+from training.optim import sgd
 from training.precision import Precision, PrecisionName, settings_of_training
 from training.step import WARM_UP_STEPS, TrainStep
 

@@ -1,105 +1,106 @@
-"""A benchmark's JSON file read key by key; what is of another shape is refused with a sentence."""
+"""The benchmarks' JSON files and their shapes; a file of another shape is refused with its key.
+
+A shape looks like the JSON itself. It is a dictionary of shapes by key, where a key that ends in "?" may be
+missing and further keys are allowed; a type; a string, which the value must equal; a tuple of a shape and
+None, where the value may be null; or :class:`Each`.
+"""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-_T = TypeVar("_T")
+from typing import Any
 
 
-def read_json(file: Path, mend: str) -> dict[str, Any]:
-    """Read a JSON object; ``mend`` is the command that makes the file.
+@dataclass(frozen=True)
+class Each:
+    """An object with any keys, or a list, in which all values have one shape."""
+
+    shape: Any
+    kind: type = dict
+    """dict or list."""
+    some: bool = False
+    """Whether it must not be empty."""
+    needed: tuple[str, ...] = ()
+    """Keys that must exist."""
+    known: tuple[str, ...] = ()
+    """The keys that may exist; any, if this is empty."""
+
+
+def read_json(file: Path, command: str) -> dict[str, Any]:
+    """Read a JSON object that ``command`` writes.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is no JSON object.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no {file}; make it: {mend}") from error
+        raise FileNotFoundError(f"{file} does not exist; write it with: {command}") from error
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); make it again: {mend}") from error
+        raise ValueError(f"{file} is not valid JSON ({error}); write it again: {command}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object; make it again: {mend}")
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object; write it again: {command}")
     return content
 
 
-@dataclass(frozen=True)
-class Node:
-    """An object within a JSON file that knows where it stands, for the sentence of an error."""
+def read_checked(file: Path, shape: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Read a JSON object that ``command`` writes, and check its shape.
 
-    value: Mapping[str, Any]
-    where: str
-    """The file and the keys down to here."""
-    mend: str
-
-    @staticmethod
-    def read(file: Path, mend: str, benchmark: str) -> "Node":
-        """The whole file of ``benchmark``; ``mend`` is the command that measures again.
-
-        Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if it is no JSON object, or of another benchmark.
-        """
-        node = Node(read_json(file, mend), str(file), mend)
-        if (found := node.get("benchmark", str)) != benchmark:
-            raise node.error(f"benchmark is {found!r}, expected {benchmark!r}")
-        return node
-
-    def error(self, what: str) -> ValueError:
-        """What to raise where ``what`` is wrong here."""
-        return ValueError(
-            f"{self.where}: {what}; the file is of an older program or of another one, "
-            f"measure again: {self.mend}"
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is of another shape; the message names the file and the key.
+    """
+    content = read_json(file, command)
+    for problem in problems(content, shape):
+        raise ValueError(
+            f"{file}: {problem}; the file is from an older program or another one, measure again: {command}"
         )
+    return content
 
-    def get(self, key: str, kind: type[_T]) -> _T:
-        """The value under ``key``, which must be of ``kind``; an integer is a float too."""
-        if key not in self.value:
-            raise self.error(f"{key} is missing")
-        value = self.value[key]
-        number = kind is float and isinstance(value, int)
-        if not (isinstance(value, kind) or number) or (isinstance(value, bool) and kind is not bool):
-            raise self.error(f"{key} is {value!r}, expected {kind.__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise self.error(f"{key} is {value}, expected a finite number")
-        return value  # type: ignore[no-any-return]
 
-    def at(self, key: str) -> "Node":
-        """The object under ``key``."""
-        value: dict[str, Any] = self.get(key, dict)
-        return Node(value, f"{self.where}: {key}", self.mend)
+def problems(value: Any, shape: Any, name: str = "") -> Iterator[str]:
+    """Yield the differences between a value and its shape, each after the keys that lead to it.
 
-    def rows(self, key: str) -> list["Node"]:
-        """The objects in the list under ``key``."""
-        found: list[Any] = self.get(key, list)
-        for number, row in enumerate(found):
-            if not isinstance(row, dict):
-                raise self.error(f"{key}: row {number} is {row!r}, expected dict")
-        return [
-            Node(row, f"{self.where}: {key}: row {number}", self.mend) for number, row in enumerate(found)
-        ]
+    An integer is also a float; numbers must be finite.
+    """
+    within = f"{name}: " if name else ""
+    if isinstance(shape, tuple):
+        if value is not None:
+            yield from problems(value, shape[0], name)
+    elif isinstance(shape, str):
+        if value != shape:
+            yield f"{name} is {value!r}, expected {shape!r}"
+    elif isinstance(shape, type):
+        kinds = (int, float) if shape is float else shape
+        if not isinstance(value, kinds) or (isinstance(value, bool) and shape is not bool):
+            yield f"{name} is {value!r}, expected {shape.__name__}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} is {value}, expected a finite number"
+    elif isinstance(shape, Mapping):
+        yield from problems(value, dict, name)
+        for key, found in shape.items() if isinstance(value, dict) else ():
+            if (plain := key.removesuffix("?")) in value:
+                yield from problems(value[plain], found, within + plain)
+            elif plain == key:
+                yield f"{within}{key} is missing"
+    else:
+        yield from problems(value, shape.kind, name)
+        if isinstance(value, shape.kind):
+            yield from _problems_of_each(value, shape, name)
 
-    def if_there(self, key: str) -> "Node":
-        """The object under ``key``, an empty one where there is none."""
-        return self.at(key) if key in self.value else Node({}, f"{self.where}: {key}", self.mend)
 
-    def ratios(self) -> dict[str, float | None]:
-        """All entries as numbers or None."""
-        return {key: None if value is None else self.get(key, float) for key, value in self.value.items()}
-
-    def environment(self) -> Mapping[str, Any]:
-        """The object under ``environment``: what the figures were measured on."""
-        environment = self.at("environment")
-        for key in ("processor", "python", "system"):
-            environment.get(key, str)
-        environment.get("cores", int)
-        environment.get("memory_gib", float)
-        environment.at("versions")
-        if "gpu" not in environment.value:
-            raise environment.error("gpu is missing")
-        return environment.value
+def _problems_of_each(value: Any, shape: Each, name: str) -> Iterator[str]:
+    if shape.some and not value:
+        yield f"{name} is empty"
+    if isinstance(value, list):
+        value = {f"row {number}": item for number, item in enumerate(value)}
+    for key in shape.needed:
+        if key not in value:
+            yield f"{name}: {key} is missing"
+    for key, item in value.items():
+        if shape.known and key not in shape.known:
+            yield f"{name} has {key}, expected some of {', '.join(shape.known)}"
+        yield from problems(item, shape.shape, f"{name}: {key}")

@@ -1,201 +1,199 @@
-"""The page: figures arranged in sections, drawn by page.html."""
+"""The page: figures arranged in sections, which page.html draws."""
 
+import json
+import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from matplotlib.figure import Figure
 
-from benchmarks.report.charts import (
-    Chart,
-    chart,
-    costs,
-    mebibytes,
-    megabytes,
-    number,
-    quantity,
-    ratio_chart,
-    stack,
-    times,
-)
-from benchmarks.report.curves import COLOURS
-from benchmarks.report.half_hour import HalfHourFigures, half_hour_view
-from benchmarks.report.results import (
-    DemoFigures,
-    LoaderFigures,
-    Rate,
-    ScaleFigures,
-)
-from benchmarks.report.training import EvidenceFigures, RaceFigures, StepFigures, TrainingFigures
-from benchmarks.report.training_page import knn_plot, training_view
+from benchmarks.half_hour.figures import FACTS, facts_in_words, missing_rows
+from benchmarks.half_hour.plan import published_name
+from benchmarks.peers.contract import DECODE_LIMIT
+from benchmarks.ratios import GROUPS, WORDS
+from benchmarks.report import charts
+from benchmarks.report.charts import Bar, Points, bars, points, svg
+from benchmarks.report.formats import FILTERS, mebibytes, megabytes, number, percent, seconds, times
+from benchmarks.report.results import CURVES, JPEG_SETS, OTHER_TABLES, RACERS, Figures
 from benchmarks.scale import MEASURES
 
-_SET_TITLES = {"reencoded": "re-encoded photographs", "pass_through": "photographs as they are"}
-_RATIO_TITLES = {
-    "crops": "Two crops, samples/s over",
-    "recipe": "Whole recipe, samples/s over",
-    "dali_backend": "Shards, and DALI as our decoder, samples/s",
-    "raw_tier": "Raw tier, over",
-    "scaling": "Threads, samples/s",
-    "convert": "Conversion, pictures/s over",
-    "photometric": "Photometric stage, views/s over",
+_NAMES = {
+    **{"loader": "Loaders", "half_hour": "GPU", "scale": "Size of the set", "step": "Steps and epochs"},
+    **{"race": "Race", "evidence": "Evidence", "demo": "Demo"},
 }
-_RATIO_WORDS = {
-    "vs_ffcv_decode_per_view": "FFCV, a decode per view",
-    "vs_dali_cpu": "DALI on the CPU, the faster of two ways",
-    "vs_torchvision_pil": "torchvision + PIL",
-    "vs_torchvision_v2": "torchvision v2",
-    "vs_spdl": "SPDL, the faster of two ways",
-    "fraction_of_decode_limit": "libjpeg-turbo decode only, the limit",
-    "vs_ffcv_raw": "FFCV's raw RGB",
-    "vs_jpeg_tier": "our JPEG tier",
-    "bytes_vs_ffcv_raw": "FFCV's raw RGB, in bytes on disk: less is better",
-    "vs_ffcv_writer": "FFCV's DatasetWriter",
-    "vs_compiled_torch": "torch.compile",
-    "crops_vs_dali_cpu": "two crops: ours with DALI over stock DALI, the faster of two ways",
-    "recipe_vs_dali_cpu": "whole recipe: ours with DALI over stock DALI",
-    "own_reader_over_own_order": "two crops with DALI: its own reader over our order",
-    "shards_over_beton": "two crops by our kernels: shards over one .beton file",
-}
+"""The benchmarks in the list of machines."""
+_PEERS = ("published", "torchvision", "DALI GPU")
+"""In the names of rows that are not ours."""
 
 
-Measured = (
-    LoaderFigures | HalfHourFigures | ScaleFigures | StepFigures | RaceFigures | EvidenceFigures | DemoFigures
-)
-
-
-def render(
-    loader: LoaderFigures | None,
-    scale: ScaleFigures | None,
-    demo: DemoFigures | None,
-    half_hour: HalfHourFigures | None = None,
-    training: TrainingFigures | None = None,
-) -> str:
-    """The whole page as HTML that needs no network."""
-    training = training or TrainingFigures()
-    return (
-        _templates()
-        .get_template("page.html")
-        .render(
-            loader=_loader_view(loader) if loader else None,
-            scale=_scale_view(scale) if scale else None,
-            half_hour=half_hour_view(half_hour) if half_hour else None,
-            demo=demo,
-            training=training_view(training),
-            environments=_environments(
-                {
-                    "Loaders": loader,
-                    "Half an hour on a GPU": half_hour,
-                    "Size of the set": scale,
-                    "Steps and epochs": training.step,
-                    "Race": training.race,
-                    "Evidence": training.evidence,
-                    "Demo": demo,
-                }
-            ),
-        )
-    )
-
-
-def picture(evidence: EvidenceFigures) -> str | None:
-    """The curves of kNN by epoch as an SVG file of its own; None where nothing was trained."""
-    drawn = knn_plot(evidence)
-    if drawn is None:
-        return None
-    template = _templates().get_template("evidence_picture.html")
-    return template.render(plot=drawn, colours=COLOURS)
-
-
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """Return the templates of this folder, with the formats as filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        autoescape=lambda name: name is not None and name.endswith(".html"),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "megabytes": megabytes, "times": times, "mebibytes": mebibytes}
-    environment.filters["at"] = "{:.2f}".format
+    environment.filters |= {**FILTERS, "top1": top1, "samples_per_s": samples_per_s, "machine": machine}
     return environment
 
 
-def _loader_view(loader: LoaderFigures) -> dict[str, Any]:
-    threads = {name: int(name) for name in loader.scaling}
-    one = loader.scaling.get("1")
-    ideal = {name: one.median * num for name, num in threads.items()} if one else {}
+def render(results: Mapping[str, Figures]) -> str:
+    """Return the whole page as HTML that needs no network."""
+    machines: dict[str, list[str]] = {}
+    for name, figures in results.items():
+        machines.setdefault(json.dumps(figures["environment"]), []).append(_NAMES[name])
+    known = {
+        "views": {name: view(results[name]) for name, view in _VIEWS.items() if name in results},
+        "machines": [(", ".join(names), json.loads(where)) for where, names in machines.items()],
+        "colours": charts.COLOURS,
+        "limit": DECODE_LIMIT,
+    }
+    return templates().get_template("page.html").render({name: results.get(name) for name in _NAMES} | known)
+
+
+def _loader_view(loader: Figures) -> Figures:
+    tables = loader["tables"]
+    scaling = tables.get("scaling", {})
+    marks = {name: scaling["1"]["median"] * int(name) for name in scaling if "1" in scaling}
+    stored = {name: rate.get("bytes") for name, rate in tables.get("raw", {}).items()}
     return {
-        "figures": loader,
-        "ratios": [
-            (_RATIO_TITLES[group], _ratio_bars(ratios)) for group, ratios in loader.ratios.items() if ratios
+        "ratios": {group: _ratios(loader[group]) for group in GROUPS if loader.get(group)},
+        "works": {
+            work: {name: bars(tables[name][work]) for name in JPEG_SETS if tables.get(name, {}).get(work)}
+            for work in ("crops", "recipe")
+        },
+        **{part: bars(tables.get(part, {})) for part in OTHER_TABLES},
+        "scaling": [replace(bar, mark=marks.get(bar.name)) for bar in bars(scaling, ours=True)],
+        "raw": [
+            replace(bar, cells=(megabytes(size) if (size := stored[bar.name]) else "–",))
+            for bar in bars(tables.get("raw", {}))
         ],
-        "crops": _by_set(loader, loader.crops, limit=True),
-        "recipe": _by_set(loader, loader.recipe, limit=False),
-        "raw": chart(loader.raw, "samples/s"),
-        "scaling": chart(
-            {name: _renamed(rate, _threads(name)) for name, rate in loader.scaling.items()},
-            "samples/s",
-            marks={_threads(name): value for name, value in ideal.items()},
-            mark="so many times one thread",
-            ours_alone=True,
-        ),
-        "convert": chart(loader.convert, "pictures/s"),
-        "photometric": chart(loader.photometric, "views/s"),
-        "stages": stack(loader.stages),
-        "stages_total": quantity(sum(loader.stages.values()), "µs"),
     }
 
 
-def _threads(name: str) -> str:
-    return f"{name} thread{'' if name == '1' else 's'}"
+def _ratios(ratios: Mapping[str, float | None]) -> tuple[list[Bar], list[str]]:
+    """Return bars of the ratios that were measured, and the names of the others."""
+    words = {WORDS.get(key, key.replace("_", " ")): value for key, value in ratios.items()}
+    missing = [name for name, value in words.items() if value is None]
+    return bars(
+        {name: value for name, value in words.items() if value is not None}, times, ours=True
+    ), missing
 
 
-def _renamed(rate: Rate, name: str) -> Rate:
-    return Rate(name, rate.median, rate.low, rate.high, rate.turns)
-
-
-def _by_set(
-    loader: LoaderFigures, tables: Mapping[str, Mapping[str, Rate]], *, limit: bool
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "title": _SET_TITLES[name],
-            "facts": loader.sets[name],
-            "chart": chart(rates, "samples/s", limit=limit),
-            "rates": sorted(rates.values(), key=lambda rate: -rate.median),
-        }
-        for name, rates in tables.items()
-        if rates
-    ]
-
-
-def _ratio_bars(ratios: Mapping[str, float | None]) -> dict[str, Any]:
-    """Bars of what was measured, and the names of what was not."""
-    words = {key: _RATIO_WORDS.get(key, key.replace("_", " ")) for key in ratios}
+def _scale_view(scale: Figures) -> Figures:
+    """Return bars of each measure by the number of images."""
     return {
-        "chart": ratio_chart({words[key]: value for key, value in ratios.items() if value is not None}),
-        "missing": [words[key] for key, value in ratios.items() if value is None],
+        measure: bars(
+            {f"{int(count):,}": found[measure] for count, found in scale["counts"].items()},
+            seconds if unit == "s" else mebibytes,
+            ours=True,
+        )
+        for measure, (_, unit) in MEASURES.items()
+    } | {"measures": MEASURES}
+
+
+def _half_hour_view(half_hour: Figures) -> Figures:
+    """Return what was measured of each part, and what was not."""
+    parts = {}
+    for part, missing in missing_rows(half_hour).items():
+        found = half_hour["parts"].get(part, {})
+        rows = {name: dict(found[name]) for name in half_hour["expected"][part] if name not in missing}
+        by_reason: dict[str, list[str]] = {}
+        for name in missing:
+            by_reason.setdefault(found.get(name, {}).get("reason", "no time was left"), []).append(name)
+        parts[part] = {**_measured(part, rows), "rows": rows, "missing": by_reason}
+    return {"parts": parts}
+
+
+def _measured(part: str, rows: dict[str, Figures]) -> Figures:
+    """Return bars of the rates by unit, and all other facts by heading."""
+    rates: dict[str, dict[str, Figures]] = {}
+    for name, row in rows.items():
+        if "median" in row:
+            rates.setdefault(row["unit"], {})[name] = row
+            published = rows.get(published_name(name.split(",")[0]), {}) if part == "step" else {}
+            if "median" in published:
+                row["over_published"] = row["median"] / published["median"]
+    drawn = {
+        unit: [
+            replace(bar, ours=not any(peer in bar.name for peer in _PEERS)) for bar in bars(found, ours=True)
+        ]
+        for unit, found in rates.items()
+    }
+    facts = {name: found for name, row in rows.items() if (found := facts_in_words(row))}
+    headings = [heading for heading, _ in FACTS.values() if any(heading in found for found in facts.values())]
+    return {"rates": drawn, "facts": facts, "headings": headings}
+
+
+def _step_view(step: Figures) -> Figures:
+    methods = step["step"]["methods"].items()
+    return {
+        key: bars({name: row[key] for name, row in methods}, times, ours=True)
+        for key in ("time_vs_naive", "peak_memory_vs_naive")
     }
 
 
-def _scale_view(scale: ScaleFigures) -> dict[str, Any]:
-    panels: list[tuple[str, Chart, float | None]] = []
-    for measure, (title, unit) in MEASURES.items():
-        rates = [_renamed(figures[measure], f"{count:,}") for count, figures in scale.counts.items()]
-        panels.append((title, costs(rates, unit), scale.ratios.get(measure)))
-    return {"figures": scale, "panels": panels, "index_ratio": scale.ratios.get("index_mib")}
+def _race_view(race: Figures) -> Figures:
+    rows, ranges = [], {}
+    for name, prefix in RACERS.items():
+        row = race["race"]["runners"][name]
+        rates = [run["samples_per_s"] for run in row["runs"]]
+        ranges[name] = {"median": row["samples_per_s"], "low": min(rates), "high": max(rates)}
+        words = f"{percent(row['knn_before'], digits=1)} → {percent(row['knn_after'], digits=1)}"
+        std = (row["spread"] or {"knn_after": 0.0})["knn_after"]
+        runs = [run["knn_after"] for run in row["runs"]]
+        colour = "peer" if prefix is None else "mixmask"
+        rows.append(Points(name, words, colour, runs, row["knn_after"], std, row["knn_before"]))
+    knn = svg(points(rows), "kNN top-1 of each runner, before and after")
+    return {"speed": bars(ranges), "knn": knn, "prefixes": RACERS, "seeds": len(rates)}
 
 
-def _environments(
-    results: Mapping[str, Measured | None],
-) -> list[tuple[str, Mapping[str, Any]]]:
-    """What was measured on which machine; those of one machine and the same versions together."""
-    together: list[tuple[list[str], Mapping[str, Any]]] = []
-    for name, result in results.items():
-        if result is None:
-            continue
-        names = next((names for names, where in together if where == result.environment), None)
-        if names is None:
-            together.append(([name], result.environment))
-        else:
-            names.append(name)
-    return [(", ".join(names), where) for names, where in together]
+def _evidence_view(evidence: Figures) -> Figures:
+    strips = {
+        probe: [
+            Points(name, top1(row, probe), name, [run[probe] for run in row["runs"]], **row[probe])
+            for name, row in evidence["evidence"].items()
+        ]
+        for probe in ("knn_top1", "linear_top1")
+    }
+    every = [row for rows in strips.values() for row in rows]
+    figures = {measure: curves_of(evidence, measure) for measure in CURVES}
+    return {
+        "strips": {probe: svg(points(rows, every), probe) for probe, rows in strips.items()},
+        "curves": {name: svg(figure, f"{name} by epoch") for name, figure in figures.items() if figure},
+    }
+
+
+def curves_of(evidence: Figures, measure: str) -> Figure | None:
+    """Draw a measure of all methods by epoch; None if no method was trained."""
+    runs = {
+        name: [{point["epoch"]: point[measure] for point in run["curve"]} for run in row["runs"]]
+        for name, row in evidence["evidence"].items()
+    }
+    return charts.curves(runs, share=measure == "knn_top1")
+
+
+def top1(row: Figures, probe: str) -> str:
+    """A method's top-1 over its runs: 81.62 ± 0.13 %, or 81.62 % for one run."""
+    return percent(row[probe]["mean"], row[probe]["std"] if len(row["runs"]) > 1 else None)
+
+
+def samples_per_s(row: Figures) -> str:
+    """The median over a method's runs; a dash for an encoder that was not trained."""
+    rates = [run["samples_per_s"] for run in row["runs"] if run.get("samples_per_s") is not None]
+    return number(statistics.median(rates)) if rates else "–"
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """The GPU, or the processor if there is none."""
+    return environment["gpu"] or f"{environment['processor']}, {environment['cores']} cores, no GPU"
+
+
+_VIEWS = {
+    **{"loader": _loader_view, "half_hour": _half_hour_view, "scale": _scale_view},
+    **{"step": _step_view, "race": _race_view, "evidence": _evidence_view},
+}

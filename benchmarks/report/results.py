@@ -1,188 +1,166 @@
-"""The benchmarks' JSON files, read and checked; a file of another shape is refused with a sentence."""
+"""The shapes of the benchmarks' JSON files, and their reading."""
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.contract import OURS
+from benchmarks.evidence import METHODS, RANDOM
+from benchmarks.half_hour.figures import COMMAND
+from benchmarks.race import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK
+from benchmarks.race import OURS as OURS_IN_RACE
 from benchmarks.ratios import GROUPS
-from benchmarks.report.files import Node, read_json
+from benchmarks.report.files import Each, read_checked
 from benchmarks.scale import MEASURES
 
-PICTURE_SETS = ("reencoded", "pass_through")
-"""The two sets of photographs that peers are measured on."""
+Figures = dict[str, Any]
+"""A JSON file of one of the shapes below."""
+JPEG_SETS = ("reencoded", "pass_through")
 OTHER_TABLES = ("raw", "scaling", "convert", "photometric")
+RACERS = {OURS_IN_RACE: "", MIXMASK: "mixmask_", LIGHTLY: None, LIGHTLY_AT_BEST: None}
+"""The runners of the race → what the keys of their ratios begin with, if they have ratios."""
+CURVES = ("knn_top1", "loss", "loss_clean", "rankme")
+"""What is drawn by epoch."""
 
 
-@dataclass(frozen=True)
-class Rate:
-    """What one peer did: items a second over interleaved turns."""
-
-    name: str
-    median: float
-    low: float
-    high: float
-    turns: tuple[float, ...]
-    antialiased: bool | None = None
-    """None where it does not resample."""
-    mean_error: float | None = None
-    """Mean difference of its crops from PIL's, in grey levels; None where it makes none."""
-    max_error: float | None = None
-    """Greatest such difference."""
-    configured: str = ""
-    """How it was set up."""
-    bytes: int | None = None
-    """What its set takes on disk, where that was the question."""
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether this is our loader."""
-        return OURS in self.name
+def _of(shape: Any, keys: str) -> dict[str, Any]:
+    """Return the same shape for several keys."""
+    return dict.fromkeys(keys.split(), shape)
 
 
-Rates = Mapping[str, Rate]
+_RATE = {
+    **_of(float, "median low high"),
+    **{"turns": Each(float, list), "configured?": str, "antialiased?": (bool, None), "bytes?": (int, None)},
+    **_of((float, None), "mean_error? max_error?"),
+}
+_RATES, _RATIOS = Each(_RATE), Each((float, None))
+_ENVIRONMENT = {
+    **_of(str, "processor python system"),
+    **{"cores": int, "memory_gib": float, "gpu": (str, None), "versions": Each((str, None))},
+}
+_COST = {**_RATE, "peak_memory_mib": float}
+_EPOCH = {
+    **{"arch": str, **_of(int, "crop_px pictures batch_size epochs")},
+    "rows": Each({**_RATE, "split": _of(float, "data encoder loss")}, some=True),
+    **_of(float, "speedup speedup_one_bn"),
+}
+_RACER = {
+    **{"configured": str, **_of(float, "samples_per_s samples")},
+    **_of(float, "knn_before knn_after knn_whole_before knn_whole_after"),
+    "spread": (_of(float, "samples_per_s knn_after"), None),
+    "runs": Each(_of(float, "samples_per_s knn_before knn_after"), list, some=True),
+}
+_RUN = {
+    **_of(float, "knn_top1 linear_top1"),
+    **{"samples_per_s?": (float, None), "curve": Each({"epoch": int, **dict.fromkeys(CURVES, float)}, list)},
+}
+_METHOD = {
+    **_of(_of(float, "mean std"), "knn_top1 linear_top1"),
+    "runs": Each(_RUN, list, some=True),
+}
+
+_SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "loader": {
+        "quick": bool,
+        "config": {**_of(int, "threads batch_size crop_px turns"), "seconds?": float},
+        "sets": Each({"pictures": int, "mean_kb": float, "how": str, "bytes?": int}),
+        "tables": {
+            **{f"{name}?": _of(_RATES, "crops? recipe?") for name in JPEG_SETS},
+            **{f"{name}?": _RATES for name in OTHER_TABLES},
+        },
+        **{"stages?": Each(float), "left_out?": Each(Each(str))},
+        **{f"{group}?": _RATIOS for group in GROUPS},
+    },
+    "half_hour": {
+        "quick": bool,
+        "config": {**_of(int, "crop_px batch_size queue_len"), **_of(str, "arch device")},
+        "images": _of(str, "how read_from"),
+        "expected": Each(Each(str, list)),
+        "parts": Each(Each({"reason?": str})),
+    },
+    "scale": {
+        "config": _of(int, "threads batch_size crop_px repeats payloads"),
+        "counts": Each({**dict.fromkeys(MEASURES, _RATE), "index_mib": float}, some=True),
+        "ratios": _RATIOS,
+    },
+    "step": {
+        "quick": bool,
+        "config": {**_of(int, "batch_size queue_len turns threads"), "arch": str},
+        "step": {
+            "methods": Each(
+                {**_of(_COST, "ours naive"), **_of(float, "time_vs_naive peak_memory_vs_naive")},
+                some=True,
+            )
+        },
+        "epoch?": {"settings": Each(_EPOCH, list)},
+    },
+    "race": {
+        "quick": bool,
+        "config": {"seconds": float, "threads": int, "knn": {"bank": int}},
+        "race": {
+            "runners": Each(_RACER, needed=tuple(RACERS)),
+            **{
+                f"{prefix}{key}{peer}": float
+                for prefix in RACERS.values()
+                for key in ("samples_per_s_vs_lightly", "knn_gain_over_lightly")
+                for peer in ("", "_at_best")
+                if prefix is not None
+            },
+        },
+    },
+    "evidence": {
+        **{"quick?": bool, "config": _of(int, "epochs pictures")},
+        "evidence": Each(_METHOD, some=True, known=(RANDOM, *METHODS)),
+    },
+    "demo": {
+        **_of(float, "knn_top1_random knn_top1_mixmask linear_top1_random linear_top1_mixmask"),
+        **{"data_wait_fraction": float, "seconds": float, "knn_k": int},
+    },
+}
+"""Benchmarks, in the order of the page → the shape of their JSON."""
+_COMMANDS = {"loader": "make bench", "half_hour": COMMAND}
 
 
-@dataclass(frozen=True)
-class LoaderFigures:
-    """loader.json: our loader beside its peers."""
-
-    quick: bool
-    """A run too short for figures that are shown elsewhere."""
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    sets: Mapping[str, Mapping[str, Any]]
-    """Name of a set → pictures, mean_kb, how it was made, bytes."""
-    crops: Mapping[str, Rates]
-    """Set → peers that make two crops of each picture. Here and below, what was not measured is empty."""
-    recipe: Mapping[str, Rates]
-    """Set → peers that do the whole MoCo v2 recipe."""
-    raw: Rates
-    scaling: Rates
-    """Threads → our loader with as many."""
-    convert: Rates
-    photometric: Rates
-    stages: Mapping[str, float]
-    """Stage of our loader → microseconds per sample on one thread."""
-    ratios: Mapping[str, Mapping[str, float | None]]
-    """Table → what is compared → our rate over the other's; None where the other was not measured."""
-    left_out: Mapping[str, Mapping[str, str]]
-    """Work → peers that do not offer it → why."""
-
-
-@dataclass(frozen=True)
-class ScaleFigures:
-    """scale.json: what the size of a set costs."""
-
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    counts: Mapping[int, Mapping[str, Rate]]
-    """Pictures → measure → its turns, in the measure's unit."""
-    index_mib: Mapping[int, float]
-    ratios: Mapping[str, float | None]
-    """Measure → largest set over smallest."""
-
-
-def read_loader(file: Path) -> LoaderFigures:
-    """Read loader.json.
+def read_results(folder: Path, demo: Path | None = None) -> dict[str, Figures]:
+    """Read the benchmarks' files in ``folder`` and the summary in the folder ``demo``, those that exist.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is not of this shape; the sentence names file and key.
+        ValueError: if a file is of another shape; the message names the file and the key.
     """
-    content = Node.read(file, "make bench", "loader")
-    tables, config, sets = content.at("tables"), content.at("config"), content.at("sets")
-    for key in ("threads", "batch_size", "crop_px", "turns"):
-        config.get(key, int)
-    by_set = {name: tables.at(name) for name in PICTURE_SETS if name in tables.value}
-    if not by_set:
-        raise tables.error(f"there is neither of {' and '.join(PICTURE_SETS)}")
-    for name in by_set:
-        _check_photographs(sets.at(name))
-    stages, reasons = content.if_there("stages"), content.if_there("left_out")
-    return LoaderFigures(
-        quick=content.get("quick", bool),
-        config=config.value,
-        environment=content.environment(),
-        sets=sets.value,
-        crops={name: _rates(table.if_there("crops")) for name, table in by_set.items()},
-        recipe={name: _rates(table.if_there("recipe")) for name, table in by_set.items()},
-        **{name: _rates(tables.if_there(name)) for name in OTHER_TABLES},
-        stages={name: stages.get(name, float) for name in stages.value},
-        ratios={name: content.if_there(name).ratios() for name in GROUPS},
-        left_out={
-            work: {name: reasons.at(work).get(name, str) for name in reasons.at(work).value}
-            for work in reasons.value
-        },
-    )
+    files = {name: folder / f"{name}.json" for name in _SHAPES if name != "demo"}
+    if demo:
+        files["demo"] = demo / "summary.json"
+    return {name: read_figures(file, name) for name, file in files.items() if file.is_file()}
 
 
-def read_scale(file: Path) -> ScaleFigures:
-    """Read scale.json; raises like :func:`read_loader`."""
-    content = Node.read(file, "make scale", "scale")
-    counts = content.at("counts")
-    config = content.at("config")
-    for key in ("threads", "batch_size", "crop_px", "repeats", "payloads"):
-        config.get(key, int)
-    return ScaleFigures(
-        config=config.value,
-        environment=content.environment(),
-        counts={
-            int(count): {name: rate_of(name, counts.at(count).at(name)) for name in MEASURES}
-            for count in sorted(counts.value, key=int)
-        },
-        index_mib={
-            int(count): counts.at(count).get("index_mib", float) for count in sorted(counts.value, key=int)
-        },
-        ratios=content.at("ratios").ratios(),
-    )
+def read_figures(file: Path, name: str) -> Figures:
+    """Read the JSON of one benchmark.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is of another shape; the message names the file and the key.
+    """
+    command = command_of(name)
+    head = {} if name == "demo" else {"benchmark": name}
+    figures = read_checked(file, {**head, "environment": _ENVIRONMENT, **_SHAPES[name]}, command)
+    if name == "loader":
+        measured = [key for key in JPEG_SETS if key in figures["tables"]]
+        tables = dict if measured else {" or ".join(JPEG_SETS): dict}
+        read_checked(file, {"tables": tables, "sets": Each(dict, needed=tuple(measured))}, command)
+    if name == "half_hour":
+        rate = {**_RATE, "unit": str}
+        parts = {
+            part: {row: rate for row, found in rows.items() if "median" in found}
+            for part, rows in figures["parts"].items()
+        }
+        read_checked(file, {"parts": parts}, command)
+    if name == "scale":
+        figures["counts"] = {count: figures["counts"][count] for count in sorted(figures["counts"], key=int)}
+    if name == "evidence":
+        methods = [method for method in (RANDOM, *METHODS) if method in figures[name]]
+        figures[name] = {method: figures[name][method] for method in methods}
+    return figures
 
 
-@dataclass(frozen=True)
-class DemoFigures:
-    """summary.json of a demo: accuracies of a frozen encoder in [0, 1]."""
-
-    knn_top1_random: float
-    knn_top1_mixmask: float
-    linear_top1_random: float
-    linear_top1_mixmask: float
-    data_wait_fraction: float
-    """Share of the pretraining that waited for data."""
-    knn_k: int
-    seconds: float
-    """The whole demo."""
-    environment: Mapping[str, Any]
-
-
-def read_demo(file: Path) -> DemoFigures:
-    """Read a demo's summary.json; raises like :func:`read_loader`."""
-    content = Node(read_json(file, "make demo"), str(file), "make demo")
-    numbers = {
-        field.name: content.get(field.name, float)
-        for field in dataclasses.fields(DemoFigures)
-        if field.name not in ("knn_k", "environment")
-    }
-    return DemoFigures(**numbers, knn_k=content.get("knn_k", int), environment=content.environment())
-
-
-def _check_photographs(facts: Node) -> None:
-    """What pages say of a set of photographs."""
-    facts.get("pictures", int)
-    facts.get("mean_kb", float)
-    facts.get("how", str)
-
-
-def _rates(table: Node) -> Rates:
-    return {name: rate_of(name, table.at(name)) for name in table.value}
-
-
-def rate_of(name: str, row: Node) -> Rate:
-    """A row of a table; raises ValueError where a figure is missing."""
-    optional = {key: row.value[key] for key in _OPTIONAL if row.value.get(key) is not None}
-    median, low, high = (row.get(key, float) for key in ("median", "low", "high"))
-    return Rate(name, median, low, high, tuple(row.get("turns", list)), **optional)
-
-
-_OPTIONAL = ("antialiased", "mean_error", "max_error", "configured", "bytes")
+def command_of(name: str) -> str:
+    """Return the command that writes the JSON of a benchmark."""
+    return _COMMANDS.get(name, f"make {name}")

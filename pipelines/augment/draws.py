@@ -33,11 +33,10 @@ SOLARIZE_FROM = 127.5 / 255  # of 255 levels 128 is the first, also when rounded
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision use it
 
 _CROP, _PHOTOMETRIC = int(Purpose.CROP), int(Purpose.PHOTOMETRIC)
+# Attempts at a random box. Each takes one block of draws: area, ratio, top, left. The block after the last
+# attempt decides the flip.
 _ATTEMPTS = 10
-"""Attempts at a random box. Each uses a block of draws: area, ratio, top, left. The next block is for the
-flip."""
-_PARAMETER_BLOCKS = 4
-"""Blocks of four draws for the parameters of one view."""
+_PARAMETER_BLOCKS = 4  # of four draws each, for one view
 _FIRST_PLACE = PLACES.start
 _UNIT = 2.0**-32
 

@@ -220,7 +220,7 @@ def _keep(mask_GG: NDArray[np.float32], top: int, left: int, height: int, width:
 
 
 def grid_masks(grid_size: int, keep: float, draw: Draw) -> NDArray[np.float32]:
-    """Masks whose cells are kept independently with probability ``keep``, never all and never none.
+    """Masks with every cell kept independently with probability ``keep``; never all cells, never none.
 
     The published code draws again when all or no cells are kept. That is the same as drawing the number of
     kept cells from the binomial distribution restricted to 1 … G² − 1 and then the cells uniformly, which
@@ -273,7 +273,7 @@ def blend(query: Tensor, drawn: DrawnMixture) -> Mixture:
         drawn: on the same device.
 
     Returns:
-        The mixture, whose images have the dtype of ``query`` and are channels_last.
+        The mixture; its images have the dtype of ``query`` and are channels_last.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     if drawn.noise_seed is not None:

@@ -1,14 +1,14 @@
 """Photometric augmentation of a batch: colour jitter, grey, blur, solarise, normalise.
 
-The parameters of every view are drawn on the host (:mod:`pipelines.augment.draws`) and sent to the
-device as one small tensor; the stage itself is batched torch code of fixed shapes with no host sync. An
-operation that does not fire for a view has its identity parameter, so all views take the same path. Semantics
-are torchvision's: factors and hue as in ``ColorJitter``, its four operations in an order drawn per view, blur
-with reflected borders as in ``GaussianBlur``.
+In: uint8 crops of a batch and their parameters (:mod:`pipelines.augment.draws`), on the training device. Out:
+normalised views. Each operation does what torchvision's does: factors and hue as in ``ColorJitter``, its four
+operations in an order drawn per view, blur with reflected borders as in ``GaussianBlur``.
 
-The code is written to be compiled, and on a GPU it is. The three colour planes are tensors of their own, so
-that all pointwise operations have one shape and become one kernel. Contrast needs the mean of what comes
-before it; that is computed first, in a pass of its own, so two kernels read the crops and no more.
+This is batched torch code of fixed shapes without host syncs. An operation that does not fire for a view has
+its identity as parameter, so all views take the same path. On a GPU the code is compiled, and it is written
+for that. The three colour planes are separate tensors, so all pointwise operations have one shape and become
+one kernel. Contrast needs the mean of the image just before it. A pass of its own computes that mean first,
+so only two kernels read the crops.
 
 Shape letters: N views, S side in pixels, P parameters, R radius of the blur.
 """
@@ -47,8 +47,8 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe, dtype: torch.dtype
         views: (N, S, S, 3) uint8 crops.
         params_NP: (N, P) float32 of :func:`pipelines.augment.draws.draw_parameters`, on the same device.
         recipe: mean, std, the largest blur and the place of grey.
-        dtype: of the result. The arithmetic is float32; with 16 bits the blur's products are float16, whose
-            11 bits are finer than a grey level.
+        dtype: of the result. The arithmetic is float32; for a result of 16 bits the blur's factors are
+            float16, which is finer than a grey level.
 
     Returns:
         (N, 3, S, S) of ``dtype``, normalised, channels_last.
@@ -62,12 +62,12 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe, dtype: torch.dtype
     if not recipe.grey_before_jitter and recipe.grey_prob > 0:
         x = to_grey(x, params_NP)
     if recipe.blur_prob > 0:
-        of_products = torch.float32 if dtype == torch.float32 else torch.float16
-        x = blur(x, params_NP[:, BLUR], recipe.blur_sigma_px[1], of_products)
+        blur_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+        x = blur(x, params_NP[:, BLUR], recipe.blur_sigma_px[1], blur_dtype)
     if recipe.solarize_prob > 0:
         fires = _column(params_NP, SOLARIZE) > 0
         x = _each(x, lambda plane: torch.where(fires & (plane >= SOLARIZE_FROM), 1 - plane, plane))
-    # Numbers, not tensors: a tensor made of them here would be one more upload.
+    # Mean and std stay Python numbers, because making a tensor of them would be one more upload.
     normalised = [
         ((plane - mean) / std).to(dtype) for plane, mean, std in zip(x, recipe.mean, recipe.std, strict=True)
     ]
@@ -89,15 +89,15 @@ def luma(x: Planes) -> Tensor:
 
 
 def to_grey(x: Planes, params_NP: Tensor) -> Planes:
-    """Make the marked views grey; torchvision's ``RandomGrayscale``."""
+    """Make views grey where the parameter is set; torchvision's ``RandomGrayscale``."""
     fires, grey = _column(params_NP, GREY) > 0, luma(x)
     return _each(x, lambda plane: torch.where(fires, grey, plane))
 
 
 def jitter(x: Planes, params_NP: Tensor) -> Planes:
-    """Brightness, contrast, saturation and hue in each view's own order; torchvision's ``ColorJitter``."""
+    """Apply brightness, contrast, saturation and hue in each view's order; torchvision's ``ColorJitter``."""
     places_N6, turns_N = params_NP[:, PLACES], params_NP[:, HUE]
-    # What a view looks like just before its contrast; hue has its turn between places 2 and 3.
+    # The view just before its contrast: later operations are left out. Hue comes between places 2 and 3.
     from_contrast_N6 = (places_N6 == BY_CONTRAST).cumsum(1) > 0
     places_before_N6 = torch.where(from_contrast_N6, 0.0, places_N6)
     turns_before_N = torch.where(from_contrast_N6[:, 2], 0.0, turns_N)
@@ -118,9 +118,13 @@ def _adjust(
 
 
 def _blend(x: Planes, params_NP: Tensor, which: Tensor, mean_grey: Tensor | None) -> Planes:
-    """factor · x + (1 − factor) · other, clamped: other is black, the mean grey, or the grey picture.
+    """factor · x + (1 − factor) · other, clamped; other is black, the mean grey, or the grey image.
 
-    mean_grey: (N, 1, 1); None where no view's contrast is among ``which``.
+    Args:
+        x: N views.
+        params_NP: their parameters.
+        which: (N, 1, 1) the blend of each view, 0 for none.
+        mean_grey: (N, 1, 1); None where no view's contrast is among ``which``.
     """
     other = torch.where(which == BY_SATURATION, luma(x), 0.0)
     factor = torch.where(
@@ -160,24 +164,22 @@ def shift_hue(x: Planes, turns_N: Tensor) -> Planes:
     return channel(red, 5.0), channel(green, 3.0), channel(blue, 1.0)
 
 
-def blur(
-    x: Planes, sigma_N: Tensor, largest_sigma: float, of_products: torch.dtype = torch.float32
-) -> Planes:
+def blur(x: Planes, sigma_N: Tensor, largest_sigma: float, dtype: torch.dtype = torch.float32) -> Planes:
     """Gaussian blur with reflected borders, a standard deviation per view.
 
-    Blurring along one axis, border and all, is a product with an S × S band matrix. With the rows of the
-    three planes in turn, (N, S, 3, S), a view is a matrix of S rows and of S columns at once, so the whole
-    batch takes two batched products, and nothing is copied in between.
+    A blur along one axis, including the borders, is a product with an S × S band matrix. In the layout
+    (N, S, 3, S), rows of the three planes in turn, both axes can be multiplied without a copy. So the whole
+    batch takes two batched matrix products.
 
     Args:
         x: of N views.
         sigma_N: (N,) float32 pixels; 0 leaves a view as it is.
         largest_sigma: pixels; see :func:`blur_radius_px`.
-        of_products: dtype of the factors; products are summed in float32.
+        dtype: of the factors; products are summed in float32.
     """
-    rows_NS3S = torch.stack(x, dim=2).to(of_products)
+    rows_NS3S = torch.stack(x, dim=2).to(dtype)
     num, side = rows_NS3S.shape[:2]
-    band_NSS = _blur_matrix(sigma_N, side, blur_radius_px(largest_sigma, side)).to(of_products)
+    band_NSS = _blur_matrix(sigma_N, side, blur_radius_px(largest_sigma, side)).to(dtype)
     down = torch.bmm(band_NSS, rows_NS3S.view(num, side, 3 * side))
     both = torch.bmm(down.view(num, 3 * side, side), band_NSS.transpose(1, 2))
     red, green, blue = both.view(num, side, 3, side).float().unbind(2)
@@ -185,8 +187,8 @@ def blur(
 
 
 def _blur_matrix(sigma_N: Tensor, side: int, radius: int) -> Tensor:
-    """(N, S, S): row i has the weight of every source pixel in pixel i of a blurred line."""
-    # No blur is a kernel so narrow that all its weight is at the centre.
+    """(N, S, S): row i holds the weight of every source pixel in pixel i of a blurred line."""
+    # For no blur, the kernel is so narrow that all its weight is at the centre.
     slope = -0.5 / sigma_N.clamp(min=1e-3)[:, None, None] ** 2
 
     def weight(offset: Tensor) -> Tensor:
@@ -194,7 +196,7 @@ def _blur_matrix(sigma_N: Tensor, side: int, radius: int) -> Tensor:
 
     place_S = torch.arange(side, device=sigma_N.device, dtype=torch.float32)
     target, source = place_S[:, None], place_S[None, :]
-    # Beyond the border the line is reflected: pixel j also stands at −j and at 2 (S − 1) − j.
+    # The line is reflected at its borders: pixel j appears at −j and at 2 (S − 1) − j too.
     low, high = -source - target, 2 * (side - 1) - source - target
     matrix_NSS = weight(source - target)
     matrix_NSS = matrix_NSS + torch.where(source > 0, weight(low), 0.0)

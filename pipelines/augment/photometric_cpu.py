@@ -53,16 +53,11 @@ _HUE, _GREY = 4, 5  # numbers of operations, after the three blends
 class _Scratch(NamedTuple):
     """Memory for one view."""
 
-    x_3C: _Floats
-    """(3, S²) planes between the first two sweeps."""
-    rows_3C: _Floats
-    """(3, S²) planes blurred along rows."""
-    weight_K: _Floats
-    """Blur weights of the centre and of one side."""
-    padded: _Floats
-    """One row with its reflected borders."""
-    program: NDArray[np.int64]
-    """Operations that fire, in their order."""
+    x_3C: _Floats  # (3, S²) planes between the first two sweeps
+    rows_3C: _Floats  # (3, S²) planes blurred along rows
+    weight_K: _Floats  # blur weights of the centre and of one side
+    padded: _Floats  # one row with its reflected borders
+    program: NDArray[np.int64]  # operations that fire, in their order
 
 
 def augment_on_cpu(
@@ -378,7 +373,7 @@ def _reflected(rows_C: _Floats, y: int, side: int) -> _Floats:
 
 @kernel
 def _store(rgb: _Planes, solarize: bool, normalise: tuple[_Floats, _Floats], out_C3: _Floats) -> None:
-    """Solarise where asked for, normalise, and interleave the planes."""
+    """Solarise if ``solarize``, normalise, and interleave the planes."""
     red, green, blue = rgb
     scale_3, offset_3 = normalise
     if solarize:

@@ -34,7 +34,7 @@ from pipelines.decode.dali_operators import (
     import_dali,
 )
 from pipelines.kernels.jpeg_crops import missing_table
-from pipelines.kernels.resample import crop_picture
+from pipelines.kernels.resample import crop_image
 from pipelines.sets import Encoded, PictureSet
 from pipelines.sets.beton import MODE_JPEG
 
@@ -93,7 +93,7 @@ class DALIDecoder:
                 for m, n in enumerate(row_M):
                     pixels_HW3 = np.asarray(images[m])
                     if pixels_HW3.shape[:2] == tuple(encoded.size_N2[n]):
-                        crop_picture(pixels_HW3, boxes_NV5[n], out_NVSS3[n])
+                        crop_image(pixels_HW3, boxes_NV5[n], out_NVSS3[n])
                         ok_N[n] = True
         except RuntimeError as error:
             if _DECODER not in str(error):

@@ -142,7 +142,7 @@ class Jpeg:
         code = self._lib.tjDecompressHeader3(self._handle, *self._source, *map(ctypes.byref, numbers))
         header = Header(*(n.value for n in numbers))
         if header.width < 1 or header.height < 1:
-            return header, self._message() if code != 0 else "there is no picture in it"
+            return header, self._message() if code != 0 else "there is no image in it"
         # tjDecompressHeader3 reports an unknown subsampling as fatal, but decoding works.
         if code != 0 and header.is_usual and self._is_fatal():
             return header, self._message()

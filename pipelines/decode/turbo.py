@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from pipelines.decode.jpeg import check_jpeg
 from pipelines.decode.pillow import decode_image, is_jpeg
-from pipelines.kernels.jpeg_crops import NO_DECODER, crop_pictures
-from pipelines.kernels.resample import crop_picture
+from pipelines.kernels.jpeg_crops import NO_DECODER, crop_images
+from pipelines.kernels.resample import crop_image
 from pipelines.kernels.turbojpeg import functions
 from pipelines.sets import Encoded
 
@@ -34,7 +34,7 @@ class TurboDecoder:
     ) -> NDArray[np.bool_]:
         """Decode each image once and write its crops; returns which images could be decoded."""
         status_N = np.empty(len(encoded.index_N), np.int64)
-        crop_pictures(
+        crop_images(
             functions(),
             encoded.data_C,
             encoded.start_N,
@@ -61,5 +61,5 @@ def _retry_with_pil(image: Encoded, boxes_V5: NDArray[np.int32], out_VSS3: NDArr
     pixels_HW3 = decode_image(image)
     if pixels_HW3 is None or pixels_HW3.shape[:2] != tuple(image.size_N2[0]):
         return False
-    crop_picture(pixels_HW3, boxes_V5, out_VSS3)
+    crop_image(pixels_HW3, boxes_V5, out_VSS3)
     return True

@@ -90,7 +90,7 @@ def address_of(function: Callable[..., Any]) -> int:
 
 
 def _call(returns: types.Type, bits: int, address: Any, arguments: Any) -> Any:
-    """Typing and code of a call: numba asks an intrinsic for its signature and a function that emits LLVM."""
+    """What numba needs of an intrinsic: its signature, and a function that emits the call's LLVM code."""
     if not all(isinstance(kind, types.Integer) for kind in arguments):
         raise TypingError(f"only integers and addresses can be passed to a C function, not {arguments}")
 

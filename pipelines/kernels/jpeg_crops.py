@@ -6,8 +6,8 @@ file stores, and every view is resampled straight from those (:mod:`pipelines.ke
 a set stores as planes or as pixels are not copied at all. The loop runs without the GIL on the thread that
 calls it.
 
-Before decoding, the JPEG's markers are checked for two faults that libturbojpeg accepts: missing tables, and
-an EXIF tag that wants the image rotated. The check walks the markers as libjpeg does (ITU-T T.81, annex B):
+Before decoding, the JPEG's markers are checked for two things that libturbojpeg ignores: missing tables, and
+an EXIF tag that rotates the image. The check goes through the markers as libjpeg does (ITU-T T.81, annex B):
 bytes between a segment and the next marker are skipped, which includes the coded data of a scan.
 
 Shape letters: N images, V views, S side in pixels, C bytes.
@@ -30,10 +30,11 @@ from pipelines.kernels.turbojpeg import (
 )
 from pipelines.sets.beton import MODE_JPEG, MODE_YUV420
 
-# Status of an image besides 0 for success and libturbojpeg's return code −1.
-WRONG_SIZE, NO_DECODER, TURNED, NO_TABLE = -2, -3, -4, -5
-"""The header disagrees with the set's index; libturbojpeg had no memory for a decoder; the EXIF tag wants a
-rotation or a mirror, which libturbojpeg ignores; a table is missing, see :func:`missing_table`."""
+# Status of an image, besides 0 for success and libturbojpeg's own return code, −1.
+WRONG_SIZE = -2  # the header disagrees with the set's index
+NO_DECODER = -3  # libturbojpeg has no memory for a decoder
+TURNED = -4  # the EXIF tag rotates or mirrors the image, which libturbojpeg ignores
+NO_TABLE = -5  # see missing_table
 EXIF_ORIENTATION = 0x0112
 QUANTISATION, HUFFMAN = 1, 2
 """Kinds of tables, as :func:`missing_table` returns them."""
@@ -48,7 +49,7 @@ _MIN_PLANE_SIDE = 8
 
 
 @kernel
-def crop_pictures(
+def crop_images(
     functions: Functions,
     data_C: NDArray[np.uint8],
     address_N: NDArray[np.int64],
@@ -221,9 +222,9 @@ def _decode(
 def missing_table(jpeg_C: NDArray[np.uint8]) -> int:
     """The kind of table that a JPEG uses and does not define; 0 where it defines all, or is no JPEG.
 
-    For a missing table a decoder takes that of the image before, or a standard one, so the pixels of such a
-    file depend on the decoder. Every scan that a decoder reads is checked; other damage is for the decoder to
-    find.
+    In place of a missing table a decoder uses that of the image before, or a standard one, so the pixels of
+    such a file depend on the decoder. Every scan that a decoder reads is checked. Other damage is left to the
+    decoder.
     """
     quantisation, dc, ac = 0, 0, 0  # bit t: table t is defined
     frame, frame_at = 0, 0  # marker of the frame, and where its components begin
@@ -284,7 +285,7 @@ def _next_segment(jpeg_C: NDArray[np.uint8], at: int) -> tuple[int, int, int]:
 def _missing_in_scan(
     jpeg_C: NDArray[np.uint8], at: int, frame: int, frame_at: int, defined: tuple[int, int, int]
 ) -> int:
-    """The kind of table that the scan whose header begins at ``at`` lacks; 0 for none."""
+    """The kind of table that a scan lacks, 0 for none; its header begins at ``at``."""
     quantisation, dc, ac = defined
     huffman, progressive = frame <= 0xC2, frame in (0xC2, 0xCA)
     spectrum_at = at + 1 + 2 * int(jpeg_C[at])
@@ -306,7 +307,7 @@ def _missing_in_scan(
 
 @kernel
 def _is_turned(jpeg_C: NDArray[np.uint8]) -> bool:
-    """Whether the EXIF tag of a JPEG wants a rotation or a mirror.
+    """Whether the EXIF tag of a JPEG rotates or mirrors the image.
 
     Conversion applies the tag and removes it; shards that were only indexed may still have it.
     """
@@ -345,7 +346,3 @@ def _number(bytes_C: NDArray[np.uint8], start: int, num: int, little: bool) -> i
     for i in range(num):
         value = value << 8 | int(bytes_C[start + num - 1 - i if little else start + i])
     return value
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reading

@@ -45,31 +45,23 @@ SLACK = 64
 class Axis(NamedTuple):
     """Which input pixels make each output pixel of one axis, and with what weights."""
 
-    first_S: NDArray[np.int32]
-    """The first input pixel of each output pixel."""
-    taps_S: NDArray[np.int32]
-    """How many input pixels follow from there."""
-    weight_ST: NDArray[np.uint16]
-    """Their weights, times 2¹⁶."""
+    first_S: NDArray[np.int32]  # first input pixel of each output pixel
+    taps_S: NDArray[np.int32]  # number of input pixels from there on
+    weight_ST: NDArray[np.uint16]  # their weights, times 2¹⁶
 
 
 class Scratch(NamedTuple):
-    """Memory of one thread, enough for the largest box it was made for."""
+    """Memory of one thread, enough for boxes of up to the size it was made for."""
 
-    rows: Axis
-    columns: Axis
-    chroma_rows: Axis
-    chroma_columns: Axis
-    strip_C: NDArray[np.uint16]
-    """Sixteen rows between the passes."""
-    turned_C: NDArray[np.uint16]
-    """The strip, transposed."""
-    planes_C: NDArray[np.uint16]
-    """Three planes of (S, 16): sixteen rows of the view, transposed."""
-    bytes_C: NDArray[np.uint8]
-    """The planes as RGB bytes."""
-    block_C: NDArray[np.uint8]
-    """Three blocks of 16 × 16 bytes, and one row of them with its colours interleaved."""
+    rows: Axis  # how rows of Y or RGB are resampled
+    columns: Axis  # the same for columns
+    chroma_rows: Axis  # the same for rows of chroma, if they are halved
+    chroma_columns: Axis  # the same for columns of chroma, if they are halved
+    strip_C: NDArray[np.uint16]  # sixteen rows between the passes
+    turned_C: NDArray[np.uint16]  # the strip, transposed
+    planes_C: NDArray[np.uint16]  # three planes of (S, 16): sixteen rows of the view, transposed
+    bytes_C: NDArray[np.uint8]  # the planes as RGB bytes
+    block_C: NDArray[np.uint8]  # three blocks of 16 × 16 bytes, and one row with its colours interleaved
 
 
 @kernel
@@ -173,7 +165,7 @@ def _vertical(
         taps = rows.taps_S[out]
         row = start + rows.first_S[out] * pitch
         for x in range(0, width, LANES):
-            # mul_high rounds down, by half a unit on average; the sum starts with what that will cost.
+            # mul_high rounds down. Half a unit for each tap makes up for that on average.
             total = simd.splat(taps >> 1)
             at = row + x
             for tap in range(taps):
@@ -359,12 +351,12 @@ def _crop_views(
         crop_rgb(pixels_C, width, box, out_VSS3[v].reshape(-1), scratch)
 
 
-def crop_picture(
-    picture_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
+def crop_image(
+    image_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
 ) -> None:
     """Write all views of a decoded RGB image. Memory behind the image is not read."""
-    height, width, _ = picture_HW3.shape
-    pixels_C = np.ascontiguousarray(picture_HW3).reshape(-1)
+    height, width, _ = image_HW3.shape
+    pixels_C = np.ascontiguousarray(image_HW3).reshape(-1)
     # Copy the image where the kernels' reads of up to SLACK bytes past a box would leave its memory.
     if 3 * width < SLACK or (boxes_V5[:, 0] + boxes_V5[:, 2] >= height).any():
         pixels_C = np.concatenate([pixels_C, np.zeros(SLACK, np.uint8)])

@@ -1,9 +1,14 @@
-"""Sixteen lanes of sixteen bits as a numba type: arithmetic, transposing and interleaving of whole vectors.
+"""SIMD vectors of sixteen 16-bit integers as a numba type, and the operations that resampling needs.
 
-numba widens every integer product to 64 bits and gives up on transposes, so its own loops over bytes run at a
-fifth of what the processor can do. These few primitives are written as LLVM's portable vector instructions;
-the compiler turns them into AVX2, SSE or NEON. Indices are not checked: callers leave 16 elements of slack
-behind whatever they load from.
+numba widens every integer product to 64 bits, and LLVM does not vectorise transposes, so plain loops over
+bytes run at a fifth of the speed that the processor can reach. The functions here are numba *intrinsics*:
+each returns its type signature and a function that emits LLVM instructions when a kernel is compiled. The
+instructions are LLVM's portable vector ones, which become AVX2, SSE or NEON. Nothing here runs by itself; the
+operations are part of the kernels that use them.
+
+A vector is loaded from a flat array at an index, computed with, and stored again. A lane is one of its
+sixteen numbers. Arithmetic is modulo 2¹⁶; lanes are unsigned where a name does not say ``signed``. Indices
+are not checked: callers keep 16 elements of slack behind every array they load from or store to.
 """
 
 # numba reads the number and the names of an intrinsic's arguments, used or not.
@@ -22,32 +27,38 @@ _I32 = ir.VectorType(ir.IntType(32), LANES)
 _U8 = ir.VectorType(ir.IntType(8), LANES)
 
 
-class _Lanes(types.Type):
+class _Vector(types.Type):
+    """numba's type of a vector."""
+
     def __init__(self) -> None:
-        super().__init__("Lanes")
+        super().__init__("Vector")
 
 
-lanes = _Lanes()
+vector = _Vector()
 
 
-@register_model(_Lanes)
-class _LanesModel(models.PrimitiveModel):
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    """Represents the type by an LLVM vector."""
+
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _I16)
 
 
 def _all(value: int, kind: ir.VectorType = _I16) -> ir.Constant:
+    """A constant vector with the same value in every lane."""
     return ir.Constant(kind, [value] * LANES)
 
 
 def _mask(order: list[int]) -> ir.Constant:
+    """The lanes that LLVM's shufflevector takes, in order."""
     return ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order)
 
 
 def _pointer(
     context: Any, builder: Any, kinds: Any, arguments: Any, array: int, index: int, to: ir.Type
 ) -> Any:
-    """Where element ``arguments[index]`` of the flat array ``arguments[array]`` lies, as a pointer ``to``."""
+    """A pointer to element ``arguments[index]`` of the flat array ``arguments[array]``, of type ``to``."""
     memory = context.make_array(kinds[array])(context, builder, arguments[array]).data
     offset = context.cast(builder, arguments[index], kinds[index], types.intp)
     return builder.bitcast(builder.gep(memory, [offset]), to.as_pointer())
@@ -55,29 +66,29 @@ def _pointer(
 
 @intrinsic
 def load_u8(typing: Any, array: Any, index: Any) -> Any:
-    """Sixteen bytes of a flat uint8 array from ``index`` on, one to a lane."""
+    """Load sixteen bytes of a flat uint8 array from ``index`` on, one to a lane."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = _pointer(context, builder, signature.args, arguments, 0, 1, _U8)
         return builder.zext(builder.load(place, align=1), _I16)
 
-    return lanes(array, index), code
+    return vector(array, index), code
 
 
 @intrinsic
 def load_u16(typing: Any, array: Any, index: Any) -> Any:
-    """Sixteen elements of a flat uint16 array from ``index`` on."""
+    """Load sixteen elements of a flat uint16 array from ``index`` on."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = _pointer(context, builder, signature.args, arguments, 0, 1, _I16)
         return builder.load(place, align=1)
 
-    return lanes(array, index), code
+    return vector(array, index), code
 
 
 @intrinsic
 def store_u16(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """Write the lanes to a flat uint16 array."""
+    """Store the lanes in a flat uint16 array from ``index`` on."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = _pointer(context, builder, signature.args, arguments, 0, 1, _I16)
@@ -89,7 +100,7 @@ def store_u16(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def store_u8(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """Write the lanes, taken as signed and clamped to 0 … 255, to a flat uint8 array."""
+    """Store the lanes, read as signed and clamped to 0 … 255, in a flat uint8 array from ``index`` on."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = _pointer(context, builder, signature.args, arguments, 0, 1, _U8)
@@ -105,44 +116,47 @@ def store_u8(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def splat(typing: Any, value: Any) -> Any:
-    """The number, modulo 2¹⁶, in every lane."""
+    """A vector with the same number, modulo 2¹⁶, in every lane."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number = context.cast(builder, arguments[0], signature.args[0], types.uint16)
-        nothing = ir.Constant(_I16, ir.Undefined)
-        first = builder.insert_element(nothing, number, ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(first, nothing, _mask([0] * LANES))
+        undefined = ir.Constant(_I16, ir.Undefined)
+        first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(first, undefined, _mask([0] * LANES))
 
-    return lanes(value), code
+    return vector(value), code
 
 
-def _lane_by_lane(operation: Callable[[Any, Any, Any], Any]) -> Any:
+def _by_lane(operation: Callable[[Any, Any, Any], Any]) -> Any:
+    """Typing and code for an operation of two vectors."""
+
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return operation(builder, *arguments)
 
-    return lanes(lanes, lanes), code
+    return vector(vector, vector), code
 
 
 @intrinsic
 def add(typing: Any, a: Any, b: Any) -> Any:
     """a + b, modulo 2¹⁶."""
-    return _lane_by_lane(lambda builder, x, y: builder.add(x, y))
+    return _by_lane(lambda builder, x, y: builder.add(x, y))
 
 
 @intrinsic
 def sub(typing: Any, a: Any, b: Any) -> Any:
     """a − b, modulo 2¹⁶."""
-    return _lane_by_lane(lambda builder, x, y: builder.sub(x, y))
+    return _by_lane(lambda builder, x, y: builder.sub(x, y))
 
 
 def _upper_half(builder: Any, product: Any) -> Any:
+    """The upper 16 bits of 32-bit lanes. LLVM combines this and the product into one instruction."""
     return builder.trunc(builder.lshr(product, _all(16, _I32)), _I16)
 
 
 @intrinsic
 def mul_high(typing: Any, a: Any, b: Any) -> Any:
     """(a · b) >> 16 of unsigned lanes."""
-    return _lane_by_lane(
+    return _by_lane(
         lambda builder, x, y: _upper_half(builder, builder.mul(builder.zext(x, _I32), builder.zext(y, _I32)))
     )
 
@@ -150,39 +164,41 @@ def mul_high(typing: Any, a: Any, b: Any) -> Any:
 @intrinsic
 def mul_high_signed(typing: Any, a: Any, b: Any) -> Any:
     """(a · b) >> 16 of signed lanes."""
-    return _lane_by_lane(
+    return _by_lane(
         lambda builder, x, y: _upper_half(builder, builder.mul(builder.sext(x, _I32), builder.sext(y, _I32)))
     )
 
 
 def _shift(kind: str, bits: Any) -> Any:
+    """Typing and code for a shift by the builder's method ``kind``."""
     number = bits.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return getattr(builder, kind)(arguments[0], _all(number))
 
-    return lanes(lanes, bits), code
+    return vector(vector, bits), code
 
 
 @intrinsic(prefer_literal=True)
 def shift_left(typing: Any, a: Any, bits: Any) -> Any:
-    """A << bits, a number written in the code."""
+    """A << bits; ``bits`` must be a constant."""
     return _shift("shl", bits)
 
 
 @intrinsic(prefer_literal=True)
 def shift_right(typing: Any, a: Any, bits: Any) -> Any:
-    """A >> bits of unsigned lanes."""
+    """A >> bits of unsigned lanes; ``bits`` must be a constant."""
     return _shift("lshr", bits)
 
 
 @intrinsic(prefer_literal=True)
 def shift_right_signed(typing: Any, a: Any, bits: Any) -> Any:
-    """A >> bits of signed lanes."""
+    """A >> bits of signed lanes; ``bits`` must be a constant."""
     return _shift("ashr", bits)
 
 
 def _transpose(side: int, bits: int, kinds: tuple[Any, ...]) -> Any:
+    """Typing and code for a transpose of ``side`` × ``side`` elements of ``bits`` bits."""
     row = ir.VectorType(ir.IntType(bits), side)
     half = side // 2
     low = _mask([x for i in range(half) for x in (i, side + i)])
@@ -199,12 +215,12 @@ def _transpose(side: int, bits: int, kinds: tuple[Any, ...]) -> Any:
             return builder.bitcast(builder.gep(memory, [offset]), row.as_pointer())
 
         rows = [builder.load(place(0, i), align=1) for i in range(side)]
-        # Interleaving row i with row i + half, log2(side) times over, is a transpose.
+        # Interleaving row i with row i + half, log2(side) times, is a transpose.
         for _ in range(side.bit_length() - 1):
             pairs = list(zip(rows[:half], rows[half:], strict=True))
             rows = [builder.shuffle_vector(a, b, order) for a, b in pairs for order in (low, high)]
-        for i, vector in enumerate(rows):
-            builder.store(vector, place(3, i), align=1)
+        for i, row_i in enumerate(rows):
+            builder.store(row_i, place(3, i), align=1)
         return context.get_dummy_value()
 
     return types.void(*kinds), code
@@ -214,7 +230,7 @@ def _transpose(side: int, bits: int, kinds: tuple[Any, ...]) -> Any:
 def transpose_u16(
     typing: Any, source: Any, start: Any, step: Any, target: Any, target_start: Any, target_step: Any
 ) -> Any:
-    """Turn 8 × 8 elements: rows lie ``step`` apart from ``start`` on, in flat uint16 arrays."""
+    """Transpose 8 × 8 elements between flat uint16 arrays; rows begin at ``start`` and are ``step`` apart."""
     return _transpose(8, 16, (source, start, step, target, target_start, target_step))
 
 
@@ -222,13 +238,13 @@ def transpose_u16(
 def transpose_u8(
     typing: Any, source: Any, start: Any, step: Any, target: Any, target_start: Any, target_step: Any
 ) -> Any:
-    """Turn 16 × 16 bytes: rows lie ``step`` apart from ``start`` on, in flat uint8 arrays."""
+    """Transpose 16 × 16 bytes between flat uint8 arrays; rows begin at ``start`` and are ``step`` apart."""
     return _transpose(16, 8, (source, start, step, target, target_start, target_step))
 
 
 @intrinsic
 def interleave3(typing: Any, source: Any, red: Any, green: Any, blue: Any, target: Any, start: Any) -> Any:
-    """Write RGBRGB…, 48 bytes, of three times sixteen bytes that start at red, green and blue."""
+    """Store 48 bytes RGBRGB… from ``start`` on, of three times sixteen bytes at red, green and blue."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         r, g, b = (

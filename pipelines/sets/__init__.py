@@ -118,7 +118,7 @@ class Encoded:
         while done < len(rows_M):
             rest_M = rows_M[done:]
             ranges = address_M[done:], self.num_bytes_N[rest_M], self.start_N[rest_M]
-            failed = _read_ranges(_pread_address(), file_M[done:], *ranges, self.data_C)
+            failed = _read_pieces(_pread_address(), file_M[done:], *ranges, self.data_C)
             if failed < 0:
                 return
             done += failed
@@ -143,7 +143,7 @@ class Encoded:
 
 
 @kernel
-def _read_ranges(
+def _read_pieces(
     pread: int,
     file_N: NDArray[np.int32],
     address_N: NDArray[np.int64],
@@ -151,7 +151,16 @@ def _read_ranges(
     start_N: NDArray[np.int64],
     data_C: NDArray[np.uint8],
 ) -> int:
-    """Read byte ranges of open files one after the other; returns −1, or the first that failed."""
+    """Read pieces of open files, one after the other; returns −1, or the first piece that failed.
+
+    Args:
+        pread: of :func:`_pread_address`.
+        file_N: file descriptors.
+        address_N: offsets of the pieces in their files.
+        num_bytes_N: their lengths.
+        start_N: where each piece goes in ``data_C``.
+        data_C: memory that is filled.
+    """
     for n in range(len(address_N)):
         done, num_bytes = 0, int(num_bytes_N[n])
         while done < num_bytes:
@@ -165,7 +174,7 @@ def _read_ranges(
 
 @cache
 def _pread_address() -> int:
-    """Address of the C library's ``pread``."""
+    """The address of the C library's ``pread``."""
     return address_of(ctypes.CDLL(None, use_errno=True).pread)
 
 

@@ -76,25 +76,6 @@ class Manifest:
     version: int = VERSION
     """Version of this JSON."""
 
-    def write(self, path: str | Path, *, pending: bool = False) -> Path:
-        """Write the JSON of the set at ``path`` (temporary name, fsync, rename); return its path.
-
-        ``pending``: under the name that it has until the set itself has taken the place of an old one.
-        """
-        target = pending_path(manifest_path(path)) if pending else manifest_path(path)
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
-        partial = target.with_name(target.name + ".partial")
-        try:
-            # A class whose name is no UTF-8 has surrogates in it; so written they are JSON's own escapes.
-            with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-        return target
-
     @staticmethod
     def read(path: str | Path) -> "Manifest | None":
         """The manifest of the set at ``path``, or None if there is none.

@@ -18,7 +18,7 @@ from benchmarks.half_hour import figures, hardware, images, plan, runs, steps
 from benchmarks.half_hour.__main__ import HalfHour, main
 from benchmarks.half_hour.plan import PARTS, TINY, Images, Setup
 from benchmarks.peers.contract import image_files
-from benchmarks.report.half_hour import read_half_hour
+from benchmarks.report.results import read_figures
 from models.batch import Method
 from training import cli
 
@@ -149,19 +149,21 @@ def test_a_rehearsal_without_a_gpu_measures_all_rows_of_a_cpu(tmp_path: Path) ->
     assert (
         said.splitlines()[-2].startswith(f"figures: {out}") and said.splitlines()[-1] == "next: make report"
     )
-    found = read_half_hour(out)
-    assert found.quick and tuple(found.parts) == PARTS
+    found = read_figures(out, "half_hour")
+    parts = found["parts"]
+    assert found["quick"] and tuple(found["expected"]) == tuple(parts) == PARTS
     on_a_gpu = ("pinned", "compiled", "--c", "graph", "decode_jpeg")
-    for part, missing in found.missing.items():
-        expected = {name for name in found.parts[part] if any(word in name for word in on_a_gpu)}
-        assert set(missing) == expected and set(missing.values()) <= {"needs a GPU"}
-    for part, rows in found.rates.items():
-        assert rows.keys() == {n for n, row in found.parts[part].items() if "median" in row}
-        assert all(rate.low <= rate.median <= rate.high for rate in rows.values())
-    assert {len(rows) for part, rows in found.rates.items() if part != "check"} == {0, 1, 3, 4, 9, 12}
-    run = found.parts["train"]["eager"]
+    for part, missing in figures.missing_rows(found).items():
+        expected = {name for name in parts[part] if any(word in name for word in on_a_gpu)}
+        assert set(missing) == expected
+        assert {parts[part][name]["reason"] for name in missing} <= {"needs a GPU"}
+    rates = {part: [row for row in rows.values() if "median" in row] for part, rows in parts.items()}
+    for rows in rates.values():
+        assert all(row["low"] <= row["median"] <= row["high"] and row["unit"] for row in rows)
+    assert {len(rows) for part, rows in rates.items() if part != "check"} == {0, 1, 3, 4, 9, 12}
+    run = parts["train"]["eager"]
     assert 0 < run["stopped_at"] < run["steps"] == TINY.train_steps and 0 <= run["wait_percent"] <= 100
-    assert len(found.parts["step"]["profile of mixmask, 8 groups, eager"]["kernels"]) == 10
+    assert len(parts["step"]["profile of mixmask, 8 groups, eager"]["kernels"]) == 10
 
 
 def test_images_are_found_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 import benchmarks.loader as program
 from benchmarks import conversion, timing
@@ -249,12 +248,10 @@ def test_sets_are_compiled_into_a_file_and_shards_once(
 
 
 def test_our_converter_prints_its_pace_as_the_benchmark_parses_it(
-    picture_folder: Path, tmp_path: Path
+    picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = io.StringIO()
-    console = Console(file=said, width=500)
-    Convert(picture_folder, tmp_path / "x.beton", workers=1).run(console, console)
-    (pace,) = conversion._PACE.findall(said.getvalue())
+    Convert(picture_folder, tmp_path / "x.beton", workers=1).run()
+    (pace,) = conversion._PACE.findall(capsys.readouterr().out)
     assert float(pace.replace(",", "")) > 0
 
 

@@ -1,4 +1,4 @@
-"""The page of figures and the README's block: true to the JSON, self-contained, strict about its shape."""
+"""The page of figures and the blocks: true to the JSON, self-contained, strict about its shape."""
 
 import copy
 import json
@@ -14,17 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.peers.contract import DECODE_LIMIT
-from benchmarks.report import charts, readme
 from benchmarks.report.__main__ import README, RESULTS, Report, main
-from benchmarks.report.half_hour import read_half_hour
-from benchmarks.report.page import render
-from benchmarks.report.results import Rate, read_demo, read_loader, read_scale
+from benchmarks.report.blocks import BLOCKS, PAGE, blocks, update
+from benchmarks.report.charts import Bar, bars
+from benchmarks.report.formats import number, seconds
+from benchmarks.report.page import render, templates
+from benchmarks.report.results import Figures, read_figures, read_results
 from benchmarks.scale import MEASURES
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN, END = readme.BLOCK.begin, readme.BLOCK.end
+BLOCK = BLOCKS["loader figures"]
+RESULTS_HERE = ROOT / RESULTS
+_IN_README = ("loader", "step", "evidence")
 
-# Made up for these tests, every rate of them: nobody measured these figures.
+# These figures are made up for the tests.
 _ENVIRONMENT = {
     "processor": "Test Processor <1>",
     "cpu_flags": {"avx2": True, "avx512": False},
@@ -167,10 +170,13 @@ def results(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def readme_file(tmp_path: Path) -> Path:
-    file = tmp_path / "README.md"
-    file.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nlast line ×\n")
-    return file
+def pages(tmp_path: Path) -> tuple[Path, Path]:
+    """README.md and docs/benchmarks.md with the comments of their blocks."""
+    readme, page = tmp_path / "README.md", tmp_path / PAGE
+    page.parent.mkdir()
+    for file, block in ((readme, BLOCKS["figures"]), (page, BLOCK)):
+        file.write_text(f"# Title\n\n{block.begin}\nold\n{block.end}\n\nlast line ×\n")
+    return readme, page
 
 
 class _Page(HTMLParser):
@@ -184,7 +190,7 @@ class _Page(HTMLParser):
         self.addresses: list[str] = []
         self.ids: list[str] = []
         self.open: list[str] = []
-        self.widths: list[float] = []
+        self.places: list[tuple[str, float]] = []
         self.feed(page)
         self.close()
         assert self.open == [], "elements that are never closed"
@@ -193,8 +199,8 @@ class _Page(HTMLParser):
         values = dict(attrs)
         self.addresses += [values[key] or "" for key in ("src", "href") if key in values]
         self.ids += [values["id"] or ""] if "id" in values else []
-        if tag == "rect" and "fill" in (values.get("class") or "").split():
-            self.widths.append(float((values["width"] or "").rstrip("%")))
+        for name, share in re.findall(r"(width|left): ([\d.-]+)%", values.get("style") or ""):
+            self.places.append((name, float(share)))
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -216,11 +222,11 @@ class _Page(HTMLParser):
 
 
 def _render(results: Path) -> str:
-    return render(
-        read_loader(results / "loader.json"),
-        read_scale(results / "scale.json"),
-        read_demo(results / "summary.json"),
-    )
+    return render(read_results(results, results))
+
+
+def _render_only(**figures: Figures) -> str:
+    return render(figures)
 
 
 # ------------------------------------------------------------------------------------------------ page
@@ -234,8 +240,8 @@ def test_every_rate_stands_in_a_table_with_its_spread(results: Path) -> None:
         *(tables[name] for name in ("raw", "scaling", "convert", "photometric")),
     ):
         for name, rate in work.items():
-            spread = f"{charts.number(rate['low'])} … {charts.number(rate['high'])}"
-            row = [name, charts.number(rate["median"]), spread]
+            spread = f"{number(rate['low'])} … {number(rate['high'])}"
+            row = [name, number(rate["median"]), spread]
             assert row in [cells[:3] for cells in page.rows], row
 
 
@@ -255,33 +261,35 @@ def test_the_half_hours_figures_stand_with_what_is_missing_by_name(results: Path
     ] in rows
     assert "Failed in tests/test_a.py: test_&lt;it&gt;." in text
     assert ["conv<fprop>", "1.500", "12.5 %"] in rows
-    assert "4,200 GB/s" in text and "790 TFLOP/s" in text and "Test GPU, 80.0 GiB" in text
+    assert rows[rows.index(["", "GB/s", "lowest … highest"]) + 1][:2] == ["device copy", "4,200"]
+    assert rows[rows.index(["", "TFLOP/s", "lowest … highest"]) + 1][:2] == ["matrix product", "790"]
+    assert "Test GPU, 80.0 GiB" in text
     assert "(no time was left): both, plain BN, compiled." in text
     assert "(left out: DALI is not installed): stock DALI." in text
     assert "A rehearsal." not in text and "not measured yet" not in text
-    alone = render(None, None, None, read_half_hour(results / "half_hour.json"))
+    alone = _render_only(half_hour=half_hour_json())
     assert set(_Page(alone).ids) == {"gpu", "machine"}
 
 
 def test_without_a_half_hour_the_page_says_so(results: Path) -> None:
     text = _render(results)
     assert "The GPU path is not measured yet." in text and "make half-hour" in text
-    (results / "half_hour.json").write_text(json.dumps({**half_hour_json(), "quick": True}))
-    assert "A rehearsal." in render(None, None, None, read_half_hour(results / "half_hour.json"))
+    assert "A rehearsal." in _render_only(half_hour={**half_hour_json(), "quick": True})
 
 
-def test_our_other_ways_stand_as_ours_with_ratios_of_their_own(results: Path) -> None:
+def test_our_other_ways_stand_as_ours_with_ratios_of_their_own() -> None:
     content = loader_json()
     crops = content["tables"]["reencoded"]["crops"]
     crops["ours, DALI decodes"] = {**crops["ours"], **_rate(1500)}
     content["dali_backend"] = {"crops_vs_dali_cpu": 2.45, "recipe_vs_dali_cpu": None}
-    (results / "loader.json").write_text(json.dumps(content))
-    loader = read_loader(results / "loader.json")
-    assert loader.crops["reencoded"]["ours, DALI decodes"].is_ours
-    text = render(loader, None, None)
+    assert all(bar.ours == ("ours" in bar.name) for bar in bars(crops))
+    text = _render_only(loader=content)
     assert "two crops: ours with DALI over stock DALI, the faster of two ways" in text and "2.45 ×" in text
     assert "Not measured: whole recipe: ours with DALI over stock DALI." in text
-    assert "| **ours, DALI decodes** | **1,500** | **–** | **–** | **–** |" in readme.block(loader, None)
+    assert (
+        "| **ours, DALI decodes** | **1,500** | **–** | **–** | **–** |"
+        in blocks({"loader": content})["loader figures"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -303,7 +311,7 @@ def test_a_half_hours_file_of_another_shape_is_refused_by_key(
     place[keys[-1]] = value
     (tmp_path / "half_hour.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
-        read_half_hour(tmp_path / "half_hour.json")
+        read_figures(tmp_path / "half_hour.json", "half_hour")
     assert "make half-hour" in str(caught.value)
 
 
@@ -323,7 +331,7 @@ def test_the_page_needs_no_network_and_its_links_lead_somewhere(results: Path) -
     assert page.addresses and all(address.startswith("#") for address in page.addresses)
     assert {address[1:] for address in page.addresses} <= set(page.ids)
     assert not re.search(r"url\(|@import|<script|<link|<img", text)
-    assert all(0 <= width <= 100 for width in page.widths) and len(page.widths) > 30
+    assert all(0 <= place <= 100 for _, place in page.places) and len(page.places) > 30
 
 
 def test_names_from_files_are_escaped(results: Path) -> None:
@@ -333,24 +341,20 @@ def test_names_from_files_are_escaped(results: Path) -> None:
 
 
 def test_the_page_is_drawn_from_any_of_the_files_alone(results: Path) -> None:
-    loader, scale, demo = (
-        read_loader(results / "loader.json"),
-        read_scale(results / "scale.json"),
-        read_demo(results / "summary.json"),
-    )
-    for some in ((loader, None, None), (None, scale, None), (None, None, demo)):
-        page = _Page(render(*some))
+    found = read_results(results, results)
+    assert set(found) == {"loader", "scale", "demo"}
+    for name, figures in found.items():
+        page = _Page(render({name: figures}))
         assert {address[1:] for address in page.addresses} <= set(page.ids)
 
 
-def test_parts_that_were_not_measured_leave_no_empty_sections(results: Path) -> None:
+def test_parts_that_were_not_measured_leave_no_empty_sections() -> None:
     content = loader_json()
     content["tables"] = {"reencoded": {"crops": _crops(1711)}}
     content |= {"stages": {}, "quick": True}
     for name in ("recipe", "raw_tier", "scaling", "convert", "photometric"):
         del content[name]
-    (results / "loader.json").write_text(json.dumps(content))
-    text = render(read_loader(results / "loader.json"), None, None)
+    text = _render_only(loader=content)
     page = _Page(text)
     assert set(page.ids) == {"ratios", "crops", "peers", "gpu", "machine"}
     assert {address[1:] for address in page.addresses} == set(page.ids)
@@ -359,35 +363,54 @@ def test_parts_that_were_not_measured_leave_no_empty_sections(results: Path) -> 
 
 def test_sizes_of_sets_stand_in_rising_order(results: Path) -> None:
     page = _render(results)
-    assert "of 1,281,167 and 10,000,000 pictures, whose index takes 6.0 MiB and 48.0 MiB: 7.80 ×" in page
-    row = next(row for row in _Page(page).rows if row[0] == "open")
-    assert row == ["open", "100 ms", "96.0 ms … 103 ms", "800 ms", "768 ms … 824 ms", "8.00 ×"]
+    assert "of 1,281,167 and 10,000,000 images with an index of 6.0 MiB and 48.0 MiB: 7.80 ×" in page
+    assert "<h3>Open<span>8.00 ×</span></h3>" in page
+    first, second = [row for row in _Page(page).rows if row[0] in ("1,281,167", "10,000,000")][:2]
+    assert first == ["1,281,167", "100 ms", "96.0 ms … 103 ms"]
+    assert second == ["10,000,000", "800 ms", "768 ms … 824 ms"]
 
 
 # ---------------------------------------------------------------------------------------------- charts
 
 
+_RATES = {
+    name: dict(zip(("median", "low", "high"), values, strict=True))
+    for name, values in {
+        "slow": (25.0, 20.0, 30.0),
+        "ours": (100.0, 80.0, 110.0),
+        DECODE_LIMIT: (200.0, 190.0, 205.0),
+    }.items()
+}
+
+
+def _macro(name: str, *args: Any, **options: Any) -> list[tuple[str, float]]:
+    """The widths and places that a macro gives to parts of bars."""
+    macros: Any = templates().get_template("macros.html").module
+    return _Page(str(getattr(macros, name)(*args, **options))).places
+
+
 def test_bars_are_to_scale_and_the_limit_is_a_line() -> None:
-    rates = {name: Rate(name, *values, turns=()) for name, values in _VALUES.items()}
-    drawn = charts.chart(rates, "samples/s", limit=True)
-    assert [bar.name for bar in drawn.bars] == ["ours", "slow"]
-    ours, slow = drawn.bars
-    assert ours.median_pct / slow.median_pct == pytest.approx(4)
-    assert ours.high_pct / ours.low_pct == pytest.approx(110 / 80)
-    assert drawn.limit_pct is not None and drawn.limit_pct / ours.median_pct == pytest.approx(2)
-    assert 95 < 205 / 200 * drawn.limit_pct <= 100, "the greatest value nearly fills the width"
-    assert (ours.ours, slow.ours) == (True, False)
+    drawn = bars(_RATES)
+    assert [(bar.name, bar.ours) for bar in drawn] == [(DECODE_LIMIT, False), ("ours", True), ("slow", False)]
+    places = [place for _, place in _macro("bars", drawn, "loader", "samples/s", line=200.0)]
+    # Of each bar: its median, where the whisker starts and how long it is, the line.
+    limit, ours, slow = places[:4], places[4:8], places[8:]
+    assert ours[0] / slow[0] == pytest.approx(4, abs=2e-3)
+    assert (ours[1] + ours[2]) / ours[1] == pytest.approx(110 / 80, abs=1e-3)
+    assert limit[3] == ours[3] == slow[3] and ours[3] / ours[0] == pytest.approx(2, abs=1e-3)
+    assert 95 < 205 / 200 * ours[3] <= 100, "the greatest value nearly fills the width"
 
 
-_VALUES = {"slow": (25.0, 20.0, 30.0), "ours": (100.0, 80.0, 110.0), DECODE_LIMIT: (200.0, 190.0, 205.0)}
+def test_values_without_turns_have_no_whisker_and_keep_their_order() -> None:
+    drawn = bars({"a": 1.0, "b": 2.0}, ours=True)
+    assert drawn == [Bar("a", "1.00", "", *3 * [1.0], ours=True), Bar("b", "2.00", "", *3 * [2.0], ours=True)]
+    assert [name for name, _ in _macro("bars", drawn, "", "ratio")] == ["width", "width"]
 
 
 def test_stages_fill_the_bar() -> None:
-    parts = charts.stack({"a": 100.0, "b": 300.0})
-    assert [(part.start_pct, part.width_pct, part.share) for part in parts] == [
-        (0, 25, "25 %"),
-        (25, 75, "75 %"),
-    ]
+    assert _macro("stack", {"a": 100.0, "b": 300.0}, 400.0) == [("width", 25), ("width", 75)]
+    page = _render_only(loader=loader_json() | {"stages": {"a": 100.0, "b": 300.0}})
+    assert [row[2] for row in _Page(page).rows if row[0] in ("a", "b")] == ["25 %", "75 %"]
 
 
 @pytest.mark.parametrize(
@@ -403,12 +426,12 @@ def test_stages_fill_the_bar() -> None:
     ],
 )
 def test_numbers_have_three_figures(value: float, text: str) -> None:
-    assert charts.number(value) == text
+    assert number(value) == text
 
 
 @given(st.floats(1e-9, 1e9))
 def test_numbers_are_close_to_what_they_print(value: float) -> None:
-    assert float(charts.number(value).replace(",", "")) == pytest.approx(value, rel=0.0051)
+    assert float(number(value).replace(",", "")) == pytest.approx(value, rel=0.0051)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +439,7 @@ def test_numbers_are_close_to_what_they_print(value: float) -> None:
     [(2.5, "2.50 s"), (0.25, "250 ms"), (0.00025, "250 µs"), (0.9999, "1.00 s"), (0, "0 µs")],
 )
 def test_times_have_the_unit_a_person_would_choose(value: float, text: str) -> None:
-    assert charts.seconds(value) == text
+    assert seconds(value) == text
 
 
 # ------------------------------------------------------------------------------------------ strictness
@@ -428,7 +451,7 @@ def test_times_have_the_unit_a_person_would_choose(value: float, text: str) -> N
         (("benchmark",), None, "loader.json: benchmark is missing"),
         (("benchmark",), "scale", "benchmark is 'scale', expected 'loader'"),
         (("tables",), None, "tables is missing"),
-        (("tables",), {}, "neither of reencoded and pass_through"),
+        (("tables",), {}, "tables: reencoded or pass_through is missing"),
         (("quick",), "no", "quick is 'no', expected bool"),
         (("config", "threads"), True, "config: threads is True, expected int"),
         (("sets", "reencoded"), None, "sets: reencoded is missing"),
@@ -451,7 +474,7 @@ def test_a_file_of_another_shape_is_refused_by_key(
         place[keys[-1]] = value
     (results / "loader.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
-        read_loader(results / "loader.json")
+        read_results(results)
     assert "make bench" in str(caught.value)
 
 
@@ -467,7 +490,7 @@ def test_figures_of_the_older_program_are_refused(results: Path) -> None:
 def test_what_is_no_json_object_is_refused(results: Path, text: str) -> None:
     (results / "scale.json").write_text(text)
     with pytest.raises(ValueError, match=r"scale\.json .*make scale"):
-        read_scale(results / "scale.json")
+        read_results(results)
 
 
 def test_a_missing_measure_is_refused(results: Path) -> None:
@@ -475,7 +498,7 @@ def test_a_missing_measure_is_refused(results: Path) -> None:
     del content["counts"]["1281167"]["resume_s"]
     (results / "scale.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="1281167: resume_s is missing"):
-        read_scale(results / "scale.json")
+        read_results(results)
 
 
 def test_no_figures_at_all_are_refused(tmp_path: Path) -> None:
@@ -487,7 +510,7 @@ def test_no_figures_at_all_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_block_holds_the_medians_of_all_peers(results: Path) -> None:
-    text = readme.block(read_loader(results / "loader.json"), read_scale(results / "scale.json"))
+    text = blocks(read_results(results))["loader figures"]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
     ]
@@ -503,57 +526,68 @@ def test_the_block_holds_the_medians_of_all_peers(results: Path) -> None:
     assert rows[-1][0].startswith(f"*{DECODE_LIMIT}") and rows[-1][1:] == ["2,900", "2,900", "–", "–"]
     assert len(rows) == 2 + len(_crops(1))
     assert "ours, fused numba kernel 900 views/s; torch.compile 1,200 views/s" in text, "a loss like a win"
-    assert "1: 888, 2: 1,711" in text and "262 MB" in text and "DatasetWriter 150 pictures/s" in text
-    assert "10,000,000 pictures opens in 800 ms" in text and "opening 8.00 ×" in text
+    assert "1: 888, 2: 1,711" in text and "262 MB" in text and "DatasetWriter 150 images/s" in text
+    assert "10,000,000 images opens in 800 ms" in text and "opening 8.00 ×" in text
 
 
-def test_only_the_block_is_rewritten_and_only_once(results: Path, readme_file: Path) -> None:
-    config = Report(results=results, demo=results, out=results / "page.html", readme=readme_file)
-    check = Report(results=results, readme=readme_file, check=True)
+def test_the_readme_holds_three_figures(results: Path) -> None:
+    table = blocks(read_results(RESULTS_HERE))["figures"].strip().splitlines()
+    assert len(table) == 7 and [line[:2] for line in table[:5]] == ["| ", "|-", "| ", "| ", "| "]
+    loader, step, evidence = (json.loads((RESULTS_HERE / f"{name}.json").read_text()) for name in _IN_README)
+    assert table[2].endswith(f"**{loader['recipe']['vs_torchvision_v2']:.2f} ×** |")
+    assert table[3].endswith(f"**{step['epoch']['speedup']:.2f} ×** |")
+    methods = evidence["evidence"]
+    gain = methods["mixmask"]["linear_top1"]["mean"] - methods["random"]["linear_top1"]["mean"]
+    assert table[4].endswith(f"**{100 * gain:+.1f} points** |") and str(PAGE) in table[6]
+
+
+def test_only_the_block_is_rewritten_and_only_once(results: Path, pages: tuple[Path, Path]) -> None:
+    readme = pages[0]
+    config = Report(results=results, demo=results, out=results / "page.html", readme=readme)
+    check = Report(results=results, readme=readme, check=True)
     assert main(check) == 1
-    assert readme_file.read_text().count("old") == 1 and not config.out.exists(), "a check writes nothing"
+    for file in pages:
+        assert file.read_text().count("old") == 1 and not config.out.exists(), "a check writes nothing"
     assert main(config) == 0
-    text = readme_file.read_text()
-    assert text.startswith(f"# Title\n\n{BEGIN}\n## ") and text.endswith(f"{END}\n\nlast line ×\n")
-    assert "old" not in text.split(BEGIN)[1].split("\n")
+    texts = [file.read_text() for file in pages]
+    assert texts[1].startswith(f"# Title\n\n{BLOCK.begin}\n## ")
+    assert texts[1].endswith(f"{BLOCK.end}\n\nlast line ×\n")
+    assert texts[0].startswith(f"# Title\n\n{BLOCKS['figures'].begin}\n| ")
+    assert not any("old" in text.split("begin -->")[1].split("\n") for text in texts)
     assert main(check) == 0
-    assert main(config) == 0 and readme_file.read_text() == text
+    assert main(config) == 0 and [file.read_text() for file in pages] == texts
 
 
-def test_a_changed_figure_fails_the_check(results: Path, readme_file: Path) -> None:
-    main(Report(results=results, demo=results, out=results / "page.html", readme=readme_file))
+def test_a_changed_figure_fails_the_check(results: Path, pages: tuple[Path, Path]) -> None:
+    main(Report(results=results, demo=results, out=results / "page.html", readme=pages[0]))
     content = loader_json()
     content["tables"]["pass_through"]["recipe"]["torchvision + PIL"]["median"] += 1
     (results / "loader.json").write_text(json.dumps(content))
-    assert main(Report(results=results, readme=readme_file, check=True)) == 1
+    assert main(Report(results=results, readme=pages[0], check=True)) == 1
 
 
-def test_a_quick_run_stays_out_of_the_readme(results: Path, readme_file: Path) -> None:
+def test_a_quick_run_stays_out_of_the_pages(results: Path, pages: tuple[Path, Path]) -> None:
     (results / "loader.json").write_text(json.dumps({**loader_json(), "quick": True}))
-    before = readme_file.read_text()
-    assert main(Report(results=results, demo=results, out=results / "page.html", readme=readme_file)) == 0
-    assert readme_file.read_text() == before
-    assert main(Report(results=results, readme=readme_file, check=True)) == 1
+    before = [file.read_text() for file in pages]
+    assert main(Report(results=results, demo=results, out=results / "page.html", readme=pages[0])) == 0
+    assert [file.read_text() for file in pages] == before
+    assert main(Report(results=results, readme=pages[0], check=True)) == 1
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        BEGIN,
-        f"{END}{BEGIN}",
-        2 * (BEGIN + END),
-    ],
+    "text", ["", BLOCK.begin, f"{BLOCK.end}{BLOCK.begin}", 2 * (BLOCK.begin + BLOCK.end)]
 )
-def test_a_readme_without_its_two_comments_is_refused(results: Path, readme_file: Path, text: str) -> None:
-    readme_file.write_text(text)
+def test_a_page_without_the_two_comments_is_refused(
+    results: Path, pages: tuple[Path, Path], text: str
+) -> None:
+    pages[1].write_text(text)
     with pytest.raises(ValueError, match="must have one line"):
-        main(Report(results=results, demo=results, out=results / "page.html", readme=readme_file))
-    assert readme_file.read_text() == text
+        main(Report(results=results, demo=results, out=results / "page.html", readme=pages[0]))
+    assert pages[1].read_text() == text
 
 
 def test_figures_from_elsewhere_leave_the_readme_alone(results: Path, tmp_path: Path) -> None:
-    before = (ROOT / README).read_bytes()
+    before = [(ROOT / file).read_bytes() for file in (README, PAGE)]
     command = [
         "-m",
         "benchmarks.report",
@@ -566,13 +600,13 @@ def test_figures_from_elsewhere_leave_the_readme_alone(results: Path, tmp_path: 
     ]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, timeout=120, capture_output=True)
     assert (tmp_path / "page.html").stat().st_size > 10_000
-    assert (ROOT / README).read_bytes() == before
+    assert [(ROOT / file).read_bytes() for file in (README, PAGE)] == before
 
 
-def test_the_readme_holds_the_committed_figures() -> None:
-    """README.md's block is what `make report` makes of benchmarks/results/."""
-    scale = ROOT / RESULTS / "scale.json"
-    loader = read_loader(ROOT / RESULTS / "loader.json")
-    assert not loader.quick
-    expected = readme.block(loader, read_scale(scale) if scale.is_file() else None)
-    assert readme.BLOCK.current(ROOT / README) == expected, "run `make report` and commit README.md"
+def test_the_pages_hold_the_committed_figures() -> None:
+    """README.md, docs/benchmarks.md and docs/evidence.svg are what `make report` makes of the JSON files."""
+    results = read_results(RESULTS_HERE)
+    assert {"loader", "step", "race", "evidence"} <= set(results)
+    assert not [name for name, figures in results.items() if figures.get("quick")]
+    changed = update(ROOT / README, results, check=True)
+    assert changed == [], "run `make report` and commit what it wrote"

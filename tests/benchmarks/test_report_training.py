@@ -1,4 +1,4 @@
-"""Training's section, its block in the README and its picture: true to the JSON, strict about its shape."""
+"""Training's section, its block and its picture: true to the JSON, strict about its shape."""
 
 import json
 import re
@@ -15,17 +15,17 @@ from benchmarks.epoch import OURS, OURS_ONE_BN, PLAIN
 from benchmarks.evidence import METHODS, RANDOM
 from benchmarks.race import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, figures
 from benchmarks.race import OURS as OUR_RACER
-from benchmarks.report import curves, training_block
-from benchmarks.report.__main__ import README, RESULTS, Report, _drawn, _is_current, main
-from benchmarks.report.page import picture, render
-from benchmarks.report.training import read_evidence, read_training
-from benchmarks.report.training_page import stacked
+from benchmarks.report import charts
+from benchmarks.report.__main__ import Report, main
+from benchmarks.report.blocks import BLOCKS, PAGE, PICTURE, blocks, drawn
+from benchmarks.report.page import curves_of, render, templates
+from benchmarks.report.results import read_results
 
-ROOT = Path(__file__).resolve().parents[2]
-BEGIN, END = training_block.BLOCK.begin, training_block.BLOCK.end
-MARKERS = f"# Title\n\n{BEGIN}\n{END}\n\nlast line ×\n"
+BLOCK = BLOCKS["training figures"]
+XLINK = "{http://www.w3.org/1999/xlink}href"
+MARKERS = f"# Title\n\n{BLOCK.begin}\n{BLOCK.end}\n\nlast line ×\n"
 
-# Made up for these tests, all of them: nobody measured these figures.
+# These figures are made up for the tests.
 _ENVIRONMENT = {
     "processor": "Test Processor <1>",
     "cores": 2,
@@ -168,22 +168,21 @@ def results(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def readme_file(tmp_path: Path) -> Path:
-    file = tmp_path / "README.md"
+def page_file(tmp_path: Path) -> Path:
+    """docs/benchmarks.md; its README.md need not exist."""
+    file = tmp_path / PAGE
+    file.parent.mkdir()
     file.write_text(MARKERS)
     return file
 
 
-def _report(results: Path, readme_file: Path, *, check: bool = False) -> int:
-    return main(
-        Report(
-            results=results,
-            demo=results,
-            out=results / "page.html",
-            readme=readme_file,
-            check=check,
-        )
-    )
+def _report(results: Path, page_file: Path, *, check: bool = False) -> int:
+    readme = page_file.parents[1] / "README.md"
+    return main(Report(results=results, demo=results, out=results / "page.html", readme=readme, check=check))
+
+
+def _block(results: Path) -> str:
+    return blocks(read_results(results))["training figures"]
 
 
 def _drawing(page: str) -> ElementTree.Element:
@@ -200,7 +199,7 @@ def _rows(page: str) -> list[list[str]]:
 
 
 def test_every_figure_stands_in_a_table(results: Path) -> None:
-    rows = _rows(render(None, None, None, None, read_training(results)))
+    rows = _rows(render(read_results(results)))
     times = ["250 ms", "240 … 258", "1,000 ms", "960 … 1,030", "0.25 ×"]
     assert ["mixmask", *times, "100 MiB", "800 MiB", "0.12 ×"] in rows
     assert [OURS, "38.4 … 41.2 s", "2.00 s", "32.0 s", "6.00 s"] in rows
@@ -213,11 +212,14 @@ def test_every_figure_stands_in_a_table(results: Path) -> None:
 
 
 def test_the_page_needs_no_network_and_its_links_lead_somewhere(results: Path) -> None:
-    page = render(None, None, None, None, read_training(results))
+    page = render(read_results(results))
     elements = list(_drawing(page).iter())
     links = {element.get("href") for element in elements} - {None}
     assert links == {"#gpu", "#step", "#epoch", "#race", "#evidence", "#machine"}
-    assert links == {f"#{element.get('id')}" for element in elements if element.get("id")}
+    ids = [element.get("id") for element in elements if element.get("id")]
+    assert links == {f"#{element.get('id')}" for element in elements if element.tag == "h2"}
+    assert len(set(ids)) == len(ids)
+    assert {address for element in elements if (address := element.get(XLINK))} <= {f"#{i}" for i in ids}
     assert not re.search(r"url\(|@import|<script|<link|<img|\bsrc=", page)
     assert "so &amp; &lt;so&gt;" in page and "A quick run." not in page
 
@@ -225,8 +227,8 @@ def test_the_page_needs_no_network_and_its_links_lead_somewhere(results: Path) -
 @pytest.mark.parametrize("name", FILES)
 def test_the_page_is_drawn_from_any_of_the_files_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.json").write_text(json.dumps(FILES[name]() | {"quick": True}))
-    page = render(None, None, None, None, read_training(tmp_path))
-    ids = {element.get("id") for element in _drawing(page).iter()} - {None}
+    page = render(read_results(tmp_path))
+    ids = {element.get("id") for element in _drawing(page).iter("h2")}
     assert ids == {name, "gpu", "machine"} | ({"epoch"} if name == "step" else set())
     assert "A quick run." in page and f"<code>make {name}</code>" in page
 
@@ -238,98 +240,111 @@ def test_one_seed_and_no_training_leave_no_spread_and_no_curves(tmp_path: Path) 
     del step["epoch"]
     for name, content in (("evidence", evidence), ("race", race_json(1)), ("step", step)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    training = read_training(tmp_path)
-    page = render(None, None, None, None, training)
+    page = render(read_results(tmp_path))
     assert [RANDOM, "76.00 %", "77.00 %", "–", "1"] in _rows(page)
-    assert "polyline" not in page and 'id="epoch"' not in page and 'class="std"' not in page
-    assert training.evidence and picture(training.evidence) is None
-    block = training_block.block(training)
-    assert training_block.PICTURE not in block and "one seed" in block
-    assert "epoch beside" not in block and "±" not in block
+    assert "by epoch" not in page and 'id="epoch"' not in page
+    assert not any("±" in cell for row in _rows(page) for cell in row)
+    assert drawn(read_results(tmp_path)) is None
+    block = _block(tmp_path)
+    assert PICTURE.name not in block and "one seed" in block
+    assert "MixMask epoch" not in block and "±" not in block
 
 
 def test_the_picture_stands_alone_with_every_trained_method_in_its_legend(results: Path) -> None:
-    evidence = read_evidence(results / "evidence.json")
-    drawn = picture(evidence)
-    assert drawn
-    root = ElementTree.fromstring(drawn)
+    svg = drawn(read_results(results))
+    assert svg
+    root = ElementTree.fromstring(svg)
     texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert [text for text in texts if text in (RANDOM, *METHODS)] == list(METHODS)
     assert {"1", "2", "3", "4", "epoch"} <= set(texts)
-    assert not re.search(r"url\(|@import|<script|href|var\(", drawn)
-    lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
-    assert len(lines) == len(METHODS) * (3 + 1)
+    assert not re.search(r'url\(|@import|<script|href="[^#]|var\(', svg)
 
 
 def test_every_method_has_a_colour_of_its_own() -> None:
-    assert set(curves.COLOURS) == {RANDOM, *METHODS}
-    for shade in ("light", "dark"):
-        assert len({getattr(colour, shade) for colour in curves.COLOURS.values()}) == len(curves.COLOURS)
+    methods = [RANDOM, *METHODS]
+    assert set(methods) <= set(charts.COLOURS)
+    for shade in (0, 1):
+        assert len({charts.COLOURS[name][shade] for name in methods}) == len(methods)
+    # The page finds a drawing's colours by their light shade.
+    assert len({light for light, _ in charts.COLOURS.values()}) == len(charts.COLOURS)
 
 
-# -------------------------------------------------------------------------------------------- geometry
+# -------------------------------------------------------------------------------------------- drawings
 
 
-def test_curves_stand_where_their_values_are() -> None:
-    drawn = curves.plot(
-        "kNN", {"moco": [{1: 70.0, 2: 75.0, 3: 80.0}, {1: 72.0, 2: 75.0, 3: 78.0}], "random": []}
+def test_curves_have_their_values_and_their_mean() -> None:
+    figure = charts.curves(
+        {"moco": [{1: 0.70, 2: 0.75, 3: 0.80}, {1: 0.72, 2: 0.75, 3: 0.78}], "random": []}, share=True
     )
-    assert drawn and [tick.text for tick in drawn.x.ticks] == ["1", "2", "3"]
-    assert [(tick.pct, tick.text) for tick in drawn.y.ticks] == [
-        (pytest.approx(25.0 * number), f"{70 + 2.5 * number:.1f}") for number in range(5)
-    ]
-    (line,) = drawn.lines
-    assert line.runs == ("0.00,100.00 50.00,50.00 100.00,0.00", "0.00,80.00 50.00,50.00 100.00,20.00")
-    assert line.mean == "0.00,90.00 50.00,50.00 100.00,10.00"
-    assert line.dots == ((0, pytest.approx(90)), (50, pytest.approx(50)), (100, pytest.approx(10)))
+    assert figure
+    (axes,) = figure.axes
+    first, second, mean = (line.get_xydata().tolist() for line in axes.lines)
+    assert first == [[1, 0.70], [2, 0.75], [3, 0.80]] and second == [[1, 0.72], [2, 0.75], [3, 0.78]]
+    assert [x for x, _ in mean] == [1, 2, 3]
+    assert [y for _, y in mean] == pytest.approx([0.71, 0.75, 0.79])
+    assert axes.lines[2].get_marker() == "o" and axes.lines[2].get_label() == "moco"
+    texts = re.findall(r">([^<>]+)</text>", charts.svg(figure, "kNN"))
+    assert texts == ["1", "2", "3", "70.0 %", "72.5 %", "75.0 %", "77.5 %", "80.0 %"]
+
+
+def test_every_run_of_every_method_is_drawn(results: Path) -> None:
+    evidence = read_results(results)["evidence"]
+    figure = curves_of(evidence, "knn_top1")
+    assert figure and len(figure.axes[0].lines) == len(METHODS) * (3 + 1)
 
 
 def test_long_curves_have_no_dots_and_few_ticks() -> None:
-    drawn = curves.plot("loss", {"moco": [{epoch: 1 / epoch for epoch in range(1, 201)}]})
-    assert drawn and drawn.lines[0].dots == () and drawn.lines[0].runs == ()
-    assert [tick.text for tick in drawn.x.ticks] == ["1", "50", "100", "150", "200"]
-    assert curves.plot("nothing", {"random": [], "moco": [{}]}) is None
+    figure = charts.curves({"moco": [{epoch: 1 / epoch for epoch in range(1, 201)}]})
+    assert figure
+    (axes,) = figure.axes
+    (line,) = axes.lines
+    assert line.get_marker() == "None"
+    assert 3 <= len([tick for tick in axes.get_xticks() if 1 <= tick <= 200]) <= 9
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+    assert charts.curves({"random": [], "moco": [{}]}) is None
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5), st.integers(3, 8))
-@example([0.0, 0.15625], 8)
-def test_axes_hold_all_values_between_round_ticks(values: list[float], most_ticks: int) -> None:
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5))
+@example([0.0, 0.15625])
+def test_axes_hold_all_values_between_few_different_ticks(values: list[float]) -> None:
     values = [round(value, 3) for value in values]
-    axis = curves.axis(values, most_ticks)
-    assert all(-1e-6 <= axis.pct(value) <= 100 + 1e-6 for value in values)
-    assert 2 <= len(axis.ticks) <= most_ticks
-    assert axis.ticks[0].pct == 0 and axis.ticks[-1].pct == 100
-    assert len({tick.text for tick in axis.ticks}) == len(axis.ticks)
-    for tick in axis.ticks:
-        there = axis.low + tick.pct / 100 * (axis.high - axis.low)
-        assert float(tick.text.replace(",", "")) == pytest.approx(there, abs=1e-5 * (axis.high - axis.low))
+    figure = charts.curves({"moco": [dict(enumerate(values, 1))]})
+    assert figure
+    axis = figure.axes[0].yaxis
+    low, high = axis.get_view_interval()
+    assert low <= min(values) and max(values) <= high
+    ticks = [tick for tick in axis.get_ticklocs() if low <= tick <= high]
+    assert 1 <= len(ticks) <= 6
+    labels = axis.get_major_formatter().format_ticks(ticks)
+    assert len(set(labels)) == len(labels)
+    for label, tick in zip(labels, ticks, strict=True):
+        assert float(label.replace("−", "-")) == pytest.approx(tick, abs=1e-5 * max(abs(low), abs(high)))
 
 
-@pytest.mark.parametrize(
-    ("values", "texts"),
-    [
-        ([98.9, 99.97], ["98.5 %", "99.0 %", "99.5 %", "100.0 %"]),
-        ([0.0, 0.0], ["0.0 %", "0.5 %", "1.0 %"]),
-        ([3.0, 103.0], ["0 %", "50 %", "100 %"]),
-    ],
-)
-def test_axes_of_shares_never_leave_them(values: list[float], texts: list[str]) -> None:
-    assert [tick.text for tick in curves.axis(values, 5, " %", within=(0, 100)).ticks] == texts
+def _points(runs: list[float], std: float = 0.0, start: float | None = None) -> charts.Points:
+    return charts.Points("a", "so", "moco", runs, statistics.mean(runs), std, start)
+
+
+@pytest.mark.parametrize("runs", [[0.989, 0.9997], [0.0, 0.0], [0.03, 1.0]])
+def test_axes_of_shares_never_leave_them(runs: list[float]) -> None:
+    figure = charts.points([_points(runs, std=0.1)])
+    low, high = figure.axes[0].get_xlim()
+    assert 0 <= low <= min(runs) and max(runs) <= high <= 1
 
 
 def test_points_have_a_whisker_within_the_axis() -> None:
-    along = curves.axis([0.0, 100.0], 3)
-    row = curves.row("a", "so", [40.0, 60.0], 50.0, 10.0, along, "of-ours", start=10.0)
-    assert (row.dots, row.mean_pct, row.low_pct, row.high_pct, row.from_pct) == ((40, 60), 50, 40, 60, 10)
-    assert curves.row("a", "so", [99.0], 99.0, 5.0, along, "").high_pct == 100
+    (axes,) = charts.points([_points([0.4, 0.6], std=0.1, start=0.1), _points([0.99], std=0.05)]).axes
+    drawn = [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata())]
+    assert drawn[1:6] == [[0.1, 0.5], [0.1], [0.4, 0.6], [0.4, 0.6], [0.5]]
+    assert drawn[7:] == [[pytest.approx(0.94), 1.0], [0.99]]
 
 
 def test_parts_of_an_epoch_stand_one_after_the_other_on_a_common_scale() -> None:
-    parts = stacked({"data": 1.0, "encoder": 3.0}, longest=8.0)
-    assert [(part.start_pct, part.width_pct, part.text) for part in parts] == [
-        (0, 12.5, "1.00 s"),
-        (12.5, 37.5, "3.00 s"),
-    ]
+    stack: Any = templates().get_template("macros.html").module
+    drawn = str(stack.stack({"data": 1.0, "encoder": 3.0}, 8.0))
+    assert re.findall(r"width: ([\d.]+)%", drawn) == ["12.5", "37.5"]
+    page = render({"step": step_json()})
+    assert [OURS, "38.4 … 41.2 s", "2.00 s", "32.0 s", "6.00 s"] in _rows(page)
 
 
 # ------------------------------------------------------------------------------------------ strictness
@@ -340,7 +355,7 @@ def test_parts_of_an_epoch_stand_one_after_the_other_on_a_common_scale() -> None
     [
         ("step", ("benchmark",), "loader", "benchmark is 'loader', expected 'step'"),
         ("step", ("config", "queue_len"), None, "config: queue_len is missing"),
-        ("step", ("step", "methods"), {}, "there is no method"),
+        ("step", ("step", "methods"), {}, "step: methods is empty"),
         (
             "step",
             ("step", "methods", "moco", "naive", "peak_memory_mib"),
@@ -353,8 +368,8 @@ def test_parts_of_an_epoch_stand_one_after_the_other_on_a_common_scale() -> None
         ("race", ("race", "runners", OUR_RACER, "spread"), 1, "spread is 1, expected dict"),
         ("race", ("race", "runners", OUR_RACER, "runs"), [], "runs is empty"),
         ("race", ("race", "mixmask_knn_gain_over_lightly"), None, "mixmask_knn_gain_over_lightly is missing"),
-        ("evidence", ("evidence",), {}, "figures of no method"),
-        ("evidence", ("evidence", "mscn"), {}, "figures of mscn, expected some of random, moco"),
+        ("evidence", ("evidence",), {}, "evidence is empty"),
+        ("evidence", ("evidence", "mscn"), {}, "evidence has mscn, expected some of random, moco"),
         ("evidence", ("evidence", "moco", "knn_top1", "std"), None, "knn_top1: std is missing"),
         ("evidence", ("evidence", "moco", "runs", 1, "curve", 2, "rankme"), float("nan"), "rankme is nan"),
         ("evidence", ("config", "epochs"), 1.5, "epochs is 1.5, expected int"),
@@ -372,7 +387,7 @@ def test_a_file_of_another_shape_is_refused_by_key(
         place[keys[-1]] = value
     (results / f"{name}.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
-        read_training(results)
+        read_results(results)
     assert f"{name}.json" in str(caught.value) and f"make {name}" in str(caught.value)
 
 
@@ -380,7 +395,7 @@ def test_a_file_of_another_shape_is_refused_by_key(
 
 
 def test_the_block_has_a_table_and_a_sentence_each(results: Path) -> None:
-    text = training_block.block(read_training(results))
+    text = _block(results)
     lines = text.splitlines()
     assert "| | kNN top-1 | linear top-1 | samples/s |" in lines
     assert "| random encoder | 76.30 ± 0.30 % | 76.80 ± 0.20 % | – |" in lines
@@ -390,70 +405,64 @@ def test_the_block_has_a_table_and_a_sentence_each(results: Path) -> None:
         "ours, MixMask 1,212 samples/s, kNN 81.4 ± 0.4 % (86.0 %), 2.40 × the samples/s of lightly as" in race
     )
     assert "+5.0 points (+4.0)" in race
-    assert "from 70.2 % (75.0 %)" in race
+    assert "70.2 % (75.0 %) before training" in race
     assert (
         "lightly as documented (its own views) 505 samples/s, kNN 76.4 ± 0.4 % (81.0 %); lightly at" in race
     )
     assert "moco 0.50 × and 0.25 ×; mixmask 0.25 × and 0.12 ×" in step and "queue 65,536" in step
     assert "resnet18 at 224 px 1.50 × as fast (1.58 × with BN as published)" in epoch
-    assert f"]({training_block.PICTURE})" in text and "Test Processor <1>, 2 cores, no GPU." in lines
+    assert f"]({PICTURE.name})" in text and "Test Processor <1>, 2 cores, no GPU." in lines
 
 
-def test_block_and_picture_are_written_once_and_held(results: Path, readme_file: Path) -> None:
-    drawing = readme_file.parent / training_block.PICTURE
-    assert _report(results, readme_file, check=True) == 1
-    assert readme_file.read_text() == MARKERS and not drawing.exists(), "a check writes nothing"
-    assert _report(results, readme_file) == 0
-    text = readme_file.read_text()
-    assert text.startswith(f"# Title\n\n{BEGIN}\n## ") and text.endswith(f"{END}\n\nlast line ×\n")
-    assert _report(results, readme_file, check=True) == 0
-    assert _report(results, readme_file) == 0 and readme_file.read_text() == text
+def test_block_and_picture_are_written_once_and_held(results: Path, page_file: Path) -> None:
+    drawing = page_file.parents[1] / PICTURE
+    assert _report(results, page_file, check=True) == 1
+    assert page_file.read_text() == MARKERS and not drawing.exists(), "a check writes nothing"
+    assert _report(results, page_file) == 0
+    text = page_file.read_text()
+    assert text.startswith(f"# Title\n\n{BLOCK.begin}\n## ") and text.endswith(
+        f"{BLOCK.end}\n\nlast line ×\n"
+    )
+    assert _report(results, page_file, check=True) == 0
+    assert _report(results, page_file) == 0 and page_file.read_text() == text
     drawing.write_text("another")
-    assert _report(results, readme_file, check=True) == 1
-    assert _report(results, readme_file) == 0 and _report(results, readme_file, check=True) == 0
+    assert _report(results, page_file, check=True) == 1
+    assert _report(results, page_file) == 0 and _report(results, page_file, check=True) == 0
 
 
-def test_a_changed_figure_fails_the_check(results: Path, readme_file: Path) -> None:
-    _report(results, readme_file)
+def test_a_changed_figure_fails_the_check(results: Path, page_file: Path) -> None:
+    _report(results, page_file)
     content = race_json()
     content["race"]["runners"][OUR_RACER]["samples_per_s"] += 100
     (results / "race.json").write_text(json.dumps(content))
-    assert _report(results, readme_file, check=True) == 1
+    assert _report(results, page_file, check=True) == 1
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_quick_runs_figures_stay_out_of_the_readme(
-    results: Path, readme_file: Path, name: str, capsys: pytest.CaptureFixture[str]
+    results: Path, page_file: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (results / f"{name}.json").write_text(json.dumps(FILES[name]() | {"quick": True}))
-    assert _report(results, readme_file) == 0
-    text = readme_file.read_text()
+    assert _report(results, page_file) == 0
+    text = page_file.read_text()
     marks = {"step": "- A training step", "race": "- Race on", "evidence": "| moco |"}
     assert [mark for mark in marks.values() if mark in text] == [
         mark for other, mark in marks.items() if other != name
     ]
-    assert f"{name}: a quick run's figures are not for {readme_file}" in capsys.readouterr().out
-    assert (readme_file.parent / training_block.PICTURE).exists() == (name != "evidence")
-    assert _report(results, readme_file, check=True) == 0
+    assert f"{name}: figures of a quick run are not for {page_file.parents[1]}" in capsys.readouterr().out
+    assert (page_file.parents[1] / PICTURE).exists() == (name != "evidence")
+    assert _report(results, page_file, check=True) == 0
 
 
-def test_without_figures_a_readme_needs_no_markers_but_with_them(results: Path, readme_file: Path) -> None:
-    readme_file.write_text("# Title\n")
+def test_without_figures_a_readme_needs_no_markers_but_with_them(results: Path, page_file: Path) -> None:
+    page_file.write_text("# Title\n")
     with pytest.raises(ValueError, match=r"must have one line <!-- training figures: begin -->"):
-        _report(results, readme_file)
+        _report(results, page_file)
     for name in FILES:
         (results / f"{name}.json").write_text(json.dumps(FILES[name]() | {"quick": True}))
-    assert _report(results, readme_file) == 0 and _report(results, readme_file, check=True) == 0
-    assert readme_file.read_text() == "# Title\n"
+    assert _report(results, page_file) == 0 and _report(results, page_file, check=True) == 0
+    assert page_file.read_text() == "# Title\n"
     # Where the comments are there, what stands between them without figures is gone.
-    readme_file.write_text(MARKERS.replace(f"{BEGIN}\n", f"{BEGIN}\nold\n"))
-    assert _report(results, readme_file, check=True) == 1
-    assert _report(results, readme_file) == 0 and readme_file.read_text() == MARKERS
-
-
-def test_the_readme_holds_the_committed_figures() -> None:
-    """README.md's block and picture are what `make report` makes of benchmarks/results/."""
-    training = read_training(ROOT / RESULTS)
-    assert not [name for name, figures in vars(training).items() if figures and figures.quick]
-    block = training_block.block(training)
-    assert _is_current(ROOT / README, block, _drawn(training)), "run `make report` and commit what it wrote"
+    page_file.write_text(MARKERS.replace(f"{BLOCK.begin}\n", f"{BLOCK.begin}\nold\n"))
+    assert _report(results, page_file, check=True) == 1
+    assert _report(results, page_file) == 0 and page_file.read_text() == MARKERS

@@ -28,7 +28,7 @@ def write(
 
 
 def read_by_ffcv(path: Path, manager_name: str) -> list[bytes]:
-    """All payloads, two a batch, through a memory manager of stock FFCV (uncompiled, so it takes no time)."""
+    """All payloads in batches of two through a memory manager of stock FFCV, uncompiled to save time."""
     from ffcv.memory_managers import OSCacheManager, ProcessCacheManager
     from ffcv.pipeline.compiler import Compiler
     from ffcv.reader import Reader
@@ -99,7 +99,7 @@ def test_ffcv_reads_what_was_written(
     assert ours.labels.tolist() == labels
 
 
-def test_page_grows_for_a_large_picture_and_no_further(tmp_path: Path) -> None:
+def test_page_grows_only_as_far_as_needed(tmp_path: Path) -> None:
     payloads = [b"a" * 4000, b"b" * 4000, b"c" * 9000, b"d"]
     write(tmp_path / "set.beton", payloads, [0, 1, 2, 3])
     beton = open_beton(tmp_path / "set.beton")
@@ -108,7 +108,7 @@ def test_page_grows_for_a_large_picture_and_no_further(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("ffcv")
-def test_ffcv_reads_a_file_whose_page_grew(tmp_path: Path) -> None:
+def test_ffcv_reads_a_file_with_a_grown_page(tmp_path: Path) -> None:
     payloads = [b"a" * 4000, b"b" * 4000, b"c" * 9000, b"d"]
     write(tmp_path / "set.beton", payloads, [0, 1, 2, 3])
     assert read_by_ffcv(tmp_path / "set.beton", "process") == payloads
@@ -116,17 +116,17 @@ def test_ffcv_reads_a_file_whose_page_grew(tmp_path: Path) -> None:
 
 @pytest.mark.needs("ffcv")
 def test_same_layout_as_the_stock_writer(tmp_path: Path) -> None:
-    """Of the same raw pictures, only the places and our hash differ from what ffcv.DatasetWriter makes."""
+    """For the same raw images, only offsets and our hash differ from ffcv.DatasetWriter's file."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.reader import Reader
     from ffcv.writer import DatasetWriter
 
     rng = np.random.default_rng(0)
-    pictures = [(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), label) for label in (3, -1, 2)]
+    images = [(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8), label) for label in (3, -1, 2)]
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-    DatasetWriter(str(tmp_path / "stock.beton"), fields, num_workers=1).from_indexed_dataset(pictures)
+    DatasetWriter(str(tmp_path / "stock.beton"), fields, num_workers=1).from_indexed_dataset(images)
     with BetonWriter(tmp_path / "ours.beton", capacity=3, tier="raw") as writer:
-        for pixels, label in pictures:
+        for pixels, label in images:
             writer.add(pixels, label=label, width=7, height=5, source_path="x")
         writer.commit(source="test")
 
@@ -145,10 +145,10 @@ def test_same_layout_as_the_stock_writer(tmp_path: Path) -> None:
     assert stock.metadata["f1"].tolist() == ours.metadata["f1"].tolist()
     assert stock.alloc_table["size"].tolist() == ours.alloc_table["size"].tolist()
     theirs = open_beton(tmp_path / "stock.beton")
-    assert [theirs.payload(i).tobytes() for i in range(3)] == [pixels.tobytes() for pixels, _ in pictures]
+    assert [theirs.payload(i).tobytes() for i in range(3)] == [pixels.tobytes() for pixels, _ in images]
 
 
-def test_manifest_and_paths_lie_beside(tmp_path: Path) -> None:
+def test_manifest_and_paths_are_written_next_to_the_file(tmp_path: Path) -> None:
     manifest = write(tmp_path / "set.beton", [b"one", b"two"], [0, 1])
     assert manifest == Manifest.read(tmp_path / "set.beton")
     assert (manifest.count, manifest.num_bytes) == (2, (tmp_path / "set.beton").stat().st_size)
@@ -156,12 +156,12 @@ def test_manifest_and_paths_lie_beside(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set.beton", "set.json", "set.paths"]
 
 
-def test_hash_sees_payloads_order_and_labels(tmp_path: Path) -> None:
+def test_hash_depends_on_payloads_order_and_labels(tmp_path: Path) -> None:
     variants = [([b"one", b"two"], [0, 1]), ([b"two", b"one"], [0, 1]), ([b"one", b"two"], [1, 0])]
     hashes = {write(tmp_path / f"{i}.beton", *variant).sha256 for i, variant in enumerate(variants)}
     assert len(hashes) == 3
     assert write(tmp_path / "again.beton", *variants[0], capacity=500).sha256 in hashes, (
-        "places are no contents"
+        "offsets are not hashed"
     )
 
 
@@ -180,7 +180,7 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    """What could not be written waits in a buffer, whose closing fails again; that must not keep the file."""
+    """Closing flushes the buffer and fails once more; the file must be removed all the same."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -195,10 +195,10 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_error_of_the_disk_while_pictures_are_added_is_raised(
+def test_error_of_the_disk_while_images_are_added_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel tells it once, to the sync that met it; the one at the end would succeed."""
+    """The kernel reports it only once, in the first sync after it; the final sync would succeed."""
     from dataset_tools import disk
 
     def fail(descriptor: int) -> None:
@@ -252,10 +252,10 @@ def _add(**changes: Any) -> Callable[[BetonWriter], object]:
         ({"tier": "raw"}, _add(payload=b"xx"), "raw payload of 2 bytes"),
         ({"tier": "yuv420"}, _add(payload=b"xx"), "yuv420 payload of 2 bytes"),
         ({"tier": "yuv420"}, _add(payload=b"xxx", width=2), "yuv420 payload of 3 bytes for 2 × 1 px"),
-        ({}, lambda writer: writer.commit(source="test"), "no picture is left"),
+        ({}, lambda writer: writer.commit(source="test"), "no image is left"),
     ],
 )
-def test_misuse_is_a_sentence(tmp_path: Path, options: dict[str, Any], act: Any, words: str) -> None:
+def test_misuse_is_an_error(tmp_path: Path, options: dict[str, Any], act: Any, words: str) -> None:
     def attempt() -> None:
         with BetonWriter(tmp_path / "set.beton", **({"capacity": 1} | options)) as writer:
             act(writer)
@@ -265,7 +265,7 @@ def test_misuse_is_a_sentence(tmp_path: Path, options: dict[str, Any], act: Any,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_set_says_so(tmp_path: Path) -> None:
+def test_adding_to_a_full_set_is_an_error(tmp_path: Path) -> None:
     with BetonWriter(tmp_path / "set.beton", capacity=1) as writer:
         writer.add(b"x", label=0, width=1, height=1, source_path="1")
         with pytest.raises(ValueError, match="is full"):

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from dataset_tools.convert import convert
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource, Sample
-from dataset_tools.verify import stats, verify
+from dataset_tools.stats import stats
+from dataset_tools.verify import verify
 from pipelines.decode.jpeg import Jpeg, encode_planes
 from pipelines.sets.beton import MODE_YUV420, open_beton
 from pipelines.sets.manifest import Manifest, Tier, read_source_path, skipped_path
@@ -40,15 +42,15 @@ def test_tree_is_stored_byte_for_byte(tree: Path, tmp_path: Path) -> None:
     assert beton.metadata["f0"]["height"].tolist() == [40, 41, 42, 43, 44]
     manifest = Manifest.read(tmp_path / "set.beton")
     assert manifest == converted.manifest
-    assert (manifest.classes, manifest.source, manifest.replaced) == (("cats", "dogs"), "pictures", {})
+    assert (manifest.classes, manifest.source, manifest.replaced) == (("cats", "dogs"), "images", {})
     assert outputs(tmp_path) == ["set.beton", "set.json", "set.paths"]
 
 
-def test_planes_come_back_as_they_decode(tree: Path, tmp_path: Path, encode: Callable[..., bytes]) -> None:
-    """Folder → set → payload, and its luma against what Pillow decodes."""
+def test_planes_are_stored_as_decoded(tree: Path, tmp_path: Path, encode: Callable[..., bytes]) -> None:
+    """Folder → set → payload; the luma is compared with Pillow's."""
     (tree / "dogs" / "png.png").write_bytes(encode(33, 21, kind="PNG"))
     (tree / "dogs" / "one.jpg").write_bytes(encode(1, 1, subsampling=2))
-    converted = convert(FolderSource(tree), tmp_path / "set.beton", tier="yuv420", workers=2)
+    converted = convert(FolderSource(tree), tmp_path / "set.beton", Normalising(tier="yuv420"), workers=2)
     assert converted.manifest.tier == "yuv420"
     assert converted.manifest.replaced == {"transcoded: PNG": 1}
     beton = open_beton(tmp_path / "set.beton")
@@ -59,19 +61,19 @@ def test_planes_come_back_as_they_decode(tree: Path, tmp_path: Path, encode: Cal
         with Image.open(io.BytesIO(payload)) as image:
             image.draft("YCbCr", image.size)
             width, height = image.size
-            wanted = np.asarray(image.convert("YCbCr"))[:, :, 0].astype(int)
+            expected = np.asarray(image.convert("YCbCr"))[:, :, 0].astype(int)
             exact = image.format == "JPEG"
             planes = Jpeg(payload).planes() if exact else encode_planes(np.asarray(image))
         record = beton.metadata["f0"][i]
         assert (record["mode"], record["width"], record["height"]) == (MODE_YUV420, width, height)
         assert beton.payload(i).tobytes() == planes.packed().tobytes()
         luma = beton.payload(i)[: width * height].reshape(height, width)
-        assert np.abs(luma - wanted).max() <= (0 if exact else 1)
+        assert np.abs(luma - expected).max() <= (0 if exact else 1)
 
 
-def test_settings_tell_how_it_was_made(tree: Path, tmp_path: Path) -> None:
+def test_settings_record_the_options(tree: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"short_side": 30, "recompress": True, "quality": 70}
-    made = convert(FolderSource(tree), tmp_path / "set.beton", **options).manifest
+    made = convert(FolderSource(tree), tmp_path / "set.beton", Normalising(**options)).manifest
     assert made.settings == {
         "tier": "jpeg", "verify": True, "max_side": None, "max_bad": 0.01, **options
     }  # fmt: skip
@@ -81,16 +83,15 @@ def test_settings_tell_how_it_was_made(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tier", ["jpeg", "yuv420", "raw"])
-def test_workers_change_no_tier(tree: Path, tmp_path: Path, tier: Tier) -> None:
+def test_workers_do_not_change_a_byte_of_any_tier(tree: Path, tmp_path: Path, tier: Tier) -> None:
     for workers in (1, 3):
-        convert(
-            FolderSource(tree), tmp_path / f"set.{workers}.beton", workers=workers, tier=tier, short_side=35
-        )
+        how = Normalising(tier, short_side=35)
+        convert(FolderSource(tree), tmp_path / f"set.{workers}.beton", how, workers=workers)
     assert (tmp_path / "set.1.beton").read_bytes() == (tmp_path / "set.3.beton").read_bytes()
 
 
 def spoil(tree: Path, encode: Callable[..., bytes]) -> None:
-    """One of each kind of trouble, among the five good pictures."""
+    """Add one image of each bad or unusual kind to the five good ones."""
     (tree / "cats" / "b1.jpg").write_bytes(encode()[:-40])
     (tree / "cats" / "b2.jpg").write_bytes(b"hello")
     (tree / "dogs" / "png.JPEG").write_bytes(encode(kind="PNG"))
@@ -100,7 +101,9 @@ def spoil(tree: Path, encode: Callable[..., bytes]) -> None:
     (tree / "dogs" / "gone.jpg").symlink_to("nowhere")
 
 
-def test_trouble_is_counted_and_named(tree: Path, tmp_path: Path, encode: Callable[..., bytes]) -> None:
+def test_bad_and_unusual_images_are_counted_and_listed(
+    tree: Path, tmp_path: Path, encode: Callable[..., bytes]
+) -> None:
     spoil(tree, encode)
     converted = convert(FolderSource(tree), tmp_path / "set.beton", max_bad=0.5)
     assert converted.manifest.replaced == {
@@ -132,7 +135,7 @@ def test_more_than_twenty_skipped_are_all_in_the_file(tree: Path, tmp_path: Path
     assert len(skipped_path(tmp_path / "set.beton").read_text().splitlines()) == 25
 
 
-def test_no_list_of_skipped_outlives_its_set(tree: Path, tmp_path: Path) -> None:
+def test_the_list_of_skipped_images_goes_with_its_set(tree: Path, tmp_path: Path) -> None:
     (tree / "cats" / "bad.jpg").write_bytes(b"bad")
     convert(FolderSource(tree), tmp_path / "set.beton", max_bad=1)
     (tree / "cats" / "bad.jpg").unlink()
@@ -148,7 +151,7 @@ def test_workers_do_not_change_a_byte(tree: Path, tmp_path: Path, encode: Callab
     assert all(other == first for other in others)
 
 
-def test_the_first_bad_picture_may_be_an_error(tree: Path, tmp_path: Path) -> None:
+def test_the_first_bad_image_may_be_an_error(tree: Path, tmp_path: Path) -> None:
     (tree / "cats" / "b1.jpg").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"the last is cats/b1\.jpg: not a picture"):
         convert(FolderSource(tree), tmp_path / "set.beton", max_bad=0)
@@ -159,7 +162,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(3):
         (tmp_path / "in" / f"{i}.jpg").write_bytes(b"bad")
-    with pytest.raises(ValueError, match=r"none of the 3 pictures of in can be used: 0\.jpg: not a picture"):
+    with pytest.raises(ValueError, match=r"none of the 3 images of in can be used: 0\.jpg: not a picture"):
         convert(FolderSource(tmp_path / "in"), tmp_path / "set.beton", max_bad=1)
     assert outputs(tmp_path) == []
 
@@ -188,7 +191,7 @@ def test_options_are_checked(tree: Path, tmp_path: Path, options: dict[str, Any]
 
 
 class Failing:
-    """Raises at the third picture, as a defect or Ctrl-C would."""
+    """Raises at the third image, like a defect or Ctrl-C."""
 
     name = "failing"
     classes = ()
@@ -211,7 +214,7 @@ class Failing:
 @pytest.mark.parametrize("error", [RuntimeError("defect"), KeyboardInterrupt()])
 def test_error_in_a_worker_ends_the_conversion(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)):
-        convert(Failing(error), tmp_path / "set.beton", tier="raw", workers=2)
+        convert(Failing(error), tmp_path / "set.beton", Normalising(tier="raw"), workers=2)
     assert outputs(tmp_path) == []
 
 
@@ -265,6 +268,6 @@ def test_stock_ffcv_loader_reads_it(tree: Path, tmp_path: Path) -> None:
     images, labels = zip(*((image.copy(), label.copy()) for image, label in loader), strict=True)
     assert np.concatenate(labels).ravel().tolist() == [0, 0, 0, 1, 1]
     with Image.open(tree / "cats" / "a.jpg") as first:
-        wanted = np.asarray(first.crop((10, 0, 50, 40)), np.int16)
-    # Pillow and FFCV bring two builds of libjpeg-turbo, whose inverse transforms round differently.
-    assert np.abs(np.concatenate(images)[0] - wanted).max() <= 4
+        expected = np.asarray(first.crop((10, 0, 50, 40)), np.int16)
+    # Pillow and FFCV use two builds of libjpeg-turbo with different rounding in the inverse transform.
+    assert np.abs(np.concatenate(images)[0] - expected).max() <= 4

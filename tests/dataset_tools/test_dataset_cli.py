@@ -14,18 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 Capture = pytest.CaptureFixture[str]
 
 
-def test_convert_says_where_how_many_and_what_next(tree: Path, tmp_path: Path, capsys: Capture) -> None:
-    output = tmp_path / "sets" / "pictures.beton"
+def test_convert_prints_path_count_and_next_step(tree: Path, tmp_path: Path, capsys: Capture) -> None:
+    output = tmp_path / "sets" / "images.beton"
     assert main(["convert", str(tree), str(output)]) == 0
     out, err = capsys.readouterr()
-    assert err == "", "no bar where nobody looks"
+    assert err == "", "no bar without a terminal"
     (line,) = out.splitlines()
-    assert line.startswith(f"{output}: 5 pictures, tier jpeg, 0.0 MB, 5 in ")
+    assert line.startswith(f"{output}: 5 images, tier jpeg, 0.0 MB, 5 in ")
     assert line.endswith(f"Next: make pretrain DATA={output}")
     assert len(open_beton(output)) == 5
 
 
-def test_convert_names_what_it_left_out(tree: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_convert_lists_images_left_out(tree: Path, tmp_path: Path, capsys: Capture) -> None:
     for i in range(21):
         (tree / "cats" / f"x[red]{i:02d}.jpg").write_bytes(b"bad")
     assert main(["convert", str(tree), str(tmp_path / "set.beton"), "--max-bad", "1"]) == 0
@@ -49,10 +49,10 @@ def test_planes_on_the_command_line(tree: Path, tmp_path: Path, capsys: Capture)
     assert main(["convert", str(tree), str(path), "--tier", "yuv420", "--short-side", "21"]) == 0
     out = capsys.readouterr().out
     assert "5 transcoded: reduced to a short side of 21 px" in out
-    assert f"{path}: 5 pictures, tier yuv420, " in out
+    assert f"{path}: 5 images, tier yuv420, " in out
     assert open_beton(path).metadata["f0"]["height"].tolist() == [21] * 5
     assert main(["verify", str(path)]) == 0
-    assert f"{path} is whole, tier yuv420, as its manifest says" in capsys.readouterr().out
+    assert f"{path} is undamaged, tier yuv420, matches its manifest" in capsys.readouterr().out
     assert main(["stats", str(path)]) == 0
     assert "yuv420" in capsys.readouterr().out
 
@@ -67,17 +67,17 @@ def test_recompress_on_the_command_line(tree: Path, tmp_path: Path, capsys: Capt
     [
         ("none", [], "does not exist"),
         ("empty", [], "no images in"),
-        ("pictures", ["--quality", "0"], "quality is 0"),
-        ("pictures", ["--workers", "0"], "workers is 0"),
-        ("pictures", ["--max-side", "9", "--short-side", "8"], "give one of the two"),
-        ("pictures", ["--tier", "raw", "--recompress"], "choose tier jpeg"),
-        ("bad", ["--max-bad", "1"], "none of the 1 pictures"),
+        ("images", ["--quality", "0"], "quality is 0"),
+        ("images", ["--workers", "0"], "workers is 0"),
+        ("images", ["--max-side", "9", "--short-side", "8"], "give one of the two"),
+        ("images", ["--tier", "raw", "--recompress"], "choose tier jpeg"),
+        ("bad", ["--max-bad", "1"], "none of the 1 images"),
         (
             "bad",
             [],
-            "1 of 1 pictures of bad cannot be used (1 not a picture), --max-bad 0.01 allows 0; the last is a",
+            "1 of 1 images of bad cannot be used (1 not a picture), --max-bad 0.01 allows 0; the last is a",
         ),
-        ("pictures", ["--accept-truncated"], "is for damaged tars"),
+        ("images", ["--accept-truncated"], "is for damaged tars"),
     ],
 )
 def test_user_errors_are_one_sentence(
@@ -104,7 +104,7 @@ def test_existing_output_is_refused(tree: Path, tmp_path: Path, capsys: Capture)
 
 
 @pytest.mark.parametrize("args", [["convert", "a", "b.beton", "--colour", "red"], ["compile"], []])
-def test_unknown_words_are_errors(args: list[str], capsys: Capture) -> None:
+def test_unknown_options_are_errors(args: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(args)
     assert caught.value.code == 2
@@ -112,7 +112,7 @@ def test_unknown_words_are_errors(args: list[str], capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_command_explains_itself(command: str, capsys: Capture) -> None:
+def test_every_command_has_help(command: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
@@ -124,7 +124,7 @@ def test_verify_and_stats_report(tree: Path, tmp_path: Path, capsys: Capture) ->
     main(["convert", str(tree), str(path)])
     capsys.readouterr()
     assert main(["verify", str(path)]) == 0
-    assert f"{path} is whole, tier jpeg, as its manifest says" in capsys.readouterr().out
+    assert f"{path} is undamaged, tier jpeg, matches its manifest" in capsys.readouterr().out
     assert main(["stats", str(path)]) == 0
     out = capsys.readouterr().out
     assert "cats" in out
@@ -136,8 +136,8 @@ def test_verify_and_stats_report(tree: Path, tmp_path: Path, capsys: Capture) ->
     path.write_bytes(content)
     assert main(["verify", str(path)]) == 1
     out = capsys.readouterr().out
-    assert "picture 3 (dogs/a.jpg): damaged" in out
-    assert "1 of 5 pictures bad" in out
+    assert "image 3 (dogs/a.jpg): damaged" in out
+    assert "1 of 5 images bad" in out
     path.write_bytes(content[:100])
     assert main(["verify", str(path)]) == 1
     assert main(["stats", str(path)]) == 2

@@ -6,15 +6,20 @@ import numpy as np
 import pytest
 
 from dataset_tools import fashion_mnist
-from dataset_tools.fashion_mnist import DEBIAN_FOLDER, compile_fashion_mnist, find_split, locate
-from dataset_tools.sources import IdxSource
+from dataset_tools.fashion_mnist import (
+    DEBIAN_FOLDER,
+    IdxSource,
+    compile_fashion_mnist,
+    find_split,
+    locate,
+)
 from dataset_tools.verify import verify
 from pipelines.sets.beton import open_beton
 
 
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
-    """Both splits in miniature: 7 and 3 pictures of 28 × 28."""
+    """Both splits with 7 and 3 images of 28 × 28 px."""
     folder = tmp_path / "idx"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -91,7 +96,7 @@ def test_failed_download_names_the_package(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.skipif(
     find_split(DEBIAN_FOLDER, "test") is None, reason="dataset-fashion-mnist is not installed"
 )
-def test_debians_files_are_the_known_set() -> None:
+def test_debians_files_have_the_known_labels() -> None:
     pair = fashion_mnist.find_split(DEBIAN_FOLDER, "test")
     assert pair is not None
     source = IdxSource(pair.images, pair.labels)

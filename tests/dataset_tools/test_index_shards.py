@@ -12,8 +12,7 @@ from dataset_tools import index_shards as module
 from dataset_tools.__main__ import main
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.index_shards import index_shards
-from dataset_tools.shard_source import ShardSource
-from dataset_tools.sources import FolderSource
+from dataset_tools.sources import FolderSource, ShardSource
 from dataset_tools.verify import verify
 from pipelines.decode.pillow import EXIF_ORIENTATION
 from pipelines.sets.shards import open_shards
@@ -25,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def foreign(tmp_path: Path, encode: Encode) -> Path:
-    """Two shards as others make them: upper case, json and cls, other files, a sample without a picture."""
+    """Two shards of other programs: upper case, json and cls, other files, a sample without an image."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     rotated = io.BytesIO()
@@ -44,7 +43,7 @@ def foreign(tmp_path: Path, encode: Encode) -> Path:
     return folder
 
 
-def test_pictures_sizes_and_labels_are_found(foreign: Path, encode: Encode) -> None:
+def test_images_sizes_and_labels_are_found(foreign: Path, encode: Encode) -> None:
     before = {path: path.read_bytes() for path in foreign.glob("*.tar")}
     done = index_shards(foreign, workers=2)
     shards = open_shards(foreign)
@@ -66,14 +65,14 @@ def test_pictures_sizes_and_labels_are_found(foreign: Path, encode: Encode) -> N
     ]  # fmt: skip
 
 
-def test_dali_is_told_of_the_pictures_in_the_set_alone(foreign: Path) -> None:
+def test_dalis_index_has_only_the_images_in_the_set(foreign: Path) -> None:
     index_shards(foreign)
     assert [line.split(b" ")[-1] for line in (foreign / "b.idx").read_bytes().splitlines()] == [
         b"2", b"k1.txt", b"deep/k3.cls",
     ]  # fmt: skip
 
 
-def test_indices_that_are_right_are_left_alone(foreign: Path) -> None:
+def test_correct_indices_are_not_written_again(foreign: Path) -> None:
     index_shards(foreign)
     written = (foreign / "a.idx").stat().st_mtime_ns
     (foreign / "b.idx").write_bytes(b"v1.2 0\n")
@@ -83,10 +82,10 @@ def test_indices_that_are_right_are_left_alone(foreign: Path) -> None:
     assert verify(foreign).ok
 
 
-def test_names_with_white_space_reach_dali(tmp_path: Path, encode: Encode) -> None:
+def test_dali_reads_names_with_white_space(tmp_path: Path, encode: Encode) -> None:
     dali = pytest.importorskip("nvidia.dali")
-    pictures = [encode(30 + i, 20) for i in range(3)]
-    pack(tmp_path / "x.tar", [(f"a {i}.jpg", picture) for i, picture in enumerate(pictures)])
+    images = [encode(30 + i, 20) for i in range(3)]
+    pack(tmp_path / "x.tar", [(f"a {i}.jpg", image) for i, image in enumerate(images)])
     index_shards(tmp_path)
 
     @dali.pipeline_def(batch_size=3, num_threads=1, device_id=None)
@@ -98,11 +97,11 @@ def test_names_with_white_space_reach_dali(tmp_path: Path, encode: Encode) -> No
     pipeline = reader()
     pipeline.build()
     (read,) = pipeline.run()
-    assert [bytes(read.at(i)) for i in range(3)] == pictures
+    assert [bytes(read.at(i)) for i in range(3)] == images
     assert open_shards(tmp_path).member_name(1) is None
 
 
-def test_the_index_is_wds2idxs_for_whole_foreign_tars(tmp_path: Path, encode: Encode) -> None:
+def test_the_index_of_other_programs_tars_is_that_of_wds2idx(tmp_path: Path, encode: Encode) -> None:
     wds2idx = pytest.importorskip("wds2idx")
     files = [(f"{i:03}.{ext}", encode(20 + i, 20)) for i in range(3) for ext in ("cls2", "jpg", "seg.png")]
     pack(tmp_path / "x.tar", files)
@@ -112,7 +111,9 @@ def test_the_index_is_wds2idxs_for_whole_foreign_tars(tmp_path: Path, encode: En
     assert (tmp_path / "x.idx").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-def test_a_converted_set_is_renumbered_and_says_so(tree: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_indexing_a_converted_set_renumbers_it_and_prints_so(
+    tree: Path, tmp_path: Path, capsys: Capture
+) -> None:
     out = tmp_path / "x.shards"
     convert(FolderSource(tree), out, sharding=Sharding(2, 3))
     before = open_shards(out)
@@ -122,19 +123,19 @@ def test_a_converted_set_is_renumbered_and_says_so(tree: Path, tmp_path: Path, c
     (out / "set.json").write_text("{")
     (out / "index.npy").unlink()
     assert main(["index", str(out)]) == 0
-    assert "numbered as they lie" not in capsys.readouterr().out, "the manifest that told it is lost"
+    assert "in the order of the tars" not in capsys.readouterr().out, "the manifest with this fact is lost"
     convert(FolderSource(tree), tmp_path / "y.shards", sharding=Sharding(2, 3))
     assert main(["index", str(tmp_path / "y.shards")]) == 0
-    told = capsys.readouterr().out
-    assert "its pictures are now numbered as they lie in the tars" in told
-    assert f"Next: make pretrain DATA={tmp_path / 'y.shards'}" in told
+    printed = capsys.readouterr().out
+    assert "its images are now numbered in the order of the tars" in printed
+    assert f"Next: make pretrain DATA={tmp_path / 'y.shards'}" in printed
     for folder, classes in ((out, ("0", "1")), (tmp_path / "y.shards", ("cats", "dogs"))):
         again = open_shards(folder)
         assert [again.payload(i).tobytes() for i in range(5)] == [by_source[i] for i in on_disk]
         assert again.manifest.classes == classes
 
 
-def test_dali_only_mends_dalis_indices_and_nothing_else(tree: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_dali_only_writes_missing_and_wrong_dali_indices(tree: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "x.shards"
     convert(FolderSource(tree), out, sharding=Sharding(2))
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -162,22 +163,22 @@ def test_class_names_may_be_given(foreign: Path, tmp_path: Path, capsys: Capture
     "label", [("cls", b"cat"), ("cls", b""), ("cls", b"1_0"), ("cls", b"-2"), ("cls", b"9999999999"),
               ("json", b'{"label": "cat"}'), ("json", b'{"label": true}'), ("json", b"["), ("json", b"[1]")]
 )  # fmt: skip
-def test_a_label_that_is_none_names_the_sample(
+def test_a_label_that_is_not_a_number_is_an_error_with_the_sample(
     tmp_path: Path, encode: Encode, label: tuple[str, bytes]
 ) -> None:
     pack(tmp_path / "x.tar", [("k.jpg", encode()), (f"k.{label[0]}", label[1])])
-    with pytest.raises(ValueError, match=rf"x\.tar: k\.{label[0]} of the sample k gives no class number"):
+    with pytest.raises(ValueError, match=rf"x\.tar: k\.{label[0]} of the sample k holds no class number"):
         index_shards(tmp_path)
     assert not (tmp_path / "set.json").exists()
 
 
-def test_other_kinds_of_pictures_must_be_named(tmp_path: Path, encode: Encode, capsys: Capture) -> None:
+def test_other_kinds_of_images_must_be_listed(tmp_path: Path, encode: Encode, capsys: Capture) -> None:
     pack(
         tmp_path / "x.tar",
         [("a.jpg", encode()), ("b.webp", encode(kind="WEBP")), ("c.PNG", encode(kind="PNG"))],
     )
     assert main(["index", str(tmp_path)]) == 2
-    assert "the sample b has the picture b.webp, others have jpg; name all kinds with --ext jpg webp" in (
+    assert "the sample b has the image b.webp, others have jpg; name all kinds with --ext jpg webp" in (
         capsys.readouterr().err
     )
     assert main(["index", str(tmp_path), "--ext", "jpg", "webp", ".png"]) == 0
@@ -185,13 +186,13 @@ def test_other_kinds_of_pictures_must_be_named(tmp_path: Path, encode: Encode, c
     assert verify(tmp_path).ok
 
 
-def test_pictures_without_a_size_are_left_out_and_named(
+def test_images_of_unknown_size_are_left_out_and_listed(
     tmp_path: Path, encode: Encode, capsys: Capture
 ) -> None:
     pack(tmp_path / "x.tar", [("a.jpg", b"bad"), ("b.jpg", encode())])
     pack(tmp_path / "y.tar", [("c.jpg", b"bad")])
     assert main(["index", str(tmp_path)]) == 2
-    assert "2 of 3 pictures of " in capsys.readouterr().err
+    assert "2 of 3 images of " in capsys.readouterr().err
     assert not (tmp_path / "set.json").exists()
     assert main(["index", str(tmp_path), "--max-bad", "0.7"]) == 0
     out = capsys.readouterr().out
@@ -210,13 +211,11 @@ def test_pictures_without_a_size_are_left_out_and_named(
         ("x.tar.gz", b"\x1f\x8b", "is compressed"),
         ("x.tar", b"\x1f\x8b" + bytes(1000), "compressed with gzip"),
         ("x.tar", b"", "no whole tar"),
-        ("x.tar", bytes(10240), "no pictures in the tars"),
+        ("x.tar", bytes(10240), "no images in the tars"),
         ("x.tar", b"text" * 1000, "no whole tar"),
     ],
 )
-def test_unusable_folders_are_a_sentence(
-    tmp_path: Path, name: str | None, content: bytes, words: str
-) -> None:
+def test_unusable_folders_are_errors(tmp_path: Path, name: str | None, content: bytes, words: str) -> None:
     if name:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
@@ -225,7 +224,7 @@ def test_unusable_folders_are_a_sentence(
         index_shards(tmp_path / "none")
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_work(
     foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**_: object) -> None:
@@ -234,12 +233,12 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     monkeypatch.setattr(module.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(module, "_read_tar", None)
     with pytest.raises(
-        OSError, match=r"cannot be written \(Permission denied\); indices lie beside the tars"
+        OSError, match=r"cannot be written \(Permission denied\); indices are stored next to the tars"
     ):
         index_shards(foreign)
 
 
-def test_labels_without_end_are_taken_for_a_mistake(tmp_path: Path, encode: Encode) -> None:
+def test_huge_labels_are_taken_for_a_mistake(tmp_path: Path, encode: Encode) -> None:
     pack(tmp_path / "x.tar", [("a.jpg", encode()), ("a.json", json.dumps({"label": 2**30}).encode())])
     with pytest.raises(ValueError, match="would make 1073741825 classes"):
         index_shards(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataset_tools.disk import write_manifest
 from pipelines.sets.manifest import Manifest, read_source_path, source_path_line
 
 MANIFEST = Manifest(
@@ -15,7 +16,7 @@ MANIFEST = Manifest(
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    written = MANIFEST.write(tmp_path / "set.beton")
+    written = write_manifest(MANIFEST, tmp_path / "set.beton")
     assert written == tmp_path / "set.json"
     assert Manifest.read(tmp_path / "set.beton") == MANIFEST
     assert [p.name for p in tmp_path.iterdir()] == ["set.json"]
@@ -38,7 +39,7 @@ def test_missing_is_none(tmp_path: Path) -> None:
         ({"sha256": None}, "sha256 is None"),
     ],
 )
-def test_bad_content_is_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_bad_content_is_an_error_with_the_file(tmp_path: Path, change: dict[str, object], words: str) -> None:
     content = json.loads(json.dumps(dataclasses.asdict(MANIFEST))) | change
     (tmp_path / "set.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=words) as caught:
@@ -47,7 +48,7 @@ def test_bad_content_is_named(tmp_path: Path, change: dict[str, object], words: 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"version": 1}', b"\xff\xfe"])
-def test_malformed_is_a_sentence(tmp_path: Path, text: str | bytes) -> None:
+def test_malformed_files_are_errors(tmp_path: Path, text: str | bytes) -> None:
     (tmp_path / "set.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=r"set\.json"):
         Manifest.read(tmp_path / "set.beton")

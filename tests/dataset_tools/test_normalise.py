@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from dataset_tools import normalise as module
-from dataset_tools.normalise import BadPicture, Normal, Normalising, normalise
+from dataset_tools.normalise import BadImage, Normal, Normalising, normalise
 from pipelines.decode.jpeg import Jpeg, encode_planes
 from pipelines.sets.manifest import Tier
 from tests.dataset_tools.conftest import unusual_jpeg
@@ -32,7 +32,7 @@ def exif(orientation: int) -> Image.Exif:
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"subsampling": 0}, {"exif": exif(1)}, {"width": 1, "height": 1}]
 )
-def test_plain_jpeg_passes_untouched(encode: Callable[..., bytes], options: dict[str, object]) -> None:
+def test_plain_jpeg_stays_unchanged(encode: Callable[..., bytes], options: dict[str, object]) -> None:
     payload = encode(**options)
     normal = normalise(payload, JPEG)
     assert normal.payload is payload
@@ -56,7 +56,7 @@ def test_plain_jpeg_passes_untouched(encode: Callable[..., bytes], options: dict
         ({"exif": exif(3)}, "EXIF rotation"),
     ],
 )
-def test_others_are_encoded_anew(
+def test_other_images_are_encoded_again(
     encode: Callable[..., bytes], options: dict[str, object], reason: str
 ) -> None:
     payload = encode(**options)
@@ -64,13 +64,13 @@ def test_others_are_encoded_anew(
     assert normal.changed == reason
     image = decoded(normal.payload)
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (normal.width, normal.height))
-    wanted = ImageOps.exif_transpose(decoded(payload)).convert("RGB")
-    assert image.size == wanted.size
-    difference = np.abs(np.asarray(image, np.int16) - np.asarray(wanted, np.int16))
+    expected = ImageOps.exif_transpose(decoded(payload)).convert("RGB")
+    assert image.size == expected.size
+    difference = np.abs(np.asarray(image, np.int16) - np.asarray(expected, np.int16))
     assert difference.mean() < 6, "the pixels are those of the source, upright"
 
 
-def test_chroma_is_kept_whole_where_it_was(encode: Callable[..., bytes]) -> None:
+def test_chroma_is_subsampled_only_for_jpegs(encode: Callable[..., bytes]) -> None:
     from PIL.JpegImagePlugin import get_sampling
 
     with Image.open(io.BytesIO(bytes(normalise(encode(kind="PNG"), JPEG).payload))) as image:
@@ -150,20 +150,20 @@ def test_pixels_are_reduced_too() -> None:
     assert (normal.payload == 7).all()
 
 
-def test_recompress_encodes_even_what_fits(encode: Callable[..., bytes]) -> None:
+def test_recompress_encodes_every_jpeg_again(encode: Callable[..., bytes]) -> None:
     payload = encode(120, 90, quality=97)
     sizes = {}
     for quality in (20, 90):
         normal = normalise(payload, Normalising(recompress=True, quality=quality))
         assert normal.changed == "recompressed"
         assert isinstance(normal.payload, bytes)
-        wanted = io.BytesIO()
-        decoded(payload).save(wanted, "JPEG", quality=quality, subsampling="4:2:0")
-        assert normal.payload == wanted.getvalue()
+        expected = io.BytesIO()
+        decoded(payload).save(expected, "JPEG", quality=quality, subsampling="4:2:0")
+        assert normal.payload == expected.getvalue()
         sizes[quality] = len(normal.payload)
     assert sizes[20] < sizes[90] < len(payload)
     assert normalise(encode(kind="PNG"), Normalising(recompress=True)).changed == "PNG"
-    with pytest.raises(BadPicture, match="truncated"):
+    with pytest.raises(BadImage, match="truncated"):
         normalise(cut(payload), Normalising(recompress=True, verify=False))
 
 
@@ -219,15 +219,15 @@ def test_planes_are_made_after_reducing(encode: Callable[..., bytes]) -> None:
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_damage_is_found_on_the_way_to_planes(encode: Callable[..., bytes], verify: bool) -> None:
+def test_damage_is_found_when_planes_are_decoded(encode: Callable[..., bytes], verify: bool) -> None:
     for payload in (cut(encode(subsampling=2)), cut(encode(subsampling=2, exif=exif(1)))):
-        with pytest.raises(BadPicture) as caught:
+        with pytest.raises(BadImage) as caught:
             normalise(payload, Normalising(tier="yuv420", verify=verify))
         assert caught.value.reason == "truncated"
 
 
 @pytest.mark.parametrize("tier", ["jpeg", "yuv420"])
-def test_unusual_subsampling_is_brought_to_the_usual(tier: Tier) -> None:
+def test_unusual_subsampling_is_encoded_again(tier: Tier) -> None:
     normal = normalise(unusual_jpeg(), Normalising(tier=tier))
     assert (normal.width, normal.height, normal.changed) == (32, 16, "JPEG of unusual subsampling")
     if isinstance(normal.payload, bytes):
@@ -238,10 +238,10 @@ def test_unusual_subsampling_is_brought_to_the_usual(tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("how", [JPEG, YUV420, Normalising(short_side=45), Normalising(verify=False)])
-def test_pillow_comes_to_the_same(
+def test_the_short_path_gives_the_same_as_pillow(
     encode: Callable[..., bytes], how: Normalising, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is stored by the decoder's word alone is what the long way stores, and no more is let through."""
+    """The path without Pillow stores the same bytes and accepts no other images."""
     whole = encode(subsampling=2)
     payloads = [
         *(encode(subsampling=2, **extra) for extra in ({}, {"progressive": True}, {"exif": exif(6)})),
@@ -259,7 +259,7 @@ def test_pillow_comes_to_the_same(
     def outcome(payload: bytes) -> object:
         try:
             normal = normalise(payload, how)
-        except BadPicture as bad:
+        except BadImage as bad:
             return bad.reason
         stored = normal.payload if isinstance(normal.payload, bytes) else normal.payload.tobytes()
         return stored, normal.width, normal.height, normal.changed
@@ -270,12 +270,12 @@ def test_pillow_comes_to_the_same(
     assert quick == [outcome(payload) for payload in payloads]
 
 
-def test_a_small_file_that_says_it_is_huge_is_not_decoded(encode: Callable[..., bytes]) -> None:
-    """The decoder of a progressive JPEG takes two bytes a sample at once: gigabytes for these few bytes."""
+def test_a_small_file_with_a_huge_size_in_its_header_is_not_decoded(encode: Callable[..., bytes]) -> None:
+    """A progressive JPEG's decoder allocates two bytes per sample at once, gigabytes in this case."""
     payload = bytearray(encode(64, 48, progressive=True))
     frame = payload.index(b"\xff\xc2")
     payload[frame + 5 : frame + 9] = (65_000).to_bytes(2) * 2
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         normalise(bytes(payload), JPEG)
     assert caught.value.reason == "too large"
 
@@ -299,31 +299,31 @@ def cut(payload: bytes) -> bytes:
         (lambda encode: b"\xff\xd8\xff", "not a picture"),
     ],
 )
-def test_bad_bytes_are_named(
+def test_bad_bytes_have_a_reason(
     encode: Callable[..., bytes], spoil: Callable[[Callable[..., bytes]], bytes], reason: str
 ) -> None:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         normalise(spoil(encode), JPEG)
     assert caught.value.reason == reason
 
 
-def test_unverified_jpegs_pass_by_their_header(encode: Callable[..., bytes]) -> None:
+def test_unverified_jpegs_are_judged_by_their_header(encode: Callable[..., bytes]) -> None:
     payload = cut(encode())
     assert normalise(payload, Normalising(verify=False)).payload is payload
 
 
-def test_decoder_warnings_lead_to_a_clean_jpeg(encode: Callable[..., bytes]) -> None:
-    """Stray bytes before the end cost no pixel, but the loader's decoder would report them for ever."""
+def test_jpegs_with_decoder_warnings_are_encoded_again(encode: Callable[..., bytes]) -> None:
+    """Stray bytes before the end change no pixel, but the loader's decoder would warn in every epoch."""
     whole = encode()
     normal = normalise(whole[:-2] + b"stray" * 40 + whole[-2:], JPEG)
     assert normal.changed == "irregular JPEG"
     assert normalise(bytes(normal.payload), JPEG).changed == ""
 
 
-def test_sides_beyond_the_format_are_refused() -> None:
+def test_too_large_sides_are_refused() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (70_000, 2)).save(buffer, "PNG")
-    with pytest.raises(BadPicture, match="70000 × 2 px; the limit is 65535"):
+    with pytest.raises(BadImage, match="70000 × 2 px; the limit is 65535"):
         normalise(buffer.getvalue(), JPEG)
 
 

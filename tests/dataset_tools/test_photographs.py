@@ -17,17 +17,17 @@ def content(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def test_same_seed_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_bytes_for_any_workers(tmp_path: Path) -> None:
     for name, seed, workers in (("a", 3, 1), ("b", 3, 3), ("c", 4, 2)):
         make_photographs(tmp_path / name, count=24, val=5, seed=seed, workers=workers)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     a, c = content(tmp_path / "a"), content(tmp_path / "c")
     assert a.keys() == c.keys()
     assert not set(a.values()) & set(c.values())
-    assert len(set(a.values())) == 24 + 5 + 1, "no two pictures are alike"
+    assert len(set(a.values())) == 24 + 5 + 1, "no two images are alike"
 
 
-def test_more_pictures_begin_with_the_same_ones(tmp_path: Path) -> None:
+def test_a_larger_set_starts_with_the_same_images(tmp_path: Path) -> None:
     make_photographs(tmp_path / "few", count=10, val=0)
     make_photographs(tmp_path / "many", count=20, val=3)
     few, many = content(tmp_path / "few"), content(tmp_path / "many")
@@ -52,7 +52,7 @@ def test_tree_looks_like_imagenet(tmp_path: Path) -> None:
     assert 100_000 < np.mean(sizes) < 120_000, "about 110 KB, as ImageNet's"
 
 
-def test_complete_set_is_left_alone(tmp_path: Path) -> None:
+def test_complete_set_is_kept(tmp_path: Path) -> None:
     first = make_photographs(tmp_path / "set", count=4, val=1)
     assert not first.already_there
     (tmp_path / "set" / "mark").write_text("mine")

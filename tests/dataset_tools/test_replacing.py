@@ -1,4 +1,4 @@
-"""A set that replaces another: at every moment one of the two is whole, whatever is killed, whoever comes."""
+"""Replacing a set: one of the two is complete at any time, even if a process is killed or others write."""
 
 import ctypes
 import errno
@@ -34,7 +34,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def sources(root: Path) -> tuple[FolderSource, FolderSource]:
-    """Of the old set and of the new one, in which every fact of the old one is another."""
+    """Sources of the old set and of a new one that differs from it in every respect."""
     for name, classes, first in (("old", ("ant", "bee"), 0), ("new", ("cow", "dog", "elk"), 20)):
         for n in range(6):
             file = root / name / classes[n % len(classes)] / f"{name}{n}.jpg"
@@ -49,7 +49,7 @@ def make(source: FolderSource, out: Path) -> object:
 
 
 def facts(path: Path) -> tuple[Any, ...]:
-    """All that a set holds, after a check that its parts fit together."""
+    """The contents of a set, after a check that its parts belong together."""
     if path.is_file():
         assert matching_manifest(open_beton(path)) is not None
     store = open_set(path)
@@ -62,7 +62,7 @@ def facts(path: Path) -> tuple[Any, ...]:
 
 
 def killed(program: Callable[[], object], folder: Path, operation: int) -> bool:
-    """Run in a process that is killed before its n-th operation on files; False where it has fewer."""
+    """Run in a process that is killed before its n-th file operation; False if it has fewer."""
     child = os.fork()
     if child == 0:
         done = 0
@@ -105,19 +105,19 @@ class NoExchange(ctypes.CDLL):
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "set.shards without exchange"])
-def test_killed_at_any_operation_one_whole_set_is_left(
+def test_killed_at_any_operation_one_complete_set_is_left(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = sources(tmp_path)
     name, _, without = name.partition(" ")
     if without:
         monkeypatch.setattr(ctypes, "CDLL", NoExchange)
-    (tmp_path / "wanted").mkdir()
-    wanted = []
+    (tmp_path / "expected").mkdir()
+    expected = []
     for source in (old, new):
-        make(source, tmp_path / "wanted" / name)
-        wanted.append(facts(tmp_path / "wanted" / name))
-    names = sorted(file.name for file in (tmp_path / "wanted").iterdir())
+        make(source, tmp_path / "expected" / name)
+        expected.append(facts(tmp_path / "expected" / name))
+    names = sorted(file.name for file in (tmp_path / "expected").iterdir())
     seen = [0, 0]
     for operation in range(1000):
         folder = tmp_path / f"{operation}"
@@ -129,21 +129,21 @@ def test_killed_at_any_operation_one_whole_set_is_left(
         if not killed(lambda out=out: make(new, out), folder, operation):
             break
         found = facts(out if out.exists() else set_aside(out))
-        assert found in wanted, f"before operation {operation}"
+        assert found in expected, f"before operation {operation}"
         assert out.exists() or without
-        seen[wanted.index(found)] += 1
+        seen[expected.index(found)] += 1
         assert not out.exists() or verify(out).ok
         make(new, out)
-        assert facts(out) == wanted[1]
+        assert facts(out) == expected[1]
         assert sorted(file.name for file in folder.iterdir()) == names, "something was left behind"
         if without:
             assert (out / "notes.txt").read_text() == "mine"
     assert min(seen) > 2 and sum(seen) == operation > 10
-    assert facts(out) == wanted[1]
+    assert facts(out) == expected[1]
 
 
-def test_an_index_made_anew_leaves_one_whole_set_at_any_operation(tmp_path: Path) -> None:
-    """Of shards indexed in place, by other labels."""
+def test_indexing_killed_at_any_operation_leaves_one_complete_set(tmp_path: Path) -> None:
+    """Shards that are indexed in place again, with other labels."""
     for operation in range(1000):
         folder = tmp_path / f"{operation}"
         folder.mkdir()
@@ -178,7 +178,7 @@ def test_a_replacement_that_fails_changes_nothing(
     before = facts(out)
     (tmp_path / "new" / "cow" / "new0.jpg").write_bytes(b"bad")
     assert main(["convert", str(tmp_path / "new"), str(out), "--overwrite"]) == 2
-    assert "1 of 6 pictures of new cannot be used" in capsys.readouterr().err
+    assert "1 of 6 images of new cannot be used" in capsys.readouterr().err
     assert facts(out) == before and verify(out).ok
     assert not list(tmp_path.glob(".*")), "nothing takes up the disk"
 
@@ -186,7 +186,7 @@ def test_a_replacement_that_fails_changes_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Manifest, "write", full)
+        patch.setattr(disk, "write_json", full)
         with pytest.raises(OSError, match="No space"):
             make(new, out)
     assert facts(out) == before and verify(out).ok
@@ -195,8 +195,8 @@ def test_a_replacement_that_fails_changes_nothing(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_names_that_are_no_utf8_are_kept(name: str, tmp_path: Path, capsys: Capture) -> None:
-    root = tmp_path / "pictures"
+def test_names_that_are_not_utf8_are_kept(name: str, tmp_path: Path, capsys: Capture) -> None:
+    root = tmp_path / "images"
     odd = os.fsdecode(b"caf\xe9")
     for label in (odd, "tea"):
         (root / label).mkdir(parents=True)
@@ -211,13 +211,13 @@ def test_names_that_are_no_utf8_are_kept(name: str, tmp_path: Path, capsys: Capt
     assert "bad caf\\udce9.jpg: not a picture" in capsys.readouterr().out
     assert main(["stats", str(out)]) == 0
     assert "caf\\udce9" in capsys.readouterr().out
-    # What lies there is UTF-8 all the same.
+    # The manifest is UTF-8 all the same.
     manifest = out.with_suffix(".json") if out.is_file() else out / "set.json"
     manifest.read_text(encoding="utf-8")
 
 
-def test_a_set_beside_another_ones_manifest_is_told(tmp_path: Path) -> None:
-    """Of as many pictures and bytes."""
+def test_a_set_with_the_manifest_of_another_is_an_error(tmp_path: Path) -> None:
+    """Both have the same numbers of images and bytes."""
     old, _ = sources(tmp_path)
     out = tmp_path / "set.beton"
     make(old, out)
@@ -228,11 +228,13 @@ def test_a_set_beside_another_ones_manifest_is_told(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Others at work
+# Other processes
 
 
-def test_a_lock_is_of_the_file_that_has_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever comes between another one's last step and its end must not get the finished file."""
+def test_a_lock_belongs_to_the_file_that_has_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that starts while another one renames its file must not get the finished file."""
     partial, final = tmp_path / "x.partial", tmp_path / "x"
     first = disk.open_alone(partial)
     first.write(b"finished")
@@ -285,7 +287,7 @@ def test_shards_that_are_being_made_are_not_replaced(tmp_path: Path) -> None:
         def read(self, index: int) -> Any:
             with pytest.raises(FileExistsError, match=rf"another process is writing {out}"):
                 make(new, out)
-            # Another machine takes its part.
+            # Another machine makes its share.
             make_shards(Work(old, Normalising(), 0.5), out, Sharding(2, 0, (2, 3)))
             return super().read(index)
 
@@ -296,8 +298,8 @@ def test_shards_that_are_being_made_are_not_replaced(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.glob(".*")] == []
 
 
-def test_a_set_that_is_no_set_yet_is_not_replaced_while_it_is_made(tmp_path: Path) -> None:
-    """Where the folder was there, empty, when both began."""
+def test_a_first_set_is_not_replaced_while_it_is_made(tmp_path: Path) -> None:
+    """The folder existed, empty, when both started."""
     old, _ = sources(tmp_path)
     out = tmp_path / "set.shards"
     out.mkdir()
@@ -313,12 +315,12 @@ def test_a_set_that_is_no_set_yet_is_not_replaced_while_it_is_made(tmp_path: Pat
     assert facts(out)[2] == ("cow", "dog", "elk") and verify(out).ok
 
 
-def test_an_attempt_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+def test_a_failed_attempt_leaves_nothing(tmp_path: Path) -> None:
     old, new = sources(tmp_path)
     out = tmp_path / "set.shards"
     make(old, out)
     (tmp_path / "new" / "elk" / "new5.jpg").write_bytes(b"bad")
-    with pytest.raises(ValueError, match="1 of 6 pictures"):
+    with pytest.raises(ValueError, match="1 of 6 images"):
         convert(new, out, sharding=Sharding(2), overwrite=True, max_bad=0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "old", "set.shards"]
     for file in (tmp_path / "new").rglob("*.jpg"):
@@ -327,7 +329,7 @@ def test_an_attempt_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> No
     assert facts(out)[0] == [encode(50, 50)] * 6
 
 
-def test_what_took_the_place_of_a_set_that_was_set_aside_is_not_believed(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_set_that_was_set_aside_is_an_error(tmp_path: Path) -> None:
     old, new = sources(tmp_path)
     out = tmp_path / "set.shards"
     make(old, out)
@@ -338,7 +340,7 @@ def test_what_took_the_place_of_a_set_that_was_set_aside_is_not_believed(tmp_pat
     out.mkdir()
     (out / "notes").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match=rf"whose old set is in {set_aside(out)}"):
+        with pytest.raises(FileExistsError, match=rf"the old set is in {set_aside(out)}"):
             convert(new, out, sharding=Sharding(2), overwrite=overwrite)
     assert facts(set_aside(out)) == before and (out / "notes").read_text() == "mine"
 
@@ -361,7 +363,7 @@ def test_a_link_is_followed_and_modes_are_kept(tmp_path: Path) -> None:
     assert facts(link)[2] == ("ant", "bee")
 
 
-def test_what_cannot_be_replaced_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_set_is_an_error_before_the_work(tmp_path: Path) -> None:
     _, new = sources(tmp_path)
     (tmp_path / "set.shards").write_text("mine")
     with pytest.raises(FileExistsError, match=r"set\.shards is a file"):

@@ -21,11 +21,10 @@ from dataset_tools import convert as conversion
 from dataset_tools import shard_writer
 from dataset_tools.__main__ import main
 from dataset_tools.convert import Sharding, make_shards
-from dataset_tools.keys import decode_key
 from dataset_tools.normalise import Normalising
-from dataset_tools.shard_plan import Plan
-from dataset_tools.shard_source import ShardSource
-from dataset_tools.sources import FolderSource
+from dataset_tools.shard_plan import FACTS_KEY, Plan
+from dataset_tools.shard_writer import decode_key
+from dataset_tools.sources import FolderSource, ShardSource
 from dataset_tools.tar_source import TarSource
 from dataset_tools.work import Work
 from pipelines.randomness import EpochOrder
@@ -33,7 +32,7 @@ from pipelines.sets.shards import is_shard_set, open_shards, set_digest
 from tests.dataset_tools.test_tar_source import files_of, pack
 
 convert = functools.partial(conversion.convert, max_bad=0.5)
-"""One of the pictures of `photos` is none."""
+"""One file of `photos` is not a picture."""
 
 ROOT = Path(__file__).resolve().parents[2]
 Encode = Callable[..., bytes]
@@ -43,7 +42,7 @@ SMALL = Sharding(shard_size=3, seed=5)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven pictures of two classes, one to be made a JPEG, one that is none, one of two of a name."""
+    """Eleven images of two classes and a bad one; two have the same stem, one of them is a PNG."""
     from tests.dataset_tools.conftest import encode
 
     root = tmp_path_factory.mktemp("in") / "photos"
@@ -59,7 +58,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The set that every conversion must give, byte for byte."""
+    """The set that every conversion must reproduce byte for byte."""
     out = tmp_path_factory.mktemp("whole") / "photos.shards"
     convert(FolderSource(photos), out, sharding=SMALL, workers=1)
     return out
@@ -69,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_picture_lies_where_the_index_says(photos: Path, whole: Path) -> None:
+def test_every_image_is_where_the_index_says(photos: Path, whole: Path) -> None:
     source, shards = FolderSource(photos), open_shards(whole)
     kept = [i for i in range(len(source)) if source.path(i) != "bee/bad.jpg"]
     assert len(shards) == len(kept) == 11
@@ -96,21 +95,21 @@ def test_shards_hold_the_order_of_the_seed(photos: Path, whole: Path) -> None:
     for number in range(4):
         with tarfile.open(whole / f"{number:06d}.tar") as tar:
             found += [m.name.removesuffix(".jpg") for m in tar if m.name.endswith(".jpg")]
-    wanted = [source.path(int(i)) for i in order[:] if source.path(int(i)) != "bee/bad.jpg"]
+    expected = [source.path(int(i)) for i in order[:] if source.path(int(i)) != "bee/bad.jpg"]
     stems = [name.replace("%20", " ").replace("%2E", ".") for name in found]
-    assert [path in (stem, stem + ".JPEG") for path, stem in zip(wanted, stems, strict=True)] == [True] * 11
+    assert [path in (stem, stem + ".JPEG") for path, stem in zip(expected, stems, strict=True)] == [True] * 11
 
 
-def test_tars_are_plain_and_timeless(whole: Path) -> None:
+def test_tars_are_plain_and_have_no_times(whole: Path) -> None:
     with tarfile.open(whole / "000000.tar") as tar:
         members = list(tar)
         pairs = list(zip(members[::2], members[1::2], strict=True))
         assert all(p.name[:-4] == c.name[:-4] and c.name.endswith(".cls") for p, c in pairs)
         assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in members} == {(0, 0, 0, 0o644, "")}
-        for picture, label in pairs:
+        for image, label in pairs:
             stored = tar.extractfile(label)
             assert stored is not None
-            assert stored.read() == (b"0" if picture.name.startswith("ape/") else b"1")
+            assert stored.read() == (b"0" if image.name.startswith("ape/") else b"1")
     assert (whole / "000000.tar").stat().st_size % tarfile.RECORDSIZE == 0
     listed = subprocess.run(["tar", "-tf", whole / "000000.tar"], capture_output=True, check=True, text=True)
     assert listed.stderr == ""
@@ -126,7 +125,7 @@ def test_the_dali_index_is_what_wds2idx_writes(whole: Path, tmp_path: Path) -> N
 
 
 def read_by_dali(folder: Path, **options: Any) -> list[tuple[bytes, bytes]]:
-    """All (picture, label) in the order of the tars."""
+    """All (image, label) in the order of the tars."""
     dali = pytest.importorskip("nvidia.dali")
     tars = sorted(folder.glob("*.tar"))
     count = len(open_shards(folder))
@@ -137,15 +136,15 @@ def read_by_dali(folder: Path, **options: Any) -> list[tuple[bytes, bytes]]:
 
     pipeline = reader()
     pipeline.build()
-    pictures, labels = pipeline.run()
-    return [(bytes(pictures.at(i)), bytes(labels.at(i))) for i in range(count)]
+    images, labels = pipeline.run()
+    return [(bytes(images.at(i)), bytes(labels.at(i))) for i in range(count)]
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_dali_reads_every_picture_and_label(
+def test_dali_reads_every_image_and_label(
     photos: Path, tmp_path: Path, encode: Encode, indexed: bool
 ) -> None:
-    """Names too long for a tar's header among them, which DALI must find with its index and without."""
+    """Also with names too long for a tar's header, with DALI's index and without."""
     root = tmp_path / "in"
     for name in ("a/" + "x" * 110, "b" * 90 + "/" + "c" * 90 + "/" + "d" * 90, "a/short"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -154,22 +153,24 @@ def test_dali_reads_every_picture_and_label(
     source = FolderSource(root)
     convert(source, out, sharding=Sharding(shard_size=2))
     options = {"index_paths": [str(idx) for idx in sorted(out.glob("*.idx"))]} if indexed else {}
-    wanted = [(source.read(i).payload, b"%d" % source.read(i).label) for i in range(3)]
-    assert sorted(read_by_dali(out, **options)) == sorted(wanted)
+    expected = [(source.read(i).payload, b"%d" % source.read(i).label) for i in range(3)]
+    assert sorted(read_by_dali(out, **options)) == sorted(expected)
     shards = open_shards(out)
-    assert [shards.payload(i).tobytes() for i in range(3)] == [payload for payload, _ in wanted]
+    assert [shards.payload(i).tobytes() for i in range(3)] == [payload for payload, _ in expected]
 
 
-def test_webdataset_reads_every_picture_and_label(photos: Path, whole: Path) -> None:
+def test_webdataset_reads_every_image_and_label(photos: Path, whole: Path) -> None:
     source = FolderSource(photos)
-    wanted = {source.path(i): source.label(i) for i in range(len(source)) if source.path(i) != "bee/bad.jpg"}
+    expected = {
+        source.path(i): source.label(i) for i in range(len(source)) if source.path(i) != "bee/bad.jpg"
+    }
     shards = webdataset.WebDataset(sorted(map(str, whole.glob("*.tar"))), shardshuffle=False).decode("rgb8")
     found = {sample["__key__"]: sample for sample in shards}
-    assert sorted(sample["cls"] for sample in found.values()) == sorted(wanted.values())
+    assert sorted(sample["cls"] for sample in found.values()) == sorted(expected.values())
     for key, sample in found.items():
         stem = decode_key(key)
-        path = next(path for path in wanted if path == stem or path.rpartition(".")[0] == stem)
-        assert sample["cls"] == wanted[path] and sample["jpg"].shape[2] == 3
+        path = next(path for path in expected if path == stem or path.rpartition(".")[0] == stem)
+        assert sample["cls"] == expected[path] and sample["jpg"].shape[2] == 3
 
 
 def test_without_classes_there_are_no_labels(tmp_path: Path, encode: Encode) -> None:
@@ -190,9 +191,9 @@ def test_workers_do_not_change_a_byte(photos: Path, whole: Path, tmp_path: Path,
 def test_a_tar_gives_the_set_of_its_folder(photos: Path, whole: Path, tmp_path: Path) -> None:
     tar = pack(tmp_path / "photos.tar", files_of(photos))
     convert(TarSource(tar), tmp_path / "x.shards", sharding=SMALL)
-    found, wanted = contents(tmp_path / "x.shards"), contents(whole)
-    assert found.pop("set.json").replace(b"photos.tar", b"photos") == wanted.pop("set.json")
-    assert found == wanted
+    found, expected = contents(tmp_path / "x.shards"), contents(whole)
+    assert found.pop("set.json").replace(b"photos.tar", b"photos") == expected.pop("set.json")
+    assert found == expected
 
 
 def test_shards_become_one_file_and_shards_again(photos: Path, whole: Path, tmp_path: Path) -> None:
@@ -219,10 +220,10 @@ def test_ranges_in_any_order_give_the_same_set(
     source = FolderSource(photos)
     made: set[int] = set()
     for first, stop in ranges:
-        asked = set(range(first, stop))
+        requested = set(range(first, stop))
         done = make_shards(Work(source, Normalising(), 0.5), out, Sharding(3, 5, (first, stop)))
-        assert (done.made, done.asked, done.num_shards) == (len(asked - made), len(asked), 4)
-        made |= asked
+        assert (done.made, done.requested, done.num_shards) == (len(requested - made), len(requested), 4)
+        made |= requested
         assert not is_shard_set(out)
         assert {int(p.stem) for p in out.glob("*.tar")} == made
     convert(source, out, sharding=SMALL)
@@ -245,11 +246,11 @@ def test_parts_of_two_machines_are_merged(photos: Path, whole: Path, tmp_path: P
 
 
 class Stopped(BaseException):
-    """What a killed process leaves behind is what this leaves, as nothing is cleaned up after it."""
+    """Leaves the files of a killed process, because nothing is cleaned up after it."""
 
 
 def interruptions(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return a function that makes the n-th step from now on fail, steps being all writes and renames."""
+    """Return a function that makes the n-th write, rename or removal from now on fail."""
     steps = itertools.count()
     limit = [10**9]
 
@@ -265,7 +266,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         (os, "fsync"), (Path, "replace"), (Path, "unlink"), (shard_writer.TarWriter, "_write"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
-    monkeypatch.setattr(shard_writer.TarWriter, "close", lambda self: self._file.flush())
+    monkeypatch.setattr(shard_writer.TarWriter, "close", lambda self: self._out.file.flush())
 
     def arm(after: int) -> None:
         limit[0] = next(steps) + after
@@ -273,7 +274,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arm
 
 
-def test_stopped_at_any_step_it_goes_on_to_the_same_bytes(
+def test_stopped_at_any_step_it_continues_to_the_same_bytes(
     photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "photos.shards"
@@ -308,7 +309,7 @@ convert(Slow(sys.argv[1]), sys.argv[2], sharding=Sharding(3, 5), workers=1, max_
 """
 
 
-def test_killed_it_goes_on_to_the_same_bytes(photos: Path, whole: Path, tmp_path: Path) -> None:
+def test_killed_it_continues_to_the_same_bytes(photos: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "photos.shards"
     begun = out / "000001.tar.partial"
     with subprocess.Popen([sys.executable, "-c", SLOW, str(photos), str(out)], cwd=ROOT) as process:
@@ -321,15 +322,13 @@ def test_killed_it_goes_on_to_the_same_bytes(photos: Path, whole: Path, tmp_path
     written = (out / "000000.tar").stat().st_mtime_ns
     convert(FolderSource(photos), out, sharding=SMALL)
     assert contents(out) == contents(whole)
-    assert (out / "000000.tar").stat().st_mtime_ns == written, "a whole shard is not made again"
+    assert (out / "000000.tar").stat().st_mtime_ns == written, "a complete shard is not made again"
 
 
 @pytest.mark.parametrize(
     "harm", ["cut tar", "no tar", "idx", "no idx", "cut part", "empty part", "foreign part"]
 )
-def test_a_shard_that_is_not_whole_is_made_again(
-    photos: Path, whole: Path, tmp_path: Path, harm: str
-) -> None:
+def test_an_incomplete_shard_is_made_again(photos: Path, whole: Path, tmp_path: Path, harm: str) -> None:
     out = tmp_path / "photos.shards"
     make_shards(Work(FolderSource(photos), Normalising(), 0.5), out, Sharding(3, 5, (0, 2)))
     what, kind = harm.split(" ") if " " in harm else ("changed", harm)
@@ -338,7 +337,7 @@ def test_a_shard_that_is_not_whole_is_made_again(
         path.unlink()
     elif what == "foreign":
         (out / "000000.part.npz").replace(path)
-        np.savez(out / "000000.part.npz", records=np.zeros(3), told=np.zeros(2, np.uint8))
+        np.savez(out / "000000.part.npz", records=np.zeros(3), **{FACTS_KEY: np.zeros(2, np.uint8)})
     else:
         content = path.read_bytes()
         path.write_bytes({"cut": content[:-100], "changed": content[:-2] + b"x\n", "empty": b""}[what])
@@ -346,10 +345,10 @@ def test_a_shard_that_is_not_whole_is_made_again(
     assert contents(out) == contents(whole)
 
 
-def test_machines_that_begin_at_once_do_not_hinder_each_other(
+def test_two_machines_may_begin_at_the_same_time(
     photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both write the plan under one temporary name, and the second finds it renamed."""
+    """Both write the plan under the same temporary name, and the second finds it renamed."""
     write = Plan.write
 
     def renamed_by_the_other(self: Plan, folder: Path) -> None:
@@ -366,7 +365,7 @@ def test_machines_that_begin_at_once_do_not_hinder_each_other(
         )
 
 
-def test_a_set_that_is_complete_is_left_alone(photos: Path, tmp_path: Path) -> None:
+def test_a_complete_set_is_kept(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "photos.shards"
     convert(FolderSource(photos), out, sharding=SMALL)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -380,7 +379,9 @@ def test_a_set_that_is_complete_is_left_alone(photos: Path, tmp_path: Path) -> N
         convert(FolderSource(photos), out, sharding=SMALL)
 
 
-def test_another_plan_is_refused_and_replaces_if_told(photos: Path, whole: Path, tmp_path: Path) -> None:
+def test_another_plan_is_refused_or_replaces_with_overwrite(
+    photos: Path, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "photos.shards"
     source = FolderSource(photos)
     make_shards(Work(source, Normalising(quality=50), 0.5), out, Sharding(2, 5, (0, 6)))
@@ -388,14 +389,14 @@ def test_another_plan_is_refused_and_replaces_if_told(photos: Path, whole: Path,
         convert(source, out, sharding=SMALL)
     convert(source, out, sharding=SMALL, overwrite=True)
     assert contents(out) == contents(whole), "nothing is left of the six shards before"
-    with pytest.raises(FileExistsError, match="made of other pictures or with other options"):
+    with pytest.raises(FileExistsError, match="made of other images or with other options"):
         convert(source, out, sharding=Sharding(3, 6))
     convert(source, out, sharding=Sharding(3, 6), overwrite=True)
     convert(source, out, sharding=SMALL, overwrite=True)
     assert contents(out) == contents(whole)
 
 
-def test_other_peoples_tars_are_never_replaced(photos: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_tars_of_other_programs_are_never_replaced(photos: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "photos.shards"
     out.mkdir()
     pack(out / "000000.tar", [("a.jpg", (photos / "ape" / "1 p.v1.JPEG").read_bytes())])
@@ -405,12 +406,12 @@ def test_other_peoples_tars_are_never_replaced(photos: Path, tmp_path: Path, cap
             convert(FolderSource(photos), out, overwrite=overwrite)
     assert main(["index", str(out)]) == 0
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="was indexed where it lay"):
+        with pytest.raises(FileExistsError, match="was indexed in place"):
             convert(FolderSource(photos), out, overwrite=overwrite)
     assert (out / "000000.tar").read_bytes() == mine
 
 
-def test_a_shard_of_bad_pictures_has_no_tar(tmp_path: Path, encode: Encode) -> None:
+def test_a_shard_of_bad_images_has_no_tar(tmp_path: Path, encode: Encode) -> None:
     root = tmp_path / "in"
     root.mkdir()
     order = EpochOrder(0, 0, 6)[:]
@@ -425,11 +426,11 @@ def test_a_shard_of_bad_pictures_has_no_tar(tmp_path: Path, encode: Encode) -> N
     assert [shards.payload(i).tobytes() for i in range(4)] == [(root / f"{i}.jpg").read_bytes() for i in kept]
     for i in range(6):
         (root / f"{i}.jpg").write_bytes(b"bad")
-    with pytest.raises(ValueError, match=r"none of the 6 pictures of in can be used: 0\.jpg: not a picture"):
+    with pytest.raises(ValueError, match=r"none of the 6 images of in can be used: 0\.jpg: not a picture"):
         convert(FolderSource(root), tmp_path / "y.shards", max_bad=1)
 
 
-def test_stop_keeps_whole_shards_and_names_the_picture(photos: Path, tmp_path: Path) -> None:
+def test_a_stop_keeps_complete_shards_and_names_the_image(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "photos.shards"
     with pytest.raises(ValueError, match=r"the last is bee/bad\.jpg: not a picture"):
         convert(FolderSource(photos), out, sharding=Sharding(1, 5), max_bad=0, workers=1)
@@ -452,20 +453,24 @@ def test_two_conversions_of_one_shard_are_refused(photos: Path, tmp_path: Path) 
 # The command line
 
 
-def test_the_commands_tell_what_they_made(photos: Path, whole: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_the_commands_print_what_they_made(
+    photos: Path, whole: Path, tmp_path: Path, capsys: Capture
+) -> None:
     out = tmp_path / "sets" / "photos.shards"
     command = ["convert", str(photos), str(out), "--shard-size", "3", "--seed", "5", "--max-bad", "0.5"]
     assert main([*command, "--shards", "1:3"]) == 0
-    assert "2 shards made, 0 were whole, the set has 4. Next: when all are here" in capsys.readouterr().out
+    assert "2 shards made, 0 were complete, the set has 4. Next: when all exist" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 1
-    assert "is half made, 2 of 4 shards are whole; run the same conversion again" in capsys.readouterr().out
+    assert (
+        "is incomplete: 2 of 4 shards are complete; run the same conversion again" in capsys.readouterr().out
+    )
     assert main(["index", str(out)]) == 2
-    assert "half made" in capsys.readouterr().err
+    assert "is incomplete: 2 of 4" in capsys.readouterr().err
     assert main([*command, "--shards", "0:4"]) == 0
-    told = capsys.readouterr().out
-    assert "1 skipped: not a picture" in told
-    assert f"{out}: 11 pictures of 12 listed, tier jpeg, 0.0 MB in 4 shards, " in told
-    assert f"Next: make pretrain DATA={out}" in told
+    printed = capsys.readouterr().out
+    assert "1 skipped: not a picture" in printed
+    assert f"{out}: 11 images of 12 listed, tier jpeg, 0.0 MB in 4 shards, " in printed
+    assert f"Next: make pretrain DATA={out}" in printed
     assert contents(out) == contents(whole)
     assert main(command) == 0
     assert "already complete" in capsys.readouterr().out
@@ -487,7 +492,7 @@ def test_the_commands_tell_what_they_made(photos: Path, whole: Path, tmp_path: P
         ("x", [], "does not end in .beton"),
     ],
 )
-def test_user_errors_are_one_sentence_and_leave_nothing(
+def test_user_errors_are_one_line_and_leave_nothing(
     photos: Path, tmp_path: Path, capsys: Capture, output: str, options: list[str], words: str
 ) -> None:
     assert main(["convert", str(photos), str(tmp_path / output), *options]) == 2
@@ -498,7 +503,7 @@ def test_user_errors_are_one_sentence_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_says_that_whole_shards_are_kept(
+def test_ctrl_c_prints_that_complete_shards_are_kept(
     photos: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = FolderSource.read
@@ -514,6 +519,6 @@ def test_ctrl_c_says_that_whole_shards_are_kept(
         main(["convert", str(photos), str(out), "--shard-size", "1", "--workers", "1", "--max-bad", "1"])
         == 130
     )
-    assert "interrupted; whole shards are kept" in capsys.readouterr().err
+    assert "interrupted; complete shards are kept" in capsys.readouterr().err
     assert not list(out.glob("*.partial"))
     assert 1 <= len(list(out.glob("*.tar"))) <= 9

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_tools.sources import FolderSource, IdxSource, read_idx
+from dataset_tools.fashion_mnist import IdxSource, read_idx
+from dataset_tools.sources import FolderSource
 
 
 def listing(source: FolderSource) -> list[tuple[str, int]]:
@@ -20,7 +21,7 @@ def test_classes_are_sorted_folders_with_nested_files(tree: Path) -> None:
     (tree / "notes" / "readme.txt").write_text("no picture")
     source = FolderSource(tree)
     assert source.classes == ("cats", "dogs")
-    assert source.name == "pictures"
+    assert source.name == "images"
     assert listing(source) == [
         ("cats/a.jpg", 0), ("cats/b.JPEG", 0), ("cats/c.jpeg", 0), ("dogs/a.jpg", 1), ("dogs/deep/b.JPG", 1),
     ]  # fmt: skip
@@ -79,14 +80,14 @@ def test_circular_link_ends(tree: Path) -> None:
         ),
     ],
 )
-def test_unusable_folder_is_a_sentence(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
+def test_unusable_folder_is_an_error(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
     make(tmp_path / "root")
     with pytest.raises(ValueError, match=words) as caught:
         FolderSource(tmp_path / "root")
     assert str(tmp_path / "root") in str(caught.value)
 
 
-def test_loose_and_filed_pictures_are_refused(tree: Path) -> None:
+def test_images_in_folders_and_outside_are_refused(tree: Path) -> None:
     (tree / "loose.jpg").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"1 images itself \(first: loose.jpg\) and 2 sub-folders"):
         FolderSource(tree)
@@ -135,18 +136,18 @@ def test_idx_becomes_rgb(tmp_path: Path, suffix: str) -> None:
     [
         (b"", "starts with"),
         (b"\x89PNG" + bytes(40), "starts with 89504e47"),
-        (idx(GREY)[:-1], "asks for 76"),
+        (idx(GREY)[:-1], "requires 76"),
         (idx(GREY) + b"x", "has 77 bytes"),
         (idx(GREY[0]), "idx file of 3 dimensions"),
     ],
 )
-def test_bad_idx_is_a_sentence(tmp_path: Path, content: bytes, words: str) -> None:
+def test_bad_idx_is_an_error(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "i").write_bytes(content)
     with pytest.raises(ValueError, match=words):
         read_idx(tmp_path / "i", num_dims=3)
 
 
-def test_cut_gzip_is_a_sentence(tmp_path: Path) -> None:
+def test_truncated_gzip_is_an_error(tmp_path: Path) -> None:
     whole = gzip.compress(idx(GREY))
     for name, content in (
         ("cut", whole[:-9]),
@@ -163,7 +164,7 @@ def test_cut_gzip_is_a_sentence(tmp_path: Path) -> None:
 def test_idx_files_must_match(tmp_path: Path) -> None:
     (tmp_path / "i").write_bytes(idx(GREY))
     (tmp_path / "l").write_bytes(idx(np.array([0, 1])))
-    with pytest.raises(ValueError, match=r"3 pictures.* 2 labels"):
+    with pytest.raises(ValueError, match=r"3 images.* 2 labels"):
         IdxSource(tmp_path / "i", tmp_path / "l")
     (tmp_path / "l").write_bytes(idx(np.array([0, 1, 10])))
     with pytest.raises(ValueError, match="label 10, but 10 classes"):

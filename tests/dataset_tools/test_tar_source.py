@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset_tools.open_source import open_source
+from dataset_tools.commands import open_source
 from dataset_tools.sources import FolderSource, Source
-from dataset_tools.tar_members import scan_tar
 from dataset_tools.tar_source import TarSource
+from dataset_tools.tars import scan_tar
 
 Encode = Callable[..., bytes]
 
@@ -30,7 +30,7 @@ def pack(path: Path, files: Iterable[tuple[str, bytes]], form: int = tarfile.GNU
 
 
 def files_of(root: Path) -> list[tuple[str, bytes]]:
-    """All files below a folder, in no good order."""
+    """All files below a folder, in an arbitrary order."""
     files = [(str(p.relative_to(root)), p.read_bytes()) for p in root.rglob("*") if p.is_file()]
     return sorted(files, key=lambda item: zlib.crc32(item[1]))
 
@@ -44,7 +44,7 @@ def assert_same(tar: Source, folder: Source) -> None:
 
 @pytest.fixture
 def large_tree(tree: Path, encode: Encode) -> Path:
-    """The tree with what makes sorting and naming hard."""
+    """The tree with names that are hard to sort and to store."""
     for name in (
         "cats/a/z.jpg",
         "cats/a.b/y.png",
@@ -79,7 +79,7 @@ def test_a_tar_of_tars_reads_as_the_unpacked_folders(large_tree: Path, tmp_path:
     assert source.name == "train.tar"
 
 
-def test_loose_pictures_have_the_labels_of_their_file(tmp_path: Path) -> None:
+def test_loose_images_have_the_labels_of_the_labels_file(tmp_path: Path) -> None:
     tar = pack(tmp_path / "val.tar", [(f"val_{i:02}.JPEG", bytes([i])) for i in (3, 0, 2, 1)])
     assert TarSource(tar).classes == ()
     (tmp_path / "labels.txt").write_text("wolf\nant\nwolf\nbee\n")
@@ -93,7 +93,7 @@ def test_loose_pictures_have_the_labels_of_their_file(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_of_one_name_the_last_counts_as_in_unpacking(tmp_path: Path) -> None:
+def test_the_last_member_of_a_name_counts_as_in_unpacking(tmp_path: Path) -> None:
     source = TarSource(pack(tmp_path / "x.tar", [("a.jpg", b"old"), ("b.jpg", b"b"), ("./a.jpg", b"new")]))
     assert [source.read(i).payload for i in range(len(source))] == [b"new", b"b"]
 
@@ -101,23 +101,23 @@ def test_of_one_name_the_last_counts_as_in_unpacking(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ([("a.txt", b"x")], "no pictures in"),
-        ([("a.jpg", b"x"), ("c/b.jpg", b"x")], r"1 loose pictures \(first: a.jpg\) and others in folders"),
+        ([("a.txt", b"x")], "no images in"),
+        ([("a.jpg", b"x"), ("c/b.jpg", b"x")], r"1 loose images \(first: a.jpg\) and others in folders"),
         ([("train/a.jpg", b"x"), ("val/b.jpg", b"x")], r"splits, not classes \(train, val\)"),
         ([("../a.jpg", b"x")], "lies outside"),
         ([("a.tar", b"")], "a.tar is no whole tar"),
     ],
 )
-def test_unusable_contents_are_a_sentence(tmp_path: Path, files: list[tuple[str, bytes]], words: str) -> None:
+def test_unusable_contents_are_errors(tmp_path: Path, files: list[tuple[str, bytes]], words: str) -> None:
     tar = pack(tmp_path / "x.tar", files)
     with pytest.raises(ValueError, match=words) as caught:
         TarSource(tar)
     assert str(tar) in str(caught.value)
 
 
-def test_tars_among_pictures_are_refused(tree: Path, tmp_path: Path) -> None:
+def test_tars_among_images_are_refused(tree: Path, tmp_path: Path) -> None:
     inner = pack(tmp_path / "i.tar", [("a.jpg", b"x")]).read_bytes()
-    with pytest.raises(ValueError, match=r"holds tars \(such as i.tar\) and pictures \(such as b.jpg\)"):
+    with pytest.raises(ValueError, match=r"holds tars \(such as i.tar\) and images \(such as b.jpg\)"):
         TarSource(pack(tmp_path / "x.tar", [("i.tar", inner), ("b.jpg", b"x")]))
 
 
@@ -131,8 +131,8 @@ def test_links_are_refused_by_name(tmp_path: Path, kind: bytes) -> None:
         TarSource(tmp_path / "x.tar")
 
 
-def test_every_cut_of_a_tar_is_a_sentence(tmp_path: Path) -> None:
-    """But for a cut in the zeros that fill the last record, where nothing is missing."""
+def test_every_truncated_tar_is_an_error(tmp_path: Path) -> None:
+    """Except if only zeros of the last record are missing."""
     tar = pack(tmp_path / "x.tar", [(f"c/{i}.jpg", bytes([i]) * 700) for i in range(3)])
     whole = tar.read_bytes()
     end = max(member.offset + 1024 for member in scan_tar(tar))
@@ -163,10 +163,10 @@ def test_a_cut_inner_tar_is_named(tmp_path: Path) -> None:
 def test_compressed_tars_and_other_files_are_refused(tmp_path: Path) -> None:
     plain = pack(tmp_path / "x.tar", [("a.jpg", b"x")])
     (tmp_path / "y.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    with pytest.raises(ValueError, match=r"compressed with gzip, .* unpack it to a plain \.tar"):
+    with pytest.raises(ValueError, match=r"compressed with gzip: .* unpack it to a plain \.tar"):
         open_source(tmp_path / "y.tar.gz")
     (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"is a file, but no \.tar"):
+    with pytest.raises(ValueError, match=r"is a file but not a \.tar"):
         open_source(tmp_path / "a.zip")
     with pytest.raises(ValueError, match=r"tars .* without an index"):
         open_source(tmp_path)

@@ -1,4 +1,4 @@
-"""No picture of a tar is lost without a word: what is listed is kept or named, or the program fails."""
+"""No image of a tar is lost silently: it is kept or listed as left out, or the program fails."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from dataset_tools.__main__ import main
 from dataset_tools.index_shards import index_shards
 from dataset_tools.sources import FolderSource
-from dataset_tools.tar_members import scan_tar
 from dataset_tools.tar_source import TarSource
+from dataset_tools.tars import scan_tar
 from dataset_tools.verify import verify
 from pipelines.sets.manifest import Manifest
 from pipelines.sets.shards import open_shards
@@ -23,7 +23,7 @@ BLOCK = 512
 NUM = 8
 
 
-def pictures(kind: str = "loose") -> list[tuple[str, bytes]]:
+def images(kind: str = "loose") -> list[tuple[str, bytes]]:
     folder = {"loose": "", "filed": "cats/", "shard": ""}[kind]
     files = [(f"{folder}{n}.jpg", encode(40 + n, 30 + n)) for n in range(NUM)]
     if kind == "shard":
@@ -32,7 +32,7 @@ def pictures(kind: str = "loose") -> list[tuple[str, bytes]]:
 
 
 def headers(tar: Path) -> dict[str, int]:
-    """Where the header of each file begins; names are short."""
+    """Offset of the header of each file; names are short."""
     return {member.name: member.offset - BLOCK for member in scan_tar(tar)}
 
 
@@ -46,24 +46,24 @@ def spoilt(tar: Path, start: int, stop: int, content: bytes = b"\0") -> None:
 @pytest.mark.parametrize("kind", ["loose", "filed"])
 @pytest.mark.parametrize("number", range(NUM))
 def test_a_zeroed_header_is_an_error(kind: str, number: int, tmp_path: Path) -> None:
-    tar = pack(tmp_path / "x.tar", pictures(kind))
+    tar = pack(tmp_path / "x.tar", images(kind))
     name, at = list(headers(tar).items())[number]
     spoilt(tar, at, at + BLOCK)
-    told = rf" has its end mark at byte {at} of \d+, but behind it byte \d+ is not zero: "
+    sentence = rf" has its end mark at byte {at} of \d+, but behind it byte \d+ is not zero: "
     advice = ".*fetch or make it again, or take .* with --accept-truncated"
-    with pytest.raises(ValueError, match="^" + re.escape(str(tar)) + told + advice):
+    with pytest.raises(ValueError, match="^" + re.escape(str(tar)) + sentence + advice):
         TarSource(tar)
     if number:
         source = TarSource(tar, accept_truncated=True)
-        assert [source.path(i) for i in range(len(source))] == [file for file, _ in pictures(kind)[:number]]
+        assert [source.path(i) for i in range(len(source))] == [file for file, _ in images(kind)[:number]]
         (damage,) = source.passed_over
-        assert re.match("damaged: x.tar" + told, damage)
+        assert re.match("damaged: x.tar" + sentence, damage)
     assert name.endswith(f"{number}.jpg")
 
 
 @pytest.mark.parametrize("place", ["inner header", "outer header"])
 def test_a_hole_in_a_tar_of_tars_is_an_error(place: str, tmp_path: Path) -> None:
-    inner = [(f"n{k}.tar", pack(tmp_path / "inner", pictures()).read_bytes()) for k in range(3)]
+    inner = [(f"n{k}.tar", pack(tmp_path / "inner", images()).read_bytes()) for k in range(3)]
     tar = pack(tmp_path / "train.tar", inner)
     at = headers(tar)["n1.tar"]
     if place == "inner header":
@@ -83,9 +83,9 @@ def test_a_hole_in_a_tar_of_tars_is_an_error(place: str, tmp_path: Path) -> None
 def test_any_damage_is_an_error_or_leaves_the_list_as_it_was(
     tmp_path: Path, start: int, length: int, content: bytes
 ) -> None:
-    tar = pack(tmp_path / "x.tar", pictures())
+    tar = pack(tmp_path / "x.tar", images())
     end = max(headers(tar).values()) + BLOCK
-    # What is zero from a header to the end of the file cannot be told from a tar that ends there.
+    # Zeros from a header to the end of the file look like a tar that ends there.
     first, stop = start * BLOCK, min((start + length) * BLOCK, end + 100)
     spoilt(tar, first, stop, content)
     try:
@@ -95,11 +95,11 @@ def test_any_damage_is_an_error_or_leaves_the_list_as_it_was(
     assert found == NUM
 
 
-def test_a_tar_that_is_zeros_for_long_is_an_error(tmp_path: Path) -> None:
-    """A download that reserved its place, and got no further."""
-    tar = pack(tmp_path / "x.tar", pictures())
+def test_a_tar_with_many_zeros_at_its_end_is_an_error(tmp_path: Path) -> None:
+    """A download that reserved its space and did not finish."""
+    tar = pack(tmp_path / "x.tar", images())
     size = tar.stat().st_size
-    end = max(headers(tar).values()) + BLOCK + len(pictures()[-1][1])
+    end = max(headers(tar).values()) + BLOCK + len(images()[-1][1])
     end += -end % BLOCK
     with tar.open("ab") as file:
         file.truncate(size + 20_000)
@@ -112,16 +112,18 @@ def test_a_tar_that_is_zeros_for_long_is_an_error(tmp_path: Path) -> None:
         assert len(TarSource(tar)) == NUM
 
 
-def test_tars_that_were_joined_are_an_error(tmp_path: Path) -> None:
-    tar = pack(tmp_path / "x.tar", pictures())
+def test_joined_tars_are_an_error(tmp_path: Path) -> None:
+    tar = pack(tmp_path / "x.tar", images())
     tar.write_bytes(tar.read_bytes() * 2)
     with pytest.raises(ValueError, match="several tars were joined"):
         TarSource(tar)
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.9])
-def test_of_a_tar_cut_short_all_is_kept_or_named(cut: float, tmp_path: Path, capsys: Capture) -> None:
-    tar = pack(tmp_path / "x.tar", pictures())
+def test_all_images_of_a_truncated_tar_are_kept_or_listed(
+    cut: float, tmp_path: Path, capsys: Capture
+) -> None:
+    tar = pack(tmp_path / "x.tar", images())
     tar.write_bytes(tar.read_bytes()[: int(max(headers(tar).values()) * cut)])
     assert main(["convert", str(tar), str(tmp_path / "x.beton")]) == 2
     assert "--accept-truncated" in capsys.readouterr().err
@@ -145,8 +147,8 @@ def test_of_a_tar_cut_short_all_is_kept_or_named(cut: float, tmp_path: Path, cap
 
 @pytest.mark.parametrize("number", [1, 6, 15])
 def test_a_hole_in_a_shard_is_an_error(number: int, tmp_path: Path, capsys: Capture) -> None:
-    pack(tmp_path / "a.tar", pictures("shard"))
-    hole = pack(tmp_path / "b.tar", pictures("shard"))
+    pack(tmp_path / "a.tar", images("shard"))
+    hole = pack(tmp_path / "b.tar", images("shard"))
     at = list(headers(hole).values())[number]
     index_shards(tmp_path)
     assert len(open_shards(tmp_path)) == 2 * NUM and verify(tmp_path).ok
@@ -160,16 +162,16 @@ def test_a_hole_in_a_shard_is_an_error(number: int, tmp_path: Path, capsys: Capt
     assert main(["index", str(tmp_path), "--accept-truncated"]) == 0
     assert "1 damaged: b.tar has its end mark" in capsys.readouterr().out
     assert len(open_shards(tmp_path)) == NUM + (number + 1) // 2
-    assert verify(tmp_path).ok, "what was accepted is no news"
+    assert verify(tmp_path).ok, "accepted damage is not reported"
     assert main(["index", str(tmp_path), "--dali-only"]) == 2
     assert main(["index", str(tmp_path), "--dali-only", "--accept-truncated"]) == 0
     assert main(["convert", str(tmp_path), str(tmp_path / "x.beton")]) == 2
     assert main(["convert", str(tmp_path), str(tmp_path / "x.beton"), "--accept-truncated"]) == 0
 
 
-def test_of_a_shard_cut_short_a_usable_set_is_made(tmp_path: Path, capsys: Capture) -> None:
-    pack(tmp_path / "a.tar", pictures("shard"))
-    cut = pack(tmp_path / "b.tar", pictures("shard"))
+def test_a_truncated_shard_gives_a_usable_set(tmp_path: Path, capsys: Capture) -> None:
+    pack(tmp_path / "a.tar", images("shard"))
+    cut = pack(tmp_path / "b.tar", images("shard"))
     at = headers(cut)["5.jpg"]
     cut.write_bytes(cut.read_bytes()[: at + BLOCK + 200])
     (tmp_path / "c.tar").touch()
@@ -184,7 +186,7 @@ def test_of_a_shard_cut_short_a_usable_set_is_made(tmp_path: Path, capsys: Captu
 
 @pytest.mark.parametrize("value", ["-0.1", "1.5", "nan"])
 def test_shares_are_checked(value: str, tmp_path: Path, capsys: Capture) -> None:
-    pack(tmp_path / "a.tar", pictures("shard"))
+    pack(tmp_path / "a.tar", images("shard"))
     for command in (
         ["index", str(tmp_path)],
         ["convert", str(tmp_path / "a.tar"), str(tmp_path / "x.beton")],
@@ -194,30 +196,30 @@ def test_shares_are_checked(value: str, tmp_path: Path, capsys: Capture) -> None
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is passed over
+# Ignored files and bad images
 
 
 def test_files_of_other_suffixes_are_counted(tmp_path: Path, capsys: Capture) -> None:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for name in ("cats/a.jpg", "cats/b.jpg", "dogs/a.jpg", "cats/notes.txt", "cats/b.TXT", "dogs/README",
                  "dogs/.hidden.jpg", "dogs/c.gif"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(encode(30, 30) if name.endswith(".jpg") else b"x")
-    wanted = {"ignored: .txt": 2, "ignored: no suffix": 1, "ignored: hidden file": 1, "ignored: .gif": 1}
-    assert FolderSource(root).passed_over == wanted
+    expected = {"ignored: .txt": 2, "ignored: no suffix": 1, "ignored: hidden file": 1, "ignored: .gif": 1}
+    assert FolderSource(root).passed_over == expected
     files = [(str(file.relative_to(root)), file.read_bytes()) for file in root.rglob("*") if file.is_file()]
     tar = TarSource(pack(tmp_path / "x.tar", files))
-    assert tar.passed_over == wanted
+    assert tar.passed_over == expected
     assert main(["convert", str(root), str(tmp_path / "x.beton")]) == 0
     assert main(["convert", str(root), str(tmp_path / "x.shards")]) == 0
     out = capsys.readouterr().out
     assert out.count("2 ignored: .txt\n") == 2
     for name in ("x.beton", "x.shards"):
         manifest = Manifest.read(tmp_path / name)
-        assert manifest is not None and manifest.replaced == wanted
+        assert manifest is not None and manifest.replaced == expected
 
 
-def test_suffixes_without_end_are_counted_together(tmp_path: Path) -> None:
+def test_many_suffixes_are_counted_together(tmp_path: Path) -> None:
     for n in range(100):
         (tmp_path / f"file.{n:03}").touch()
     (tmp_path / "a.jpg").touch()
@@ -233,18 +235,18 @@ def test_earlier_files_of_a_name_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["x.beton", "x.shards"])
-def test_too_many_bad_pictures_fail(output: str, tmp_path: Path, capsys: Capture) -> None:
-    root = tmp_path / "pictures"
+def test_too_many_bad_images_fail(output: str, tmp_path: Path, capsys: Capture) -> None:
+    root = tmp_path / "images"
     root.mkdir()
     for n in range(300):
         (root / f"{n:03}.jpg").write_bytes(b"bad" if n in (7, 100, 150, 299) else encode(20 + n % 3, 20))
     command = ["convert", str(root), str(tmp_path / output), "--workers", "2"]
     shards = ["--shard-size", "50"] if output == "x.shards" else []
     assert main([*command, *shards]) == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "4 of 300 pictures of pictures cannot be used (4 not a picture), --max-bad 0.01 allows 3; the last"
-        in told
+        "4 of 300 images of images cannot be used (4 not a picture), --max-bad 0.01 allows 3; the last"
+        in printed
     )
     assert not (tmp_path / "x.beton").exists() and not (tmp_path / output / "set.json").exists()
     (root / "007.jpg").write_bytes(encode(20, 20))
@@ -257,7 +259,7 @@ def test_too_many_bad_pictures_fail(output: str, tmp_path: Path, capsys: Capture
     )
 
 
-def test_bad_pictures_of_shards_made_before_count_too(tmp_path: Path, tree: Path, capsys: Capture) -> None:
+def test_bad_images_of_shards_made_before_count_too(tmp_path: Path, tree: Path, capsys: Capture) -> None:
     (tree / "cats" / "bad.jpg").write_bytes(b"bad")
     out = tmp_path / "x.shards"
     command = ["convert", str(tree), str(out), "--shard-size", "1"]
@@ -265,21 +267,21 @@ def test_bad_pictures_of_shards_made_before_count_too(tmp_path: Path, tree: Path
         assert main([*command, "--shards", shards, "--max-bad", "0.5"]) == 0
     made = {tar.name: tar.stat().st_mtime_ns for tar in out.glob("*.tar")}
     assert main(command) == 2
-    assert "1 of 6 pictures of pictures cannot be used" in capsys.readouterr().err
+    assert "1 of 6 images of images cannot be used" in capsys.readouterr().err
     assert main([*command, "--max-bad", "0.5"]) == 0
     assert {tar.name: tar.stat().st_mtime_ns for tar in out.glob("*.tar")} == made
     assert verify(out).ok
 
 
 @pytest.mark.parametrize("shards", [["--shards", "0:3"], []])
-def test_pictures_that_were_mended_are_taken(shards: list[str], tmp_path: Path, capsys: Capture) -> None:
-    root, out = tmp_path / "pictures", tmp_path / "x.shards"
+def test_repaired_images_are_taken(shards: list[str], tmp_path: Path, capsys: Capture) -> None:
+    root, out = tmp_path / "images", tmp_path / "x.shards"
     root.mkdir()
     for n in range(30):
         (root / f"{n:02}.jpg").write_bytes(b"bad" if n % 5 == 0 else encode(20 + n, 20))
     command = ["convert", str(root), str(out), "--shard-size", "10", "--max-bad", "0.17"]
     assert main([*command, *shards]) == 2
-    assert "6 of 30 pictures of pictures cannot be used (6 not a picture)" in capsys.readouterr().err
+    assert "6 of 30 images of images cannot be used (6 not a picture)" in capsys.readouterr().err
     assert main([*command, *shards]) == 2, "shards made before count too"
     for n in range(0, 30, 5):
         (root / f"{n:02}.jpg").write_bytes(encode(20 + n, 20))

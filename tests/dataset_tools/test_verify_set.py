@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from dataset_tools.convert import convert
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource
-from dataset_tools.verify import stats, verify
+from dataset_tools.stats import stats
+from dataset_tools.verify import verify
 from pipelines.sets.beton import open_beton
 
 
@@ -23,7 +25,7 @@ def flip(path: Path, position: int, value: int | None = None) -> None:
     path.write_bytes(content)
 
 
-def test_whole_set_passes(beton: Path) -> None:
+def test_undamaged_set_passes(beton: Path) -> None:
     report = verify(beton, workers=2)
     assert report.ok
     assert (report.count, report.num_bytes, report.has_manifest) == (5, beton.stat().st_size, True)
@@ -39,7 +41,7 @@ def test_every_flipped_payload_byte_is_found(beton: Path) -> None:
     assert verify(beton).ok
 
 
-def test_broken_picture_is_named_with_its_source(beton: Path) -> None:
+def test_broken_image_is_named_with_its_source(beton: Path) -> None:
     start = int(open_beton(beton).metadata["f0"]["data_ptr"][4])
     flip(beton, start)
     (bad,) = verify(beton).bad
@@ -49,14 +51,14 @@ def test_broken_picture_is_named_with_its_source(beton: Path) -> None:
 
 def test_damage_to_planes_is_found(tree: Path, tmp_path: Path) -> None:
     path = tmp_path / "set.beton"
-    convert(FolderSource(tree), path, tier="yuv420")
+    convert(FolderSource(tree), path, Normalising(tier="yuv420"))
     opened = open_beton(path)
     flip(path, int(opened.pointers[1]))
     (problem,) = verify(path).problems
     assert "hash" in problem
     flip(path, int(opened.pointers[1]))
     assert verify(path).ok
-    # The height of the last picture, two bytes at 3 in its record of 24.
+    # The height of the last image: two bytes at offset 3 of its record of 24 bytes.
     flip(path, int(opened.pointers[0]) - 24 + 3)
     (problem,) = verify(path).problems
     assert "image 4 of" in problem
@@ -67,7 +69,7 @@ def test_a_manifest_of_another_tier_is_found(beton: Path) -> None:
     manifest = json.loads(beton.with_suffix(".json").read_text())
     beton.with_suffix(".json").write_text(json.dumps(manifest | {"tier": "yuv420"}))
     (problem,) = verify(beton).problems
-    assert problem == "the pictures are of tier jpeg, the manifest says yuv420"
+    assert problem == "the images are of tier jpeg, the manifest says yuv420"
 
 
 @pytest.mark.parametrize("keep", [0, 10, 100, 2000, -1, -24, -25])
@@ -96,21 +98,21 @@ HEADER_AND_TABLES = [
 
 
 @pytest.mark.parametrize(("position", "words"), HEADER_AND_TABLES)
-def test_damaged_header_is_a_sentence(beton: Path, position: int, words: str) -> None:
+def test_damaged_header_is_an_error(beton: Path, position: int, words: str) -> None:
     flip(beton, position)
     with pytest.raises(ValueError, match=words):
         open_beton(beton)
     assert not verify(beton).ok
 
 
-def test_no_single_byte_of_the_tables_goes_unnoticed(beton: Path) -> None:
-    """Any byte of header, field types, metadata or allocation table, flipped, is reported; no flip raises."""
+def test_every_flipped_byte_of_the_tables_is_found(beton: Path) -> None:
+    """A flipped byte of header, field types, metadata or allocation table is reported and never raises."""
     opened = open_beton(beton)
     count, end = len(opened), beton.stat().st_size
     first = int(opened.metadata["f0"]["data_ptr"][0])
-    # Within a record, bytes 13 … 15 pad the picture's 13 bytes to the label's alignment.
+    # Within a record, bytes 13 … 15 pad the image's 13 bytes to the label's alignment.
     records = [first - 24 * (count - i) + byte for i in range(count) for byte in (*range(13), *range(16, 24))]
-    # Of the table, sample_id is what only FFCV's process cache reads.
+    # In the table, only FFCV's process cache reads sample_id.
     table = [end - 24 * (count - i) + byte for i in range(count) for byte in range(8, 24)]
     whole = beton.read_bytes()
     for position in (*range(24), *records, *table):
@@ -122,9 +124,9 @@ def test_no_single_byte_of_the_tables_goes_unnoticed(beton: Path) -> None:
 def test_foreign_manifest_is_found(beton: Path) -> None:
     manifest = json.loads(beton.with_suffix(".json").read_text())
     for change, words in (
-        ({"count": 4}, "holds 5 pictures, the manifest says 4"),
+        ({"count": 4}, "holds 5 images, the manifest says 4"),
         ({"num_bytes": 7}, "the manifest says 7"),
-        ({"sha256": "0" * 64}, "hash to"),
+        ({"sha256": "0" * 64}, "the hash of the contents is"),
         ({"classes": ["cats"]}, "names 1 classes"),
     ):
         beton.with_suffix(".json").write_text(json.dumps(manifest | change))
@@ -138,7 +140,7 @@ def test_foreign_manifest_is_found(beton: Path) -> None:
     assert not report.has_manifest
 
 
-def test_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_with_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make convert"):
         verify(tmp_path / "none.beton")
 

@@ -8,7 +8,8 @@ import pytest
 from dataset_tools.__main__ import main
 from dataset_tools.convert import Sharding, convert
 from dataset_tools.sources import FolderSource
-from dataset_tools.verify import stats, verify
+from dataset_tools.stats import stats
+from dataset_tools.verify import verify
 from pipelines.sets.shards import open_shards
 
 Capture = pytest.CaptureFixture[str]
@@ -16,7 +17,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def shards(tree: Path, tmp_path: Path) -> Path:
-    """Five pictures in three shards."""
+    """Five images in three shards."""
     convert(FolderSource(tree), tmp_path / "x.shards", sharding=Sharding(2, 3))
     return tmp_path / "x.shards"
 
@@ -27,7 +28,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_whole_set_passes(shards: Path) -> None:
+def test_an_undamaged_set_passes(shards: Path) -> None:
     (shards / "notes.txt").write_text("a foreign file")
     calls: list[None] = []
     report = verify(shards, workers=2, progress=lambda: calls.append(None))
@@ -36,7 +37,7 @@ def test_a_whole_set_passes(shards: Path) -> None:
     assert report.num_bytes == sum(tar.stat().st_size for tar in shards.glob("*.tar"))
 
 
-def test_a_corrupt_picture_is_named_with_shard_and_member(shards: Path, capsys: Capture) -> None:
+def test_a_corrupt_image_is_named_with_shard_and_member(shards: Path, capsys: Capture) -> None:
     opened = open_shards(shards)
     record = opened.index[3]
     tar = opened.tar_path(int(record["shard"]))
@@ -46,13 +47,13 @@ def test_a_corrupt_picture_is_named_with_shard_and_member(shards: Path, capsys: 
     tar.write_bytes(content)
     assert main(["verify", str(shards)]) == 1
     out = capsys.readouterr().out
-    assert f"picture 3 ({tar.name}: dogs/a.jpg): damaged" in out
-    assert f"{tar} hashes to" in out
-    assert "1 of 5 pictures bad" in out
+    assert f"image 3 ({tar.name}: dogs/a.jpg): damaged" in out
+    assert f"the hash of {tar} is" in out
+    assert "1 of 5 images bad" in out
 
 
 def test_every_kind_of_byte_of_a_tar_is_checked(shards: Path) -> None:
-    """Pictures, headers, names, padding and the end mark: no flipped byte of a tar goes unnoticed."""
+    """Every flipped byte of a tar is found: images, headers, names, padding and the end mark."""
     tar = shards / "000000.tar"
     size = tar.stat().st_size
     for position in (*range(0, size, 397), size - 1):
@@ -78,7 +79,7 @@ def test_a_missing_tar_is_named_and_the_others_are_checked(shards: Path) -> None
     flip(shards / "000002.tar", int(open_index(shards)["offset"][open_index(shards)["shard"] == 2][0]))
     report = verify(shards)
     assert "000000.tar is missing" in report.problems[0]
-    assert any("000002.tar hashes to" in problem for problem in report.problems)
+    assert any(f"the hash of {shards / '000002.tar'} is" in problem for problem in report.problems)
     assert len(report.bad) == 1
 
 
@@ -87,19 +88,19 @@ def open_index(shards: Path) -> np.ndarray:
     return index
 
 
-def test_an_idx_must_be_there_and_be_of_its_tar(shards: Path, capsys: Capture) -> None:
+def test_an_idx_must_exist_and_match_its_tar(shards: Path, capsys: Capture) -> None:
     (shards / "000001.idx").write_bytes((shards / "000000.idx").read_bytes())
     (shards / "000002.idx").unlink()
     assert main(["verify", str(shards)]) == 1
     out = capsys.readouterr().out
-    assert f"{shards / '000001.idx'} is not of 000001.tar: line 2 is " in out
+    assert f"{shards / '000001.idx'} does not match 000001.tar: line 2 is " in out
     assert f"{shards / '000002.idx'} is missing" in out
-    assert f"write it anew with `python -m dataset_tools index {shards} --dali-only`" in out
+    assert f"write it again with `python -m dataset_tools index {shards} --dali-only`" in out
     assert main(["index", str(shards), "--dali-only"]) == 0
     assert verify(shards).ok
 
 
-def test_no_entry_of_an_idx_goes_unchecked(shards: Path) -> None:
+def test_every_entry_of_an_idx_is_checked(shards: Path) -> None:
     idx = shards / "000000.idx"
     for position in range(0, idx.stat().st_size, 3):
         flip(idx, position)
@@ -133,24 +134,33 @@ def test_a_changed_record_is_found(shards: Path, field: str) -> None:
         (lambda s: os.truncate(s / "index.npy", 200), "not a complete index"),
         (lambda s: np.save(s / "index.npy", np.zeros(5)), "not an index"),
         (lambda s: (s / "set.json").write_text("{"), "not valid JSON"),
-        (lambda s: (s / "set.json").write_text(json.dumps(told(s) | {"shards": []})), "names no shards"),
-        (lambda s: (s / "set.json").write_text(json.dumps(told(s) | {"num_bytes": 1})), "manifest says 1"),
-        (lambda s: (s / "set.json").write_text(json.dumps(told(s) | {"classes": ["a"]})), "does not fit"),
+        (
+            lambda s: (s / "set.json").write_text(json.dumps(manifest_of(s) | {"shards": []})),
+            "names no shards",
+        ),
+        (
+            lambda s: (s / "set.json").write_text(json.dumps(manifest_of(s) | {"num_bytes": 1})),
+            "manifest says 1",
+        ),
+        (
+            lambda s: (s / "set.json").write_text(json.dumps(manifest_of(s) | {"classes": ["a"]})),
+            "does not fit",
+        ),
     ],
 )
-def test_damaged_tables_are_a_sentence(shards: Path, harm: object, words: str) -> None:
+def test_damaged_tables_are_reported(shards: Path, harm: object, words: str) -> None:
     assert callable(harm)
     harm(shards)
     report = verify(shards)
     assert words in report.problems[0]
 
 
-def told(shards: Path) -> dict[str, object]:
+def manifest_of(shards: Path) -> dict[str, object]:
     content: dict[str, object] = json.loads((shards / "set.json").read_text())
     return content
 
 
-def test_a_folder_that_is_no_set_says_how_to_make_it_one(tree: Path, capsys: Capture) -> None:
+def test_a_folder_that_is_not_a_set_is_an_error(tree: Path, capsys: Capture) -> None:
     assert main(["verify", str(tree)]) == 2
     assert "has no set.json" in capsys.readouterr().err
     assert main(["stats", str(tree)]) == 2

@@ -131,7 +131,7 @@ def test_a_run_continues_only_from_its_own_checkpoints(name: str, tmp_path: Path
     args = config.parse(["--resume", "--config-file", str(CONFIGS / f"{C4}.yaml"),
                          "OUTPUT_DIR", str(tmp_path)], None)  # fmt: skip
     with pytest.raises(ValueError, match=r"last_checkpoint names .*a run's own checkpoint is a \.pth"):
-        trainer.prepare(args)
+        trainer.check_run(args)
     with pytest.raises(ValueError, match="last_checkpoint names"):
         weights.Checkpointer(torch.nn.Linear(1, 1), save_dir=str(tmp_path)).resume_or_load("", resume=True)
 

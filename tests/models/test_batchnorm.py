@@ -1,4 +1,4 @@
-"""SplitBatchNorm2d against one BatchNorm per part; the deals against their inverses."""
+"""SplitBatchNorm2d against one BatchNorm per part; the shuffles against their inverses."""
 
 import copy
 import importlib.util
@@ -20,12 +20,12 @@ from torch import nn
 from models.batchnorm import (
     NormArguments,
     SplitBatchNorm2d,
-    _hand_sizes,
+    _send_sizes,
     _SplitBatchNorm,
-    deal_over_splits,
     missing_for_kernels,
+    shuffle_across_splits,
     split_batch_norm_for_compiler,
-    undeal_over_splits,
+    unshuffle_across_splits,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ def _by_parts(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, var: torch.Tensor,
     num_splits: int, momentum: float, eps: float,
 ) -> torch.Tensor:  # fmt: skip
-    """One torch BatchNorm for each part; the running statistics are the mean of theirs."""
+    """Compute one torch BatchNorm for each part, and the mean of their running statistics."""
     means, variances = mean.repeat(num_splits, 1), var.repeat(num_splits, 1)
     parts = zip(input.chunk(num_splits), means, variances, strict=True)
     output = torch.cat([F.batch_norm(part, m, v, weight, bias, True, momentum, eps) for part, m, v in parts])
@@ -93,7 +93,7 @@ def _by_parts(
 def _everything(
     way: Callable[..., torch.Tensor], dtype: torch.dtype, shape: tuple[int, ...], num_splits: int
 ):
-    """Output, gradients and running statistics of one way to compute, all relative to their largest value."""
+    """Output, gradients and running statistics of one implementation."""
     generator = torch.Generator().manual_seed(0)
     channels, place = shape[1], torch.arange(shape[0]).view(-1, 1, 1, 1) + 1
     images = torch.randn(shape, generator=generator) * place + 10 * place
@@ -102,7 +102,7 @@ def _everything(
     leaf = images.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     exact = torch.float64 if way is _by_parts else torch.promote_types(dtype, torch.float32)
     scale, shift, mean, var = (x.to(exact) for x in (weight, bias, mean, var))
-    # The reference is given the same rounded images.
+    # The reference gets the same rounded images.
     output = way(
         *(leaf.to(exact) if way is _by_parts else leaf, scale.requires_grad_(), shift.requires_grad_()),
         *(mean, var, num_splits, 0.1, 1e-5),
@@ -121,7 +121,7 @@ SHAPES = [((12, 5, 4, 4), 3), ((16, 70, 7, 7), 8), ((8, 64, 33, 33), 2), ((32, 1
 
 @pytest.mark.parametrize(("shape", "num_splits"), SHAPES)
 @pytest.mark.parametrize("way", [_SplitBatchNorm.apply, _for_compiler])
-def test_both_ways_are_one_batchnorm_for_each_part(
+def test_both_implementations_are_one_batchnorm_for_each_part(
     way: Callable[..., torch.Tensor], shape: tuple[int, ...], num_splits: int
 ) -> None:
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 1e-2)):
@@ -160,8 +160,8 @@ for shape, num_splits in {shapes}:
 """
 
 
-def test_the_kernels_for_gpus_compute_what_the_cpu_does() -> None:
-    """In Triton's interpreter, which has to be chosen before Triton is imported."""
+def test_gpu_kernels_compute_what_the_cpu_does() -> None:
+    """Run the kernels in Triton's interpreter, which must be selected before Triton is imported."""
     pytest.importorskip("triton")
     program = _IN_THE_INTERPRETER.format(shapes=[*SHAPES[:2], ((8, 70, 13, 13), 2)])
     done = subprocess.run(
@@ -173,11 +173,11 @@ def test_the_kernels_for_gpus_compute_what_the_cpu_does() -> None:
         check=False,
     )
     if "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("this Triton's interpreter is older than this NumPy, whose arrays it takes for numbers")
+        pytest.skip("this Triton's interpreter is older than this NumPy and takes its arrays for numbers")
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_missing_to_compile_kernels_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_of_kernels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     look = missing_for_kernels.__wrapped__
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -195,15 +195,15 @@ def test_what_is_missing_to_compile_kernels_is_named(tmp_path: Path, monkeypatch
 
 
 def _types(arguments: list[str]) -> dict[str, str]:
-    """Types of a kernel's arguments by their names: images are bf16, all other memory float32."""
+    """Types of a kernel's arguments by name: images are bf16, all other memory is float32."""
     kinds = dict.fromkeys(("M", "C", "G", "B", "block_rows"), "i32")
     kinds |= dict.fromkeys(("momentum", "eps"), "fp32") | dict.fromkeys(("x", "y", "dy", "dx"), "*bf16")
     kinds |= dict.fromkeys(("ROWS", "CHANNELS", "FLOAT", "PARTS", "BLOCKS"), "constexpr")
     return {name: kinds.get(name, "*fp32") for name in arguments}
 
 
-def test_the_kernels_for_gpus_compile_for_one() -> None:
-    """By Triton's own compiler, which needs no GPU; images are read 16 bytes at a time."""
+def test_gpu_kernels_compile_for_a_gpu() -> None:
+    """Triton's compiler needs no GPU. Images are read 16 bytes at a time."""
     compiler = pytest.importorskip("triton.compiler")
     backends = pytest.importorskip("triton.backends.compiler")
     from models import batchnorm_triton as kernels
@@ -250,10 +250,10 @@ def test_a_gpu_computes_what_the_cpu_does(
         assert (left - right).abs().max() / left.abs().max() < (1e-4 if dtype == torch.float32 else 2e-2)
 
 
-def test_channels_last_stays() -> None:
+def test_channels_last_is_kept() -> None:
     images = _images(8).to(memory_format=torch.channels_last)
     assert SplitBatchNorm2d(5, 4)(images).is_contiguous(memory_format=torch.channels_last)
-    assert deal_over_splits(images, 4).is_contiguous(memory_format=torch.channels_last)
+    assert shuffle_across_splits(images, 4).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_indivisible_batch_is_refused_with_the_numbers() -> None:
@@ -264,19 +264,19 @@ def test_indivisible_batch_is_refused_with_the_numbers() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9))
-def test_deal_over_splits_is_undone_and_even(num_splits: int, per_split: int) -> None:
+def test_shuffle_across_splits_is_even_and_can_be_undone(num_splits: int, per_split: int) -> None:
     rows = torch.arange(num_splits * per_split)[:, None]
-    dealt = deal_over_splits(rows, num_splits)
-    assert torch.equal(undeal_over_splits(dealt, num_splits), rows)
-    former = (dealt[:, 0] // per_split).view(num_splits, per_split)
+    shuffled = shuffle_across_splits(rows, num_splits)
+    assert torch.equal(unshuffle_across_splits(shuffled, num_splits), rows)
+    former = (shuffled[:, 0] // per_split).view(num_splits, per_split)
     for part in former:
         counts = torch.bincount(part, minlength=num_splits)
         assert counts.max() - counts.min() <= 1
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
-def test_every_rank_hands_out_and_receives_as_many_rows_as_it_has(num_rows: int, world_size: int) -> None:
-    table = [_hand_sizes(num_rows, rank, world_size) for rank in range(world_size)]
+def test_every_rank_sends_and_receives_as_many_rows_as_it_has(num_rows: int, world_size: int) -> None:
+    table = [_send_sizes(num_rows, rank, world_size) for rank in range(world_size)]
     assert all(sum(row) == num_rows for row in table)
     assert all(sum(column) == num_rows for column in zip(*table, strict=True))
     assert max(map(max, table)) - min(map(min, table)) <= 1

@@ -39,7 +39,7 @@ def test_small_stem_keeps_resolution(arch: str, feature_dim: int, side: int) -> 
     assert seen[0][-2:] == (side, side)
 
 
-def test_narrow_resnet_is_narrow_and_initialised_like_its_family() -> None:
+def test_narrow_resnet_is_narrow_and_initialised_like_other_resnets() -> None:
     encoder, _ = build_encoder("resnet10w16")
     assert 250_000 < sum(p.numel() for p in encoder.parameters()) < 350_000
     for module in encoder.modules():

@@ -54,7 +54,7 @@ def test_mixture_loss_against_numpy(temperature: float) -> None:
     assert _mixture_loss(qm, k, partner, lam, queue, temperature).item() == pytest.approx(want, rel=1e-5)
 
 
-def test_mixture_of_the_anchor_alone_is_info_nce_and_of_the_partner_alone_is_info_nce_with_it() -> None:
+def test_mixture_with_lam_one_or_zero_is_info_nce_with_anchor_or_partner() -> None:
     qm, k, queue, partner = _unit(0, 6), _unit(1, 6), _unit(2, 50), torch.tensor([1, 2, 3, 4, 5, 0])
     whole = _mixture_loss(qm, k, partner, torch.ones(6), queue, 0.2)
     torch.testing.assert_close(whole, _info_nce(qm, k, queue, 0.2))
@@ -63,7 +63,7 @@ def test_mixture_of_the_anchor_alone_is_info_nce_and_of_the_partner_alone_is_inf
 
 
 def test_gradient_is_that_of_full_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_rows_of_a_block", lambda device: 7)  # several blocks and a ragged last one
+    monkeypatch.setattr(losses, "_rows_of_a_block", lambda device: 7)  # several blocks, the last one smaller
     k, queue, lam = _unit(1, 6), _unit(2, 50), torch.rand(6)
     partner = torch.tensor([5, 4, 3, 2, 1, 0])
     ours, naive = _unit(0, 6).requires_grad_(), _unit(0, 6).requires_grad_()

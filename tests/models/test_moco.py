@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from models.batch import NUM_MIXTURES, Method
-from models.batchnorm import join_branches, part_branches
+from models.batchnorm import join_branches, separate_branches
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, Mixture
@@ -51,7 +51,7 @@ def _moco(**options: object) -> MoCo:
 
 
 class _Row(nn.Module):
-    """An encoder that hands its first pixels on, so that keys are known."""
+    """An encoder that returns the first pixels of its input, so that keys are known."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -185,30 +185,30 @@ def test_a_joint_forward_differs_only_in_its_batch_statistics(bn_splits: int, sy
     assert not torch.allclose(apart.train()(batch)[0], joint.train()(batch)[0])
 
 
-def test_a_joint_forward_gives_every_split_its_share_of_every_branch() -> None:
+def test_a_joint_forward_gives_every_split_rows_of_every_branch() -> None:
     branches = [_images(seed, 8) for seed in range(3)]
     joint = join_branches(branches, 2)
     assert joint.is_contiguous(memory_format=torch.channels_last)
     for part, half in zip(joint.chunk(2), (slice(0, 4), slice(4, 8)), strict=True):
         assert torch.equal(part, torch.cat([images[half] for images in branches]))
-    for back, images in zip(part_branches(joint.flatten(1), 3, 2), branches, strict=True):
+    for back, images in zip(separate_branches(joint.flatten(1), 3, 2), branches, strict=True):
         assert torch.equal(back, images.flatten(1))
 
 
 def test_the_whole_forward_is_one_graph() -> None:
-    """Nothing in it depends on a value that only the device knows."""
+    """Nothing in the forward pass depends on a value that is only on the device."""
     moco = _moco(method="both", symmetric=True)
     traced = copy.deepcopy(moco)
     traced.compile(backend="eager", fullgraph=True)
     for step in range(2):
         batch = _batch(step, num_mixtures=2, symmetric=True)
-        # On some processors a sum's last bit depends on where its numbers lie in memory.
+        # On some processors a sum's last bit depends on the memory alignment of its terms.
         torch.testing.assert_close(traced(batch), moco(batch))
     torch.testing.assert_close(traced.state_dict(), moco.state_dict())
 
 
 def test_identical_views_at_the_start_give_similarity_one() -> None:
-    """Query and key encoder are equal, so without BN company the pair must coincide."""
+    """Query and key encoder are equal, so without batch statistics the pair must coincide."""
     moco = _moco().eval()
     images = _images(0, 8)
     _, metrics = moco(_batch_of(images, images))
@@ -216,16 +216,16 @@ def test_identical_views_at_the_start_give_similarity_one() -> None:
     assert metrics["acc1"] == 1
 
 
-def test_keys_keep_their_rows_but_change_their_company() -> None:
-    """With BN over 4 parts, a dealt key differs from its query's embedding, yet matches the dealt encoder."""
+def test_keys_keep_their_rows_but_share_statistics_with_other_images() -> None:
+    """With BN over 4 parts, keys are those that the key encoder gives for the shuffled batch."""
     moco = _moco(bn_splits=4, momentum=1.0)
     reference = copy.deepcopy(moco.encoder_k)
     images = _images(0, 8)
     keys = moco._embed_keys(images)
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
     with torch.no_grad():
-        dealt = F.normalize(reference(images[order]), dim=1)
-    torch.testing.assert_close(keys[order], dealt)
+        shuffled = F.normalize(reference(images[order]), dim=1)
+    torch.testing.assert_close(keys[order], shuffled)
 
 
 def test_eval_leaves_the_state_alone() -> None:

@@ -1,4 +1,4 @@
-"""Our model against the published objective written the plain way: losses, gradients, key encoder, queue."""
+"""Our model against a plain transcription of the published one: losses, gradients, key encoder, queue."""
 
 import functools
 from collections import deque
@@ -26,12 +26,12 @@ METHODS: list[Method] = list(NUM_MIXTURES)
 SIDE_PX = 16
 DIM = 8
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
-# BatchNorm over a handful of values may divide by a small deviation, which enlarges what rounding differs by.
+# BatchNorm over a handful of values may divide by a small deviation, which enlarges rounding errors.
 close_after_batchnorm = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 
 
 def _encoder(*, norm_layer: NormLayer) -> tuple[nn.Module, int]:
-    """As small as an encoder with batch statistics can be."""
+    """The smallest encoder that has batch statistics."""
 
     class Tiny(nn.Module):
         def __init__(self) -> None:
@@ -46,7 +46,7 @@ def _encoder(*, norm_layer: NormLayer) -> tuple[nn.Module, int]:
 
 
 def _pair(queue_ptr: int = 0, **options: object) -> tuple[MoCo, PlainMoCo]:
-    """Our model and the plain one with the same weights, queue and position of the queue."""
+    """Our model and the plain one, with the same weights, queue and queue position."""
     torch.manual_seed(0)
     options = {"dim": DIM, "momentum": 0.9} | options
     ours = MoCo(_encoder, bn_splits=1, **options)
@@ -71,7 +71,7 @@ def _oldest_first(ours: MoCo) -> Tensor:
 
 
 def _assert_same_after(ours: MoCo, plain: PlainMoCo) -> None:
-    """Weights and batch statistics of both encoders, and the queue from its oldest key on."""
+    """Compare weights and batch statistics of both encoders, and the queue from its oldest key on."""
     for name in ("encoder_q", "encoder_k"):
         want = plain.get_submodule(name).state_dict()
         for key, tensor in ours.get_submodule(name).state_dict().items():
@@ -81,7 +81,7 @@ def _assert_same_after(ours: MoCo, plain: PlainMoCo) -> None:
 
 
 def _assert_same_training(ours: MoCo, plain: PlainMoCo, batches: Sequence[Batch]) -> None:
-    """Loss, gradients and state of every step agree."""
+    """Compare loss, gradients and state of every step."""
     optimizers = [torch.optim.SGD(m.encoder_q.parameters(), lr=0.1, momentum=0.9) for m in (ours, plain)]
     for batch in batches:
         losses = ours(batch)[0], plain(batch)
@@ -96,7 +96,7 @@ def _assert_same_training(ours: MoCo, plain: PlainMoCo, batches: Sequence[Batch]
         _assert_same_after(ours, plain)
 
 
-# ---------------------------------------------------------------------------------------------- the oracle
+# ---------------------------------------------------------------------------------------------- the reference
 
 
 def _closed_form(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> NDArray[np.float64]:
@@ -135,7 +135,8 @@ def test_the_plain_queue_is_a_ring_buffer(symmetric: bool) -> None:
         close(plain.queue_DK.T.roll(-plain.queue_ptr, dims=0), torch.stack(list(want)))
 
 
-# ------------------------------------------------------------------------------------------- ours against it
+# ------------------------------------------------------------------------------------------- ours against the
+# reference
 
 
 @settings(max_examples=60, deadline=None)
@@ -184,7 +185,7 @@ def test_any_training_is_the_plain_one(
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_of_each_method_are_the_plain_ones(method: Method, symmetric: bool, batch_size: int) -> None:
-    """Five steps that go twice around the queue; with more rows than one block of logits has on a CPU."""
+    """Five steps that fill the queue twice; then a queue longer than a CPU's block of logits."""
     mixing = Mixing(method=method, grid_size=4, mask_per="image", symmetric=symmetric)
     ours, plain = _pair(method=method, queue_len=11, symmetric=symmetric)
     _assert_same_training(ours, plain, [_batch(mixing, step, batch_size) for step in range(5)])
@@ -195,7 +196,7 @@ def test_steps_of_each_method_are_the_plain_ones(method: Method, symmetric: bool
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("batch_size", [2, 3, 7, 9])
 def test_every_position_of_the_queue(batch_size: int, symmetric: bool) -> None:
-    """Batches that divide the queue, that do not, as long as it and longer."""
+    """Batches smaller than the queue that divide it or not, as long as the queue, and longer."""
     mixing = Mixing(method="mixmask", grid_size=4, symmetric=symmetric)
     batch = _batch(mixing, 0, batch_size)
     for position in range(7):
@@ -208,8 +209,8 @@ def test_every_position_of_the_queue(batch_size: int, symmetric: bool) -> None:
             close(ours.queue_KD, plain.queue_DK.T)
 
 
-class _HandOn(nn.Module):
-    """An encoder whose embeddings are its inputs, so that gradients by the embeddings can be read."""
+class _Identity(nn.Module):
+    """An encoder that returns its inputs as embeddings, so that gradients by the embeddings can be read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,10 +223,10 @@ class _HandOn(nn.Module):
 @pytest.mark.parametrize("queue_len", [1, 9, 4096, 4097])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_by_the_embeddings(method: Method, queue_len: int) -> None:
-    """Unequal shares and random partners, before and after the point where blocks of logits meet."""
+    """Unequal shares, random partners, and queues of one and of two blocks of logits."""
     options = {"method": method, "queue_len": queue_len, "dim": DIM}
-    ours = MoCo(lambda norm_layer: (_HandOn(), DIM), bn_splits=1, **options)
-    plain = PlainMoCo(lambda norm_layer: (_HandOn(), DIM), **options)
+    ours = MoCo(lambda norm_layer: (_Identity(), DIM), bn_splits=1, **options)
+    plain = PlainMoCo(lambda norm_layer: (_Identity(), DIM), **options)
     generator = torch.Generator().manual_seed(queue_len)
     rows = torch.randn(2 + NUM_MIXTURES[method], 5, DIM, generator=generator)
     partner = torch.from_numpy(draw_partner("random", Draw(0, 0, np.arange(5))))
@@ -246,7 +247,7 @@ def test_gradients_by_the_embeddings(method: Method, queue_len: int) -> None:
 @settings(max_examples=15, deadline=None)
 @given(batch_size=st.integers(2, 9), seed=st.integers(0, 2**16))
 def test_a_blend_with_shares_of_any_size(batch_size: int, seed: int) -> None:
-    """Global mixtures of one λ per image, as no recipe draws them."""
+    """Global mixtures with one λ per image; no recipe draws such mixtures."""
     generator = torch.Generator().manual_seed(seed)
     query, key = torch.randn(2, batch_size, 3, SIDE_PX, SIDE_PX, generator=generator)
     lam = torch.rand(batch_size, generator=generator)

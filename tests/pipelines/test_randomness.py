@@ -1,4 +1,4 @@
-"""The generator against its authors' test vectors, and the promise of addressing."""
+"""The generator against its authors' test vectors; draws depend on their address alone."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_epoch_order_is_a_permutation_that_can_be_read_anywhere(count: int, seed
 
 
 def test_epoch_orders_look_random() -> None:
-    """No place prefers a picture, neighbours do not stay together, epochs and seeds differ."""
+    """All images are equally likely at all places, neighbours are separated, epochs and seeds differ."""
     count = 40
     orders = np.stack([EpochOrder(seed, epoch, count)[:] for seed in range(40) for epoch in range(100)])
     hits = np.zeros((count, count))
@@ -89,5 +89,5 @@ def test_epoch_orders_look_random() -> None:
 def test_an_epoch_cannot_be_read_backwards_nor_be_empty() -> None:
     with pytest.raises(ValueError, match="slices of an epoch's order must have step 1, got -1"):
         EpochOrder(0, 0, 10)[::-1]
-    with pytest.raises(ValueError, match="set of 0 pictures"):
+    with pytest.raises(ValueError, match="set of 0 images cannot be ordered"):
         EpochOrder(0, 0, 0)

@@ -1,4 +1,4 @@
-"""The card says what the files say, and its lines load the backbone."""
+"""The card agrees with the files, and its code loads the backbone."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def _runs(code: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arch", "options"), [("resnet18", {}), ("resnet18", {"small_stem": True}), ("resnet10w16", {})]
 )
-def test_the_lines_that_load_it_do(arch: str, options: dict[str, bool], tmp_path: Path) -> None:
+def test_the_code_on_the_card_loads_the_backbone(arch: str, options: dict[str, bool], tmp_path: Path) -> None:
     text = main(Card(_backbone(tmp_path, arch, **options))).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     plain = arch == "resnet18" and not options
@@ -81,24 +81,22 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         (tmp_path / name / "run-0").mkdir(parents=True)
         (tmp_path / name / "result.json").write_text(json.dumps(result | own))
         (tmp_path / name / "run-0" / "result.json").write_text(json.dumps({"knn_top1": 0.11} | own))
-    stranger = tmp_path / "stranger"
-    stranger.mkdir()
-    (tmp_path / "lincls" / "cached.json").write_text("{")  # of no use to anybody, and passed over
-    (stranger / "knn.json").write_text(json.dumps({"knn_top1": 0.99, "encoder_sha256": "of another"}))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (tmp_path / "lincls" / "cached.json").write_text("{")  # damaged, and ignored
+    (foreign / "knn.json").write_text(json.dumps({"knn_top1": 0.99, "encoder_sha256": "of another"}))
     text = main(Card(backbone)).read_text()
     assert "99.00 %" not in text and "11.00 %" not in text
-    assert (
-        "22.00 %" not in text and "| fine-tuned top-1, best epoch | 73.00 % |" in text
-    )  # of what was exported
+    assert "22.00 %" not in text and "| fine-tuned top-1, best epoch | 73.00 % |" in text
     with pytest.raises(ValueError, match=r"knn.json is of another backbone"):
-        main(Card(backbone, (stranger / "knn.json",)))
+        main(Card(backbone, (foreign / "knn.json",)))
     for expected in (
         "| linear top-1 (published) | 65.43 % |",
         "| kNN top-1 | 50.00 % |",
         "| fine-tuned top-1, best epoch, 1,000 labels | 71.00 % |",
         "| bbox AP75, 2 runs | 50.00 ± 0.50 |",
         "| segm AP75, coco_R_50_C4_2x | 35.50 |",
-        "100 steps, 1,234 pictures/s; online kNN at the end 43.21 %, effective rank 12.3.",
+        "100 steps, 1,234 images/s; online kNN at the end 43.21 %, effective rank 12.3.",
         "| epochs | 7 |",
         "| mixing.grid_size | 5 |",
         "Trained on pictures.beton, 1,234 pictures by mixmask",
@@ -107,7 +105,7 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         assert expected in text, text
 
 
-def test_a_folder_may_be_called_like_a_single_run(tmp_path: Path) -> None:
+def test_the_backbones_folder_may_be_named_like_a_repeated_run(tmp_path: Path) -> None:
     (tmp_path / "run-1").mkdir()
     backbone = _backbone(tmp_path / "run-1", "resnet18")
     own = fingerprint(load_backbone(backbone).state)
@@ -115,12 +113,12 @@ def test_a_folder_may_be_called_like_a_single_run(tmp_path: Path) -> None:
     assert "50.00 %" in main(Card(backbone)).read_text()
 
 
-def test_what_says_too_little_is_refused(tmp_path: Path) -> None:
+def test_incomplete_files_are_refused(tmp_path: Path) -> None:
     backbone = _backbone(tmp_path, "resnet18")
     strange = tmp_path / "strange.json"
     own = fingerprint(load_backbone(backbone).state)
     strange.write_text(json.dumps({"loss": 3, "encoder_sha256": own}))
-    with pytest.raises(ValueError, match="none of the figures known"):
+    with pytest.raises(ValueError, match="none of the known figures"):
         main(Card(backbone, (strange,)))
     strange.write_text("{")
     with pytest.raises(ValueError, match="cannot be read as a result"):
@@ -130,6 +128,6 @@ def test_what_says_too_little_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="is no exported backbone"):
         main(Card(tmp_path / "checkpoint.pt"))
-    with pytest.raises(ValueError, match="does not say its architecture"):
+    with pytest.raises(ValueError, match="does not name its architecture"):
         main(Card(tmp_path / "bare.safetensors"))
     assert not (tmp_path / "MODEL_CARD.md").exists()

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, runs no code, and brings everything back."""
+"""A checkpoint is complete or absent, runs no code, and restores everything."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ def _state(step: int = 3) -> TrainState:
     )
 
 
-def test_everything_comes_back(tmp_path: Path) -> None:
+def test_everything_is_restored(tmp_path: Path) -> None:
     state, path = _state(), tmp_path / "deep" / "checkpoint.pt"
     checkpoint.save_checkpoint(path, state)
     loaded = checkpoint.load_checkpoint(path, CONFIG)
@@ -48,7 +48,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.partial")) == []
 
 
-def test_generators_go_on_where_they_were() -> None:
+def test_generators_continue_from_a_saved_state() -> None:
     torch.manual_seed(5)
     states = checkpoint.generator_states()
     want = torch.rand(4)
@@ -108,7 +108,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not flag.exists()
 
 
-def test_missing_cut_empty_and_foreign_files_are_told_apart(tmp_path: Path) -> None:
+def test_missing_cut_empty_and_foreign_files_have_their_own_messages(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(CheckpointError, match=r"there is no checkpoint at .*checkpoint\.pt"):
         checkpoint.load_checkpoint(path)
@@ -135,7 +135,7 @@ def test_another_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
     assert "optim" not in message
 
 
-def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+def test_values_that_cannot_be_read_back_are_not_written(tmp_path: Path) -> None:
     state = _state()
     state.loader = {"cursor": [Path("x")]}
     with pytest.raises(TypeError, match=r"loader\.cursor\[0\] is a PosixPath"):

@@ -1,4 +1,4 @@
-"""What every program checks before it begins."""
+"""The checks of every program before it starts."""
 
 import importlib.metadata
 import sys
@@ -39,13 +39,13 @@ def test_the_check_does_not_import_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     cli.check_torch()
 
 
-def test_the_number_is_the_one_that_pip_is_told() -> None:
+def test_the_number_is_that_of_the_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     oldest = ".".join(map(str, cli.OLDEST_TORCH))
     assert f"torch>={oldest},<3" in project["dependencies"]
 
 
-def test_programs_say_it_in_a_sentence_and_do_nothing(
+def test_programs_report_it_and_do_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend("2.7.0", monkeypatch)

@@ -1,4 +1,4 @@
-"""Files of weights whose bytes were changed on a disk or on the way are refused, or hold what was written."""
+"""Files of weights with damaged bytes are refused, or hold what was written."""
 
 import os
 import subprocess
@@ -76,9 +76,9 @@ def test_a_changed_byte_gives_an_error_or_what_was_written(case: str, tmp_path: 
     path = tmp_path / name
     write(path)
     whole = path.read_bytes()
-    wanted = read(path)
+    expected = read(path)
     rng = np.random.default_rng(0)
-    # Anywhere, and in the first and last bytes, where the tables of both formats lie.
+    # Random places, and the first and last bytes, which hold the tables of both formats.
     places = [
         *rng.integers(0, len(whole), 150),
         *range(0, 1200, 9),
@@ -95,12 +95,12 @@ def test_a_changed_byte_gives_an_error_or_what_was_written(case: str, tmp_path: 
             refused += 1
             assert str(path) in str(error)
         else:
-            assert found == wanted, f"byte {place} of {len(whole)}"
+            assert found == expected, f"byte {place} of {len(whole)}"
     assert refused > 150
 
 
 def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
-    """In processes whose order of sets and hash maps differs."""
+    """Also from processes with different orders of sets and hash maps."""
     program = (
         "import sys; from pathlib import Path; from tests.training import test_damage as t\n"
         "folder = Path(sys.argv[1])\n"
@@ -121,7 +121,7 @@ def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
         assert list(opened.metadata()) and opened.metadata()["arch"] == "resnet10w16"
 
 
-def test_a_file_without_a_hash_is_read_and_said_to_be_unchecked(
+def test_a_file_without_a_hash_is_read_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = {"conv1.weight": torch.zeros(2)}
@@ -154,13 +154,13 @@ def test_a_file_without_a_hash_is_read_and_said_to_be_unchecked(
         {"a": torch.tensor([1.0, 2.0]), "b": [1, 2.0, "x"], "d": {}},
     ],
 )
-def test_the_hash_knows_every_difference(changed: dict[str, Any]) -> None:
+def test_every_difference_changes_the_hash(changed: dict[str, Any]) -> None:
     first = {"a": torch.tensor([1.0, 2.0]), "b": [1, 2.0, "x"], "c": {}}
     assert content_hash(first) == content_hash(dict(reversed(first.items()))) != content_hash(changed)
 
 
-def test_damage_of_the_old_format_is_a_sentence(tmp_path: Path) -> None:
-    """It has no checksums, so that wrong weights cannot be told; but nothing ends in a traceback."""
+def test_damage_of_the_old_format_gives_no_traceback(tmp_path: Path) -> None:
+    """Without checksums, damaged weights are not noticed; but no error other than ours occurs."""
     weights = {f"module.encoder_q.{k}": t for k, t in _moco().encoder_q.state_dict().items()}
     path = tmp_path / "old.pth.tar"
     torch.save({"arch": "x", "state_dict": weights}, path, _use_new_zipfile_serialization=False)

@@ -1,4 +1,4 @@
-"""Launch alone, and two gloo processes that must behave like one with the joint batch."""
+"""A single process, and two gloo processes that must behave like one with the joint batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from models.encoders import NormLayer
 from models.moco import MoCo
 from pipelines import Batch, Mixture
 from tests.processes import in_two_processes
-from training.distributed import Launch, _kernels_or_warning, choose_device, init_launch
+from training.distributed import Launch, _kernels_or_eager, choose_device, init_launch
 
 PER_RANK = 6
 STEPS = 3
@@ -105,14 +105,14 @@ def _joint_batch(step: int, num_mixtures: int = 1, symmetric: bool = False) -> B
 
 
 def _gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Of one step, under the names that the model has without DDP."""
+    """The gradients of one step, under the names without DDP's prefix."""
     model(batch)[0].backward()
     plain = model.module if isinstance(model, DDP) else model
     return {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
 
 
 def _sent_bytes(step: Callable[[], object]) -> list[int]:
-    """What each all-to-all and each all-gather of a step hands to the other rank."""
+    """The bytes that each all-to-all and each all-gather of a step sends to the other rank."""
     sent = []
     all_to_all, all_gather = dist.all_to_all_single, dist.all_gather
 
@@ -150,7 +150,7 @@ def _plain(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _worker(folder: Path) -> None:
-    """Everything two ranks do in these tests, so that they are started once."""
+    """Everything that the two ranks do in these tests, so that they are started once."""
     seen: dict[str, object] = {}
     with init_launch("cpu") as launch:
         rank = launch.rank
@@ -192,7 +192,7 @@ def _worker(folder: Path) -> None:
         counted = DDP(_moco(_without_norm))
         seen["sent"] = _sent_bytes(lambda: counted(_rank_batch(0, rank)))
 
-        # Three rows from one rank and none from the other, then the other way round, then some from both.
+        # Three rows from one rank and none from the other; the reverse; rows from both.
         for number, rows in enumerate(((3, 0), (0, 2), (2, 5))):
             gathered = launch.gather_rows(torch.full((rows[rank], 2), float(rank)))
             seen[f"gathered_{number}"] = gathered
@@ -212,7 +212,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_both_ranks_know_their_place_and_leave(ranks: list[dict[str, object]]) -> None:
+def test_both_ranks_know_their_rank_and_leave_the_group(ranks: list[dict[str, object]]) -> None:
     for rank in range(2):
         assert ranks[rank]["launch"] == [rank, 2, rank == 0, "cpu", "gloo"]
         assert ranks[rank]["left"]
@@ -224,8 +224,8 @@ def test_shuffle_is_undone_and_mixes_the_ranks_evenly(ranks: list[dict[str, obje
     assert all(ranks[rank][f"back_{rows}"] for rank in range(2))
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images in dealt)
     for images in dealt:
-        strangers = int((images[:, 0, 0, 0] >= 1000).sum())
-        assert abs(strangers - rows / 2) <= 0.5
+        from_other = int((images[:, 0, 0, 0] >= 1000).sum())
+        assert abs(from_other - rows / 2) <= 0.5
     everything = torch.cat(dealt)[:, 0, 0, 0].sort().values
     own = torch.arange(rows) * 12.0
     assert torch.equal(everything, torch.cat([own, own + 1000]))
@@ -255,13 +255,13 @@ def test_gradients_are_those_of_one_process_with_the_joint_batch(
         torch.testing.assert_close(rank[f"gradients_{number}"], want, rtol=1e-4, atol=1e-6)
     queues = [rank[f"queue_{number}"] for rank in ranks]
     assert torch.equal(*queues)
-    # A symmetric loss has two keys of each picture, which come rank by rank instead of view by view.
+    # A symmetric loss has two keys per image, which arrive rank by rank instead of view by view.
     first_column = [queue[:, 0].sort().values for queue in (queues[0], moco.queue_KD)]
     torch.testing.assert_close(*first_column, rtol=1e-4, atol=1e-6)
 
 
-def test_no_row_travels_that_need_not(ranks: list[dict[str, object]]) -> None:
-    """Half of the key images and, back, of the keys; then all of the keys, which the other has not."""
+def test_only_necessary_rows_are_sent(ranks: list[dict[str, object]]) -> None:
+    """Half of the key images and, on the way back, of the keys; then all keys for the queue."""
     image, key = 3 * 8 * 8 * 4, 8 * 4
     for rank in ranks:
         assert rank["sent"] == [PER_RANK // 2 * image, PER_RANK // 2 * key, PER_RANK * key]
@@ -273,18 +273,18 @@ def test_queues_are_the_same_bits_on_both_ranks(ranks: list[dict[str, object]]) 
 
 
 def test_keys_return_to_their_queries_through_ranks_and_splits(ranks: list[dict[str, object]]) -> None:
-    """In eval mode BatchNorm does not care for company, so dealt keys must equal undealt ones."""
+    """In eval mode BatchNorm has no batch statistics, so shuffled keys must equal unshuffled ones."""
     assert ranks[0]["rows_stay"] and ranks[1]["rows_stay"]
 
 
 def test_ddp_does_not_broadcast_the_queue(ranks: list[dict[str, object]]) -> None:
-    """Each rank began with its own noise here; what lies beyond the new keys must still be that noise."""
+    """Each rank has its own initial noise here; beyond the new keys it must be unchanged."""
     for rank in range(2):
         noise = _moco(_without_norm, queue_seed=rank).queue_KD[2 * PER_RANK :]
         assert torch.equal(ranks[rank]["own_queue"][2 * PER_RANK :], noise)
 
 
-def test_alone_there_is_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_has_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     with init_launch("cpu") as launch:
@@ -293,7 +293,7 @@ def test_alone_there_is_no_process_group(monkeypatch: pytest.MonkeyPatch) -> Non
         launch.barrier()
 
 
-def test_devices_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device is 'tpu'; choose auto, cpu or cuda"):
         choose_device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -318,7 +318,7 @@ def test_rows_are_gathered_on_the_main_process(ranks: list[dict[str, object]]) -
         assert ranks[1][f"gathered_{number}"] is None
 
 
-def test_without_a_compiler_for_kernels_it_is_said_and_nothing_is_compiled(
+def test_without_a_kernel_compiler_there_is_a_warning_and_nothing_is_compiled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     traced = []
@@ -332,11 +332,11 @@ def test_without_a_compiler_for_kernels_it_is_said_and_nothing_is_compiled(
     monkeypatch.setattr(
         "training.distributed.missing_for_kernels", lambda: "there is no C compiler (gcc): get one"
     )
-    with _kernels_or_warning(launched):
+    with _kernels_or_eager(launched):
         assert double(torch.ones(2)).tolist() == [2, 2] and not traced
     said = capsys.readouterr().err
-    assert "cannot be compiled here, for there is no C compiler (gcc): get one. Until then" in said
+    assert "cannot be compiled here: there is no C compiler (gcc): get one. Until then" in said
     monkeypatch.setattr("training.distributed.missing_for_kernels", lambda: "")
-    with _kernels_or_warning(launched):
+    with _kernels_or_eager(launched):
         assert double(torch.ones(2)).tolist() == [2, 2] and len(traced) == 1
     assert not capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Backbones survive each layout bit by bit, and no key goes unaccounted for."""
+"""Every layout preserves a backbone bit by bit, and every key belongs to one part."""
 
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_published_round_trip_and_layout(tmp_path: Path) -> None:
 
 
 def test_published_resnet50_gives_torchvisions_keys(tmp_path: Path) -> None:
-    """The layout as others write it, by hand, around torchvision's own ResNet-50."""
+    """The published layout, written by hand around torchvision's ResNet-50."""
     with torch.device("meta"):
         names = list(torchvision.models.resnet50().state_dict())
     backbone = [name for name in names if not name.startswith("fc.")]
@@ -96,7 +96,7 @@ def test_our_classifiers_checkpoint(tmp_path: Path) -> None:
     assert meta == META
 
 
-def test_every_key_of_the_model_has_one_place() -> None:
+def test_every_key_of_the_model_is_in_one_part() -> None:
     moco = _moco()
     parts = export.split_state_dict(moco.state_dict())
     sizes = [len(part) for part in (parts.backbone, parts.head, parts.key_encoder, parts.queue)]
@@ -120,13 +120,14 @@ def test_unknown_layouts_and_keys_are_named(tmp_path: Path) -> None:
         export.load_backbone(path)
 
 
-def test_what_a_file_says_may_be_foreign_or_damaged(tmp_path: Path) -> None:
+def test_a_foreign_description_is_ignored_and_a_damaged_one_refused(tmp_path: Path) -> None:
     path = tmp_path / "backbone.safetensors"
     tensors = {"conv1.weight": torch.zeros(1)}
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     assert export.load_backbone(path).meta == export.BackboneMeta()
     safetensors.torch.save_file(tensors, path, {"arch": "resnet18", "mean": "0.5 0.5 0.5"})
-    with pytest.raises(CheckpointError, match=r"what .*backbone.safetensors says of its backbone is damaged"):
+    damaged = r"description of the backbone in .*backbone.safetensors is damaged"
+    with pytest.raises(CheckpointError, match=damaged):
         export.load_backbone(path)
 
 

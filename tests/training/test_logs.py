@@ -1,4 +1,4 @@
-"""Every line of the log parses, and its means are those of the steps."""
+"""Every line of the log can be parsed, and its means are those of the steps."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def test_rows_are_means_over_their_steps(tmp_path: Path) -> None:
     assert (second["first_step"], second["step"], second["loss"]) == (4, 4, 9.0)
 
 
-def test_metrics_are_fetched_by_the_clock_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_fetched_at_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, fetches = 0.0, []
     monkeypatch.setattr("training.logs.time.monotonic", lambda: now)
     fetch = Tensor.tolist
@@ -46,7 +46,7 @@ def test_metrics_are_fetched_by_the_clock_alone(tmp_path: Path, monkeypatch: pyt
         for step in range(24):
             now = step / 2
             log.step(step, {"loss": torch.tensor(1.0), "acc1": torch.tensor(0.5)})
-    # First after a second, then every five, and once at the end.
+    # After one second, then every five, and once at the end.
     assert fetches == [1.0, 6.0, 11.0, 11.5]
     assert [row["step"] for row in _rows(tmp_path)] == [2, 12, 22, 23]
 
@@ -58,11 +58,11 @@ def test_events_follow_the_steps_before_them(tmp_path: Path) -> None:
     rows = _rows(tmp_path)
     assert [row["kind"] for row in rows] == ["step", "knn"]
     assert rows[1]["top1"] == 0.5 and rows[1]["step"] == 0 and rows[1]["note"] == "ünïcode"
-    with _log(tmp_path) as log, pytest.raises(ValueError, match="give it a kind of its own"):
+    with _log(tmp_path) as log, pytest.raises(ValueError, match="give it a kind other than 'step'"):
         log.event({"top1": 0.5})
 
 
-def test_a_resumed_run_appends_and_drops_what_will_be_run_again(tmp_path: Path) -> None:
+def test_a_resumed_run_appends_and_drops_the_steps_that_it_repeats(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with _log(tmp_path) as log:
         for step in range(4):
@@ -78,7 +78,7 @@ def test_a_resumed_run_appends_and_drops_what_will_be_run_again(tmp_path: Path) 
     assert [event.value for event in events.Scalars("step/loss")] == [1.0, 2.0, 30.0]
 
 
-def test_a_complete_log_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_complete_log_is_unchanged(tmp_path: Path) -> None:
     with _log(tmp_path) as log:
         log.step(0, {"loss": 1.0})
     before = (tmp_path / "metrics.jsonl").stat()
@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_is_found_in_a_later_window(tmp_path: Path) ->
                 log.flush()
 
 
-def test_the_line_tells_of_the_queue_while_it_fills(tmp_path: Path) -> None:
+def test_the_line_shows_the_queue_while_it_fills(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     with _log(tmp_path, console=console, plain_every_s=0) as log:
         for step, filled in enumerate([0.25, 1.0]):
@@ -128,7 +128,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_plain_lines_are_occasional_and_say_how_it_goes(tmp_path: Path) -> None:
+def test_plain_lines_are_occasional_and_show_progress(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     with _log(tmp_path, console=console, plain_every_s=1e9) as log:
         for step in range(3):
@@ -140,7 +140,7 @@ def test_plain_lines_are_occasional_and_say_how_it_goes(tmp_path: Path) -> None:
         assert part in printed[0]
 
 
-def test_a_terminal_gets_a_line_that_renews_itself(tmp_path: Path) -> None:
+def test_a_terminal_has_a_progress_bar(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200, force_terminal=True)
     with _log(tmp_path, console=console) as log:
         log.step(0, {"loss": 1.5, "lr": 0.03}, epoch=1, samples=4)

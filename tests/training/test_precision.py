@@ -1,4 +1,4 @@
-"""What "auto" means on a CPU, and what is refused."""
+"""The meaning of "auto", and precisions that a device lacks."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_auto_is_fp32_on_a_cpu_and_autocast_does_nothing() -> None:
         assert torch.nn.Linear(4, 4)(torch.ones(1, 4)).dtype == torch.float32
 
 
-def test_bf16_works_on_a_cpu_when_asked_for() -> None:
+def test_bf16_works_on_a_cpu() -> None:
     with Precision.choose("bf16", CPU).autocast():
         assert torch.nn.Linear(4, 4)(torch.ones(1, 4)).dtype == torch.bfloat16
 
@@ -29,7 +29,7 @@ def test_fp16_on_a_cpu_and_unknown_names_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_auto_on_a_gpu_takes_half_precision() -> None:
+def test_auto_on_a_gpu_is_a_16_bit_format() -> None:
     precision = Precision.choose("auto", torch.device("cuda"))
     assert precision.name in ("bf16", "fp16")
     assert precision.scaler.is_enabled() == (precision.name == "fp16")

@@ -1,4 +1,4 @@
-"""Published command lines, word by word; docs/command-line.md is held to them in tests/test_presets.py."""
+"""Published command lines, word by word; tests/test_presets.py checks docs/command-line.md."""
 
 import pytest
 
@@ -20,27 +20,27 @@ from training.published_flags import from_published
         ("--preset tiny-imagenet --lr -1", "--preset tiny-imagenet --lr -1"),
     ],
 )
-def test_what_is_renamed_and_what_stays(published: str, ours: str) -> None:
+def test_renamed_and_unchanged_words(published: str, ours: str) -> None:
     assert from_published(published.split()) == ours.split()
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
         ("--multiprocessing-distributed", "torchrun --nproc-per-node"),
         ("--multiprocessing_distributed", "torchrun --nproc-per-node"),
         ("--world-size=1", "leave out --world-size"),
-        ("-j 32", "-j counted a node's loader processes"),
+        ("-j 32", "-j set the number of a node's loader processes"),
         ("-j32", "--num-threads"),
         ("-j=32", "--num-threads"),
         ("-p 10", "--log-every-s"),
         ("--gpu 0", "CUDA_VISIBLE_DEVICES"),
         ("--start_epoch 5", "--resume"),
-        ("--resume runs/a/100.pth.tar DATA", "takes no path here"),
-        ("--resume=DATA", "takes no path here"),
-        ("--resume= DATA", "takes no path here"),
+        ("--resume runs/a/100.pth.tar DATA", "takes no path"),
+        ("--resume=DATA", "takes no path"),
+        ("--resume= DATA", "takes no path"),
     ],
 )
-def test_what_is_gone_is_refused(words: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_flags_without_an_equivalent_are_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         from_published(words.split())

@@ -1,4 +1,4 @@
-"""A training step: one graph under the compiler, one CUDA graph on a GPU, never far ahead of the device."""
+"""A training step: one graph under the compiler, one CUDA graph on a GPU, a bounded queue of steps."""
 
 import functools
 from contextlib import nullcontext
@@ -14,11 +14,9 @@ from models.batch import Batch, Mixture, tensors_of
 from models.encoders import build_encoder
 from models.moco import MoCo
 from training import step as step_module
-from training.features import Features
-from training.knn import knn_top1
-from training.optimizer import sgd
+from training.evaluate import Features, knn_top1
+from training.optim import scale_lr, sgd
 from training.precision import Precision, settings_of_training
-from training.schedule import set_lr
 from training.step import WARM_UP_STEPS, TrainStep
 
 CPU = torch.device("cpu")
@@ -47,10 +45,9 @@ def _parts(device: torch.device = CPU) -> tuple[MoCo, torch.optim.Optimizer]:
 
 
 def _update(optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
-    """What the optimizer's step computes.
+    """The computation of the optimizer's step.
 
-    torch refuses to trace the step itself, with its hooks and profiler, and its fused kernel, which a
-    compiler does not need.
+    torch cannot trace the step itself, because of its hooks, its profiler and the fused kernel.
     """
     (group,) = optimizer.param_groups
     momentum_buffers = [optimizer.state[parameter]["momentum_buffer"] for parameter in group["params"]]
@@ -61,8 +58,8 @@ def _update(optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
 
 
 def test_the_whole_step_has_no_graph_break() -> None:
-    """Encoders, loss, key update, queue and optimizer; the learning rate changes without a new graph."""
-    # Older versions of torch cannot trace a gradient; what comes before it and after it are two graphs there.
+    """Encoders, loss, key update, queue and optimizer; a new learning rate needs no new graph."""
+    # Older versions of torch cannot trace a gradient; they have one graph before it and one after it.
     backward_too = hasattr(torch._dynamo.config, "trace_autograd_ops")
     graphs = []
 
@@ -85,16 +82,16 @@ def test_the_whole_step_has_no_graph_break() -> None:
 
     forward, update = compiled(model), compiled(functools.partial(_update, optimizer))
 
-    def in_parts(batch: Batch) -> dict[str, Tensor]:
+    def two_graphs(batch: Batch) -> dict[str, Tensor]:
         loss, metrics = forward(batch)
         with torch.no_grad():
             update(list(torch.autograd.grad(loss, trained)))
         return metrics
 
-    step = compiled(whole) if backward_too else in_parts
+    step = compiled(whole) if backward_too else two_graphs
     for number in range(3):
         for one in (plain_optimizer, optimizer):
-            set_lr(one, 0.05 / (number + 1))
+            scale_lr(one, 1 / (number + 1))
         expected = plain(_batch(number))
         with torch._dynamo.config.patch(trace_autograd_ops=True) if backward_too else nullcontext():
             torch.testing.assert_close(step(_batch(number)), expected, rtol=1e-3, atol=1e-4)
@@ -103,10 +100,10 @@ def test_the_whole_step_has_no_graph_break() -> None:
 
 
 class _Event:
-    """An event of a device that is done when somebody waits for it."""
+    """A device event that is done when it is waited for."""
 
     def __init__(self, waited: list["_Event"], *, blocking: bool) -> None:
-        assert blocking, "a host that waits must sleep"
+        assert blocking, "the host must sleep while it waits"
         self._waited = waited
 
     def record(self) -> None:
@@ -134,12 +131,12 @@ def test_the_host_is_at_most_two_steps_ahead(monkeypatch: pytest.MonkeyPatch) ->
         assert waited == made[: max(0, number - 1)]
 
 
-def test_a_graph_that_cannot_be_captured_is_refused_in_a_sentence() -> None:
+def test_a_graph_that_cannot_be_captured_is_refused() -> None:
     model, optimizer = _parts()
     with pytest.raises(ValueError, match="--cuda-graph needs a GPU, this run computes on cpu; leave it out"):
         TrainStep(model, optimizer, Precision.choose("fp32", CPU), tensors_of=tensors_of)
     gpu, scaler = torch.device("cuda"), torch.amp.GradScaler("cpu", enabled=False)
-    with pytest.raises(ValueError, match=r"cannot capture fp16's scaling; take --precision bf16 or fp32"):
+    with pytest.raises(ValueError, match="fp16's loss scaling; take --precision bf16 or fp32"):
         step_module.check_graph(Precision("fp16", gpu, scaler), 1)
     with pytest.raises(ValueError, match="this run has 8; take --compile"):
         step_module.check_graph(Precision("bf16", gpu, scaler), 8)
@@ -148,7 +145,7 @@ def test_a_graph_that_cannot_be_captured_is_refused_in_a_sentence() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_captured_step_trains_as_the_plain_one(compiled: bool) -> None:
+def test_a_captured_step_trains_like_the_eager_one(compiled: bool) -> None:
     device = torch.device("cuda", 0)
     precision = Precision.choose("fp32", device)
     kept = []
@@ -160,7 +157,7 @@ def test_a_captured_step_trains_as_the_plain_one(compiled: bool) -> None:
             step = TrainStep(model, optimizer, precision, tensors_of=tensors)
             seen = []
             for number in range(WARM_UP_STEPS + 4):
-                set_lr(optimizer, 0.05 / (number + 1))
+                scale_lr(optimizer, 1 / (number + 1))
                 seen.append(step(_batch(number, device)))
             kept.append(([{k: v.item() for k, v in metrics.items()} for metrics in seen], model.state_dict()))
     for plain, captured in zip(*(metrics for metrics, _ in kept), strict=True):
@@ -168,7 +165,7 @@ def test_a_captured_step_trains_as_the_plain_one(compiled: bool) -> None:
     torch.testing.assert_close(*(state for _, state in kept), rtol=5e-3, atol=1e-3)
 
 
-def test_settings_of_training_are_put_back() -> None:
+def test_settings_of_training_are_restored() -> None:
     def settings() -> tuple[object, ...]:
         cudnn = torch.backends.cudnn
         return (torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.allow_tf32, cudnn.enabled)
@@ -180,8 +177,8 @@ def test_settings_of_training_are_put_back() -> None:
     assert settings() == before
 
 
-def test_logits_and_knn_are_float32_whatever_products_are_set_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU "high" lets products be TF32; the setting is the caller's again afterwards."""
+def test_logits_and_knn_are_float32_under_any_matmul_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With "high", products on a GPU may be TF32; the caller's setting is restored afterwards."""
     seen = []
 
     def look(*arguments: object, **options: object) -> Tensor:

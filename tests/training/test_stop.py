@@ -1,4 +1,4 @@
-"""Signals are remembered during a run, and do what they did before after it."""
+"""Signals are recorded during a run; after it their former handlers are back."""
 
 import os
 import signal
@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from training.distributed import Launch
-from training.stop import StopRequest
+from training.distributed import Launch, StopRequest
 
 
 @pytest.fixture
 def in_the_foreground() -> Iterator[None]:
-    """Ctrl-C as the interpreter has it where the tests themselves may run in the background."""
+    """Python's default handler of Ctrl-C, because the tests may run in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -21,7 +20,7 @@ def in_the_foreground() -> Iterator[None]:
 
 @pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_remembered_and_given_back(number: signal.Signals) -> None:
+def test_a_signal_is_recorded_and_its_handler_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     alone = Launch(0, 1, 0, torch.device("cpu"))
     with StopRequest() as stop:

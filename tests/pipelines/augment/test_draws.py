@@ -25,7 +25,7 @@ def _boxes(
     height=st.integers(1, 700), width=st.integers(1, 700), low=st.floats(0.01, 1.0), seed=st.integers(0, 999)
 )
 @settings(max_examples=200, deadline=None)
-def test_boxes_lie_within_the_picture(height: int, width: int, low: float, seed: int) -> None:
+def test_boxes_lie_within_the_image(height: int, width: int, low: float, seed: int) -> None:
     recipe = Recipe(crop_scale=(low, 1.0))
     boxes = _boxes(recipe, 4, height, width, seed=seed).long()
     assert boxes.shape == (4, 2, 5)
@@ -35,15 +35,15 @@ def test_boxes_lie_within_the_picture(height: int, width: int, low: float, seed:
 
 
 def test_distribution_is_torchvisions() -> None:
-    """Quantiles of area share, ratio and position of 6,000 boxes each, on a wide picture."""
+    """Quantiles of area share, ratio and position of 6,000 boxes each, for a wide image."""
     num, height, width = 6000, 375, 500
     recipe = moco_v2()
     ours = _boxes(recipe, num, height, width)
     torch.manual_seed(0)
-    picture = torch.empty(3, height, width)
+    image = torch.empty(3, height, width)
     theirs = torch.tensor(
         [
-            RandomResizedCrop.get_params(picture, list(recipe.crop_scale), list(recipe.crop_ratio))
+            RandomResizedCrop.get_params(image, list(recipe.crop_scale), list(recipe.crop_ratio))
             for _ in range(num)
         ]
     )
@@ -63,13 +63,13 @@ def _ratio(box: torch.Tensor) -> torch.Tensor:
 
 
 def test_fallback_is_torchvisions() -> None:
-    """A picture too long for any crop of the range falls back to the largest box of the extreme ratio."""
+    """An image too long for any crop of the range gets the largest box of the extreme ratio."""
     box = _boxes(Recipe(crop_scale=(1.0, 1.0)), 1, 10, 400)[0, 0, :4]
     expected = RandomResizedCrop.get_params(torch.empty(3, 10, 400), [1.0, 1.0], [3 / 4, 4 / 3])
     assert tuple(box.tolist()) == tuple(expected)
 
 
-def test_views_of_a_picture_differ_and_epochs_too() -> None:
+def test_views_of_an_image_differ_and_epochs_too() -> None:
     first, second = (_boxes(moco_v2(), 50, 300, 400, epoch=epoch) for epoch in (0, 1))
     assert (first[:, 0] != first[:, 1]).any(dim=1).float().mean() > 0.9
     assert (first != second).flatten(1).any(dim=1).all()
@@ -88,7 +88,7 @@ def test_flips_fire_as_often_as_the_recipe_says() -> None:
         assert (_boxes(Recipe(flip_prob=prob), 100, 300, 400)[..., 4] == prob).all()
 
 
-def test_evaluation_leaves_nothing_to_chance() -> None:
+def test_evaluation_draws_nothing() -> None:
     recipe = evaluation(Recipe(solarize_prob=1.0, mixing=Mixing(method="both")))
     chances = [f.name for f in dataclasses.fields(recipe) if f.name.endswith("_prob")]
     assert len(chances) == 5 and all(getattr(recipe, name) == 0 for name in chances)

@@ -60,7 +60,7 @@ def test_grid_is_never_all_kept_nor_all_replaced(grid_size: int, keep: float, se
 
 @pytest.mark.parametrize(("grid_size", "keep"), [(2, 0.5), (3, 0.3), (4, 0.5)])
 def test_grid_has_the_distribution_of_redrawing(grid_size: int, keep: float) -> None:
-    """Counts of kept cells against the binomial law without its two ends; every cell alike."""
+    """Counts of kept cells follow the binomial law without its two ends; all cells are equally likely."""
     num, cells = 40_000, grid_size**2
     masks = _grid_masks(grid_size, keep, Draw(7, 3, np.arange(num)))
     counts = torch.bincount(masks.sum(dim=(1, 2)).long(), minlength=cells + 1) / num
@@ -72,7 +72,7 @@ def test_grid_has_the_distribution_of_redrawing(grid_size: int, keep: float) -> 
 
 
 def test_block_of_a_fine_grid_is_made_of_rectangles() -> None:
-    """Kept cells have far more kept neighbours than cells kept one by one would have."""
+    """Kept cells have far more kept neighbours than in a mask of independent cells."""
     draw = Draw(0, 0, np.arange(500))
 
     def kept_neighbours(masks: Tensor) -> float:
@@ -98,13 +98,13 @@ def test_lam_is_the_true_share_of_pixels(grid_size: int, side: int) -> None:
     pixels = masks[:, cell_S][:, :, cell_S]
     assert pixels.shape == (4, side, side)
     np.testing.assert_allclose(kept_share(masks, side), (pixels == 1).mean(axis=(1, 2)), rtol=1e-6)
-    # Nearest neighbour, as torch understands it.
+    # torch's own nearest-neighbour enlargement.
     expected = torch.nn.functional.interpolate(torch.from_numpy(masks)[:, None], size=side, mode="nearest")
     assert np.array_equal(pixels, expected[:, 0])
 
 
 def _block_in_numpy(grid_size: int, keep: float, u_T4: np.ndarray) -> np.ndarray:
-    """One block mask by the docstring, cell by cell, in float64."""
+    """One block mask, computed cell by cell in float64 as the docstring describes it."""
     quota, mask = int(keep * grid_size**2), np.zeros((grid_size, grid_size))
     smallest = min(4, quota)
     for area, aspect, top, left in u_T4.astype(np.float64):
@@ -130,12 +130,12 @@ def test_block_masks_are_those_of_numpy(grid_size: int, keep: float) -> None:
     u_NT4 = uniform(draw, Purpose.MASK, 96).reshape(-1, 24, 4)
     expected = np.stack([_block_in_numpy(grid_size, keep, u_T4) for u_T4 in u_NT4])
     same = (block_masks(grid_size, keep, draw) == expected).all(axis=(1, 2))
-    # A side that lies within a float32's error of a half may be rounded the other way.
+    # A side within a float32's error of a half may be rounded the other way.
     assert same.mean() > 0.99
 
 
 @pytest.mark.parametrize(("grid_size", "lam"), [(4, 0.05), (8, 1.0), (1, 0.5), (2, 0.2)])
-def test_masks_that_cannot_be_are_refused(grid_size: int, lam: float) -> None:
+def test_impossible_masks_are_refused(grid_size: int, lam: float) -> None:
     with pytest.raises(ValueError, match=r"mask_lam|grid_size"):
         Mixing(grid_size=grid_size, mask_lam=lam)
 
@@ -145,7 +145,7 @@ def test_masks_that_cannot_be_are_refused(grid_size: int, lam: float) -> None:
 
 
 def _queries(num: int, side: int = 16) -> Tensor:
-    """Image n is the constant n + 1, so that every pixel of a mixture tells where it came from."""
+    """Image n is the constant n + 1, so every pixel of a mixture shows which image it came from."""
     return torch.arange(1.0, num + 1).view(num, 1, 1, 1).expand(num, 3, side, side).contiguous()
 
 
@@ -197,9 +197,9 @@ def test_unmix_lam_is_the_anchors_share(seed: int) -> None:
     assert float(mixture.images[0].mean()) == pytest.approx(expected, abs=1e-4)
 
 
-def test_unmix_is_global_as_often_as_asked() -> None:
+def test_unmix_is_global_as_often_as_the_recipe_says() -> None:
     values = [_mix(2, method="unmix", seed=s)[0].images[0].unique().numel() for s in range(400)]
-    # A global mixture has one value; a rectangle has two (or one, where it is empty or everything).
+    # A global mixture has one value. A rectangle has two, or one where it is empty or covers the image.
     assert 0.42 < sum(v == 1 for v in values) / 400 < 0.62
     always = [
         _mix(2, method="unmix", seed=s, unmix_global_prob=1.0)[0].images[0].unique().numel()
@@ -247,14 +247,14 @@ def test_moco_mixes_nothing_and_a_batch_of_one_is_refused() -> None:
         _mix(4, side=8, method="mixmask", grid_size=9)
 
 
-def test_mixtures_are_addressed_not_consumed() -> None:
+def test_mixtures_depend_on_the_address_alone() -> None:
     first, again, other = (_mix(6, method="both", seed=s) for s in (1, 1, 2))
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
     assert any(not torch.equal(a.images, b.images) for a, b in zip(first, other, strict=True))
 
 
 class _Operations(TorchDispatchMode):
-    """Counts what is handed to a device; views cost it nothing."""
+    """Counts the operations that a device executes; tensor views are free."""
 
     num = 0
 

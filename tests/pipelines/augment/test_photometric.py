@@ -1,4 +1,4 @@
-"""Every photometric operation against torchvision's, within two grey levels (in fact far closer)."""
+"""Every photometric operation against torchvision's; the CPU stage against the batched one."""
 
 import dataclasses
 import os
@@ -51,7 +51,7 @@ def _draw(recipe: Recipe, num: int, *, seed: int = 0, epoch: int = 0) -> Tensor:
 
 
 def _on_cpu(crops_NVSS3: Tensor, params_VNP: Tensor, recipe: Recipe) -> list[Tensor]:
-    """The numba stage's views, (N, 3, S, S) each."""
+    """Views of the CPU stage, (N, 3, S, S) each."""
     num, num_views, side = crops_NVSS3.shape[:3]
     out = torch.full((num_views, num, side, side, 3), torch.nan)
     augment_on_cpu(crops_NVSS3.numpy(), params_VNP.numpy(), recipe, out.numpy())
@@ -103,7 +103,7 @@ def test_blur_equals_torchvision(views: Tensor, sigma: float) -> None:
 
 
 @pytest.mark.parametrize("side", [8, 13])
-def test_blur_that_reaches_over_the_whole_view_is_reflected(side: int) -> None:
+def test_a_blur_as_wide_as_the_view_is_reflected(side: int) -> None:
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     radius = draws.blur_radius_px(5.0, side)
     got = _joined(ph.blur(x.unbind(1), torch.tensor([5.0, 0.0]), 5.0))
@@ -120,7 +120,7 @@ def test_grey_equals_torchvision(views: Tensor) -> None:
 
 
 def test_jitter_follows_its_drawn_order(views: Tensor) -> None:
-    """The whole jitter of random parameters against torchvision's functions called one by one."""
+    """The whole jitter at random parameters against torchvision's functions called one by one."""
     params = _draw(moco_v1(), len(views), seed=3, epoch=1)[0]
     got = _joined(ph.jitter(_planes(views), params))
     names = {1: "adjust_brightness", 2: "adjust_contrast", 3: "adjust_saturation"}
@@ -164,12 +164,12 @@ def test_views_in_16_bits_are_the_rounded_ones(views: Tensor, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("make", [moco_v1, moco_v2])
-def test_stage_for_cpus_equals_the_batched_one(views: Tensor, make: Callable[[int], Recipe]) -> None:
+def test_cpu_stage_equals_the_batched_one(views: Tensor, make: Callable[[int], Recipe]) -> None:
     recipe = dataclasses.replace(make(48), solarize_prob=0.3)
     both = torch.stack([views, views.flip(1)], dim=1).repeat(20, 1, 1, 1, 1)
     params = _draw(recipe, len(both), seed=5, epoch=2)
     got = _on_cpu(both, params, recipe)
-    # Where a pixel sits on solarisation's threshold, the last bit decides which side it falls on.
+    # For a pixel at solarisation's threshold, the last bit decides whether it is inverted.
     limit = 0.01 * LEVEL / min(recipe.std)
     for view in range(2):
         expected = augment(both[:, view], params[view], recipe)
@@ -182,7 +182,7 @@ def test_stage_for_cpus_equals_the_batched_one(views: Tensor, make: Callable[[in
 
 @pytest.mark.parametrize("side", [8, 13, 224])
 @pytest.mark.parametrize("sigma", [2.0, 5.0])
-def test_stage_for_cpus_at_other_sizes(side: int, sigma: float) -> None:
+def test_cpu_stage_at_other_sizes(side: int, sigma: float) -> None:
     generator = torch.Generator().manual_seed(1)
     crops = torch.randint(0, 256, (6, 1, side, side, 3), dtype=torch.uint8, generator=generator)
     recipe = dataclasses.replace(moco_v2(side), num_views=1, blur_prob=1.0, blur_sigma_px=(0.1, sigma))
@@ -191,7 +191,7 @@ def test_stage_for_cpus_at_other_sizes(side: int, sigma: float) -> None:
     assert (got - augment(crops[:, 0], params[0], recipe)).abs().max() < 0.01 * LEVEL / min(recipe.std)
 
 
-def test_stage_for_cpus_writes_its_place_in_the_batch(views: Tensor) -> None:
+def test_cpu_stage_writes_its_place_in_the_batch(views: Tensor) -> None:
     recipe = moco_v2(48)
     crops, params = torch.stack([views, views], dim=1), _draw(recipe, len(views))
     whole = _on_cpu(crops, params, recipe)
@@ -203,8 +203,8 @@ def test_stage_for_cpus_writes_its_place_in_the_batch(views: Tensor) -> None:
     assert all(torch.equal(a, b.permute(0, 3, 1, 2)) for a, b in zip(whole, out, strict=True))
 
 
-def test_stage_for_cpus_gives_the_same_bits_compiled_or_cached(tmp_path: Path) -> None:
-    """A resumed run loads from numba's cache what the first one compiled."""
+def test_cpu_stage_gives_the_same_bits_compiled_or_cached(tmp_path: Path) -> None:
+    """A resumed run loads kernels from numba's cache that the first run compiled."""
     program = """
 import hashlib, numpy as np
 from pipelines.augment.draws import draw_parameters

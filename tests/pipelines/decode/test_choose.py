@@ -12,6 +12,7 @@ import torch
 
 import pipelines
 from dataset_tools.convert import convert
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource
 from pipelines import Recipe, build_loader
 from pipelines.decode import choose as choosing
@@ -107,7 +108,7 @@ def test_dali_reads_a_set_without_a_manifest(beton: Path, tmp_path: Path) -> Non
 
 def test_only_one_backend_reads_pixels(picture_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "raw.beton"
-    convert(FolderSource(picture_folder), path, tier="raw", short_side=32)
+    convert(FolderSource(picture_folder), path, Normalising(tier="raw", short_side=32))
     assert str(choose(path, "auto", on_gpu(1, UNIT))) == "backend ffcv: only it reads the tier raw"
     with pytest.raises(ImportError, match=r"name its file in LIBTURBOJPEG\.$"):
         choose(path, "auto", Machine(turbojpeg=False, dali=True))

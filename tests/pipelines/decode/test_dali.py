@@ -15,12 +15,13 @@ from PIL import Image
 
 from dataset_tools.convert import convert
 from dataset_tools.index_shards import index_shards
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource
 from pipelines import DALIOptions, Recipe, build_loader, open_set
 from pipelines.decode.dali import DALIDecoder, DALIDeviceDecoder
 from pipelines.decode.dali_operators import GraphPool
 from pipelines.decode.pillow import decode_image
-from pipelines.kernels.resample import crop_picture
+from pipelines.kernels.resample import crop_image
 from pipelines.loader import ViewLoader
 from pipelines.recipe import Mixing
 from pipelines.workers import LoaderConfig
@@ -194,7 +195,7 @@ def test_errors_of_dali_that_no_image_causes_are_raised(beton: Path, monkeypatch
     def fail(*_: object) -> None:
         raise RuntimeError("no image's fault")
 
-    monkeypatch.setattr("pipelines.decode.dali.crop_picture", fail)
+    monkeypatch.setattr("pipelines.decode.dali.crop_image", fail)
     with pytest.raises(RuntimeError, match="no image's fault"):
         decoder.crop(encoded, boxes, out)
 
@@ -240,14 +241,14 @@ def test_cropping_does_not_read_past_the_image() -> None:
         picture = memory[len(memory) - page - size : len(memory) - page].reshape(height, width, 3)
         picture[:] = np.asarray(photograph_like(1, width, height))
         out = np.zeros((1, 24, 24, 3), np.uint8)
-        crop_picture(picture, np.array([[0, 0, height, width, 0]], np.int32), out)
+        crop_image(picture, np.array([[0, 0, height, width, 0]], np.int32), out)
         expected = Image.fromarray(picture).resize((24, 24), Image.Resampling.BILINEAR)
         assert _off(out[0], np.asarray(expected)).max() <= 1
 
 
 def test_sets_without_jpegs_are_refused(picture_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "raw.beton"
-    convert(FolderSource(picture_folder), path, tier="raw", short_side=32)
+    convert(FolderSource(picture_folder), path, Normalising(tier="raw", short_side=32))
     with pytest.raises(ValueError, match=r"DALI decodes only the tier jpeg .*choose backend ffcv"):
         build_loader(path, RECIPE, "dali", batch_size=8)
 

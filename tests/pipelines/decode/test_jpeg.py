@@ -1,4 +1,4 @@
-"""Planes against Pillow's own libjpeg and NumPy transcriptions; the checker against every kind of JPEG."""
+"""Planes against Pillow's libjpeg and NumPy transcriptions; verdicts for every kind of JPEG."""
 
 import io
 from typing import Any
@@ -16,12 +16,12 @@ from tests.dataset_tools.conftest import unusual_jpeg
 
 Pixels = npt.NDArray[np.uint8]
 TJPF_RGB, TJSAMP_420 = 0, 2
-# Around the blocks of 8 and 16 px that JPEG is made of, and everything small.
+# Small sides, and sides around multiples of JPEG's blocks of 8 and 16 px.
 sides = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 47, 48, 49, 127, 128, 129]))
 
 
 def colourful(width: int, height: int) -> Pixels:
-    """Coloured structure in all directions, the same for the same size."""
+    """An image with coloured structure in all directions, the same for the same size."""
     rng = np.random.default_rng(width * 1000 + height)
     small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -35,7 +35,7 @@ def jpeg(pixels: Pixels, **options: Any) -> bytes:
 
 
 def ycbcr_by_pillow(payload: bytes) -> Pixels:
-    """(H, W, 3) what Pillow's libjpeg decodes without converting colours, chroma enlarged."""
+    """(H, W, 3) Y, Cb, Cr as Pillow's libjpeg decodes them, chroma enlarged."""
     with Image.open(io.BytesIO(payload)) as image:
         image.draft("YCbCr", image.size)
         assert image.mode == "YCbCr"
@@ -74,21 +74,21 @@ def planes_by_numpy(rgb: Pixels) -> list[npt.NDArray[np.float64]]:
 def test_planes_are_those_pillow_decodes(width: int, height: int, progressive: bool) -> None:
     payload = jpeg(colourful(width, height), progressive=progressive)
     y, u, v = Jpeg(payload).planes()
-    wanted = ycbcr_by_pillow(payload)
+    expected = ycbcr_by_pillow(payload)
     half = (-(-height // 2), -(-width // 2))
     assert (y.shape, u.shape, v.shape) == ((height, width), half, half)
-    assert np.array_equal(y, wanted[:, :, 0])
-    assert np.array_equal(fancy_upsampled(u, width, height), wanted[:, :, 1])
-    assert np.array_equal(fancy_upsampled(v, width, height), wanted[:, :, 2])
+    assert np.array_equal(y, expected[:, :, 0])
+    assert np.array_equal(fancy_upsampled(u, width, height), expected[:, :, 1])
+    assert np.array_equal(fancy_upsampled(v, width, height), expected[:, :, 2])
 
 
 @given(width=sides, height=sides)
 @settings(max_examples=80, deadline=None)
 def test_encoded_planes_follow_jfif(width: int, height: int) -> None:
     pixels = colourful(width, height)
-    for plane, wanted in zip(encode_planes(pixels), planes_by_numpy(pixels), strict=True):
-        assert plane.shape == wanted.shape
-        assert np.abs(plane - wanted).max() <= 1.01
+    for plane, expected in zip(encode_planes(pixels), planes_by_numpy(pixels), strict=True):
+        assert plane.shape == expected.shape
+        assert np.abs(plane - expected).max() <= 1.01
 
 
 @pytest.mark.parametrize("rgb", [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)])
@@ -96,17 +96,17 @@ def test_one_pixel_has_full_range(rgb: tuple[int, int, int]) -> None:
     pixel = np.array([[rgb]], np.uint8)
     planes = encode_planes(pixel)
     assert [plane.shape for plane in planes] == [(1, 1)] * 3
-    wanted = [round(float(plane[0, 0])) for plane in planes_by_numpy(pixel)]
-    assert [int(plane[0, 0]) for plane in planes] == pytest.approx([min(n, 255) for n in wanted], abs=1)
+    expected = [round(float(plane[0, 0])) for plane in planes_by_numpy(pixel)]
+    assert [int(plane[0, 0]) for plane in planes] == pytest.approx([min(n, 255) for n in expected], abs=1)
     from_jpeg = Jpeg(jpeg(pixel, quality=100)).planes()
-    assert [int(plane[0, 0]) for plane in from_jpeg] == pytest.approx([min(n, 255) for n in wanted], abs=2)
+    assert [int(plane[0, 0]) for plane in from_jpeg] == pytest.approx([min(n, 255) for n in expected], abs=2)
 
 
 def test_rows_need_not_be_contiguous() -> None:
     pixels = colourful(30, 20)
     flipped = encode_planes(pixels[:, ::-1])
-    for plane, wanted in zip(flipped, encode_planes(np.ascontiguousarray(pixels[:, ::-1])), strict=True):
-        assert np.array_equal(plane, wanted)
+    for plane, expected in zip(flipped, encode_planes(np.ascontiguousarray(pixels[:, ::-1])), strict=True):
+        assert np.array_equal(plane, expected)
 
 
 @given(width=sides, height=sides)
@@ -121,12 +121,12 @@ def test_packed_is_y_then_u_then_v(width: int, height: int) -> None:
 @given(width=sides.filter(lambda n: n > 4), height=sides)
 @settings(max_examples=40, deadline=None)
 def test_planes_become_the_pixels_that_pillow_decodes(width: int, height: int) -> None:
-    """Narrower pictures are enlarged by repeating in libjpeg; here all are by its fancy upsampling."""
+    """Wider than 4 px, because libjpeg enlarges the chroma of narrower images by repeating it."""
     file = io.BytesIO()
     Image.fromarray(colourful(width, height)).save(file, "JPEG", quality=90, subsampling="4:2:0")
     packed = Jpeg(file.getvalue()).planes().packed()
-    wanted = np.asarray(Image.open(file)).astype(int)
-    assert np.abs(planes_to_rgb(packed, height, width) - wanted).max() <= 3
+    expected = np.asarray(Image.open(file)).astype(int)
+    assert np.abs(planes_to_rgb(packed, height, width) - expected).max() <= 3
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_header_and_check_know_every_kind(options: dict[str, Any], is_colour: bo
             Jpeg(payload).planes()
 
 
-def test_subsampling_without_a_name_hinders_no_check() -> None:
+def test_subsampling_without_a_name_can_be_checked() -> None:
     payload = unusual_jpeg()
     found = read_header(payload)
     assert found is not None
@@ -170,7 +170,7 @@ def test_subsampling_without_a_name_hinders_no_check() -> None:
 
 
 @pytest.mark.parametrize("payload", [b"", b"hello", b"\xff\xd8\xff"])
-def test_no_jpeg_has_no_header(payload: bytes) -> None:
+def test_other_content_has_no_header(payload: bytes) -> None:
     assert read_header(payload) is None
     with pytest.raises(ValueError, match="4:2:0"):
         Jpeg(payload).planes()
@@ -182,8 +182,8 @@ def test_lost_pixels_are_an_error_and_stray_bytes_are_not() -> None:
         Jpeg(whole[: len(whole) // 2]).planes()
     irregular = whole[:-2] + b"stray" * 40 + whole[-2:]
     assert check_jpeg(irregular).state == "irregular"
-    for plane, wanted in zip(Jpeg(irregular).planes(), Jpeg(whole).planes(), strict=True):
-        assert np.array_equal(plane, wanted)
+    for plane, expected in zip(Jpeg(irregular).planes(), Jpeg(whole).planes(), strict=True):
+        assert np.array_equal(plane, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept."""
+"""Compiled kernels are cached on disk by the code they come from."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,8 @@ from pipelines.kernels import compiled
 PACKAGE = Path(compiled.__file__).parents[1]
 
 
-def test_changed_code_in_any_file_of_the_package_changes_the_place(tmp_path: Path) -> None:
-    """A constant from a file without kernels is compiled into those of another."""
+def test_changed_code_in_any_file_of_the_package_changes_the_cache_folder(tmp_path: Path) -> None:
+    """A constant from one file may be compiled into the kernels of another."""
     copy = tmp_path / "pipelines"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     before = compiled.hash_of_sources(copy)
@@ -22,7 +22,7 @@ def test_changed_code_in_any_file_of_the_package_changes_the_place(tmp_path: Pat
         before = after
 
 
-def test_docstrings_and_comments_do_not_change_the_place(tmp_path: Path) -> None:
+def test_docstrings_and_comments_do_not_change_the_cache_folder(tmp_path: Path) -> None:
     code = '"""One."""\n\ndef f(x):\n    """Two."""\n    return x in {"a", "b"}\n'
     (tmp_path / "a.py").write_text(code)
     before = compiled.hash_of_sources(tmp_path)
@@ -32,7 +32,7 @@ def test_docstrings_and_comments_do_not_change_the_place(tmp_path: Path) -> None
     assert compiled.hash_of_sources(tmp_path) != before
 
 
-def test_options_of_a_kernel_are_left_as_they_were_for_others() -> None:
+def test_kernel_restores_numbas_options() -> None:
     import numba
 
     before = numba.config.CACHE_DIR

@@ -1,4 +1,4 @@
-"""Damaged JPEGs change nothing but themselves: verdicts and bytes are the same in any company and order."""
+"""Damaged JPEGs do not affect others: verdicts and bytes are the same with any other images, in any order."""
 
 import io
 import itertools
@@ -23,7 +23,7 @@ from pipelines import build_loader
 from pipelines.decode.jpeg import Jpeg, check_jpeg, read_header
 from pipelines.decode.pillow import open_image, read_rgb, read_size
 from pipelines.kernels import jpeg_crops
-from pipelines.kernels.jpeg_crops import HUFFMAN, QUANTISATION, crop_pictures, missing_table
+from pipelines.kernels.jpeg_crops import HUFFMAN, QUANTISATION, crop_images, missing_table
 from pipelines.kernels.resample import SLACK
 from pipelines.kernels.turbojpeg import functions
 from pipelines.recipe import moco_v2
@@ -40,7 +40,7 @@ def encode(seed: int = 0, width: int = 61, height: int = 47, mode: str = "RGB", 
 
 
 def segments(jpeg: bytes) -> list[bytes]:
-    """SOI, each segment before the first scan, and all the rest as the last one."""
+    """SOI, each segment before the first scan, and all the rest as one."""
     parts, at = [jpeg[:2]], 2
     while jpeg[at : at + 2] != SOS:
         stop = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
@@ -50,12 +50,12 @@ def segments(jpeg: bytes) -> list[bytes]:
 
 
 def without(jpeg: bytes, marker: bytes) -> bytes:
-    """The same without the segments of one kind before the first scan."""
+    """The JPEG without the segments of one kind before the first scan."""
     return b"".join(part for part in segments(jpeg) if not part.startswith(marker))
 
 
 def twisted_frame(jpeg: bytes) -> bytes:
-    """A header that ends in an error, and leaves a libjpeg handle in the middle of it."""
+    """The JPEG with a wrong number of bits per sample, an error that stops libjpeg inside the header."""
     return b"".join(
         part[:4] + b"\x0d" + part[5:] if part.startswith(SOF) else part for part in segments(jpeg)
     )
@@ -81,7 +81,7 @@ KINDS: dict[str, Callable[[bytes], bytes]] = {
     "options",
     [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 1}, {"subsampling": 0}],
 )
-def test_each_table_that_is_used_must_be_there(mode: str, options: dict[str, object]) -> None:
+def test_each_table_that_is_used_must_be_defined(mode: str, options: dict[str, object]) -> None:
     jpeg = encode(mode=mode, **options)
     assert missing_table(np.frombuffer(jpeg, np.uint8)) == 0
     assert check_jpeg(jpeg).state == "whole"
@@ -98,7 +98,7 @@ def test_each_table_that_is_used_must_be_there(mode: str, options: dict[str, obj
             assert read_size(cut) is None
 
 
-def test_a_progressive_scan_without_its_table_is_found_behind_the_first() -> None:
+def test_a_missing_table_of_a_later_progressive_scan_is_found() -> None:
     jpeg = encode(progressive=True)
     *_, tail = segments(jpeg)
     second = tail.index(DHT)
@@ -130,9 +130,7 @@ SEEDS = [encode(1, 33, 25), encode(2, 24, 31, progressive=True), encode(3, 17, 1
 @example(seed=b"\xff\xd8\xff\xda\x00\x02", changes=[], cut=0)
 @example(seed=b"\xff\xd8\xff\xdb\x00\x03", changes=[], cut=0)
 @settings(deadline=None, max_examples=300)
-def test_any_bytes_are_walked_within_their_bounds(
-    seed: bytes, changes: list[tuple[int, int]], cut: int
-) -> None:
+def test_markers_are_read_within_bounds(seed: bytes, changes: list[tuple[int, int]], cut: int) -> None:
     mutated = bytearray(seed)
     for place, value in changes:
         if mutated:
@@ -148,7 +146,7 @@ def test_any_bytes_are_walked_within_their_bounds(
 
 
 def mutations(num: int) -> list[bytes]:
-    """Sound JPEGs, those of KINDS and others with changed, inserted or lost bytes, mixed."""
+    """Sound JPEGs, damaged ones of all KINDS, and JPEGs with changed bytes, mixed."""
     rng = np.random.default_rng(5)
     found = []
     for n in range(num):
@@ -161,14 +159,14 @@ def mutations(num: int) -> list[bytes]:
             case _:
                 mutated = bytearray(sound)
                 for place in rng.integers(2, len(mutated), rng.integers(1, 5)):
-                    # Half of them in the header, where state is made.
+                    # Half of the changes are in the header, which sets the decoder's state.
                     mutated[place % 700 if n % 2 else place] = rng.integers(256)
                 found.append(bytes(mutated))
     return found
 
 
 def alone(payload: bytes) -> object:
-    """What is found out of a JPEG on a thread that has seen no other."""
+    """The findings for a JPEG on a thread that has seen no other."""
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.append(findings(payload)))
     thread.start()
@@ -187,17 +185,17 @@ def findings(payload: bytes) -> object:
     return check_jpeg(payload), header, planes
 
 
-def test_a_verdict_does_not_depend_on_the_pictures_before() -> None:
+def test_a_verdict_does_not_depend_on_images_before() -> None:
     payloads = mutations(300)
-    wanted = [alone(payload) for payload in payloads]
-    states = [verdict.state for verdict, *_ in wanted]  # type: ignore[misc]
+    expected = [alone(payload) for payload in payloads]
+    states = [verdict.state for verdict, *_ in expected]  # type: ignore[misc]
     assert min(states.count("whole"), states.count("damaged")) > 50
-    assert [findings(payload) for payload in payloads] == wanted
-    assert [findings(payload) for payload in reversed(payloads)] == wanted[::-1]
+    assert [findings(payload) for payload in payloads] == expected
+    assert [findings(payload) for payload in reversed(payloads)] == expected[::-1]
 
 
 def _cropped(payloads: list[bytes], side: int = 16) -> tuple[list[int], list[bytes]]:
-    """Statuses and views of one call of the kernel."""
+    """Statuses and views from one call of the kernel."""
     sizes = [read_size(payload) or (1, 1) for payload in payloads]
     boxes = np.array([[[0, 0, h, w, 0], [0, 0, h, w, 1]] for h, w in sizes], np.int32)
     num_bytes = np.array([len(payload) for payload in payloads])
@@ -206,11 +204,11 @@ def _cropped(payloads: list[bytes], side: int = 16) -> tuple[list[int], list[byt
     status = np.empty(len(payloads), np.int64)
     modes = np.zeros(len(payloads), np.uint8)
     starts = np.cumsum(num_bytes) - num_bytes
-    crop_pictures(functions(), data, starts, num_bytes, modes, np.array(sizes), boxes, out, status)
+    crop_images(functions(), data, starts, num_bytes, modes, np.array(sizes), boxes, out, status)
     return status.tolist(), [view.tobytes() for view in out]
 
 
-def test_crops_do_not_depend_on_the_pictures_before() -> None:
+def test_crops_do_not_depend_on_images_before() -> None:
     payloads = mutations(240)
     statuses, views = _cropped(payloads)
     assert 40 < statuses.count(0) < 200
@@ -237,7 +235,7 @@ def _source(folder: Path, damage: dict[int, str], count: int) -> FolderSource:
 @example(damage={0: "bits a sample"})
 @example(damage=dict.fromkeys(range(0, 30, 3), "no Huffman tables"))
 @settings(deadline=None, max_examples=12)
-def test_converting_keeps_every_sound_picture(
+def test_converting_keeps_every_sound_image(
     tmp_path_factory: pytest.TempPathFactory, damage: dict[int, str]
 ) -> None:
     root = tmp_path_factory.mktemp("damaged")
@@ -255,9 +253,9 @@ def test_converting_keeps_every_sound_picture(
 
 
 @pytest.fixture(scope="module")
-def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
-    """A compiled set of 64 pictures in which every kind of damage stands twice, and where."""
-    path = tmp_path_factory.mktemp("spoilt") / "spoilt.beton"
+def damaged_set(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """A compiled set of 64 images with every kind of damage in it, and the positions of the damaged ones."""
+    path = tmp_path_factory.mktemp("damaged_set") / "damaged_set.beton"
     bad = {7 * k + k % 3: kind for k, kind in enumerate([*KINDS, "bits a sample", "no Huffman tables"])}
     with BetonWriter(path, capacity=64) as writer:
         for n in range(64):
@@ -265,21 +263,21 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
             size = {"width": 50 + n % 7, "height": 44 + n % 4}
             payload = KINDS[bad[n]](jpeg) if n in bad else jpeg
             writer.add(payload, label=0, source_path=f"{n}.jpg", **size)
-        writer.commit(source="spoilt")
+        writer.commit(source="damaged_set")
     return path, sorted(bad)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_verify_names_the_damaged_pictures_and_no_other(spoilt: tuple[Path, list[int]], workers: int) -> None:
-    path, bad = spoilt
+def test_verify_names_exactly_the_damaged_images(damaged_set: tuple[Path, list[int]], workers: int) -> None:
+    path, bad = damaged_set
     assert [picture.index for picture in verify(path, workers=workers).bad] == bad
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "dali"])
-def test_views_depend_on_no_damaged_picture(
-    spoilt: tuple[Path, list[int]], backend: str, monkeypatch: pytest.MonkeyPatch
+def test_views_do_not_depend_on_damaged_images(
+    damaged_set: tuple[Path, list[int]], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, bad = spoilt
+    path, bad = damaged_set
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
@@ -293,16 +291,16 @@ def test_views_depend_on_no_damaged_picture(
         for batch in loader:
             for index, query, key in zip(batch.index.tolist(), batch.query, batch.key, strict=True):
                 found.setdefault(index, query.numpy().tobytes() + key.numpy().tobytes())
-        # DALI takes damage inside the coded data for a picture.
+        # DALI does not notice damage inside the coded data.
         assert set(loader.faults) == set(bad) or (backend == "dali" and set(loader.faults) < set(bad))
         return found
 
-    wanted = views(1, 64, 1)
+    expected = views(1, 64, 1)
     for batch_size, num_threads in ((64, 2), (8, 1), (8, 4), (13, 2)):
-        assert views(1, batch_size, num_threads) == wanted
+        assert views(1, batch_size, num_threads) == expected
 
 
-def test_a_folder_refuses_what_lacks_a_table(tmp_path: Path) -> None:
+def test_a_folder_refuses_jpegs_without_a_table(tmp_path: Path) -> None:
     _source(tmp_path / "pictures", {3: "no Huffman tables", 9: "no quantisation tables"}, 16)
     loader = build_loader(tmp_path / "pictures", moco_v2(24), "folder", batch_size=16)
     list(loader)
@@ -313,5 +311,5 @@ def test_other_formats_are_not_opened_whatever_their_name() -> None:
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
     with pytest.raises(UnidentifiedImageError):
         open_image(eps)
-    assert Image.open(io.BytesIO(eps)).format == "EPS"  # Pillow itself would
+    assert Image.open(io.BytesIO(eps)).format == "EPS"  # Pillow would open it
     assert read_rgb(eps) is None and read_size(eps) is None

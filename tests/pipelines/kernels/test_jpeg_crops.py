@@ -1,4 +1,4 @@
-"""The inside of the ffcv backend: every kind of picture in one call, held against PIL."""
+"""The kernel of the ffcv backend against PIL: every kind of image in one call."""
 
 import io
 from pathlib import Path
@@ -11,6 +11,7 @@ from PIL import Image
 from benchmarks.memory import status_mib
 from dataset_tools.beton_writer import BetonWriter
 from dataset_tools.convert import convert
+from dataset_tools.normalise import Normalising
 from dataset_tools.sources import FolderSource
 from pipelines import PictureSet, open_set
 from pipelines.decode.pillow import decode_image
@@ -44,7 +45,7 @@ def _kinds() -> dict[str, bytes]:
 
 
 def _encode_440(photo: Image.Image) -> bytes:
-    """Rows halved, columns whole: a 4:2:2 whose sampling factors are exchanged is such a JPEG turned."""
+    """A JPEG at 4:4:0: chroma rows are halved, columns are not. Pillow cannot write one; libturbojpeg can."""
     import ctypes
 
     from pipelines.kernels.turbojpeg import TJPF_RGB, TJSAMP_440, library
@@ -70,7 +71,7 @@ def _encode_440(photo: Image.Image) -> bytes:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """A compiled set of every kind of JPEG, written as they are."""
+    """A compiled set of every kind of JPEG, stored unchanged."""
     path = tmp_path_factory.mktemp("mixed") / "mixed.beton"
     kinds = _kinds()
     with BetonWriter(path, capacity=len(kinds)) as writer:
@@ -82,7 +83,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byt
 
 
 def _boxes(images: PictureSet) -> NDArray[np.int32]:
-    """The whole picture, and an uneven part of it mirrored."""
+    """Two boxes for each image: the whole of it, and a part of it flipped."""
     sizes = images.fetch(np.arange(images.count)).size_N2
     part = np.stack([sizes // 5, sizes - sizes // 5 - sizes // 7], axis=1).reshape(-1, 4)
     whole = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
@@ -115,7 +116,7 @@ def test_every_kind_of_jpeg_in_one_call(reading: str, mixed: tuple[Path, dict[st
 @pytest.mark.parametrize("tier", ["raw", "yuv420"])
 def test_tiers_without_a_jpeg(reading: str, tier: str, picture_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "set.beton"
-    convert(FolderSource(picture_folder), path, tier=tier, short_side=61)
+    convert(FolderSource(picture_folder), path, Normalising(tier, short_side=61))
     images = open_set(path, reading)
     boxes = _boxes(images)
     out = np.zeros((images.count, 2, SIDE, SIDE, 3), np.uint8)
@@ -129,19 +130,19 @@ def test_tiers_without_a_jpeg(reading: str, tier: str, picture_folder: Path, tmp
 
 
 def test_a_record_of_an_impossible_size_costs_no_memory(mixed: tuple[Path, dict[str, bytes]]) -> None:
-    """Memory is taken for what the picture's own header says, after it agrees with the index."""
+    """Memory is allocated only after the image's own header agrees with the index."""
     images = open_set(mixed[0])
     encoded = images.fetch(np.arange(2))
     encoded.size_N2[1] = 65_535, 65_535
     before = status_mib("VmPeak")
     out = np.zeros((2, 2, SIDE, SIDE, 3), np.uint8)
-    # Boxes that fit; only the record lies.
+    # The boxes fit the image; only the record is wrong.
     sound = TurboDecoder().crop(encoded, _boxes(images)[:1].repeat(2, axis=0), out)
     assert sound[0]
     assert status_mib("VmPeak") - before < 500
 
 
-def test_calls_leave_no_memory_behind(mixed: tuple[Path, dict[str, bytes]]) -> None:
+def test_calls_leak_no_memory(mixed: tuple[Path, dict[str, bytes]]) -> None:
     images, decoder = open_set(mixed[0]), TurboDecoder()
     encoded, boxes = images.fetch(np.arange(4)), _boxes(images)[:4]
     out = np.zeros((4, 2, SIDE, SIDE, 3), np.uint8)

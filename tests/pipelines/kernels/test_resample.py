@@ -30,7 +30,7 @@ def test_pixels_within_one_grey_level_of_pil(box: tuple[int, int, int, int, int]
     assert np.abs(out.astype(int) - _by_pil(PICTURE, box, side)).max() <= 1
 
 
-def test_a_large_picture_shrinks_without_overflow() -> None:
+def test_a_large_image_shrinks_without_overflow() -> None:
     white = np.full((4000, 3000, 3), 255, np.uint8)
     out = np.zeros((16, 16, 3), np.uint8)
     crop_rgb(_flat(white), 3000, (0, 0, 4000, 3000, 0), out.reshape(-1), make_scratch(16, 4000))
@@ -47,11 +47,11 @@ def test_a_large_picture_shrinks_without_overflow() -> None:
 def test_planes_within_two_grey_levels_of_enlarging_first(
     size: tuple[int, int], sampling: tuple[int, int], side: int, data: st.DataObject
 ) -> None:
-    """Enlarging the chroma, resampling each plane by PIL, converting: what the short cut stands for."""
+    """Against the long way: enlarge the chroma, resample each plane by PIL, convert."""
     rng = np.random.default_rng(size)
     box = data.draw(boxes(*size))
     small = -(-size[0] // sampling[0]), -(-size[1] // sampling[1])
-    # Within the range of colours that RGB can show, or clamping would come in.
+    # Colours that RGB can show, so that nothing is clamped.
     y = rng.integers(100, 156, size, dtype=np.uint8)
     u, v = (rng.integers(98, 158, small, dtype=np.uint8) for _ in range(2))
     full = [y.astype(np.float32), *(_enlarge(plane, sampling, size) for plane in (u, v))]
@@ -72,7 +72,7 @@ def test_planes_within_two_grey_levels_of_enlarging_first(
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("size", [(97, 131), (128, 96)])
 def test_planes_of_a_jpeg_stay_near_pils_crop(subsampling: str, size: tuple[int, int]) -> None:
-    """Against PIL's whole way, which rounds four times more and clamps colours before it resamples."""
+    """Against PIL, which rounds four times more and clamps colours before it resamples."""
     height, width = size
     file = io.BytesIO()
     photograph_like(3, width, height).save(file, "JPEG", quality=90, subsampling=subsampling)
@@ -98,7 +98,7 @@ def _by_pil(pixels: NDArray[np.uint8], box: tuple[int, int, int, int, int], side
 def _enlarge(
     plane: NDArray[np.uint8], sampling: tuple[int, int], size: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """libjpeg's fancy upsampling, written out: each new sample is ¾ of its own and ¼ of the nearer other."""
+    """libjpeg's fancy upsampling: each new sample is ¾ of its own sample and ¼ of the nearest other."""
     out = plane.astype(np.float32)
     for axis, factor in enumerate(sampling):
         if factor == 2:
@@ -116,7 +116,7 @@ def _to_rgb(y: NDArray[np.float32], u: NDArray[np.float32], v: NDArray[np.float3
 
 
 def _planes(jpeg: bytes, sampling: tuple[int, int]) -> tuple[NDArray[np.uint8], ...]:
-    """A JPEG's own planes, through libturbojpeg."""
+    """A JPEG's own planes, by libturbojpeg."""
     import ctypes
 
     from pipelines.kernels.turbojpeg import library

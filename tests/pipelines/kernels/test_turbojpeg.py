@@ -15,7 +15,7 @@ from pipelines.kernels import turbojpeg
 
 @pytest.fixture
 def look_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], ctypes.CDLL]:
-    """``library`` without its memory, on a machine where nothing names a library and FFCV is missing."""
+    """``library`` without its cache, where LIBTURBOJPEG is unset and FFCV is missing."""
     monkeypatch.delenv("LIBTURBOJPEG", raising=False)
     monkeypatch.setitem(sys.modules, "ffcv", None)
     found: Callable[[], ctypes.CDLL] = turbojpeg.library.__wrapped__
@@ -24,7 +24,7 @@ def look_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], ctypes.CDLL]:
 
 @pytest.fixture
 def a_library() -> Path:
-    """The file of a libturbojpeg that works here."""
+    """The file of a libturbojpeg that works on this machine."""
     turbojpeg.library()
     for line in Path("/proc/self/maps").read_text().splitlines():
         if "libturbojpeg" in line:
@@ -33,7 +33,7 @@ def a_library() -> Path:
 
 
 def pretend_ffcv(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An FFCV that must not be imported; returns where its compiled part belongs."""
+    """Install an FFCV that must not be imported; returns the path for its compiled module."""
     package = folder / "ffcv"
     package.mkdir()
     (package / "__init__.py").write_text("raise AssertionError('FFCV is imported')")
@@ -42,7 +42,7 @@ def pretend_ffcv(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package / "_libffcv.cpython-399-x86_64-linux-gnu.so"
 
 
-def test_the_system_has_one(look_up: Callable[[], ctypes.CDLL]) -> None:
+def test_the_systems_library_is_found(look_up: Callable[[], ctypes.CDLL]) -> None:
     try:
         ctypes.CDLL("libturbojpeg.so.0")
     except OSError:
@@ -50,7 +50,7 @@ def test_the_system_has_one(look_up: Callable[[], ctypes.CDLL]) -> None:
     assert look_up()._name == "libturbojpeg.so.0"
 
 
-def test_the_one_of_ffcv_goes_before_the_systems_and_the_named_before_all(
+def test_the_named_library_precedes_ffcvs_which_precedes_the_systems(
     look_up: Callable[[], ctypes.CDLL], a_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = pretend_ffcv(tmp_path, monkeypatch)
@@ -61,7 +61,7 @@ def test_the_one_of_ffcv_goes_before_the_systems_and_the_named_before_all(
     assert "ffcv" not in sys.modules
 
 
-def test_an_ffcv_that_does_not_load_is_looked_past(
+def test_an_ffcv_that_does_not_load_is_skipped(
     look_up: Callable[[], ctypes.CDLL], a_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = pretend_ffcv(tmp_path, monkeypatch)
@@ -73,7 +73,7 @@ def test_an_ffcv_that_does_not_load_is_looked_past(
         look_up()
 
 
-def test_none_is_an_error_that_says_what_to_do(
+def test_a_missing_library_is_an_error_that_says_what_to_do(
     look_up: Callable[[], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turbojpeg, "_SYSTEM_NAME", "libnowhere.so.0")
@@ -89,7 +89,7 @@ def test_none_is_an_error_that_says_what_to_do(
 @pytest.mark.parametrize(
     ("name", "why"), [("libm.so.6", "undefined symbol: tj"), ("/nowhere/libturbojpeg.so", "cannot open")]
 )
-def test_a_wrong_name_is_an_error_and_not_looked_past(
+def test_a_wrong_name_is_an_error(
     look_up: Callable[[], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch, name: str, why: str
 ) -> None:
     monkeypatch.setenv("LIBTURBOJPEG", name)
@@ -98,10 +98,10 @@ def test_a_wrong_name_is_an_error_and_not_looked_past(
 
 
 @pytest.mark.parametrize("missing", sorted(turbojpeg._FUNCTIONS))
-def test_every_function_is_looked_for(
+def test_every_declared_function_must_be_found(
     missing: str, look_up: Callable[[], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older library lacks some; without a look it would be found out in the middle of a run."""
+    """A function that an older library lacks is reported at the start, not in the middle of a run."""
 
     class Older(ctypes.CDLL):
         def __getattr__(self, name: str) -> Any:
@@ -114,7 +114,7 @@ def test_every_function_is_looked_for(
         look_up()
 
 
-def test_no_function_is_used_that_is_not_looked_for() -> None:
+def test_every_function_used_is_declared() -> None:
     for file in Path(turbojpeg.__file__).parents[1].rglob("*.py"):
         text = file.read_text()
         called = set(re.findall(r"(?:_lib|lib|found)\.(tj[A-Z]\w+)", text))

@@ -1,1 +1,0 @@
-"""Every backend and every operation beside torchvision's and Pillow's, in numbers."""
