@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.marked_block import MarkedBlock
-from benchmarks.programs import is_compiled, keep_settings, run_python
+from benchmarks.programs import has_compiled, keep_settings, run_python
 from benchmarks.run_options import finish, keep_full_figures
 from benchmarks.shapes import write_coco
 from training import cli
@@ -106,7 +106,7 @@ def pretrain(config: Detector) -> Path:
     images, out = config.out / f"unlabelled-{config.unlabelled}", config.out / "pretrained"
     keep_settings(out, {"unlabelled": config.unlabelled, "epochs": config.epochs})
     compiled, weights = images.with_suffix(".beton"), out / "detectron2.pth"
-    if not is_compiled(compiled, config.unlabelled):
+    if not has_compiled(compiled, config.unlabelled):
         with console.status(f"drawing {config.unlabelled} images into {images}"):
             write_coco(images, config.unlabelled, SIDE_PX, seed=0).unlink()
         run_python(console, "-m", "dataset_tools", "convert", images, compiled, "--overwrite")

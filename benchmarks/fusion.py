@@ -1,6 +1,7 @@
-"""What a compiler could make of a graph at best: its kernels, and the bytes they move."""
+"""The kernels that an ideal compiler makes of a graph, and the bytes they move."""
 
 import functools
+import math
 import operator
 from collections import defaultdict
 from dataclasses import dataclass
@@ -9,38 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-
-def tensors_of_tree(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def num_bytes(tensor: Tensor) -> int:
-    """What of a tensor lies in memory: an expanded one counts once."""
-    numel = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        numel *= size if stride else 1
-    return int(numel) * tensor.element_size()
-
-
 _POINTWISE = (
-    "_to_copy",
-    "cat",
-    "copy",
-    "full",
-    "full_like",
-    "arange",
-    "scalar_tensor",
-    "index",
-    "lerp",
-    "fill",
+    *("_to_copy", "cat", "copy", "full", "full_like", "arange", "scalar_tensor", "index", "lerp", "fill"),
 )
 """Operations without the tag that a compiler makes part of a kernel."""
 _REDUCTIONS = ("sum", "mean", "amax", "amin", "var_mean", "var", "linalg_vector_norm", "cumsum", "any", "max")
 
 
+def tensors_of_tree(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested containers."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def num_bytes(tensor: Tensor) -> int:
+    """Return how much of a tensor lies in memory: expanded dimensions count once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(math.prod(size for size, stride in sizes if stride)) * tensor.element_size()
+
+
+def _node_bytes(node: fx.Node) -> int:
+    return sum(map(num_bytes, tensors_of_tree(node.meta.get("val"))))
+
+
 def _origin(node: fx.Node) -> fx.Node:
-    """The node whose memory a view shares."""
+    """Return the node that owns the memory of a view."""
     while node.op == "call_function":
         whole = node.all_input_nodes[0] if node.target is operator.getitem else node
         if not getattr(whole.target, "is_view", False):
@@ -50,7 +43,7 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 def _kind(node: fx.Node) -> str:
-    """input, pointwise, reduction or opaque; one of several results is what its operation is."""
+    """Return input, pointwise, reduction or opaque; one of several results is of its operation's kind."""
     if node.op != "call_function":
         return "input"
     if node.target is operator.getitem:
@@ -62,26 +55,21 @@ def _kind(node: fx.Node) -> str:
     return "reduction" if name in _REDUCTIONS else "opaque"
 
 
-def _node_bytes(node: fx.Node) -> int:
-    return sum(map(num_bytes, tensors_of_tree(node.meta.get("val"))))
-
-
 @dataclass
 class Kernel:
     """What is computed at once."""
 
-    reads: dict[fx.Node, int]
-    """Values in memory, and how many bytes of each."""
+    reads: dict[fx.Node, int]  # values in memory, and how many bytes of each
     writes: set[fx.Node]
 
     @property
     def num_bytes(self) -> int:
-        """Of what it reads from memory and writes to it."""
+        """How much it reads from memory and writes to it."""
         read = sum(num for node, num in self.reads.items() if node not in self.writes)
         return read + sum(map(_node_bytes, self.writes))
 
     def join(self, other: "Kernel") -> "Kernel":
-        """Both as one."""
+        """Return both as one."""
         num = {n: max(self.reads.get(n, 0), other.reads.get(n, 0)) for n in self.reads | other.reads}
         return Kernel(num, self.writes | other.writes)
 
@@ -123,7 +111,7 @@ def fuse(graph: fx.Graph) -> list[Kernel]:
 
 
 def _read_from_memory(node: fx.Node, stored: set[fx.Node]) -> dict[fx.Node, int]:
-    """What of the stored values a node needs, by way of others that are computed again."""
+    """Return the stored values that a node needs, directly or through values that are computed again."""
     found: dict[fx.Node, int] = {}
     ahead, seen = list(node.all_input_nodes), set[fx.Node]()
     while ahead:

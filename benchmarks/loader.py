@@ -1,12 +1,13 @@
-"""Our loader beside its peers: the same pictures, the same threads, one run.
+"""Our loader and its peers: the same images, the same threads, one run.
 
     python -m benchmarks.loader --quick           a look, in about two minutes
     python -m benchmarks.loader --json FILE       the figures, in about twenty minutes on two cores
 
-Two works: *crops*, two antialiased uint8 crops of each picture; *recipe*, two views after the whole MoCo v2
-augmentation, normalised float32. On two sets of JPEG files, and on sets that hold no JPEG. Everybody is
-opened and warmed up, then they take turns; medians and the spread over the turns are reported. Beside them:
-how the rate grows with threads, converters, the photometric stage, and where a sample's time goes.
+Two kinds of work: *crops*, two antialiased uint8 crops of each image; *recipe*, two views after the whole
+MoCo v2 augmentation, normalised float32. They are measured on two sets of JPEG files, and on sets that hold
+no JPEG. All loaders are opened and warmed up, then measured round-robin; medians and the spread over the
+turns are reported. Further parts: scaling with threads, converters, the photometric stage, and the time of
+each of our stages.
 """
 
 import multiprocessing
@@ -17,12 +18,10 @@ from typing import Any, Literal, get_args
 from rich.progress import Progress
 
 from benchmarks import loader_parts as parts
-from benchmarks.environment import environment, write_figures
-from benchmarks.loader_tables import print_tables
 from benchmarks.peers import ALL_PEERS, PeerName, load_peers
 from benchmarks.peers.ours import PEER
-from benchmarks.ratios import ratios
-from benchmarks.run_options import CROP_PX, Bars, RunOptions
+from benchmarks.ratios import GROUPS, ratios
+from benchmarks.run_options import CROP_PX, Bars, RunOptions, finish, print_table
 from benchmarks.sample_sets import SampleSets
 from benchmarks.timing import Turns
 from pipelines.recipe import moco_v2
@@ -31,35 +30,28 @@ from training import cli
 from training.cli import console
 
 _PRELOADED = ["benchmarks.loader_parts", "benchmarks.peers.with_torchvision"]
+_JPEG_SETS = ("reencoded", "pass_through")
+_UNITS = {"convert": "pictures/s", "photometric": "views/s"}
 
-Part = Literal[
-    "reencoded-crops",
-    "reencoded-recipe",
-    "pass-through-crops",
-    "pass-through-recipe",
-    "raw",
-    "scaling",
-    "convert",
-    "photometric",
-    "stages",
-]
-# Where in the JSON a part's figures stand, and what measures them.
-_PARTS: dict[Part, tuple[tuple[str, ...], Callable[[parts.Plan], Any]]] = {
-    "reencoded-crops": (("tables", "reencoded", "crops"), lambda p: parts.crops(p.sets.reencoded, p)),
-    "reencoded-recipe": (("tables", "reencoded", "recipe"), lambda p: parts.recipe(p.sets.reencoded, p)),
+_JPEGPart = Literal["reencoded-crops", "reencoded-recipe", "pass-through-crops", "pass-through-recipe"]
+LoaderPart = Literal[_JPEGPart, "raw", "scaling", "convert", "photometric", "stages"]
+# The place of a part's figures in the JSON, and the function that measures them.
+_PARTS: dict[LoaderPart, tuple[str, Callable[[parts.LoaderPlan], Any]]] = {
+    "reencoded-crops": ("tables.reencoded.crops", lambda p: parts.loaders("crops", p.sets.reencoded, p)),
+    "reencoded-recipe": ("tables.reencoded.recipe", lambda p: parts.loaders("recipe", p.sets.reencoded, p)),
     "pass-through-crops": (
-        ("tables", "pass_through", "crops"),
-        lambda p: parts.crops(p.sets.pass_through, p),
+        "tables.pass_through.crops",
+        lambda p: parts.loaders("crops", p.sets.pass_through, p),
     ),
     "pass-through-recipe": (
-        ("tables", "pass_through", "recipe"),
-        lambda p: parts.recipe(p.sets.pass_through, p),
+        "tables.pass_through.recipe",
+        lambda p: parts.loaders("recipe", p.sets.pass_through, p),
     ),
-    "raw": (("tables", "raw"), parts.raw),
-    "scaling": (("tables", "scaling"), parts.scaling),
-    "convert": (("tables", "convert"), parts.convert),
-    "photometric": (("tables", "photometric"), parts.photometric),
-    "stages": (("stages",), parts.where_time_goes),
+    "raw": ("tables.raw", parts.raw),
+    "scaling": ("tables.scaling", parts.scaling),
+    "convert": ("tables.convert", parts.converters),
+    "photometric": ("tables.photometric", parts.photometric),
+    "stages": ("stages", parts.our_stages),
 }
 
 
@@ -68,8 +60,8 @@ class LoaderBenchmark(RunOptions):
     """Measure two-view loaders."""
 
     peers: tuple[PeerName, ...] = ALL_PEERS
-    """Whom to measure beside ours; ratios that need another one are left out."""
-    parts: tuple[Part, ...] = get_args(Part)
+    """Loaders to measure with ours; ratios that need another one are left out."""
+    parts: tuple[LoaderPart, ...] = get_args(LoaderPart)
     """What to measure."""
 
 
@@ -84,35 +76,58 @@ def main(config: LoaderBenchmark) -> dict[str, Any]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as display:
         bars = Bars(display, len(config.parts))
         sets = SampleSets(config.data, scale.pictures, bars.note)
-        plan = parts.Plan(sets, peers, moco_v2(CROP_PX), scale.batch_size, threads, turns, bars.steps)
+        plan = parts.LoaderPlan(sets, peers, moco_v2(CROP_PX), scale.batch_size, threads, turns, bars.steps)
         found = _measure(config.parts, plan, bars)
-    result = {
-        "benchmark": "loader",
-        "quick": config.quick,
+    figures = {
         "config": scale.config(threads),
-        "environment": environment(),
         "sets": sets.facts(),
         "left_out": parts.left_out(plan),
         **found,
         **ratios(found["tables"]),
     }
-    print_tables(console, result)
-    if config.json:
-        write_figures(config.json, result, console)
-    return result
+    _print(figures)
+    return finish("loader", config.quick, config.json, **figures)
 
 
-def _measure(wanted: tuple[Part, ...], plan: parts.Plan, bars: Bars) -> dict[str, Any]:
-    """The figures of the parts asked for, nested as in the JSON."""
+def _measure(names: tuple[LoaderPart, ...], plan: parts.LoaderPlan, bars: Bars) -> dict[str, Any]:
+    """Measure the given parts; returns their figures, nested as in the JSON."""
     found: dict[str, Any] = {"tables": {}, "stages": {}}
-    for name in (name for name in get_args(Part) if name in wanted):
+    for name in (name for name in get_args(LoaderPart) if name in names):
         bars.next_part(name)
         path, measure = _PARTS[name]
+        *outer, last = path.split(".")
         place = found
-        for key in path[:-1]:
+        for key in outer:
             place = place.setdefault(key, {})
-        place[path[-1]] = measure(plan)
+        place[last] = measure(plan)
     return found
+
+
+def _print(figures: dict[str, Any]) -> None:
+    threads = figures["config"]["threads"]
+    for name, table in figures["tables"].items():
+        for work, rows in table.items() if name in _JPEG_SETS else (("", table),):
+            unit = _UNITS.get(name, "samples/s")
+            cells = {name: _cells(row, unit) for name, row in rows.items()}
+            print_table(f"{name} {work}".strip() + f"; {threads} threads", cells)
+    if stages := figures["stages"]:
+        rows = {name: {"µs": f"{micros:.0f}"} for name, micros in stages.items()}
+        print_table("time of each stage per sample, one thread", rows)
+    for group in GROUPS:
+        for ratio, value in figures.get(group, {}).items():
+            console.print(f"{group}.{ratio}: {value:.2f}")
+    measured = {work for name in _JPEG_SETS for work in figures["tables"].get(name, {})}
+    for work in sorted(measured):
+        for name, reason in figures["left_out"][work].items():
+            console.print(f"[dim]{work} without {name}: {reason}[/]")
+
+
+def _cells(row: dict[str, Any], unit: str) -> dict[str, str]:
+    cells = {unit: f"{row['median']:.0f}", "lowest … highest": f"{row['low']:.0f} … {row['high']:.0f}"}
+    for key in ("mean_error", "max_error"):
+        if key in row:
+            cells[key.replace("_", " ")] = "–" if row[key] is None else f"{row[key]:.2f}"
+    return cells
 
 
 if __name__ == "__main__":

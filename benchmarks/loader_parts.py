@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from benchmarks import conversion, photometric_stage, stages
-from benchmarks.peers.contract import FFCV, WORKS, Job, Peer, Work, works
+from benchmarks import conversion, stages
+from benchmarks.peers.contract import FFCV, WORKS, Job, Peer, PeerWork, WorkName
 from benchmarks.peers.ours import CROPS
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from benchmarks.ratios import RAW_FFCV, RAW_JPEG, RAW_OURS
@@ -15,80 +15,45 @@ from benchmarks.timing import Runner, Turns, num_steps, summary, take_turns
 from pipelines.recipe import Recipe
 
 Rows = dict[str, dict[str, Any]]
-"""Name → median, low, high, turns and what else is known of it."""
-_ERROR_PICTURES = 32
-_STAGES_PICTURES = 256
+"""Name → median, low, high, turns and further figures."""
+_ERROR_IMAGES = 32
+_STAGES_IMAGES = 256
 _CONVERSIONS = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoaderPlan:
     """What every part needs to know."""
 
     sets: SampleSets
-    peers: tuple[Peer, ...]
-    """Ours and those beside it."""
+    peers: tuple[Peer, ...]  # our loader and the others
     recipe: Recipe
     batch_size: int
     num_threads: int
     turns: Turns
     steps: Callable[[int], Callable[[str], None]]
-    """Given how many steps come, a function to be told of each."""
+    """Given the number of steps, returns a function to call with each step's name."""
 
-    def job(self, pictures: SampleSet) -> Job:
-        """The job of every loader on these pictures."""
-        return Job(
-            pictures.folder,
-            pictures.beton,
-            pictures.shards,
-            self.recipe,
-            self.batch_size,
-            self.num_threads,
-        )
+    def job(self, images: SampleSet) -> Job:
+        """Return the job of every loader on these images."""
+        sets = (images.folder, images.beton, images.shards)
+        return Job(*sets, self.recipe, self.batch_size, self.num_threads)
 
     def rates(self, runners: Mapping[str, Runner]) -> dict[str, list[float]]:
-        """Let them take turns."""
+        """Measure the runners in turns."""
         return take_turns(runners, self.turns, self.steps(num_steps(runners, self.turns)))
 
-
-def crops(pictures: SampleSet, plan: Plan) -> Rows:
-    """Samples per second of every loader that makes crops, and how far its pixels are from PIL's."""
-    rows = _loaders(pictures, plan, works("crops", plan.peers))
-    add_errors(rows, pictures, plan)
-    return rows
+    def measure(self, ways: Mapping[str, tuple[PeerWork, Job]]) -> Rows:
+        """Measure samples per second of several works in turns."""
+        rates = self.rates({name: _runner(*way) for name, way in ways.items()})
+        return _rows(rates, {name: work.configured for name, (work, _) in ways.items()})
 
 
-def add_errors(rows: Rows, pictures: SampleSet, plan: Plan) -> None:
-    """Add to each row of crops how far they are from PIL's."""
-    asked = choose_crops(plan.job(pictures), _ERROR_PICTURES)
-    reference = reference_crops(asked)
-    for peer in plan.peers:
-        if peer.name in rows:
-            rows[peer.name] |= {"antialiased": peer.antialiased, **pixel_error(peer, asked, reference)}
+def _rows(rates: Mapping[str, list[float]], configured: Mapping[str, str]) -> Rows:
+    return {name: {**summary(values), "configured": configured[name]} for name, values in rates.items()}
 
 
-def recipe(pictures: SampleSet, plan: Plan) -> Rows:
-    """Samples per second of every loader that makes the recipe's views."""
-    return _loaders(pictures, plan, works("recipe", plan.peers))
-
-
-def left_out(plan: Plan) -> dict[str, dict[str, str]]:
-    """For each work whom it is not measured with, and why."""
-    return {
-        name: {peer: reason for peer, reason in works(name, plan.peers).items() if isinstance(reason, str)}
-        for name in WORKS
-    }
-
-
-def _loaders(pictures: SampleSet, plan: Plan, offers: Mapping[str, Work | str]) -> Rows:
-    job = plan.job(pictures)
-    offered = {name: work for name, work in offers.items() if isinstance(work, Work)}
-    rates = plan.rates({name: runner(work, job) for name, work in offered.items()})
-    return {name: {**summary(rates[name]), "configured": work.configured} for name, work in offered.items()}
-
-
-def runner(work: Work, job: Job) -> Runner:
-    """One who takes part in the turns."""
+def _runner(work: PeerWork, job: Job) -> Runner:
     threads = job.num_threads
     return Runner(
         partial(work.open, job),
@@ -99,56 +64,65 @@ def runner(work: Work, job: Job) -> Runner:
     )
 
 
-def raw(plan: Plan) -> Rows:
-    """Samples per second of crops from sets that hold no JPEG, and from ours that does."""
-    jpeg = plan.job(plan.sets.reencoded)
-    ways: dict[str, tuple[Work, Job]] = {
-        RAW_OURS: (CROPS, replace(jpeg, beton=plan.sets.yuv420)),
-        RAW_JPEG: (CROPS, jpeg),
-    }
-    for peer in plan.peers:
-        if peer.name == FFCV and isinstance(peer.crops, Work):
-            ways[RAW_FFCV] = (peer.crops, replace(jpeg, beton=plan.sets.ffcv_raw))
-    rates = plan.rates({name: runner(work, job) for name, (work, job) in ways.items()})
+def loaders(kind: WorkName, images: SampleSet, plan: LoaderPlan) -> Rows:
+    """Measure every loader that does this kind of work; of crops also the difference from PIL's pixels."""
+    job = plan.job(images)
+    offered = {peer.name: peer.work(kind) for peer in plan.peers}
+    rows = plan.measure({name: (work, job) for name, work in offered.items() if isinstance(work, PeerWork)})
+    if kind == "crops":
+        fixed = choose_crops(job, _ERROR_IMAGES)
+        reference = reference_crops(fixed)
+        for peer in (peer for peer in plan.peers if peer.name in rows):
+            rows[peer.name] |= {"antialiased": peer.antialiased, **pixel_error(peer, fixed, reference)}
+    return rows
+
+
+def left_out(plan: LoaderPlan) -> dict[str, dict[str, str]]:
+    """Return for each kind of work which peers are not measured, and why."""
     return {
-        name: {
-            **summary(rates[name]),
-            "bytes": job.beton.stat().st_size,
-            "configured": f"{work.configured}; of {job.beton.name}",
-        }
-        for name, (work, job) in ways.items()
+        kind: {peer.name: reason for peer in plan.peers if isinstance(reason := peer.work(kind), str)}
+        for kind in WORKS
     }
 
 
-def scaling(plan: Plan) -> Rows:
-    """Samples per second of our crops with one thread and with all."""
+def raw(plan: LoaderPlan) -> Rows:
+    """Measure crops from sets that hold no JPEG, and ours from one that does."""
+    jpeg = plan.job(plan.sets.reencoded)
+    ways = {RAW_OURS: (CROPS, replace(jpeg, beton=plan.sets.yuv420)), RAW_JPEG: (CROPS, jpeg)}
+    for peer in plan.peers:
+        if peer.name == FFCV and isinstance(peer.crops, PeerWork):
+            ways[RAW_FFCV] = (peer.crops, replace(jpeg, beton=plan.sets.ffcv_raw))
+    rows = plan.measure(ways)
+    for name, (work, job) in ways.items():
+        rows[name]["bytes"] = job.beton.stat().st_size
+        rows[name]["configured"] = f"{work.configured}; of {job.beton.name}"
+    return rows
+
+
+def scaling(plan: LoaderPlan) -> Rows:
+    """Measure our crops with one thread and with all."""
     job = plan.job(plan.sets.reencoded)
-    numbers = sorted({1, plan.num_threads})
-    rates = plan.rates({str(num): runner(CROPS, replace(job, num_threads=num)) for num in numbers})
+    jobs = [replace(job, num_threads=num) for num in sorted({1, plan.num_threads})]
+    rates = plan.rates({str(job.num_threads): _runner(CROPS, job) for job in jobs})
     return {name: summary(values) for name, values in rates.items()}
 
 
-def convert(plan: Plan) -> Rows:
-    """Pictures per second of our converter and of FFCV's."""
+def converters(plan: LoaderPlan) -> Rows:
+    """Measure images per second of our converter and of FFCV's."""
     repeats = min(_CONVERSIONS, plan.turns.num)
     step = plan.steps(2 * repeats)
-    rates = conversion.measure(plan.sets.reencoded.folder, repeats, plan.num_threads, step)
-    return _configured(rates, conversion.CONFIGURED)
+    rates = conversion.converter_rates(plan.sets.reencoded.folder, repeats, plan.num_threads, step)
+    return _rows(rates, conversion.CONFIGURED)
 
 
-def photometric(plan: Plan) -> Rows:
-    """Views per second of the photometric stage alone."""
-    views = reference_crops(choose_crops(plan.job(plan.sets.reencoded), _ERROR_PICTURES))
-    views_NSS3 = views.reshape(-1, *views.shape[2:])
-    runners = photometric_stage.runners(views_NSS3, plan.recipe, plan.num_threads)
-    return _configured(plan.rates(runners), photometric_stage.CONFIGURED)
+def photometric(plan: LoaderPlan) -> Rows:
+    """Measure views per second of the photometric stage alone."""
+    views = reference_crops(choose_crops(plan.job(plan.sets.reencoded), _ERROR_IMAGES))
+    runners = stages.photometric(views.reshape(-1, *views.shape[2:]), plan.recipe, plan.num_threads)
+    return _rows(plan.rates(runners), stages.PHOTOMETRIC)
 
 
-def _configured(rates: Mapping[str, list[float]], sentences: Mapping[str, str]) -> Rows:
-    return {name: {**summary(values), "configured": sentences[name]} for name, values in rates.items()}
-
-
-def where_time_goes(plan: Plan) -> dict[str, float]:
-    """Microseconds of each of our stages, per sample on one thread."""
+def our_stages(plan: LoaderPlan) -> dict[str, float]:
+    """Measure microseconds of each of our stages, per sample on one thread."""
     plan.steps(1)("stages")
-    return stages.measure(plan.sets.reencoded.beton, plan.recipe, _STAGES_PICTURES)
+    return stages.stage_times(plan.sets.reencoded.beton, plan.recipe, _STAGES_IMAGES)

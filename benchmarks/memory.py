@@ -1,12 +1,12 @@
-"""Does the loader's memory grow? Ten epochs, and the process's own memory at the end of each.
+"""Does the loader's memory grow? Ten epochs, and the process's private memory in each.
 
     python -m benchmarks.memory data/photographs.beton --json benchmarks/results/memory.json
 
-What is counted is private memory: the pages of the mapped set belong to the system, which takes them back
-when it needs them. The greatest amount within each epoch is taken, looked at after every batch.
+Pages of the mapped set belong to the system, which takes them back when it needs them, so they do not count.
+Memory is read after every batch, and the peak of each epoch is reported.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from training.cli import console
 
 @dataclass(frozen=True)
 class MemoryBenchmark:
-    """Watch the loader's memory over some epochs."""
+    """Measure the loader's memory over some epochs."""
 
     compiled: tyro.conf.Positional[Path]
     """A .beton set."""
@@ -31,17 +31,18 @@ class MemoryBenchmark:
     crop_px: int = 224
     """Side of the views."""
     batch_size: int = 64
-    """Pictures per batch."""
+    """Images per batch."""
     reading: Reading = "map"
     """How the set is read."""
     json: Path | None = None
-    """Where the figures go."""
+    """File of the figures."""
 
 
 def main(config: MemoryBenchmark) -> dict[str, Any]:
     """Measure, print, write the JSON; returns what was written.
 
-    Raises ValueError for fewer than three epochs.
+    Raises:
+        ValueError: for fewer than three epochs.
     """
     if config.epochs < 3:
         raise ValueError(f"{config.epochs} epochs show no growth; take at least 3")
@@ -54,15 +55,10 @@ def main(config: MemoryBenchmark) -> dict[str, Any]:
         peaks_mib.append(max(status_mib("RssAnon") for _ in loader))
     # The first epoch compiles, and takes memory that the process keeps.
     growth = peaks_mib[-1] / peaks_mib[1] - 1
+    settings = {key: value for key, value in asdict(config).items() if key not in ("compiled", "json")}
     result = {
         "benchmark": "memory",
-        "config": {
-            "epochs": config.epochs,
-            "crop_px": config.crop_px,
-            "batch_size": config.batch_size,
-            "reading": config.reading,
-            "pictures": loader.set.count,
-        },
+        "config": settings | {"pictures": loader.set.count},
         "peaks_mib": [round(peak, 1) for peak in peaks_mib],
         "growth": round(growth, 4),
         "environment": environment(),
@@ -77,7 +73,7 @@ def main(config: MemoryBenchmark) -> dict[str, Any]:
 
 
 def status_mib(name: str) -> float:
-    """A figure of /proc/self/status in MiB, such as RssAnon, which no file could give back, or VmHWM."""
+    """Return a figure of /proc/self/status in MiB: RssAnon, which no file backs, VmRSS, or the peak VmHWM."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name + ":"))
 

@@ -6,10 +6,10 @@
 Nothing is computed: tensors have shapes and no memory (torch's fake tensors), so the counts are those of the
 full size on any machine. A GPU's path is counted: its blocks of the queue, its photometric stage, 16 bits.
 
-*Eager*: every operation that torch hands to a device counts once, views count nothing; its bytes are its
-inputs and outputs, each once, although BatchNorm reads its input twice. *Compiled*: the same for the graphs
-that torch.compile makes, fused by the rule of `benchmarks.fusion.fuse`, which is what a compiler can do at
-best. Neither is a time, and neither has been measured on a GPU yet.
+*Eager*: every operation that torch hands to a device counts once, views count nothing. An operation's bytes
+are its inputs and outputs, each once, although BatchNorm reads its input twice. *Compiled*: the same for the
+graphs that torch.compile makes, fused by the rule of `benchmarks.fusion.fuse`, which is the best that a
+compiler can do. Neither is a time, and neither has been measured on a GPU yet.
 
 Shape letters: N batch, S side in pixels.
 """
@@ -18,7 +18,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
@@ -27,15 +27,14 @@ import numpy as np
 import torch
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from packaging.version import Version
-from rich.table import Table
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.environment import environment, write_figures
 from benchmarks.fusion import fuse, num_bytes, tensors_of_tree
+from benchmarks.run_options import finish, print_table
 from models import losses
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
@@ -53,6 +52,15 @@ from training.optim import sgd
 _DTYPE = torch.bfloat16
 CAN_COUNT_COMPILED = Version(torch.__version__) >= Version("2.11")
 """Tried with torch 2.8, which cannot, and 2.11 and 2.14."""
+_PARTS = {
+    "_embed_keys": "key pass",
+    "_embed_queries": "query passes",
+    "_update_key_encoder": "key update",
+    "_enqueue": "queue",
+}
+"""Method of MoCo → the part of a step that its operations belong to."""
+_FREE = ("prim::device", "aten::promote_types", "aten::empty", "aten::empty_like", "aten::detach")
+"""Operations that cost a device nothing, apart from views."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class OpsBenchmark:
     quick: bool = False
     """mixmask alone, and nothing compiled but the photometric stage."""
     json: Path | None = None
-    """Where the figures go."""
+    """File of the figures."""
     methods: tuple[Method, ...] = get_args(Method)
     """What is trained; mixmask is always counted, the first figures are its."""
     arch: str = "resnet50"
@@ -70,7 +78,7 @@ class OpsBenchmark:
     crop_px: int = 224
     """Side of the views."""
     batch_size: int = 256
-    """Pictures per step."""
+    """Images per step."""
     queue_len: int = 65536
     """Length of the queue."""
     bn_splits: int = 8
@@ -79,7 +87,7 @@ class OpsBenchmark:
     def __post_init__(self) -> None:
         if self.batch_size < 2 or self.bn_splits < 2 or self.batch_size % self.bn_splits:
             raise ValueError(
-                f"a batch of {self.batch_size} in {self.bn_splits} splits cannot be counted beside plain "
+                f"a batch of {self.batch_size} in {self.bn_splits} splits cannot be compared with plain "
                 "BatchNorm; take at least 2 splits, and a multiple of them as the batch"
             )
 
@@ -111,15 +119,9 @@ def main(config: OpsBenchmark) -> dict[str, Any]:
     for figures in (plain, *(count for ways in counted.values() for count in ways.values())):
         _add_stage(figures, photometric)
     norm, plain_norm = (figures["parts"]["batchnorm"] for figures in (split, plain))
+    given = {name: v for name, v in asdict(config).items() if name not in ("quick", "json", "methods")}
     result = {
-        "benchmark": "ops",
-        "quick": config.quick,
-        "config": {
-            name: getattr(config, name)
-            for name in ("arch", "crop_px", "batch_size", "queue_len", "bn_splits")
-        }
-        | {"dtype": str(_DTYPE).removeprefix("torch.")},
-        "environment": environment(),
+        "config": given | {"dtype": str(_DTYPE).removeprefix("torch.")},
         "total_ops": split["total_ops"],
         "total_ops_plain_batchnorm": plain["total_ops"],
         "photometric": photometric,
@@ -132,13 +134,11 @@ def main(config: OpsBenchmark) -> dict[str, Any]:
         "methods": counted,
     }
     _print(result)
-    if config.json:
-        write_figures(config.json, result, console)
-    return result
+    return finish("ops", config.quick, config.json, **result)
 
 
 def _add_stage(figures: dict[str, Any], photometric: dict[str, Any]) -> None:
-    """Give a step its two views' photometric stage, compiled as it is by default."""
+    """Add the photometric stage of a step's two views, which is compiled by default."""
     figures["parts"]["photometric"] = {
         "ops": 2 * photometric["kernels"],
         "bytes": 2 * photometric["bytes_per_view"] * photometric["views"],
@@ -147,11 +147,8 @@ def _add_stage(figures: dict[str, Any], photometric: dict[str, Any]) -> None:
         figures[f"total_{what}"] = sum(part[what] for part in figures["parts"].values())
 
 
-# --------------------------------------------------------------------------------------------- eager steps
-
-
 class Counted(TorchDispatchMode):
-    """Operations and bytes by part; whatever runs in the ``with`` block of `part` belongs to it."""
+    """Operations and bytes by part; what runs in the ``with`` block of `part` belongs to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +169,7 @@ class Counted(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if _costs(func):
+        if not func.is_view and func.name().split(".")[0] not in _FREE:
             name = "batchnorm" if "batch_norm" in func.name() else self._part
             tensors = tensors_of_tree((args, kwargs or {}, out))
             self.ops[name] += 1
@@ -180,55 +177,17 @@ class Counted(TorchDispatchMode):
         return out
 
     def figures(self) -> dict[str, Any]:
-        """All parts and their sum."""
+        """Return all parts and their sum."""
         parts = {name: {"ops": self.ops[name], "bytes": self.bytes[name]} for name in sorted(self.ops)}
-        return {
-            "total_ops": sum(self.ops.values()),
-            "total_bytes": sum(self.bytes.values()),
-            "parts": parts,
-        }
-
-
-_FREE = ("prim::device", "aten::promote_types", "aten::empty", "aten::empty_like", "aten::detach")
-"""Neither views nor anything that a device is given."""
-
-
-def _costs(func: Any) -> bool:
-    return not func.is_view and func.name().split(".")[0] not in _FREE
-
-
-class _Labelled(MoCo):
-    """MoCo that names its parts to the counter."""
-
-    counted: Counted
-
-    def _embed_keys(self, images_N3SS: Tensor) -> Tensor:
-        with self.counted.part("key pass"):
-            return super()._embed_keys(images_N3SS)
-
-    def _embed_queries(self, branches: list[Tensor]) -> list[Tensor]:
-        with self.counted.part("query passes"):
-            return super()._embed_queries(branches)
-
-    def _update_key_encoder(self) -> None:
-        with self.counted.part("key update"):
-            super()._update_key_encoder()
-
-    def _enqueue(self, k_ND: Tensor) -> None:
-        with self.counted.part("queue"):
-            super()._enqueue(k_ND)
+        return {"total_ops": self.ops.total(), "total_bytes": self.bytes.total(), "parts": parts}
 
 
 def _fake_step(
-    config: OpsBenchmark, method: Method, bn_splits: int, model_type: type[MoCo], fake: FakeTensorMode
+    config: OpsBenchmark, method: Method, bn_splits: int, fake: FakeTensorMode
 ) -> tuple[MoCo, torch.optim.Optimizer, Batch]:
-    """A model, its optimizer and a batch of the full size, without memory."""
-    model = model_type(
-        functools.partial(build_encoder, config.arch),
-        method=method,
-        queue_len=config.queue_len,
-        bn_splits=bn_splits,
-    )
+    """Return a model, its optimizer and a batch of the full size, without memory."""
+    encoder = functools.partial(build_encoder, config.arch)
+    model = MoCo(encoder, method=method, queue_len=config.queue_len, bn_splits=bn_splits)
     model.to(memory_format=torch.channels_last)
     with fake, mock.patch.object(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True):
         model.to_empty(device="cpu")
@@ -245,18 +204,23 @@ def _fake_step(
 
 
 def _as_on_a_gpu() -> contextlib.AbstractContextManager[Any]:
-    """The queue is walked in a GPU's blocks, wherever the tensors are said to lie."""
+    """Walk the queue in a GPU's blocks, on any device."""
     rows = losses._rows_of_a_block(torch.device("cuda"))
     return mock.patch.object(losses, "_rows_of_a_block", lambda _: rows)
 
 
+def _drawn(config: OpsBenchmark, method: Method) -> tuple[DrawnMixture, ...]:
+    recipe = Recipe(crop_px=config.crop_px, mixing=Mixing(method=method))
+    return draw_mixtures(recipe, Draw(0, 0, np.arange(config.batch_size)))
+
+
 def count_step(config: OpsBenchmark, method: Method, bn_splits: int) -> dict[str, Any]:
-    """Mixing, forward, backward and optimizer as they run without --compile."""
+    """Count mixing, forward, backward and optimizer as they run without --compile."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model, optimizer, batch = _fake_step(config, method, bn_splits, _Labelled, fake)
-    assert isinstance(model, _Labelled)
+    model, optimizer, batch = _fake_step(config, method, bn_splits, fake)
     counted, drawn = Counted(), _drawn(config, method)
-    model.counted = counted
+    for name, part in _PARTS.items():
+        setattr(model, name, counted.part(part)(getattr(model, name)))
     with fake, _as_on_a_gpu(), counted:
         with counted.part("mixing"):
             for one in drawn:
@@ -271,43 +235,35 @@ def count_step(config: OpsBenchmark, method: Method, bn_splits: int) -> dict[str
     return counted.figures()
 
 
-def _drawn(config: OpsBenchmark, method: Method) -> tuple[DrawnMixture, ...]:
-    recipe = Recipe(crop_px=config.crop_px, mixing=Mixing(method=method))
-    return draw_mixtures(recipe, Draw(0, 0, np.arange(config.batch_size)))
-
-
-# ------------------------------------------------------------------------------------------ compiled steps
-
-
-def _sizes(graphs: Iterable[fx.Graph]) -> dict[str, int]:
+def _fused(graphs: Iterable[fx.Graph]) -> dict[str, int]:
     kernels = [kernel for graph in graphs for kernel in fuse(graph)]
     return {"ops": len(kernels), "bytes": sum(kernel.num_bytes for kernel in kernels)}
 
 
 def count_compiled(config: OpsBenchmark, method: Method) -> dict[str, Any]:
-    """The step of `count_step` with --compile: the forward pass is one graph, and so is the backward pass."""
+    """Count the same step with --compile: the forward pass is one graph, and so is the backward pass."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model, optimizer, batch = _fake_step(config, method, config.bn_splits, MoCo, fake)
-    graphs: dict[str, list[fx.Graph]] = {"forward": [], "backward": []}
+    model, optimizer, batch = _fake_step(config, method, config.bn_splits, fake)
+    graphs: dict[str, list[fx.Graph]] = {"forward": [], "backward": [], "mixing": []}
 
-    def keep(what: str) -> Callable[[fx.GraphModule, Any], Any]:
+    def keep(part: str) -> Callable[[fx.GraphModule, Any], Any]:
         def compiler(module: fx.GraphModule, _: Any) -> Any:
-            graphs[what].append(module.graph)
+            graphs[part].append(module.graph)
             return make_boxed_func(module.forward)
 
         return compiler
 
-    def backend(module: fx.GraphModule, inputs: Any) -> Any:
-        return aot_module_simplified(
+    model.compile(
+        fullgraph=True,
+        backend=lambda module, inputs: aot_module_simplified(
             module,
             inputs,
             fw_compiler=keep("forward"),
             bw_compiler=keep("backward"),
             partition_fn=min_cut_rematerialization_partition,
             decompositions=core_aten_decompositions(),
-        )
-
-    model.compile(fullgraph=True, backend=backend)
+        ),
+    )
     counted = Counted()
     with fake, _as_on_a_gpu():
         with torch.autocast("cpu", _DTYPE):
@@ -315,33 +271,27 @@ def count_compiled(config: OpsBenchmark, method: Method) -> dict[str, Any]:
         loss.backward()
         with counted, counted.part("optimizer"):
             optimizer.step()
-    mixing = [_graph_of_mixing(batch.query, one.to(fake.from_tensor)) for one in _drawn(config, method)]
-    parts: dict[str, Any] = {name: _sizes(found) for name, found in (graphs | {"mixing": mixing}).items()}
-    parts |= counted.figures()["parts"]
-    return {"parts": parts}
-
-
-def _graph_of_mixing(query: Tensor, drawn: DrawnMixture) -> fx.Graph:
-    def images(query: Tensor) -> Tensor:
-        return blend(query, drawn).images
-
-    return make_fx(images)(query).graph
+    for drawn in (one.to(fake.from_tensor) for one in _drawn(config, method)):
+        mix = functools.partial(lambda drawn, query: blend(query, drawn).images, drawn)
+        graphs["mixing"].append(make_fx(mix)(batch.query).graph)
+    return {"parts": {name: _fused(found) for name, found in graphs.items()} | counted.figures()["parts"]}
 
 
 def count_photometric(config: OpsBenchmark) -> dict[str, Any]:
-    """The photometric stage of one batch of views, for MoCo v2's recipe."""
+    """Count the photometric stage of one batch of views, for MoCo v2's recipe."""
     recipe = moco_v2(config.crop_px)
-    fake, counted = FakeTensorMode(), Counted()
-    with fake:
+    counted = Counted()
+
+    def stage(crops: Tensor, params_NP: Tensor) -> Tensor:
+        return augment(crops, params_NP, recipe, _DTYPE)
+
+    with FakeTensorMode():
         crops = torch.empty(config.batch_size, config.crop_px, config.crop_px, 3, dtype=torch.uint8)
         params_NP = torch.empty(config.batch_size, NUM_PARAMETERS)
         with counted:
-            augment(crops, params_NP, recipe, _DTYPE)
-        graph = make_fx(
-            lambda crops, params_NP: augment(crops, params_NP, recipe, _DTYPE),
-            dict(core_aten_decompositions()),
-        )(crops, params_NP).graph
-    eager, fused = counted.figures(), _sizes([graph])
+            stage(crops, params_NP)
+        graph = make_fx(stage, dict(core_aten_decompositions()))(crops, params_NP).graph
+    eager, fused = counted.figures(), _fused([graph])
     return {
         "views": config.batch_size,
         "kernels": fused["ops"],
@@ -351,28 +301,21 @@ def count_photometric(config: OpsBenchmark) -> dict[str, Any]:
     }
 
 
-# --------------------------------------------------------------------------------------------------- tables
-
-
 def _print(result: dict[str, Any]) -> None:
     config, methods = result["config"], result["methods"]
-    table = Table(
-        title=f"A step of {config['arch']} at {config['crop_px']} px, batch {config['batch_size']}, "
-        f"BN in {config['bn_splits']} parts, {config['dtype']}"
+    mixmask = methods["mixmask"]
+    names = dict.fromkeys(part for figures in mixmask.values() for part in figures["parts"])
+    rows = {f"mixmask, {name}": {way: mixmask[way]["parts"].get(name) for way in mixmask} for name in names}
+    for method, ways in methods.items():
+        rows[f"{method}, all"] = {
+            way: {"ops": figures["total_ops"], "bytes": figures["total_bytes"]}
+            for way, figures in ways.items()
+        }
+    print_table(
+        f"A step of {config['arch']} at {config['crop_px']} px, batch {config['batch_size']}, "
+        f"BN in {config['bn_splits']} parts, {config['dtype']}",
+        {name: _cells(ways) for name, ways in rows.items()},
     )
-    ways = list(methods["mixmask"])
-    table.add_column("method, part")
-    for way in ways:
-        table.add_column(f"{way}, operations", justify="right")
-        table.add_column("GB", justify="right")
-    for part in dict.fromkeys(part for way in ways for part in methods["mixmask"][way]["parts"]):
-        counted = [methods["mixmask"][way]["parts"].get(part) for way in ways]
-        table.add_row(f"mixmask, {part}", *(cell for one in counted for cell in _cells(one)))
-    table.add_section()
-    for method, figures in methods.items():
-        totals = [{"ops": figures[w]["total_ops"], "bytes": figures[w]["total_bytes"]} for w in ways]
-        table.add_row(f"{method}, all", *(cell for one in totals for cell in _cells(one)))
-    console.print(table)
     stage, norm = result["photometric"], result["batchnorm"]
     console.print(
         f"photometric stage, a view: {stage['bytes_per_view'] / 1e6:.1f} MB compiled "
@@ -385,8 +328,12 @@ def _print(result: dict[str, Any]) -> None:
     )
 
 
-def _cells(part: dict[str, int] | None) -> tuple[str, str]:
-    return (f"{part['ops']:,}", f"{part['bytes'] / 1e9:,.1f}") if part else ("–", "–")
+def _cells(ways: dict[str, dict[str, int] | None]) -> dict[str, str]:
+    cells = {}
+    for way, count in ways.items():
+        cells[f"{way}, operations"] = f"{count['ops']:,}" if count else "–"
+        cells[f"{way}, GB"] = f"{count['bytes'] / 1e9:,.1f}" if count else "–"
+    return cells
 
 
 if __name__ == "__main__":

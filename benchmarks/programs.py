@@ -1,4 +1,4 @@
-"""Our own programs, run as a user would run them, and the sample sets they work on."""
+"""Our own programs, run as a user runs them, and the sample sets they work on."""
 
 import json
 import subprocess
@@ -13,48 +13,66 @@ from pipelines.sets.manifest import Manifest
 from training.files import write_json
 
 FASHION_PICTURES = 60_000
-"""Training pictures of Fashion-MNIST; the test set has a sixth of them."""
+"""Training images of Fashion-MNIST; the test set has a sixth of them."""
 
 
 def run_python(console: Console, *words: object) -> None:
-    """Run a program with this interpreter, showing its command line and all it says.
+    """Run a program with this interpreter, showing its command line and its output.
 
-    Raises ValueError if it fails; what for, it has said in its own words.
+    Raises:
+        ValueError: if it fails; its own message says why.
     """
     command = [sys.executable, *map(str, words)]
     console.print(f"[dim]$ python {' '.join(command[1:])}[/]")
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise ValueError(f"the step above ended with code {code}; mend what it says and run this again")
+        raise ValueError(f"the step above ended with code {code}; follow its message, then run this again")
 
 
-def keep_settings(folder: Path, asked: Mapping[str, Any]) -> None:
-    """Write down what a run in ``folder`` is made with.
+def output_of(*words: object, timeout_s: float | None = None) -> str:
+    """Run a program with this interpreter; returns what it printed, or raises ValueError if it fails."""
+    program = f"`python {' '.join(map(str, words))}`"
+    try:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], check=False, capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{program} has not ended after {timeout_s} s") from error
+    if done.returncode:
+        raise ValueError(f"{program} ended with code {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
 
-    Raises ValueError if what an earlier start left there was made otherwise.
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return "name was 1, is 2; …" for the values that differ."""
+    return "; ".join(
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in {**now, **before}
+        if before.get(name) != now.get(name)
+    )
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write down the settings of a run in ``folder``.
+
+    Raises:
+        ValueError: if an earlier start with other settings left something there.
     """
     path = folder / "settings.json"
-    plain = json.loads(json.dumps(asked))
+    now = json.loads(json.dumps(settings))
     if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} does not say what it holds, in {path.name}; take another --out, or remove it"
         )
-    before = json.loads(path.read_text()) if path.is_file() else plain
-    if before != plain:
-        differing = [
-            f"{name} was {before.get(name)}, is {plain.get(name)}"
-            for name in sorted(before | plain)
-            if before.get(name) != plain.get(name)
-        ]
+    if differing := differences(json.loads(path.read_text()) if path.is_file() else now, now):
         raise ValueError(
-            f"{folder} holds a run of other settings ({'; '.join(differing)}); take another --out, or "
-            "remove it"
+            f"{folder} holds a run of other settings ({differing}); take another --out, or remove it"
         )
-    write_json(path, plain)
+    write_json(path, now)
 
 
 def probe(console: Console, train: Path, test: Path, folder: Path, seed: int = 0) -> dict[str, float]:
-    """The fast probe of ``folder``/backbone.safetensors; its results, which are left in the folder too."""
+    """Run the fast probe of ``folder``/backbone.safetensors; its results are left in the folder too."""
     run_python(
         console,
         *("train_lincls.py", train, "--val", test, "--pretrained", folder / "backbone.safetensors"),
@@ -64,23 +82,26 @@ def probe(console: Console, train: Path, test: Path, folder: Path, seed: int = 0
     return probed
 
 
-def is_compiled(made: Path, count: int | None) -> bool:
-    """Whether a compiled set is there, with as many pictures; None for any number."""
-    manifest = Manifest.read(made) if made.is_file() else None
+def has_compiled(path: Path, count: int | None) -> bool:
+    """Return whether a compiled set of ``count`` images is there; None for any number."""
+    manifest = Manifest.read(path) if path.is_file() else None
     return manifest is not None and count in (None, manifest.count)
 
 
 def fashion_sets(console: Console, folder: Path, count: int | None = None) -> tuple[Path, Path]:
-    """Fashion-MNIST's training and test set in ``folder``, compiled there if they are missing.
+    """Return Fashion-MNIST's training and test set in ``folder``, compiled there if they are missing.
 
-    count: training pictures; None takes what is there, or makes the whole sets. Raises ValueError where they
-    cannot be made.
+    Args:
+        console: shows the program that makes them.
+        folder: of both sets.
+        count: training images; None takes what is there, or makes the whole sets.
+
+    Raises:
+        ValueError: where they cannot be made.
     """
     train, test = (folder / f"fashion-mnist-{split}.beton" for split in ("train", "test"))
-    if not (is_compiled(train, count) and is_compiled(test, count and count // 6)):
-        run_python(
-            console,
-            *("-m", "dataset_tools", "fashion-mnist", folder, "--limit", count or FASHION_PICTURES),
-            *("--download-to", folder, "--overwrite"),
-        )
+    if not (has_compiled(train, count) and has_compiled(test, count and count // 6)):
+        limit = ("--limit", count or FASHION_PICTURES)
+        command = ("-m", "dataset_tools", "fashion-mnist", folder, *limit)
+        run_python(console, *command, "--download-to", folder, "--overwrite")
     return train, test

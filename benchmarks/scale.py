@@ -1,34 +1,34 @@
-"""What opening, shuffling and resuming cost by the number of pictures in a set: 1.28 million and 10 million.
+"""What opening, shuffling and resuming cost by the number of images in a set: 1.28 million and 10 million.
 
     make scale
 
-The sets are synthetic: real ``.beton`` files whose entries share the payloads of a few hundred photographs,
-with rising addresses as a converter leaves them, in a temporary folder that is deleted at the end. So the
-index has its full size while the payloads do not, and what is measured is what grows with the index.
+The sets are synthetic: real ``.beton`` files. Their entries share the payloads of a few hundred photographs,
+with rising addresses as in a converted set, in a temporary folder that is deleted at the end. So the index
+has its full size while the payloads do not, and what is measured is what grows with the index.
 
-Each turn is a fresh Python process. It imports what loading needs, notes its memory, and then measures
-through the loader's public methods. Sets take turns, after one warm-up each that fills the compilers' caches;
-the files were just written, so the page cache is warm.
+Each turn is a fresh Python process that measures through the loader's public methods. Sets take turns, after
+one warm-up each that fills the compilers' caches. The files were just written, so the page cache is warm.
 """
 
 import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from benchmarks.environment import environment, write_figures
 from benchmarks.memory import status_mib
+from benchmarks.run_options import print_table
 from benchmarks.synthetic import write_synthetic
+from benchmarks.timing import sampling
 from pipelines import build_loader
 from pipelines.kernels.turbojpeg import library
 from pipelines.loader import ViewLoader
@@ -51,11 +51,12 @@ MEASURES = {
     "memory_mib": ("resident memory settled", "MiB"),
     "peak_memory_mib": ("resident memory peak", "MiB"),
 }
-"""What a turn measures, its title and unit, in the order it is printed; :func:`turn` says what each is."""
+"""What a turn measures, its title and unit, in the order of the table; :func:`turn` defines each."""
 _CROP_PX = 224
 _SETTLING_BATCHES = 4
+_LEAST_BATCHES = 2 * (1 + _SETTLING_BATCHES)
+"""So that half an epoch has a batch to resume with, and some to settle."""
 _PEAK_EVERY_S = 0.005
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,19 @@ class Scale:
     """Measure what a set's size costs."""
 
     count: tuple[int, ...] = (1_281_167, 10_000_000)
-    """Pictures in each synthetic set."""
+    """Images in each synthetic set."""
     photographs: Path = Path("data/photographs.beton")
     """Where the payloads come from; `make samples` makes it."""
     payloads: int = 400
-    """How many of its pictures are used."""
+    """How many of its images are used."""
     repeats: int = 5
     """Turns of each set, after the warm-up."""
     batch_size: int = 64
-    """Pictures per batch."""
+    """Images per batch."""
     threads: int = 0
     """Threads of the loader; 0 takes all cores."""
     json: Path | None = None
-    """Where the figures go."""
+    """File of the figures."""
 
 
 def main(config: Scale) -> dict[str, Any]:
@@ -88,13 +89,21 @@ def main(config: Scale) -> dict[str, Any]:
     _check(config)
     threads = usable_cores(config.threads)
     counts = sorted(set(config.count))
-    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        tempfile.TemporaryDirectory(prefix="scale-") as folder,
+        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
+    ):
         sets = {count: Path(folder) / f"{count}.beton" for count in counts}
-        index_bytes = _write_sets(config, sets)
-        turns = _take_turns(config, sets, threads)
+        source = open_beton(config.photographs)
+        index_bytes = {
+            count: write_synthetic(source, path, count=count, payloads=config.payloads)
+            for count, path in progress.track(sets.items(), description="writing sets")
+        }
+        turns = _take_turns(config, sets, threads, progress)
     figures = {
         str(count): {name: _summary([turn[name] for turn in turns[count]]) for name in MEASURES}
-        | {"index_mib": index_bytes[count] / _MIB}
+        | {"index_mib": index_bytes[count] / 2**20}
         for count in counts
     }
     result = {
@@ -121,18 +130,14 @@ def main(config: Scale) -> dict[str, Any]:
 def _check(config: Scale) -> None:
     if config.repeats < 1:
         raise ValueError(f"{config.repeats} turns measure nothing; take at least 1, better 5")
-    # From the middle of an epoch on there must be a batch to resume with and some to settle.
-    least = 2 * (1 + _SETTLING_BATCHES) * config.batch_size
+    least = _LEAST_BATCHES * config.batch_size
     if not config.count or min(config.count) < least:
         raise ValueError(
-            f"counts are {config.count}; give at least one, each of {least} pictures or more, "
-            f"{2 * (1 + _SETTLING_BATCHES)} batches"
+            f"counts are {config.count}; give at least one, each of {least} images or more, "
+            f"{_LEAST_BATCHES} batches"
         )
     if not config.photographs.is_file():
         raise FileNotFoundError(f"there are no photographs in {config.photographs}; make them: make samples")
-
-
-# ------------------------------------------------------------------------------------------------- turns
 
 
 def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
@@ -143,14 +148,15 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
     - open: ``build_loader`` until it returns; first batch: from there until it is handed out;
     - shuffle: the order of another epoch and its first batch's part; next epoch: ``set_epoch`` until the
       first batch; resume: ``load_state_dict`` with a cursor in mid-epoch until the first batch;
-    - private memory, which no file could give back, once the set is open, a few batches later with the
-      loader at work (settled), and at its peak; resident memory, with the mapped pages of the file, likewise.
+    - private memory, which no file backs, once the set is open, a few batches later with the loader at work
+      (settled), and at its peak; resident memory, with the mapped pages of the file, likewise.
     """
     library()
     # Sets the kernel's high-water mark of resident memory back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory_mib()
-    with _PrivatePeak() as peak:
+    # A thread watches, since the kernel keeps no peak of private memory.
+    with sampling(partial(status_mib, "RssAnon"), _PEAK_EVERY_S) as private_mib:
         start = time.perf_counter()
         loader = build_loader(
             path, moco_v2(_CROP_PX), "ffcv", batch_size=batch_size, seed=0, num_threads=threads
@@ -177,92 +183,53 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
         "resume_s": resume_s,
         "opened_private_memory_mib": opened["private"] - before["private"],
         "private_memory_mib": settled["private"] - before["private"],
-        "peak_private_memory_mib": peak.mib - before["private"],
+        "peak_private_memory_mib": max(private_mib, default=0.0) - before["private"],
         "memory_mib": settled["resident"] - before["resident"],
         "peak_memory_mib": status_mib("VmHWM") - before["resident"],
     }
 
 
 def _until_first_batch(loader: ViewLoader, prepare: Callable[[], None] = lambda: None) -> float:
-    """Seconds of ``prepare`` and of the first batch after it."""
+    """Return the seconds of ``prepare`` and of the first batch after it."""
     start = time.perf_counter()
     prepare()
-    for _ in loader:
-        return time.perf_counter() - start
-    raise AssertionError("an epoch has batches")
+    batches = iter(loader)
+    next(batches)
+    return time.perf_counter() - start
 
 
 def _memory_mib() -> dict[str, float]:
-    """Memory of this process: all that is resident, and the private part that no file could give back."""
+    """Return the memory of this process: all that is resident, and the private part that no file backs."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return {"resident": kib["Rss"] / 1024, "private": kib["Anonymous"] / 1024}
 
 
-class _PrivatePeak:
-    """The greatest private memory while open; the kernel keeps no such mark, so a thread looks often."""
-
-    def __init__(self) -> None:
-        self.mib = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(_PEAK_EVERY_S):
-            self.mib = max(self.mib, status_mib("RssAnon"))
-
-
-def _take_turns(config: Scale, sets: dict[int, Path], threads: int) -> dict[int, list[dict[str, float]]]:
-    """Turns of all sets, interleaved, each in a fresh process; the first of each is the warm-up."""
+def _take_turns(
+    config: Scale, sets: dict[int, Path], threads: int, progress: Progress
+) -> dict[int, list[dict[str, float]]]:
+    """Measure all sets in turns, each in a fresh process; the first turn of each is the warm-up."""
     turns: dict[int, list[dict[str, float]]] = {count: [] for count in sets}
-    with _progress() as progress:
-        task = progress.add_task("warming up", total=(config.repeats + 1) * len(sets))
-        for repeat in range(config.repeats + 1):
-            for count, path in sets.items():
-                progress.update(task, description=f"{count:,} pictures")
-                figures = _in_fresh_process(path, config.batch_size, threads)
-                if repeat:
-                    turns[count].append(figures)
-                progress.advance(task)
+    task = progress.add_task("warming up", total=(config.repeats + 1) * len(sets))
+    for repeat in range(config.repeats + 1):
+        for count, path in sets.items():
+            progress.update(task, description=f"{count:,} images")
+            figures = _in_fresh_process(path, config.batch_size, threads)
+            if repeat:
+                turns[count].append(figures)
+            progress.advance(task)
     return turns
 
 
 def _in_fresh_process(path: Path, batch_size: int, threads: int) -> dict[str, float]:
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(turn, path, batch_size, threads).result()
         except BrokenProcessPool as error:
             raise ValueError(
-                f"the process measuring {path.stem} pictures was killed, most likely for its memory; "
-                "give a smaller --count"
+                f"the process measuring {path.stem} images was killed, probably for lack of memory; give a "
+                "smaller --count"
             ) from error
-
-
-def _write_sets(config: Scale, sets: dict[int, Path]) -> dict[int, int]:
-    """Write the synthetic sets; bytes of the index of each."""
-    source = open_beton(config.photographs)
-    index_bytes = {}
-    with _progress() as progress:
-        for count, path in progress.track(sets.items(), description="writing sets"):
-            index_bytes[count] = write_synthetic(source, path, count=count, payloads=config.payloads)
-    return index_bytes
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-
-
-# ----------------------------------------------------------------------------------------------- figures
 
 
 def _summary(values: list[float]) -> dict[str, Any]:
@@ -270,35 +237,26 @@ def _summary(values: list[float]) -> dict[str, Any]:
 
 
 def _ratios(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float | None]:
-    """Medians of the largest set over those of the smallest; None where the smallest's is not positive."""
+    """Divide the largest set's medians by the smallest's; None where the latter are not positive."""
     medians = {name: (small[name]["median"], large[name]["median"]) for name in MEASURES}
     medians["index_mib"] = small["index_mib"], large["index_mib"]
     return {name: large / small if small > 0 else None for name, (small, large) in medians.items()}
 
 
 def _print(result: dict[str, Any]) -> None:
-    counts = result["counts"]
-    table = Table(
-        title=f"What a set's size costs; medians, lowest … highest of {result['config']['repeats']} turns"
-    )
-    table.add_column("measure", no_wrap=True)
-    for count in counts:
-        table.add_column(f"{int(count):,}", justify="right")
-    table.add_column("ratio", justify="right", no_wrap=True)
-    for name, (title, unit) in MEASURES.items():
-        cells = [_cell(figures[name]) for figures in counts.values()]
-        table.add_row(f"{title}, {unit}", *cells, _times(result["ratios"][name]))
-    index = [f"{figures['index_mib']:,.0f}" for figures in counts.values()]
-    table.add_row("index in the file, MiB", *index, _times(result["ratios"]["index_mib"]))
-    console.print(table)
+    rows = {}
+    for name, (title, unit) in (MEASURES | {"index_mib": ("index in the file", "MiB")}).items():
+        cells = {f"{int(count):,}": _cell(figures[name]) for count, figures in result["counts"].items()}
+        ratio = result["ratios"][name]
+        rows[f"{title}, {unit}"] = cells | {"ratio": "–" if ratio is None else f"{ratio:.2f} ×"}
+    turns = result["config"]["repeats"]
+    print_table(f"What a set's size costs; medians, lowest … highest of {turns} turns", rows)
 
 
-def _cell(rate: dict[str, Any]) -> str:
-    return f"{rate['median']:.3g}\n[dim]{rate['low']:.3g} … {rate['high']:.3g}[/]"
-
-
-def _times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f} ×"
+def _cell(figure: Any) -> str:
+    if isinstance(figure, float):
+        return f"{figure:,.0f}"
+    return f"{figure['median']:.3g}\n[dim]{figure['low']:.3g} … {figure['high']:.3g}[/]"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Drawn shapes with boxes and outlines, in COCO's and in VOC's layout: a detection set in seconds.
+"""Drawn shapes with boxes and outlines, in COCO's layout: a detection set in seconds.
 
 Shape letters: P points of an outline.
 """
@@ -20,12 +20,10 @@ _CORNERS = {"disc": 24, "square": 4, "triangle": 3, "star": 10}
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape in a picture."""
+    """One shape in an image."""
 
-    label: int
-    """Of CLASSES."""
-    outline_P2: NDArray[np.float64]
-    """Corners x, y in pixels, within the picture."""
+    label: int  # of CLASSES
+    outline_P2: NDArray[np.float64]  # corners x, y in pixels, within the image
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -35,40 +33,39 @@ class Shape:
 
 
 def draw(seed: int, side_px: int) -> tuple[Image.Image, list[Shape]]:
-    """A square picture of one to four shapes of like and unlike colours on a mottled ground."""
+    """Draw a square image of one to four coloured shapes on a mottled ground."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize((side_px, side_px), Image.Resampling.BICUBIC)
-    pen, shapes = ImageDraw.Draw(picture), []
+    image = Image.fromarray(coarse).resize((side_px, side_px), Image.Resampling.BICUBIC)
+    pen, shapes = ImageDraw.Draw(image), []
     for _ in range(int(rng.integers(1, 5))):
         label = int(rng.integers(len(CLASSES)))
         radius = side_px * rng.uniform(0.1, 0.24)
         centre_2 = rng.uniform(radius, side_px - radius, 2)
         outline_P2 = centre_2 + radius * _unit_outline(CLASSES[label], rng.uniform(0, 2 * math.pi))
         shapes.append(Shape(label, outline_P2))
-        pen.polygon(
-            [tuple(point) for point in outline_P2.tolist()], fill=tuple(rng.integers(0, 256, 3).tolist())
-        )
+        colour = tuple(rng.integers(0, 256, 3).tolist())
+        pen.polygon([tuple(point) for point in outline_P2.tolist()], fill=colour)
     noise = rng.normal(0, 8, (side_px, side_px, 3))
-    blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(0.5)), np.float64)
+    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(0.5)), np.float64)
     return Image.fromarray(np.clip(blurred + noise, 0, 255).astype(np.uint8)), shapes
 
 
 def _unit_outline(name: str, turn: float) -> NDArray[np.float64]:
-    """(P, 2) corners within a circle of radius 1."""
+    """Return (P, 2) corners within a circle of radius 1."""
     angle_P = turn + 2 * math.pi * np.arange(_CORNERS[name]) / _CORNERS[name]
     radius_P = np.where(np.arange(len(angle_P)) % 2, 0.45, 1.0) if name == "star" else np.ones(len(angle_P))
     return np.stack([radius_P * np.cos(angle_P), radius_P * np.sin(angle_P)], 1)
 
 
 def write_coco(folder: Path, count: int, side_px: int, seed: int) -> Path:
-    """Write pictures and ``instances.json`` into a folder; returns that file."""
+    """Write images and ``instances.json`` into a folder; returns that file."""
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
     for number in range(count):
-        picture, shapes = draw(seed + number, side_px)
+        image, shapes = draw(seed + number, side_px)
         name = f"{number:06}.png"
-        picture.save(folder / name)
+        image.save(folder / name)
         images.append({"id": number + 1, "file_name": name, "width": side_px, "height": side_px})
         for shape in shapes:
             left, top, right, bottom = shape.box
@@ -87,29 +84,3 @@ def write_coco(folder: Path, count: int, side_px: int, seed: int) -> Path:
     file = folder / "instances.json"
     write_json(file, {"images": images, "annotations": annotations, "categories": categories})
     return file
-
-
-def write_voc(folder: Path, counts: dict[str, int], side_px: int, seed: int) -> Path:
-    """Write a VOC folder with so many pictures in each split; returns it."""
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    number = 0
-    for split, count in counts.items():
-        names = [f"{number + i:06}" for i in range(count)]
-        number += count
-        for name in names:
-            picture, shapes = draw(seed + int(name), side_px)
-            picture.save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
-            boxes = "".join(_voc_object(shape) for shape in shapes)
-            size = f"<size><width>{side_px}</width><height>{side_px}</height><depth>3</depth></size>"
-            (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{boxes}</annotation>")
-        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
-    return folder
-
-
-def _voc_object(shape: Shape) -> str:
-    # Pixels are counted from 1 there, both ends included.
-    left, top, right, bottom = (round(side) for side in shape.box)
-    box = f"<xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
-    about = "<pose>x</pose><truncated>0</truncated><difficult>0</difficult>"
-    return f"<object><name>{CLASSES[shape.label]}</name>{about}<bndbox>{box}</bndbox></object>"

@@ -1,20 +1,25 @@
-"""Where our loader's time goes: microseconds per picture of each stage, on one thread.
+"""Our loader's stages alone: microseconds per image of each on one thread, and ways to the photometric one.
 
-Every stage is run by itself over the same pictures; the stages take turns, and each one's median counts. A
-stage that cannot be run alone is the difference of two runs, with it and without it.
+Shape letters: N views, S side in pixels, P parameters.
 """
 
-import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from benchmarks.ratios import COMPILED, EAGER, FUSED
+from benchmarks.timing import Runner
 from pipelines import PictureSet, open_set
 from pipelines.augment.draws import draw_boxes, draw_parameters
+from pipelines.augment.photometric import augment
 from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.decode.turbo import TurboDecoder
 from pipelines.randomness import Draw
@@ -22,28 +27,37 @@ from pipelines.recipe import Recipe
 
 _REPEATS = 7
 _AT_ONCE = 16
-"""Pictures per call, about what a worker of the loader takes."""
+"""Images per call, about as many as a worker of the loader takes."""
+PHOTOMETRIC = {
+    FUSED: "pipelines.augment.photometric_cpu: one view at a time; what is not drawn costs nothing",
+    COMPILED: "torch.compile(pipelines.augment.photometric.augment, fullgraph=True) on the whole batch",
+    EAGER: "pipelines.augment.photometric.augment on the whole batch",
+}
+"""Way → how it is configured."""
 
 
-def measure(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
-    """Time the stages on the first ``num`` pictures of a compiled set, its pages in memory.
+def stage_times(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
+    """Time the stages on the first ``num`` images of a compiled set, its pages in memory.
+
+    Each stage runs by itself over the same images, round-robin. A stage that cannot be run alone is the
+    difference of two runs, with it and without it.
 
     Args:
         path: a ``.beton`` set.
-        recipe: what is done to the pictures.
-        num: how many pictures; a multiple of 16 is taken.
+        recipe: the augmentation.
+        num: number of images, rounded down to a multiple of 16.
 
     Returns:
-        Stage → median microseconds per picture, all its views together: drawing (boxes and parameters),
+        Stage → median microseconds per image, all its views together: drawing (boxes and parameters),
         decoding, cropping, jitter and grey, blur, normalising.
 
     Raises:
-        ValueError: if the set has fewer than 16 pictures.
+        ValueError: if the set has fewer than 16 images.
     """
     images, decoder = open_set(path, "map"), TurboDecoder()
     num = min(num, images.count) // _AT_ONCE * _AT_ONCE
     if num == 0:
-        raise ValueError(f"{path} has {images.count} pictures; {_AT_ONCE} at least are needed")
+        raise ValueError(f"{path} has {images.count} images; at least {_AT_ONCE} are needed")
     times: dict[str, list[float]] = {}
     for repeat in range(_REPEATS + 1):
         for name, task in _tasks(images, decoder, recipe).items():
@@ -66,10 +80,10 @@ def measure(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
 def _tasks(
     images: PictureSet, decoder: TurboDecoder, recipe: Recipe
 ) -> dict[str, Callable[[NDArray[np.int64]], object]]:
-    """What is timed, each over the pictures of one index array."""
-    shape = (_AT_ONCE, recipe.num_views, recipe.crop_px, recipe.crop_px, 3)
-    views = np.zeros(shape, np.uint8)
-    floats = np.zeros((shape[1], shape[0], *shape[2:]), np.float32)
+    """Return what is timed, each a function of the indices of some images."""
+    side = recipe.crop_px
+    views = np.zeros((_AT_ONCE, recipe.num_views, side, side, 3), np.uint8)
+    floats = np.zeros((recipe.num_views, _AT_ONCE, side, side, 3), np.float32)
     no_boxes = np.zeros((_AT_ONCE, 0, 5), np.int32)
 
     def crop(index: NDArray[np.int64]) -> None:
@@ -80,16 +94,58 @@ def _tasks(
         draw_boxes(recipe, Draw(0, 0, index), images.fetch(index).size_N2)
         draw_parameters(recipe, Draw(0, 0, index))
 
-    def augment(what: Recipe) -> Callable[[NDArray[np.int64]], None]:
-        return lambda index: augment_on_cpu(views, draw_parameters(what, Draw(0, 0, index)), what, floats)
+    def augmented(by: Recipe) -> Callable[[NDArray[np.int64]], None]:
+        return lambda index: augment_on_cpu(views, draw_parameters(by, Draw(0, 0, index)), by, floats)
 
-    sharp = dataclasses.replace(recipe, blur_prob=0.0)
-    plain = dataclasses.replace(sharp, jitter_prob=0.0, grey_prob=0.0, solarize_prob=0.0)
+    sharp = replace(recipe, blur_prob=0.0)
     return {
         "drawing": draw,
         "decoding": lambda index: decoder.crop(images.fetch(index), no_boxes, views[:, :0]),
         "crops": crop,
-        "photometric": augment(recipe),
-        "without blur": augment(sharp),
-        "normalising": augment(plain),
+        "photometric": augmented(recipe),
+        "without blur": augmented(sharp),
+        "normalising": augmented(replace(sharp, jitter_prob=0.0, grey_prob=0.0, solarize_prob=0.0)),
     }
+
+
+def photometric(views_NSS3: NDArray[np.uint8], recipe: Recipe, num_threads: int) -> dict[str, Runner]:
+    """Return the three ways to the photometric stage over the same (N, S, S, 3) crops."""
+    params_VNP = draw_parameters(recipe, Draw(0, 0, np.arange(len(views_NSS3))))
+    on_torch = torch.from_numpy(views_NSS3), torch.from_numpy(params_VNP[0]), recipe
+    compiled = torch.compile(augment, fullgraph=True)
+    ways = {
+        FUSED: partial(_fused, views_NSS3, params_VNP[:1], recipe, num_threads),
+        COMPILED: partial(_by_torch, partial(compiled, *on_torch), num_threads),
+        EAGER: partial(_by_torch, partial(augment, *on_torch), num_threads),
+    }
+    return {name: Runner(way, len(views_NSS3)) for name, way in ways.items()}
+
+
+def _fused(
+    views_NSS3: NDArray[np.uint8], params_VNP: NDArray[np.float32], recipe: Recipe, num_threads: int
+) -> Iterator[object]:
+    """Run our kernel; the threads share the batch as the loader's do."""
+    num, side = views_NSS3.shape[:2]
+    out_VNSS3 = np.empty((1, num, side, side, 3), np.float32)
+    edges = np.linspace(0, num, num_threads + 1).astype(int).tolist()
+
+    def work(thread: int) -> None:
+        start, stop = edges[thread : thread + 2]
+        augment_on_cpu(views_NSS3[start:stop, None], params_VNP[:, start:stop], recipe, out_VNSS3, start)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        while True:
+            list(pool.map(work, range(num_threads)))
+            yield out_VNSS3
+
+
+def _by_torch(way: Callable[[], object], num_threads: int) -> Iterator[object]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        while True:
+            with torch.inference_mode():
+                batch = way()
+            yield batch
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Sets of any size without the pictures for it: a full index over the payloads of a few real photographs."""
+"""Sets of any size without the images for it: a full index over the payloads of a few real photographs."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -15,23 +15,26 @@ _BLOCK_ENTRIES = 1 << 20
 
 
 def write_synthetic(source: BetonFile, path: Path, *, count: int, payloads: int) -> int:
-    """Write a ``.beton`` of ``count`` entries over the first pictures of ``source``, and its manifest.
+    """Write a ``.beton`` of ``count`` entries over the first images of ``source``, and its manifest.
 
-    Entry i is picture ⌊i · payloads / count⌋, so addresses rise as in a converted set, with each payload
-    stored once. The index is written in blocks: memory does not grow with ``count``.
+    Entry i is image ⌊i · payloads / count⌋, so addresses rise as in a converted set, with each payload
+    stored once. The index is written in blocks, so memory does not grow with ``count``.
 
-    Returns the size of the index, metadata and allocation table, in bytes.
+    Returns:
+        The size of the index, metadata and allocation table, in bytes.
 
     Raises:
-        ValueError: if ``payloads`` is not in [1, pictures of ``source``], or ``source`` has no manifest.
+        ValueError: if ``payloads`` is not in [1, images of ``source``], or ``source`` has no manifest.
     """
     if not 1 <= payloads <= len(source):
-        raise ValueError(f"{payloads} payloads are asked for, {source.path} has {len(source)} pictures")
+        raise ValueError(
+            f"payloads is {payloads}; it must be in 1 … {len(source)}, the images of {source.path}"
+        )
     manifest = matching_manifest(source)
     if manifest is None:
         raise ValueError(f"{source.path} has no manifest; make the photographs again: make samples")
     first = HEADER_DTYPE.itemsize
-    # The fields are the source's, and so are their descriptors, but for the hash of its contents.
+    # The fields and their descriptors are the source's, except for the hash of its contents.
     header = source.data[:first].copy().view(HEADER_DTYPE)
     metadata_at = first + int(header["num_fields"][0]) * FIELD_DTYPE.itemsize
     descriptors = source.data[first:metadata_at].copy()
@@ -57,14 +60,14 @@ def write_synthetic(source: BetonFile, path: Path, *, count: int, payloads: int)
             block["sample_id"] = number_N
             file.write(block.tobytes())
         num_bytes = file.tell()
-    # Hashing every entry's payload would read a terabyte; nothing that is measured asks for the hash.
+    # Hashing every entry's payload would read a terabyte, and no measurement needs the hash.
     ours = replace(manifest, count=count, num_bytes=num_bytes, sha256="", source="synthetic")
     write_json(manifest_path(path), asdict(ours))
     return int(payloads_at - metadata_at + num_bytes - table_at)
 
 
 def _addresses(sizes: NDArray[np.int64], start: int, page_bytes: int) -> tuple[NDArray[np.int64], int]:
-    """Where payloads of ``sizes`` lie from byte ``start`` on, none across a page, and where they end."""
+    """Return where payloads lie from byte ``start`` on, none across a page, and where they end."""
     addresses = np.empty(len(sizes), np.int64)
     for n, size in enumerate(sizes):
         room = page_bytes - start % page_bytes
@@ -74,6 +77,6 @@ def _addresses(sizes: NDArray[np.int64], start: int, page_bytes: int) -> tuple[N
 
 
 def _blocks(count: int) -> Iterator[NDArray[np.int64]]:
-    """The numbers 0 … count − 1, in blocks."""
+    """Yield the numbers 0 … count − 1, in blocks."""
     for start in range(0, count, _BLOCK_ENTRIES):
         yield np.arange(start, min(start + _BLOCK_ENTRIES, count))

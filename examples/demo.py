@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.environment import environment
 from benchmarks.peers.contract import OURS, TORCHVISION_PIL
-from benchmarks.programs import FASHION_PICTURES, fashion_sets, is_compiled, probe, run_python
+from benchmarks.programs import FASHION_PICTURES, fashion_sets, has_compiled, probe, run_python
 from training import cli
 from training.cli import console
 from training.files import write_json
@@ -86,7 +86,7 @@ def _make_sets(config: Demo) -> tuple[Path, Path, Path]:
     """Compile the sets that do not exist: photographs, and Fashion-MNIST's training and test set."""
     files = config.data / "photographs"
     photographs = config.data / "photographs.beton"
-    if not is_compiled(photographs, config.photographs):
+    if not has_compiled(photographs, config.photographs):
         count = ("--count", config.photographs)
         run_python(console, "-m", "dataset_tools", "photographs", files, *count, "--overwrite")
         run_python(console, "-m", "dataset_tools", "convert", files / "train", photographs, "--overwrite")

@@ -74,7 +74,7 @@ files = [file for package in packages for file in sorted(pathlib.Path(package).r
 files += sorted(pathlib.Path().glob("*.py"))
 # They have no --help.
 install = ("training.install.doctor", "training.install.activate")
-without_help = (*install, "detection.repeat", "benchmarks.half_hour.worker")
+without_help = (*install, "detection.repeat")
 failed, programs = {}, {}
 for file in files:
     name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")

@@ -1,1 +1,1 @@
-"""The first half hour on a GPU: all that this project claims of one, measured by a single command."""
+"""The first half hour on a GPU: one command measures everything this project claims about GPUs."""

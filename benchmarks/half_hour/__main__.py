@@ -5,13 +5,13 @@
     python -m benchmarks.half_hour --device cpu --tiny                 a rehearsal without a GPU, two minutes
 
 Every row is written to the JSON file as soon as it is measured. A second run measures only what is missing,
-which includes rows that ran out of time or failed; ``--again`` measures the given parts anew. A package that
-is not installed leaves out the rows that need it, and they say so.
+which includes rows that ran out of time or failed; ``--again`` measures the given parts anew. Rows that need
+a package that is not installed are left out and say so.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,25 +30,24 @@ from benchmarks.half_hour.worker import Worker
 from training import cli
 from training.cli import console
 
-NEEDS_GPU = "needs a GPU"
 _RESULTS = Path("benchmarks/results/half_hour.json")
 
 
 @dataclass(frozen=True)
 class HalfHour:
-    """Measure on a GPU, within a given time, whatever this project claims of one."""
+    """Measure on a GPU, within a given time, everything this project claims about GPUs."""
 
     parts: Annotated[tuple[PartName, ...], tyro.conf.Positional] = PARTS
     """Parts to measure, in this order."""
     json: Path | None = None
-    """Where the figures go; what is in it already is kept. By default benchmarks/results/half_hour.json, with
+    """File of the figures; what is in it already is kept. By default benchmarks/results/half_hour.json, with
     --tiny tiny.json in --out."""
     minutes: float = 30.0
-    """Time for all parts together; a row begins only where its estimated cost is left."""
+    """Time for all parts together; a row starts only where its estimated cost is left."""
     data: Path = Path("data")
     """Folder of the sample sets; photographs in it are used, and made if their packages are installed."""
     out: Path = Path("runs/half_hour")
-    """Folder for logs and for what is made on the way."""
+    """Folder for logs and intermediate files."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu, together with --tiny, rehearses the command without a GPU."""
     tiny: bool = False
@@ -65,13 +64,14 @@ def main(options: HalfHour) -> FiguresFile:
     """
     end, parts = time.monotonic() + 60 * options.minutes, tuple(dict.fromkeys(options.parts))
     _check(options)
-    size = TINY if options.tiny else FULL
-    images = find_images(options.data, options.out, size, tiny=options.tiny, note=console.print)
+    images = find_images(
+        options.data, options.out, TINY if options.tiny else FULL, tiny=options.tiny, note=console.print
+    )
     setup = Setup(options.device, options.tiny, str(options.out), images)
     head = {
         "benchmark": BENCHMARK,
         "quick": options.tiny,
-        "config": setup.config(),
+        "config": {"device": setup.device, "tiny": setup.tiny, **asdict(setup.size)},
         "environment": environment(),
         "images": facts(images),
     }
@@ -88,7 +88,6 @@ def main(options: HalfHour) -> FiguresFile:
 
 
 def _check(options: HalfHour) -> None:
-    """Refuse what cannot be measured, in a sentence."""
     if options.device == "cpu" and not options.tiny:
         raise ValueError("--device cpu takes hours at full size; add --tiny, which rehearses the command")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -101,18 +100,15 @@ def _check(options: HalfHour) -> None:
 
 
 def _measure_parts(
-    setup: Setup,
-    rows: Mapping[PartName, Mapping[str, Row]],
-    figures: FiguresFile,
-    end: float,
+    setup: Setup, rows: Mapping[PartName, Mapping[str, Row]], figures: FiguresFile, end: float
 ) -> None:
-    """Measure what is missing of each part, in a process of the part's own; write it down row by row."""
+    """Measure what is missing of each part, in a process of its own; write it down row by row."""
     costs = {part: sum(rows[part][name].cost_s for name in figures.missing(part)) for part in rows}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
         task = display.add_task("", total=sum(len(figures.missing(part)) for part in rows))
         for part in rows:
-            # What earlier parts left over is shared by the later ones, in proportion to their costs.
+            # Time that earlier parts leave is shared by the later ones, in proportion to their costs.
             left, cost = end - time.monotonic(), costs.pop(part)
             until = time.monotonic() + left * cost / (cost + sum(costs.values()) or 1.0)
             worker = Worker(plan.SOURCES[part], setup, Path(setup.out) / f"{part}.log")
@@ -129,9 +125,9 @@ def _measure_parts(
 
 
 def _measure(worker: Worker, name: str, row: Row, setup: Setup, until: float) -> dict[str, Any] | None:
-    """A row's figures or the reason why there are none; None where it does not fit into the time left."""
+    """Return a row's figures or why there are none; None where it does not fit into the time left."""
     if row.needs_gpu and setup.device != "cuda":
-        return {"reason": NEEDS_GPU}
+        return {"reason": "needs a GPU"}
     left = until - time.monotonic()
     if row.cost_s > left:
         return None
@@ -148,10 +144,8 @@ def _in_words(row: Mapping[str, Any]) -> str:
 
 
 def _summarise(parts: Sequence[PartName], figures: FiguresFile) -> None:
-    """A table of the rows, and the names of those that are missing."""
-    table = Table()
-    for heading in ("part", "row", "found"):
-        table.add_column(heading)
+    """Print a table of the rows, and the names of those that are missing."""
+    table = Table("part", "row", "found")
     for part in parts:
         for name, row in figures.rows(part).items():
             table.add_row(part, name, escape(_in_words(row)))

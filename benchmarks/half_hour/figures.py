@@ -1,12 +1,10 @@
-"""The file of figures, which is written after every row, and rows in words for the terminal and the report.
-
-python -m benchmarks.half_hour --json FILE
-"""
+"""The file of figures, which is written after every row, and rows as text for the terminal and the report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.programs import differences
 from benchmarks.report.files import read_json
 from benchmarks.report.formats import number
 from training.files import write_json
@@ -30,11 +28,10 @@ FACTS = {
     "steps": ("of steps", "{}"),
 }
 """What a row may hold besides its rate: heading and format."""
-_MUST_AGREE = ("benchmark", "config", "images")
 
 
 class FiguresFile:
-    """The JSON file of a half hour; every change is written at once, and as a whole."""
+    """The JSON file of a half hour; every change is written at once, atomically."""
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
         """Open the file, or begin a new one.
@@ -51,23 +48,18 @@ class FiguresFile:
         if not path.is_file():
             return
         before = read_json(path, COMMAND)
-        there, here = ({**_pairs(content)} for content in (before, head))
-        differing = [
-            f"{key} was {there.get(key)}, is {here[key]}" for key in here if there.get(key) != here[key]
-        ]
-        if differing:
+        if differing := differences(_identity(before), _identity(head)):
             raise ValueError(
-                f"{path} holds figures that do not belong with new ones ({'; '.join(differing)}); "
-                "give another --json or remove the file"
+                f"{path} holds figures of another setup ({differing}); give another --json or remove the file"
             )
         self._content |= {key: before[key] for key in ("expected", "parts")}
 
     def missing(self, part: str) -> list[str]:
-        """Names of a part's rows that have no figures."""
+        """Return the names of a part's rows that have no figures."""
         return missing_rows(self._content)[part]
 
     def expect(self, part: str, names: Sequence[str], *, again: bool) -> None:
-        """Say which rows a part has; ``again`` forgets those that are there."""
+        """Set which rows a part has; ``again`` discards the figures that are there."""
         self._content["expected"][part] = list(names)
         before = {} if again else self._content["parts"].get(part, {})
         self._content["parts"][part] = {name: before[name] for name in names if name in before}
@@ -79,13 +71,13 @@ class FiguresFile:
         write_json(self._path, self._content)
 
     def rows(self, part: str) -> dict[str, dict[str, Any]]:
-        """A part's rows so far, in the order in which they are expected."""
+        """Return a part's rows so far, in the order in which they are expected."""
         rows: dict[str, dict[str, Any]] = self._content["parts"].get(part, {})
         return {name: rows[name] for name in self._content["expected"].get(part, []) if name in rows}
 
 
 def missing_rows(content: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Part → names of the rows that were not measured."""
+    """Return part → names of the rows that were not measured."""
     return {
         part: [name for name in names if "reason" in content["parts"].get(part, {}).get(name, {"reason": ""})]
         for part, names in content["expected"].items()
@@ -93,25 +85,26 @@ def missing_rows(content: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def rate_in_words(row: Mapping[str, Any]) -> str:
-    """The median with its unit and the range of the turns; empty for a row without a rate."""
+    """Return the median with its unit and the range of the turns; empty for a row without a rate."""
     if "median" not in row:
         return ""
-    low, high = (number(row[key]) for key in ("low", "high"))
-    return f"{number(row['median'])} {row['unit']} ({low} … {high})"
+    return f"{number(row['median'])} {row['unit']} ({number(row['low'])} … {number(row['high'])})"
 
 
 def facts_in_words(row: Mapping[str, Any]) -> dict[str, str]:
-    """Heading → text of all else that a row holds."""
+    """Return heading → text of everything else that a row holds."""
     return {
         heading: form.format(row[key]) for key, (heading, form) in FACTS.items() if row.get(key) is not None
     }
 
 
-def _pairs(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What must agree, flat, so that a message can name what differs."""
+def _identity(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must agree between two runs, flat, so that a message can name what differs."""
     where = content.get("environment", {})
-    pairs = {"gpu": where.get("gpu"), "processor": where.get("processor"), **where.get("versions", {})}
-    for key in _MUST_AGREE:
-        value = content.get(key)
-        pairs |= value if isinstance(value, Mapping) else {key: value}
-    return pairs
+    flat: dict[str, Any] = {
+        "gpu": where.get("gpu"),
+        "processor": where.get("processor"),
+        **where.get("versions", {}),
+    }
+    flat["benchmark"] = content.get("benchmark")
+    return {**flat, **content.get("config", {}), **content.get("images", {})}

@@ -1,7 +1,4 @@
-"""Three short parts: the tests that need a GPU, what the hardware can do at most, and its JPEG decoder.
-
-python -m benchmarks.half_hour check ceilings nvjpeg
-"""
+"""Three short parts: the tests that need a GPU, the limits of the hardware, and its JPEG decoder."""
 
 import importlib.util
 import itertools
@@ -13,17 +10,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.half_hour.plan import Row, Setup, files_below, peak_mib, rates, row
+from benchmarks.half_hour.plan import Row, Setup, peak_mib, rates, row
+from benchmarks.peers.contract import image_files
 from training.precision import settings_of_training
 
 _ROOT = Path(__file__).resolve().parents[2]
 _MIB = 2**20
 
 
-# ---------------------------------------------------------------------------------------------------- check
-
-
-def check(setup: Setup) -> dict[str, Row]:
+def gpu_tests(setup: Setup) -> dict[str, Row]:
     """The test files that hold tests marked gpu, one row each."""
     files = sorted((_ROOT / "tests").rglob("test_*.py"))
     marked = [str(file.relative_to(_ROOT)) for file in files if "mark.gpu" in file.read_text()]
@@ -33,16 +28,11 @@ def check(setup: Setup) -> dict[str, Row]:
 def _run_tests(setup: Setup, file: str) -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         raise ImportError("pytest is not installed; pip install pytest")
-    report = Path(setup.out) / "tests.xml"
+    report = Path(setup.out).resolve() / "tests.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-q"]
-    done = subprocess.run(
-        [*command, f"--junitxml={report.resolve()}", file],
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ("-m", "gpu", "-p", "no:cacheprovider", "-q", f"--junitxml={report}")
+    command = [sys.executable, "-m", "pytest", *options, file]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     sys.stderr.write(done.stdout + done.stderr)
     if not report.is_file():
         raise ValueError(f"pytest ended with code {done.returncode}: {' '.join(done.stdout.split()[-40:])}")
@@ -50,7 +40,7 @@ def _run_tests(setup: Setup, file: str) -> dict[str, Any]:
 
 
 def counts(report: Path) -> dict[str, Any]:
-    """Tests of a JUnit file by outcome, and the names of those that failed."""
+    """Count the tests of a JUnit file by outcome, and name those that failed."""
     found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
     for case in ET.parse(report).getroot().iter("testcase"):
         tags = {child.tag for child in case}
@@ -59,11 +49,8 @@ def counts(report: Path) -> dict[str, Any]:
     return {**{outcome: len(names) for outcome, names in found.items()}, "failures": found["failed"]}
 
 
-# ------------------------------------------------------------------------------------------------- ceilings
-
-
 def ceilings(setup: Setup) -> dict[str, Row]:
-    """What no step and no loader can pass: bandwidths and matrix products."""
+    """What no step and no loader can exceed: bandwidths and matrix products."""
     return {
         "device copy, read and written": row(setup, 5, _copy, "device", "device"),
         "matrix product, bf16": row(setup, 5, _product, "bfloat16"),
@@ -74,7 +61,7 @@ def ceilings(setup: Setup) -> dict[str, Row]:
 
 
 def _copy(setup: Setup, source: str, target: str) -> dict[str, Any]:
-    """Bytes per second; a copy within the device counts what it reads and what it writes."""
+    """Measure bytes per second; a copy within the device counts both what it reads and what it writes."""
     num = setup.size.copy_mib * _MIB
     source_C, target_C = (
         torch.zeros(num, dtype=torch.uint8, device=setup.on)
@@ -87,14 +74,11 @@ def _copy(setup: Setup, source: str, target: str) -> dict[str, Any]:
 
 
 def _product(setup: Setup, dtype: str) -> dict[str, Any]:
-    """Multiplications and additions per second of a square matrix product, under a training's settings."""
+    """Measure operations per second of a square matrix product, with the settings of training."""
     side = setup.size.matrix_side
     a, b, out = (torch.randn(side, side, device=setup.on).to(getattr(torch, dtype)) for _ in range(3))
     with settings_of_training():
         return rates(lambda: torch.mm(a, b, out=out), 2 * side**3 / 1e12, setup, "TFLOP/s")
-
-
-# --------------------------------------------------------------------------------------------------- nvjpeg
 
 
 def nvjpeg(setup: Setup) -> dict[str, Row]:
@@ -107,9 +91,9 @@ def _decode(setup: Setup) -> dict[str, Any]:
     from torchvision import io
 
     if not setup.images.folder:
-        raise ImportError(f"{setup.images.beton} is there without its folder of JPEG files; carry that too")
+        raise ImportError(f"{setup.images.beton} is there without its folder of JPEG files; copy that too")
     num = setup.size.batch_size
-    encoded = [io.read_file(str(file)) for file in files_below(setup.images.folder)[: 4 * num]]
+    encoded = [io.read_file(str(file)) for file in image_files(Path(setup.images.folder))[: 4 * num]]
     lists = itertools.cycle([encoded[first : first + num] for first in range(0, len(encoded) - num + 1, num)])
 
     def decode() -> None:

@@ -1,13 +1,10 @@
-"""The images of the half hour: those that are in ``--data`` already, else photographs, else drawn ones.
-
-python -m benchmarks.half_hour --data data
-"""
+"""The images of the half hour: those that are in ``--data`` already, else photographs, else drawn ones."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,69 +19,72 @@ from pipelines.sets.manifest import Manifest
 
 _SIZES_PX = ((375, 500), (500, 375), (333, 500), (500, 500))
 """Height, width of drawn images."""
+_Note = Callable[[str], None]
 
 
-def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: Callable[[str], None]) -> Images:
+def find_images(data: Path, out: Path, size: Size, *, tiny: bool, note: _Note) -> Images:
     """Find or make the images, and compile them where libturbojpeg is found.
 
-    Photographs are made where scikit-image and scikit-learn are installed; a tiny run always draws its own.
+    Photographs are made where scikit-image and scikit-learn are installed. A tiny run always draws its own.
 
     Args:
         data: folder of the sample sets.
         out: folder for the set that repeats images.
-        size: how many images to draw, and how many entries that set has.
+        size: how many images to draw, and how many entries the repeating set has.
         tiny: draw small images.
-        note: called with what is being done, and with what could not be.
+        note: called with what is being done, and with what could not be done.
+
+    Raises:
+        ValueError: where the only set that is there cannot be read.
     """
-    base = data / f"photographs-q{QUALITY}"
-    how = f"photographs encoded anew at quality {QUALITY}"
+    base, how = data / f"photographs-q{QUALITY}", f"photographs encoded anew at quality {QUALITY}"
     there = base.is_dir() or base.with_name(f"{base.name}.beton").is_file()
     if not (tiny or there) and all(importlib.util.find_spec(name) for name in ("skimage", "sklearn")):
-        note(f"making {base}")
-        there = _done(lambda: SampleSets(data, PHOTOGRAPHS, note).reencoded_folder, note)
+        with _optional(f"making {base}", note):
+            there = SampleSets(data, PHOTOGRAPHS, note).reencoded_folder.is_dir()
     if tiny or not there:
         base = data / f"drawn-{size.num_images}{'-tiny' if tiny else ''}"
         how = f"drawn, smooth colours with noise, quality {QUALITY}: no photographs were at hand"
         _draw(base / "train", size.num_images, tiny=tiny, note=note)
-    beton, shards = (base.with_name(f"{base.name}.{kind}") for kind in ("beton", "shards"))
-    can_decode = turbojpeg.is_found()
-    for path in (beton, shards):
-        if can_decode and base.is_dir() and not (path.exists() and Manifest.read(path)):
-            note(f"compiling {path}")
-            _done(partial(dataset_tools, "convert", base / "train", path), note)
-    found = {"folder": base / "train", "beton": beton, "shards": shards}
-    paths = {kind: str(path) for kind, path in found.items() if path.exists()}
-    if can_decode and beton.exists():
-        long = out / f"{base.name}-{size.num_entries}.beton"
-        if not long.exists():
-            note(f"writing {long}")
-            long.parent.mkdir(parents=True, exist_ok=True)
-            source = open_beton(beton)
-            write_synthetic(source, long, count=size.num_entries, payloads=len(source))
-        paths["long"] = str(long)
-    if not (paths.get("folder") or paths.get("long")):
-        raise ValueError(f"{beton} cannot be read here: {turbojpeg.INSTALL}; or carry {base}/train too")
-    return Images(how, **paths)
-
-
-def _done(make: Callable[[], object], note: Callable[[str], None]) -> bool:
-    """Whether something could be made; why not is noted, and the run goes on without it."""
-    try:
-        make()
-    except ValueError as error:
-        note(f"going on without: {error}")
-        return False
-    return True
+    paths, can_decode = {"folder": base / "train"}, turbojpeg.is_found()
+    for kind in ("beton", "shards"):
+        paths[kind] = base.with_name(f"{base.name}.{kind}")
+        if can_decode and base.is_dir() and not (paths[kind].exists() and Manifest.read(paths[kind])):
+            with _optional(f"compiling {paths[kind]}", note):
+                dataset_tools("convert", base / "train", paths[kind])
+    if can_decode and paths["beton"].exists():
+        paths["long"] = out / f"{base.name}-{size.num_entries}.beton"
+        if not paths["long"].exists():
+            note(f"writing {paths['long']}")
+            out.mkdir(parents=True, exist_ok=True)
+            source = open_beton(paths["beton"])
+            write_synthetic(source, paths["long"], count=size.num_entries, payloads=len(source))
+    found = {kind: str(path) for kind, path in paths.items() if path.exists()}
+    if not found.keys() & {"folder", "long"}:
+        raise ValueError(
+            f"{base}.beton cannot be read here: {turbojpeg.INSTALL}; or copy {base}/train here too"
+        )
+    return Images(how, **found)
 
 
 def facts(images: Images) -> dict[str, Any]:
-    """What the images are, for the JSON; paths as they were found."""
+    """Describe the images for the JSON."""
     paths = {kind: Path(path).name for kind, path in asdict(images).items() if kind != "how" and path}
     reads = "a compiled file that repeats them" if images.long else "a folder of JPEG files, by Pillow"
     return {"how": images.how, "read_from": reads, "sets": paths}
 
 
-def _draw(folder: Path, num: int, *, tiny: bool, note: Callable[[str], None]) -> None:
+@contextmanager
+def _optional(what: str, note: _Note) -> Iterator[None]:
+    """Note what is being done; if it fails, note that too, and continue without it."""
+    note(what)
+    try:
+        yield
+    except ValueError as error:
+        note(f"continuing without it: {error}")
+
+
+def _draw(folder: Path, num: int, *, tiny: bool, note: _Note) -> None:
     """Draw JPEG files in two class folders, unless all are there."""
     files = [folder / f"class-{i % 2}" / f"{i:05}.jpg" for i in range(num)]
     if all(file.is_file() for file in files):
@@ -93,10 +93,11 @@ def _draw(folder: Path, num: int, *, tiny: bool, note: Callable[[str], None]) ->
     for parent in {file.parent for file in files}:
         parent.mkdir(parents=True, exist_ok=True)
 
-    def draw(i: int) -> None:
+    def save(i: int) -> None:
         height, width = (side // 6 if tiny else side for side in _SIZES_PX[i % len(_SIZES_PX)])
-        image = Image.fromarray(colourful(i, height, width))
-        image.save(files[i], "JPEG", quality=QUALITY, subsampling="4:2:0")
+        Image.fromarray(colourful(i, height, width)).save(
+            files[i], "JPEG", quality=QUALITY, subsampling="4:2:0"
+        )
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(draw, range(num)))
+        list(pool.map(save, range(num)))

@@ -1,14 +1,11 @@
-"""Two parts that make batches on the device: our loader by threads, and DALI under it and by itself.
+"""Two parts that make batches on the device: our loader by threads, and DALI with our loader and by itself.
 
-    python -m benchmarks.half_hour loader dali
-
-Ours decodes on the host here, from a set that repeats the images, so that an epoch is long, as in training.
-The rows with DALI read the images once an epoch; at the start of each our loader opens its workers again,
-which DALI's own reader, one without end, does not have to. They need the set of shards. Crops of all but the
-first rows are compared with PIL's, pixel by pixel.
+Our loader decodes on the host here, from a set that repeats the images, so that an epoch is as long as in
+training. The rows with DALI read the images once an epoch and need the set of shards. At the start of each
+epoch our loader opens its workers again; DALI's own reader is endless and does not have to. The crops of all
+peers are compared with PIL's, pixel by pixel.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,20 +14,10 @@ from typing import Any, cast
 import torch
 
 from benchmarks.half_hour.plan import Row, Setup, peak_mib, rates, row
-from benchmarks.peers import load_gpu_peers
-from benchmarks.peers.contract import (
-    DALI_GPU_ONCE,
-    DALI_GPU_TWICE,
-    OURS_GPU_DECODES,
-    WORKS,
-    Job,
-    Work,
-    WorkName,
-    works,
-)
-from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device
+from benchmarks.peers import GPUPeerName, contract, load_gpu_peers
+from benchmarks.peers.contract import WORKS, Job, PeerWork, WorkName
+from benchmarks.peers.ours import GPU_VARIANTS, crops_on_device, epochs
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
-from benchmarks.timing import Closing
 from pipelines import ViewLoader, build_loader
 from pipelines.decode.choose import describe_machine
 from pipelines.decode.dali_operators import INSTALL_DALI
@@ -38,10 +25,11 @@ from pipelines.recipe import moco_v2
 from pipelines.workers import usable_cores
 from training.precision import Precision
 
+_Batches = Callable[[ViewLoader], Iterator[object]]
 _THREADS = (4, 8, 16)
 _LEAST_BATCHES = 8
 _QUEUED = 4
-"""A batch that waits ready takes no time to fetch, so its time says nothing about how many to queue."""
+"""Calls between waits. A batch that is ready takes no time to fetch, so its time cannot set this number."""
 _ERROR_IMAGES = 32
 
 
@@ -49,7 +37,7 @@ def loader(setup: Setup) -> dict[str, Row]:
     """Our loader with 4, 8 and 16 threads, as far as there are cores, and torchvision with nvJPEG."""
     most = usable_cores(0)
     threads = [num for num in _THREADS if num <= most] or [most]
-    ways: dict[str, tuple[float, Callable[[ViewLoader], Iterator[object]], bool]] = {
+    ways: dict[str, tuple[float, _Batches, bool]] = {
         "crops": (12, crops_on_device, False),
         "recipe, eager": (12, iter, False),
         "recipe, compiled": (30, iter, True),
@@ -59,39 +47,31 @@ def loader(setup: Setup) -> dict[str, Row]:
         for num in reversed(threads)
         for name, (cost_s, batches, compiled) in ways.items()
     }
-    peers = {
+    return ours | {
         f"torchvision v2 with nvJPEG, {work}, {threads[-1]} threads": row(
-            setup, 20, _peer, "torchvision", None, work, threads[-1]
+            setup, 20, _peer, "torchvision", contract.TORCHVISION_GPU, work, threads[-1]
         )
         for work in WORKS
     }
-    return ours | peers
 
 
 def dali(setup: Setup) -> dict[str, Row]:
     """Our loader with DALI on the device, its variants for crops alone, and stock DALI."""
-    names = [OURS_GPU_DECODES, DALI_GPU_ONCE, DALI_GPU_TWICE]
-    rows = [(name, work) for work in WORKS for name in names]
-    rows += [(OURS_GPU_DECODES + variant, "crops") for variant in GPU_VARIANTS if variant]
-    threads = usable_cores(0)
+    sources = {
+        contract.OURS_GPU_DECODES: "ours",
+        contract.DALI_GPU_ONCE: "dali",
+        contract.DALI_GPU_TWICE: "dali",
+    }
+    rows = [(name, source, work) for work in WORKS for name, source in sources.items()]
+    rows += [(contract.OURS_GPU_DECODES + variant, "ours", "crops") for variant in GPU_VARIANTS if variant]
+    alone = setup.device == "cuda"
     return {
-        f"{name}, {work}": row(
-            setup,
-            25,
-            _peer,
-            "ours" if name.startswith("ours") else "dali",
-            name,
-            work,
-            threads,
-            alone=setup.device == "cuda",
-        )
-        for name, work in rows
+        f"{name}, {work}": row(setup, 25, _peer, source, name, work, usable_cores(0), alone=alone)
+        for name, source, work in rows
     }
 
 
-def _ours(
-    setup: Setup, threads: int, batches: Callable[[ViewLoader], Iterator[object]], compiled: bool
-) -> dict[str, Any]:
+def _ours(setup: Setup, threads: int, batches: _Batches, compiled: bool) -> dict[str, Any]:
     images, size = setup.images, setup.size
     opened = build_loader(
         images.path(),
@@ -103,47 +83,38 @@ def _ours(
         dtype=Precision.choose("auto", setup.on).dtype,
         compiled=compiled,
     )
-
-    def epochs() -> Iterator[object]:
-        for epoch in itertools.count():
-            opened.set_epoch(epoch)
-            yield from batches(opened)
-
-    return _rates_of(setup, epochs)
+    return _rates_of(setup, lambda: epochs(opened, batches))
 
 
-def _peer(setup: Setup, source: Any, name: str | None, work: WorkName, threads: int) -> dict[str, Any]:
-    """A loader of `benchmarks.peers`; of several from one source the one of this name."""
+def _peer(setup: Setup, source: GPUPeerName, name: str, kind: WorkName, threads: int) -> dict[str, Any]:
     images, size = setup.images, setup.size
     if source != "torchvision" and not describe_machine(setup.on, threads).dali:
         raise ImportError(f"DALI is not installed; {INSTALL_DALI}")
-    peers = load_gpu_peers([source], setup.on)
-    (peer,) = (peer for peer in peers if name in (None, peer.name))
-    needed = [images.folder] if source == "torchvision" else [images.folder, images.shards]
-    if not all(needed):
+    (peer,) = (peer for peer in load_gpu_peers([source], setup.on) if peer.name == name)
+    if not (images.folder and (images.shards or source == "torchvision")):
         raise ImportError("the set of shards that this reads was not compiled, for libturbojpeg is missing")
     folder, beton, shards = (Path(path) for path in (images.folder, images.beton, images.shards))
     job = Job(folder, beton, shards, moco_v2(size.crop_px), size.batch_size, threads)
-    offered = cast(Work, works(work, [peer])[peer.name])
-    figures = _rates_of(setup, lambda: offered.open(job)) | {"configured": offered.configured}
-    if work == "crops":
+    work = cast(PeerWork, peer.work(kind))
+    figures = _rates_of(setup, lambda: work.open(job)) | {"configured": work.configured}
+    if kind == "crops":
         fixed = choose_crops(job, _ERROR_IMAGES)
         figures |= pixel_error(peer, fixed, reference_crops(fixed))
     return figures
 
 
 def _rates_of(setup: Setup, open_batches: Callable[[], Iterator[object]]) -> dict[str, Any]:
-    """Samples per second of endless batches, and the GPU's memory: in torch's tensors, and in all."""
-    on_gpu, size = setup.device == "cuda", setup.size
+    """Measure samples per second of endless batches, and the GPU's memory: torch's tensors, and all of it."""
+    on_gpu = setup.device == "cuda"
     before = torch.cuda.mem_get_info(setup.on)[0] if on_gpu else 0
     batches = open_batches()
-    with closing(cast(Closing, batches)):
-        figures = peak_mib(
-            setup,
-            lambda: rates(
-                lambda: next(batches), size.batch_size, setup, least=_LEAST_BATCHES, most_queued=_QUEUED
-            ),
-        )
+
+    def measure() -> dict[str, Any]:
+        num = setup.size.batch_size
+        return rates(lambda: next(batches), num, setup, least=_LEAST_BATCHES, most_queued=_QUEUED)
+
+    with closing(cast(Any, batches)):
+        figures = peak_mib(setup, measure)
         if on_gpu:
             figures["gpu_mib"] = round((before - torch.cuda.mem_get_info(setup.on)[0]) / 2**20, 1)
     return figures

@@ -1,15 +1,11 @@
-"""What the half hour measures: its parts, their rows with cost and limit, sizes, and how a rate is taken.
-
-python -m benchmarks.half_hour --help
-"""
+"""What the half hour measures: its parts, their rows with cost and limit, sizes, how rates are measured."""
 
 import math
 import pkgutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -20,12 +16,12 @@ from pipelines.workers import usable_cores
 PartName = Literal["check", "ceilings", "loader", "nvjpeg", "step", "train", "dali"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 SOURCES: Mapping[PartName, str] = {
-    "check": "benchmarks.half_hour.hardware:check",
+    "check": "benchmarks.half_hour.hardware:gpu_tests",
     "ceilings": "benchmarks.half_hour.hardware:ceilings",
     "loader": "benchmarks.half_hour.loading:loader",
     "nvjpeg": "benchmarks.half_hour.hardware:nvjpeg",
     "step": "benchmarks.half_hour.steps:step",
-    "train": "benchmarks.half_hour.runs:train",
+    "train": "benchmarks.half_hour.runs:real_runs",
     "dali": "benchmarks.half_hour.loading:dali",
 }
 """Part → the function that lists its rows."""
@@ -41,20 +37,16 @@ class Size:
     crop_px: int
     batch_size: int
     queue_len: int
-    num_images: int
-    """Images to draw where there are no photographs."""
+    num_images: int  # images to draw where there are no photographs
     num_entries: int
     """Entries of the long set, which repeats the images so that an epoch has hundreds of steps."""
-    train_steps: int
-    """Steps of a real run, the stop and the resume included."""
+    train_steps: int  # steps of a real run, including the stop and the resume
     log_every_s: float
     matrix_side: int
     copy_mib: int
     turns: int
-    turn_s: float
-    """Least length of a turn."""
-    warm_up_calls: int
-    """A rate's warm-up has at most so many."""
+    turn_s: float  # minimum length of a turn
+    warm_up_calls: int  # maximum length of a rate's warm-up
 
 
 FULL = Size("resnet50", 224, 256, 65536, 1024, 51200, 320, 1.0, 8192, 1024, 5, 1.0, 30)
@@ -65,36 +57,25 @@ TINY = Size("resnet10w16", 32, 8, 64, 40, 800, 200, 0.1, 256, 1, 2, 0.05, 6)
 class Images:
     """The images that loaders read; a path is empty where there is no such set."""
 
-    how: str
-    """What they are, in a sentence."""
-    folder: str = ""
-    """Class folders of JPEG files."""
-    beton: str = ""
-    """The same images compiled."""
-    shards: str = ""
-    """The same images compiled into shards."""
-    long: str = ""
-    """Of the compiled file, with each image repeated."""
+    how: str  # what they are, in a sentence
+    folder: str = ""  # class folders of JPEG files
+    beton: str = ""  # the same images compiled
+    shards: str = ""  # the same images compiled into shards
+    long: str = ""  # the compiled file, with each image repeated
 
     def path(self) -> str:
-        """The set that the loader and real runs read."""
+        """Return the set that the loader and real runs read."""
         return self.long or self.folder
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every row must know."""
+    """What every row depends on."""
 
     device: str
     tiny: bool
-    out: str
-    """Folder for what is made on the way."""
+    out: str  # folder for logs and intermediate files
     images: Images
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> "Setup":
-        """The inverse of ``dataclasses.asdict``."""
-        return cls(**{**plain, "images": Images(**plain["images"])})
 
     @property
     def size(self) -> Size:
@@ -106,12 +87,8 @@ class Setup:
         """The device to measure."""
         return torch.device("cuda", 0) if self.device == "cuda" else torch.device(self.device)
 
-    def config(self) -> dict[str, Any]:
-        """What figures depend on, for the JSON."""
-        return {"device": self.device, "tiny": self.tiny, **asdict(self.size)}
-
     def settle(self) -> None:
-        """Wait until the device has done all that was queued."""
+        """Wait until the device has done everything that was queued."""
         if self.device == "cuda":
             torch.cuda.synchronize(self.on)
 
@@ -121,20 +98,28 @@ class Row:
     """One row of a part."""
 
     measure: Callable[[], dict[str, Any]]
-    """Returns the figures; an ImportError says which package is missing."""
-    cost_s: float
-    """Estimate; a row begins only where its part has as much time left."""
-    limit_s: float
-    """The row is ended when it takes longer than this."""
+    """Returns the figures; raises ImportError where a package is missing."""
+    cost_s: float  # estimate; a row starts only where its part has as much time left
+    limit_s: float  # the row is ended when it takes longer than this
     needs_gpu: bool = False
     alone: bool = False
-    """Needs a process of its own, because a library keeps the GPU's memory to the end of a process."""
+    """Needs a process of its own, because a library keeps the GPU's memory until the process ends."""
 
 
 def rows_of(source: str, setup: Setup) -> dict[str, Row]:
-    """Name → row of a part, the most important first; ``source``: "module:function"."""
-    list_rows = cast(Callable[[Setup], dict[str, Row]], pkgutil.resolve_name(source))
-    return list_rows(setup)
+    """Return name → row of a part, the most important first; ``source`` is "module:function"."""
+    return cast(Callable[[Setup], dict[str, Row]], pkgutil.resolve_name(source))(setup)
+
+
+def row(setup: Setup, cost_s: float, measure: Callable[..., dict[str, Any]], *args: Any, **more: bool) -> Row:
+    """Return a row that calls ``measure(setup, *args)``; in a tiny run its cost is 1 s."""
+    cost_s, limit_s = (1.0, 240.0) if setup.tiny else (cost_s, 2 * cost_s + 60)
+    return Row(partial(measure, setup, *args), cost_s, limit_s, **more)
+
+
+def published_name(method: str, precision: str = "bf16") -> str:
+    """Return the row of the published formulation, which the method's other steps are compared with."""
+    return f"{method}, published, {precision}"
 
 
 def rates(
@@ -146,18 +131,18 @@ def rates(
     least: int = 3,
     most_queued: int = 64,
 ) -> dict[str, Any]:
-    """Items per second of ``call``, without compilation and warm-up.
+    """Measure items per second of ``call``, without compilation and warm-up.
 
-    The warm-up ends when two calls in a row take the same time within a tenth, or after the most calls that
-    the size allows; then follow the turns.
+    The warm-up ends when two consecutive calls take the same time within a tenth, or after the size's maximum
+    of calls. The turns follow.
 
     Args:
         call: does the work once, or queues it.
         items: what one call counts for.
-        setup: the device, and how many turns of which length.
+        setup: the device, and the number and length of turns.
         unit: of the rate.
-        least: calls that the warm-up has at least.
-        most_queued: calls after which the device is waited for, or as many as take 0.05 s.
+        least: minimum number of calls of the warm-up.
+        most_queued: the device is waited for after so many calls, or after as many as take 0.05 s.
 
     Returns:
         median, low, high and turns, the unit, and the share of the host's cores that this process used.
@@ -189,27 +174,9 @@ def rates(
 
 
 def peak_mib(setup: Setup, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``measure`` returns and, on a GPU, the greatest amount of memory that torch's tensors took."""
+    """Return what ``measure`` returns and, on a GPU, the peak memory of torch's tensors."""
     if setup.device != "cuda":
         return measure()
     torch.cuda.reset_peak_memory_stats(setup.on)
     figures = measure()
     return {**figures, "peak_mib": round(torch.cuda.max_memory_allocated(setup.on) / 2**20, 1)}
-
-
-def row(
-    setup: Setup, cost_s: float, measure: Callable[..., dict[str, Any]], *words: Any, **more: bool
-) -> Row:
-    """A row that calls ``measure(setup, *words)``; a tiny one costs next to nothing, but may be slow."""
-    cost_s, limit_s = (1.0, 240.0) if setup.tiny else (cost_s, 2 * cost_s + 60)
-    return Row(partial(measure, setup, *words), cost_s, limit_s, **more)
-
-
-def published_name(method: str, precision: str = "bf16") -> str:
-    """The row of the published formulation, which the other steps of a method are compared with."""
-    return f"{method}, published, {precision}"
-
-
-def files_below(folder: str) -> list[Path]:
-    """Image files of class folders, in order."""
-    return sorted(path for path in Path(folder).glob("*/*") if path.is_file())

@@ -1,6 +1,4 @@
-"""The training step by itself: every way to compute it, its peer, its memory, and where its time goes.
-
-    python -m benchmarks.half_hour step
+"""The training step by itself: ours in every mode, the published formulation, memory, and profiles.
 
 The batch is random and always the same, so no loader is needed. The published formulation is a plain loop in
 its own fp32, with torch's defaults, which let convolutions use TF32, and in bf16; ours is bf16.
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from benchmarks.half_hour.plan import Row, Setup, peak_mib, published_name, rates, row
 from benchmarks.published import PlainMoCo
@@ -39,13 +36,12 @@ _LR, _MOMENTUM, _WEIGHT_DECAY = 0.03, 0.9, 1e-4
 
 
 def step(setup: Setup) -> dict[str, Row]:
-    """Eager steps and graphs, the published formulation, profiles; compiled steps, which cost most, last."""
+    """Eager steps and graphs, the published formulation, profiles; compiled steps last, which cost most."""
 
     def ways(mode: Mode, cost_s: float) -> dict[str, Row]:
+        on_gpu = mode != "eager"
         return {
-            f"{method}, {name}, {mode}": row(
-                setup, cost_s, _ours, method, splits, mode, needs_gpu=mode != "eager"
-            )
+            f"{method}, {name}, {mode}": row(setup, cost_s, _ours, method, splits, mode, needs_gpu=on_gpu)
             for name, splits in _SPLITS.items()
             for method in METHODS
         }
@@ -67,7 +63,7 @@ def step(setup: Setup) -> dict[str, Row]:
 def random_batch(
     setup: Setup, method: Method, layout: torch.memory_format, dtype: torch.dtype = torch.float32
 ) -> Batch:
-    """Random images (N, 3, S, S) on the device, each mixture with the batch in reverse order."""
+    """Return random images (N, 3, S, S) on the device; mixtures pair the batch with its reverse."""
     size = setup.size
     shape = (size.batch_size, 3, size.crop_px, size.crop_px)
     key, query, *mixed = (
@@ -83,7 +79,7 @@ def random_batch(
 def build_step(
     setup: Setup, method: Method, splits: int, mode: Mode, precision: PrecisionName = "auto"
 ) -> tuple[MoCo, Callable[[], object]]:
-    """Our model, freshly initialised, and a function that trains it by one step."""
+    """Return our model, freshly initialised, and a function that trains it by one step."""
     torch.manual_seed(0)
     encoder = functools.partial(build_encoder, setup.size.arch)
     model = MoCo(encoder, method=method, queue_len=setup.size.queue_len, bn_splits=splits).to(setup.on)
@@ -100,52 +96,46 @@ def build_step(
     return model, lambda: train(next(batches))
 
 
-def _ours(setup: Setup, method: Method, splits: int, mode: Mode) -> dict[str, Any]:
-    def measure() -> dict[str, Any]:
-        _, train = build_step(setup, method, splits, mode)
-        return _rate(setup, train)
+def _published_step(setup: Setup, method: Method, precision: PrecisionName) -> Callable[[], object]:
+    torch.manual_seed(0)
+    encoder = functools.partial(build_encoder, setup.size.arch)
+    model = PlainMoCo(encoder, method=method, queue_len=setup.size.queue_len).to(setup.on)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, _LR, _MOMENTUM, weight_decay=_WEIGHT_DECAY)
+    batch = random_batch(setup, method, torch.contiguous_format)
+    autocast = Precision.choose(precision, setup.on).autocast
 
+    def train() -> None:
+        with autocast():
+            loss = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return train
+
+
+def _rate(setup: Setup, build: Callable[[], Callable[[], object]]) -> dict[str, Any]:
+    num = setup.size.batch_size
+    figures = peak_mib(setup, lambda: rates(build(), num, setup, least=_LEAST_STEPS))
+    return figures | {"step_ms": round(1e3 * num / figures["median"], 3)}
+
+
+def _ours(setup: Setup, method: Method, splits: int, mode: Mode) -> dict[str, Any]:
     with settings_of_training():
-        return peak_mib(setup, measure)
+        return _rate(setup, lambda: build_step(setup, method, splits, mode)[1])
 
 
 def _published(setup: Setup, method: Method, precision: PrecisionName) -> dict[str, Any]:
-    def measure() -> dict[str, Any]:
-        torch.manual_seed(0)
-        encoder = functools.partial(build_encoder, setup.size.arch)
-        model: nn.Module = PlainMoCo(encoder, method=method, queue_len=setup.size.queue_len).to(setup.on)
-        optimizer = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad], _LR, _MOMENTUM, weight_decay=_WEIGHT_DECAY
-        )
-        batch = random_batch(setup, method, torch.contiguous_format)
-        autocast = Precision.choose(precision, setup.on).autocast
-
-        def train() -> None:
-            with autocast():
-                loss = model(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        return _rate(setup, train)
-
-    # The published programs search for the fastest convolutions too, and leave TF32 as it is.
+    # The published programs search for the fastest convolutions too, and leave TF32 at its default.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        return peak_mib(setup, measure)
-
-
-def _rate(setup: Setup, train: Callable[[], object]) -> dict[str, Any]:
-    figures = rates(train, setup.size.batch_size, setup, least=_LEAST_STEPS)
-    return figures | {"step_ms": round(1e3 * setup.size.batch_size / figures["median"], 3)}
-
-
-# -------------------------------------------------------------------------------------------------- profile
+        return _rate(setup, lambda: _published_step(setup, method, precision))
 
 
 def _profile(setup: Setup, mode: Mode) -> dict[str, Any]:
-    """The share of time in which the GPU ran nothing, and the kernels that cost most, over three steps.
+    """Measure how long the GPU ran nothing, and which kernels took most time, over three steps.
 
-    On a CPU torch's operators stand in for kernels, and nothing is said of idleness.
+    On a CPU torch's operators are listed in place of kernels, and there is no idle time.
     """
     on_gpu = setup.device == "cuda"
     kinds = ("kernel", "gpu_memcpy", "gpu_memset") if on_gpu else ("cpu_op",)
@@ -153,11 +143,10 @@ def _profile(setup: Setup, mode: Mode) -> dict[str, Any]:
     trace = Path(setup.out) / f"trace-{mode}.json"
     with settings_of_training():
         _, train = build_step(setup, "mixmask", 8, mode)
-        figures = _rate(setup, train)
-        schedule = torch.profiler.schedule(wait=0, warmup=2, active=_PROFILED_STEPS, repeat=1)
+        figures = _rate(setup, lambda: train)
         with torch.profiler.profile(
             activities=[activity],
-            schedule=schedule,
+            schedule=torch.profiler.schedule(wait=0, warmup=2, active=_PROFILED_STEPS, repeat=1),
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
         ) as profiler:
             for number in range(2 + _PROFILED_STEPS):
@@ -172,12 +161,12 @@ def _profile(setup: Setup, mode: Mode) -> dict[str, Any]:
 
 
 def spans(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Start and end of each event of a trace, in µs."""
+    """Return start and end of each event of a trace, in µs."""
     return [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events]
 
 
 def idle_share(intervals: Sequence[tuple[float, float]]) -> float:
-    """The share of the time between the first start and the last end that no interval covers."""
+    """Return the share of the time between the first start and the last end that no interval covers."""
     if not intervals:
         raise ValueError("the profiler recorded nothing on the device; CUPTI may be missing or not allowed")
     first = end = min(start for start, _ in intervals)
@@ -189,12 +178,15 @@ def idle_share(intervals: Sequence[tuple[float, float]]) -> float:
 
 
 def top_kernels(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Name, ms per step and share of the ten that took most time."""
+    """Return name, ms per step and share of the ten that took most time."""
     took_us: Counter[str] = Counter()
     for event in events:
         took_us[event["name"]] += event["dur"]
-    total = sum(took_us.values())
     return [
-        {"name": name, "ms": round(us / 1e3 / _PROFILED_STEPS, 4), "percent": round(100 * us / total, 2)}
+        {
+            "name": name,
+            "ms": round(us / 1e3 / _PROFILED_STEPS, 4),
+            "percent": round(100 * us / took_us.total(), 2),
+        }
         for name, us in took_us.most_common(_TOP_KERNELS)
     ]

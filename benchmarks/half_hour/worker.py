@@ -1,25 +1,20 @@
-"""A process that measures rows, one at a time; whoever asks for them can end it when a row takes too long.
+"""A process that measures rows, one at a time; the parent can end it when a row takes too long.
 
-    python -m benchmarks.half_hour.worker      (started by benchmarks.half_hour; it reads its work from stdin)
-
-The first line of stdin is the part and the setup as JSON, each further line names a row; each is answered by
-one line of JSON on stdout. What libraries print goes to the log. When stdin ends, because the parent closed
-it or was killed, the worker ends at once and takes its own child processes along.
+The process runs in a process group of its own and ends with its parent. Whatever it prints goes to a log.
 """
 
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
-import queue
-import select
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,88 +27,79 @@ _START_LIMIT_S = 300.0
 
 
 class Worker:
-    """The parent's side."""
+    """The parent's side. The process starts with the first row, and anew with the next row after `close`."""
 
     def __init__(self, source: str, setup: Setup, log: Path) -> None:
-        """Nothing is started before the first row.
-
-        Args:
-            source: the part, as in :data:`benchmarks.half_hour.plan.SOURCES`.
-            setup: handed to the rows.
-            log: gets what the process prints.
-        """
-        self._job = json.dumps({"source": source, "setup": asdict(setup)})
-        self._log, self._on_gpu = log, setup.device == "cuda"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._source, self._setup, self._log = source, setup, log
+        self._process: SpawnProcess | None = None
+        self._rows: Connection
 
     def measure(self, name: str, limit_s: float) -> dict[str, Any]:
-        """Measure a row.
-
-        Returns:
-            Its figures, or ``reason``, why there are none: it took longer than ``limit_s``, or failed.
-        """
-        if self._process is None and (
-            reason := self._ask(self._start(), self._job, _START_LIMIT_S).get("reason")
-        ):
+        """Return a row's figures, or ``reason``: it took longer than ``limit_s``, or failed."""
+        if self._process is None and (reason := self._start().get("reason")):
             return {"reason": f"its process did not start: {reason}"}
-        assert self._process
-        answer = self._ask(self._process, name, limit_s)
-        if self._on_gpu and answer.get("reason", "").startswith("failed"):
+        with contextlib.suppress(BrokenPipeError):  # the missing answer shows that the process has ended
+            self._rows.send(name)
+        answer = self._answer(limit_s)
+        if self._setup.device == "cuda" and answer.get("reason", "").startswith("failed"):
             self.close()  # a GPU that reported an error may not recover within the process
         return answer
 
-    def _ask(self, process: "subprocess.Popen[bytes]", line: str, limit_s: float) -> dict[str, Any]:
-        """Send a line and wait for the answer; a process that gives none is ended."""
-        assert process.stdin and process.stdout
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which the empty answer shows
-            process.stdin.write(line.encode() + b"\n")
-            process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], limit_s)
-        if not ready:
+    def close(self) -> None:
+        """End the process and its children."""
+        process, self._process = self._process, None
+        if process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
+            process.join()
+            self._rows.close()
+
+    def _start(self) -> dict[str, Any]:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        spawn = multiprocessing.get_context("spawn")
+        self._rows, rows = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(self._source, self._setup, self._log, rows))
+        self._process.start()
+        rows.close()
+        return self._answer(_START_LIMIT_S)
+
+    def _answer(self, limit_s: float) -> dict[str, Any]:
+        if not self._rows.poll(limit_s):
             self.close()
             return {"reason": f"out of time after {limit_s:.0f} s"}
-        if not (text := process.stdout.readline()):
-            code = process.wait()
+        try:
+            answer: dict[str, Any] = self._rows.recv()
+        except (EOFError, ConnectionError):
+            assert self._process
+            self._process.join()
+            code = self._process.exitcode
             self.close()
-            return {"reason": f"failed: its process ended with code {code}; {self._last_words()}"}
-        answer: dict[str, Any] = json.loads(text)
+            said = " ".join(self._log.read_text(errors="replace").split())[-_LOG_TAIL:]
+            return {"reason": f"failed: its process ended with code {code}; {said or 'it printed nothing'}"}
         return answer
 
-    def close(self) -> None:
-        """End the process and its children; the next row starts a new one."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
 
-    def _start(self) -> "subprocess.Popen[bytes]":
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        # In a rehearsal tiny operators would spend their time waiting for each other's threads.
-        environment = os.environ if self._on_gpu else {**os.environ, "OMP_NUM_THREADS": "1"}
-        with self._log.open("ab") as log:
-            self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.half_hour.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
-        return process
-
-    def _last_words(self) -> str:
-        return " ".join(self._log.read_text(errors="replace").split())[-_LOG_TAIL:] or "it said nothing"
+def _serve(source: str, setup: Setup, log: Path, names: Connection) -> None:
+    os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with log.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    if setup.device == "cpu":
+        # With several threads the tiny operators of a rehearsal would mostly wait for each other.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+    rows = rows_of(source, setup)
+    names.send({})
+    while True:
+        names.send(_measured(rows[names.recv()]))
 
 
-def _listen(lines: "queue.Queue[str]") -> None:
-    for line in sys.stdin:
-        lines.put(line.rstrip("\n"))
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
     os.killpg(0, signal.SIGKILL)
 
 
@@ -131,22 +117,3 @@ def _measured(row: Row) -> dict[str, Any]:
     torch.compiler.reset()
     torch.cuda.empty_cache()
     return {**figures, "took_s": round(time.perf_counter() - start, 1)}
-
-
-def main() -> None:
-    """The process's side."""
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=_listen, args=(lines,), daemon=True).start()
-        job = json.loads(lines.get())
-        rows = rows_of(job["source"], Setup.from_json(job["setup"]))
-        answer: dict[str, Any] = {}
-        while True:
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
-            answer = _measured(rows[lines.get()])
-
-
-if __name__ == "__main__":
-    main()

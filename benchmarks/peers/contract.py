@@ -1,24 +1,26 @@
-"""What a peer is: how it is opened for each of the two works, how it is configured, how exact its crops are.
+"""What a peer is: how it is opened for each of the two kinds of work, its configuration, its exact crops.
 
-The two works are *crops*, two uint8 crops of a picture at the recipe's scale and ratio without a flip, and
+The two kinds are *crops*, two uint8 crops of an image at the recipe's scale and ratio without a flip, and
 *recipe*, two views after the whole augmentation, normalised float32.
 
-Shape letters: N pictures, V views, S side in pixels.
+Shape letters: N images, V views, S side in pixels.
 """
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipelines.recipe import Recipe
+from pipelines.sets.folder import FolderListing
 
 WorkName = Literal["crops", "recipe"]
 WORKS: tuple[WorkName, ...] = get_args(WorkName)
@@ -42,99 +44,111 @@ DECODE_LIMIT = "libjpeg-turbo decode only"
 
 @dataclass(frozen=True)
 class Job:
-    """What a loader is asked to do."""
+    """What a loader has to load."""
 
-    folder: Path
-    """The pictures as JPEG files in class folders."""
-    beton: Path
-    """The same pictures compiled into one file."""
-    shards: Path
-    """The same pictures compiled into a folder of shards."""
+    folder: Path  # the images as JPEG files in class folders
+    beton: Path  # the same images compiled into one file
+    shards: Path  # the same images compiled into a folder of shards
     recipe: Recipe
-    """What a view looks like."""
     batch_size: int
-    """Pictures per batch."""
-    num_threads: int
-    """Threads, or processes, of the loader."""
+    num_threads: int  # threads, or processes, of the loader
 
 
 @dataclass(frozen=True)
 class FixedCrops:
-    """Crops that every peer is asked for alike, to compare pixels."""
+    """Crops that every peer makes at the same boxes, to compare pixels."""
 
     beton: Path
-    """The pictures compiled into one file."""
     shards: Path
-    """The same compiled into a folder of shards."""
-    files: tuple[Path, ...]
-    """The N pictures as files."""
-    index_N: NDArray[np.int64]
-    """Their positions in either compiled set."""
-    boxes_NV4: NDArray[np.int32]
-    """(N, V, 4) top, left, height, width in pixels."""
-    crop_px: int
-    """S."""
+    files: tuple[Path, ...]  # the N images as files
+    index_N: NDArray[np.int64]  # their positions in either compiled set
+    boxes_NV4: NDArray[np.int32]  # (N, V, 4) top, left, height, width in pixels
+    crop_px: int  # S
 
     def empty(self) -> NDArray[np.uint8]:
         """(N, V, S, S, 3) memory for the crops."""
-        num, num_views, _ = self.boxes_NV4.shape
-        return np.empty((num, num_views, self.crop_px, self.crop_px, 3), np.uint8)
+        return np.empty((*self.boxes_NV4.shape[:2], self.crop_px, self.crop_px, 3), np.uint8)
+
+    def cut(self, images: Iterable[Any], cut: Callable[..., Any]) -> NDArray[np.uint8]:
+        """(N, V, S, S, 3): each view is ``cut(image, top, left, height, width)``."""
+        crops_NVSS3 = self.empty()
+        for image, boxes_V4, crops_VSS3 in zip(images, self.boxes_NV4.tolist(), crops_NVSS3, strict=True):
+            for box, crop_SS3 in zip(boxes_V4, crops_VSS3, strict=True):
+                crop_SS3[:] = cut(image, *box)
+        return crops_NVSS3
 
 
 @dataclass(frozen=True)
-class Work:
-    """How a peer does one of the two works."""
+class PeerWork:
+    """How a peer does one kind of work."""
 
     open: Callable[[Job], Iterator[object]]
-    """Batches without end, one for each `next`; closing the iterator frees what it holds."""
-    configured: str
-    """How the peer is set up and where that differs from the others, in a sentence."""
-    queued: int = 0
-    """At most so many finished batches wait while nobody asks for one, and for each thread …"""
-    queued_per_thread: int = 0
-    """… so many more."""
+    """Returns an endless iterator over batches; closing it frees what it holds."""
+    configured: str  # how the peer is set up, and where that differs from the others
+    queued: int = 0  # finished batches that may wait in its queues, …
+    queued_per_thread: int = 0  # … and how many more for each thread
     settle: Callable[[], None] | None = None
     """Waits until the batches handed out are finished, where a device still works on them."""
     one_thread: bool = False
-    """The work runs on one thread and its rate counts times the threads of the job."""
-
-
-def settle(device: torch.device) -> Callable[[], None] | None:
-    """What ``Work.settle`` is for a device that tensors are made on."""
-    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+    """The work runs on one thread, and its rate is multiplied by the number of threads of the job."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A loader to measure. What it does not offer is a sentence that says why."""
+    """A loader to measure. A string in place of a kind of work says why it is left out."""
 
     name: str
-    crops: Work | str
-    recipe: Work | str
+    crops: PeerWork | str
+    recipe: PeerWork | str
     fixed_crops: Callable[[FixedCrops], NDArray[np.uint8]] | str
-    """(N, V, S, S, 3) uint8 at the boxes asked for, by the very operations of the work `crops`."""
-    antialiased: bool | None
+    """(N, V, S, S, 3) uint8 at the given boxes, by the same operations as the work `crops`."""
+    antialiased: bool | None = True
     """Whether shrinking takes all pixels into account; None where nothing is resampled."""
 
+    def work(self, name: WorkName) -> PeerWork | str:
+        """Return one of the two kinds."""
+        return self.crops if name == "crops" else self.recipe
 
-def works(name: WorkName, peers: Sequence[Peer]) -> dict[str, Work | str]:
-    """What each peer, by its name, offers of one of the two works, or why not."""
-    return {peer.name: peer.crops if name == "crops" else peer.recipe for peer in peers}
+
+def synchronizer(device: torch.device) -> Callable[[], None] | None:
+    """Return ``PeerWork.settle`` for a device that batches are made on."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a class folder in the order of its compiled set."""
+    listing = FolderListing(folder)
+    return [folder / listing.path(i) for i in range(len(listing))]
+
+
+def shuffled_batches(folder: Path, batch_size: int) -> Iterator[list[Path]]:
+    """Yield batches of files without end, for libraries that leave the order to their user."""
+    files = image_files(folder)
+
+    def endless() -> Iterator[Path]:
+        while True:
+            for index in torch.randperm(len(files)).tolist():
+                yield files[index]
+
+    source = endless()
+    while True:
+        yield list(islice(source, batch_size))
 
 
 @cache
 def hush_numba() -> None:
-    """Keep a harmless message off the terminal.
+    """Suppress a harmless message on the terminal.
 
-    FFCV changes a type that numba shares (see :mod:`benchmarks.peers.with_ffcv`), and its own functions were
-    compiled for the other state of it: where one is finalised, numba looks up an overload that it cannot
-    find; Python reports that as an exception ignored.
+    FFCV changes a type that numba shares (see :mod:`benchmarks.peers.with_ffcv`) after its own functions were
+    compiled. When such a function is finalised, numba does not find its overload, and Python prints the
+    ignored ``KeyError``.
     """
     report = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        of_finalizer = isinstance(unraisable.object, weakref.finalize)
-        if not (of_finalizer and isinstance(unraisable.exc_value, KeyError)):
+        if not (
+            isinstance(unraisable.object, weakref.finalize) and isinstance(unraisable.exc_value, KeyError)
+        ):
             report(unraisable)
 
     sys.unraisablehook = hook

@@ -1,18 +1,16 @@
-"""The limit of a loader that decodes whole JPEG pictures: libjpeg-turbo decoding each once, nothing else."""
+"""The limit of a loader that decodes whole JPEG images: libjpeg-turbo decodes each once, nothing else."""
 
 from collections.abc import Iterator
 from itertools import cycle
 
 import simplejpeg
 
-from benchmarks.peers.contract import DECODE_LIMIT, Job, Peer, Work
-from pipelines.sets.folder import FolderListing
+from benchmarks.peers.contract import DECODE_LIMIT, Job, Peer, PeerWork, image_files
 
 
-def open_decode(job: Job) -> Iterator[object]:
-    """Decode the pictures one after the other on this thread, bytes and pixels in memory from the start."""
-    listing = FolderListing(job.folder)
-    encoded = [(job.folder / listing.path(i)).read_bytes() for i in range(len(listing))]
+def _decode(job: Job) -> Iterator[object]:
+    """Decode one image after the other on this thread, with bytes and pixels in memory from the start."""
+    encoded = [file.read_bytes() for file in image_files(job.folder)]
     sizes = [simplejpeg.decode_jpeg_header(data)[:2] for data in encoded]
     pixels = bytearray(3 * max(height * width for height, width in sizes))
     source = cycle(encoded)
@@ -22,18 +20,11 @@ def open_decode(job: Job) -> Iterator[object]:
         yield None
 
 
-_NO_CROPS = "it decodes and makes no views"
+_NO_CROPS = "it only decodes and makes no views"
+_SETUP = (
+    "simplejpeg.decode_jpeg to RGB, each image once on one thread, bytes in memory; the rate is multiplied "
+    "by the number of threads"
+)
 PEERS = [
-    Peer(
-        DECODE_LIMIT,
-        crops=Work(
-            open_decode,
-            "simplejpeg.decode_jpeg to RGB, each picture once on one thread, bytes in memory; the rate "
-            "counts times the threads",
-            one_thread=True,
-        ),
-        recipe=_NO_CROPS,
-        fixed_crops=_NO_CROPS,
-        antialiased=None,
-    )
+    Peer(DECODE_LIMIT, PeerWork(_decode, _SETUP, one_thread=True), _NO_CROPS, _NO_CROPS, antialiased=None)
 ]

@@ -1,6 +1,6 @@
-"""Our own loader, as any program of the house uses it: by each engine, on each kind of compiled set.
+"""Our own loader, opened as any program does: with each backend, on each kind of compiled set.
 
-Shape letters: N pictures, V views, S side in pixels.
+Shape letters: N images, V views, S side in pixels.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,25 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.peers.contract import (
-    OURS,
-    OURS_DALI,
-    OURS_GPU_DECODES,
-    OURS_ON_SHARDS,
-    OURS_STREAM,
-    FixedCrops,
-    Job,
-    Peer,
-    Work,
-    settle,
-)
+from benchmarks.peers import contract
+from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, synchronizer
 from pipelines import Backend, DALIOptions, PictureSet, Reading, ViewLoader, build_loader
 from pipelines.decode import Decoder, DeviceDecoder
 from pipelines.decode.dali import DALIDeviceDecoder
 from pipelines.recipe import Recipe, moco_v2
 from pipelines.sets.stream import BUFFER
 
-# A generous count of what may wait: too many only lengthens the drain before a turn.
+# An upper bound: too large a number only lengthens the drain before a turn.
 _BATCHES_AHEAD = 5
 _CPU = torch.device("cpu")
 
@@ -41,19 +31,16 @@ class _Way:
     """How our loader is opened."""
 
     backend: Backend
-    on_shards: bool
-    """Whether it reads the folder of shards, else the .beton file."""
+    on_shards: bool  # whether it reads the folder of shards, else the .beton file
     reading: Reading = "auto"
     device: torch.device = _CPU
-    operators: bool = False
-    """Whether DALI's operators make the crops, as they do on a GPU, and not our kernels."""
     options: DALIOptions | None = None
+    """Given where DALI's operators make the crops, as they do on a GPU, and not our kernels."""
 
-    def open(self, asked: Job | FixedCrops, recipe: Recipe, *, batch_size: int, threads: int) -> ViewLoader:
-        """A loader over the pictures of a job."""
-        path = asked.shards if self.on_shards else asked.beton
+    def open(self, sets: Job | FixedCrops, recipe: Recipe, *, batch_size: int, threads: int) -> ViewLoader:
+        """Open a loader over the images of a job."""
         return build_loader(
-            path,
+            sets.shards if self.on_shards else sets.beton,
             recipe,
             self.backend,
             batch_size=batch_size,
@@ -63,17 +50,20 @@ class _Way:
             dali=self.options,
         )
 
+    def batches(self, of: Callable[[ViewLoader], Iterator[object]], job: Job) -> Iterator[object]:
+        """Yield batches without end."""
+        yield from epochs(self.open(job, job.recipe, batch_size=job.batch_size, threads=job.num_threads), of)
 
-def _epochs(way: _Way, batches: Callable[[ViewLoader], Iterator[object]], job: Job) -> Iterator[object]:
-    """One epoch after the other."""
-    loader = way.open(job, job.recipe, batch_size=job.batch_size, threads=job.num_threads)
+
+def epochs(loader: ViewLoader, of: Callable[[ViewLoader], Iterator[object]]) -> Iterator[object]:
+    """Yield the batches that ``of`` makes of the loader, one epoch after the other."""
     for epoch in count():
         loader.set_epoch(epoch)
-        yield from batches(loader)
+        yield from of(loader)
 
 
 def crops_on_device(loader: ViewLoader) -> Iterator[Tensor]:
-    """The views of crops() on the loader's device; what is copied is held until its copy is over."""
+    """Yield the views of crops() on the loader's device; host memory is held until its copy is over."""
     held: tuple[torch.cuda.Event, Tensor] | None = None
     for batch in loader.crops():
         views = batch.views.to(loader.config.device, non_blocking=True)
@@ -96,9 +86,10 @@ def decoder_crops(
     crop_px: int,
     device: torch.device | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """(N, V, S, S, 3) crops of the boxes, and (N,) which images could be decoded.
+    """Crop images with a decoder, which must be a :class:`pipelines.decode.DeviceDecoder` if given a device.
 
-    With a device, the decoder must be a :class:`pipelines.decode.DeviceDecoder`, and crops there.
+    Returns:
+        (N, V, S, S, 3) crops, and (N,) whether each image could be decoded.
     """
     crops_NVSS3 = np.zeros((*boxes_NV5.shape[:2], crop_px, crop_px, 3), np.uint8)
     encoded = images.fetch(index_N)
@@ -110,58 +101,51 @@ def decoder_crops(
     return on_device.cpu().numpy(), ok_N
 
 
-def _fixed_crops(way: _Way, asked: FixedCrops) -> NDArray[np.uint8]:
-    """Crops by the loader's decoder; see :class:`FixedCrops`."""
-    num, num_views = asked.boxes_NV4.shape[:2]
-    recipe = replace(moco_v2(asked.crop_px), num_views=num_views)
-    loader = way.open(asked, recipe, batch_size=num, threads=1)
-    unflipped_NV5 = np.pad(asked.boxes_NV4, ((0, 0), (0, 0), (0, 1)))
+def _fixed_crops(way: _Way, fixed: FixedCrops) -> NDArray[np.uint8]:
+    num, num_views = fixed.boxes_NV4.shape[:2]
+    recipe = replace(moco_v2(fixed.crop_px), num_views=num_views)
+    loader = way.open(fixed, recipe, batch_size=num, threads=1)
+    unflipped_NV5 = np.pad(fixed.boxes_NV4, ((0, 0), (0, 0), (0, 1)))
     decoder, device = loader.decoder, None
-    if way.operators:
-        device = way.device
-        decoder = DALIDeviceDecoder(loader.set, device, 1, way.options or DALIOptions())
+    if way.options:
+        decoder, device = DALIDeviceDecoder(loader.set, way.device, 1, way.options), way.device
     crops_NVSS3, ok_N = decoder_crops(
-        loader.set, decoder, asked.index_N, unflipped_NV5, asked.crop_px, device
+        loader.set, decoder, fixed.index_N, unflipped_NV5, fixed.crop_px, device
     )
     if not ok_N.all():
-        path = asked.shards if way.on_shards else asked.beton
-        raise ValueError(f"{path}: picture {asked.index_N[~ok_N][0]} cannot be decoded; convert it again")
+        path = fixed.shards if way.on_shards else fixed.beton
+        raise ValueError(f"{path}: image {fixed.index_N[~ok_N][0]} cannot be decoded; convert the set again")
     return crops_NVSS3
 
 
-def _peer(name: str, way: _Way, sentence: str) -> Peer:
-    sentence = f"pipelines.build_loader, backend {way.backend} {sentence}, its epochs one after the other"
+def _peer(name: str, way: _Way, how: str) -> Peer:
+    how = f"pipelines.build_loader, backend {way.backend} {how}, one epoch after the other"
+    work = partial(PeerWork, queued=_BATCHES_AHEAD, settle=synchronizer(way.device))
     return Peer(
         name,
-        crops=Work(
-            partial(_epochs, way, crops_on_device),
-            f"{sentence}; the views of crops(), which are flipped as they are cut",
-            queued=_BATCHES_AHEAD,
-            settle=settle(way.device),
-        ),
-        recipe=Work(partial(_epochs, way, iter), sentence, queued=_BATCHES_AHEAD, settle=settle(way.device)),
-        fixed_crops=partial(_fixed_crops, way),
-        antialiased=True,
+        work(partial(way.batches, crops_on_device), f"{how}; the views of crops(), which are flipped too"),
+        work(partial(way.batches, iter), how),
+        partial(_fixed_crops, way),
     )
 
 
-PEER = _peer(OURS, _Way("ffcv", on_shards=False), "on the .beton file")
-assert isinstance(PEER.crops, Work)
-CROPS: Work = PEER.crops
+PEER = _peer(contract.OURS, _Way("ffcv", on_shards=False), "on the .beton file")
+assert isinstance(PEER.crops, PeerWork)
+CROPS: PeerWork = PEER.crops
 
-_READ_AHEAD = "on shards, every picture read into memory ahead of its turn"
+_READ_AHEAD = "on shards, every image read into memory ahead of its turn"
 DALI_PEERS = [
-    _peer(OURS_ON_SHARDS, _Way("ffcv", on_shards=True, reading="read"), _READ_AHEAD),
+    _peer(contract.OURS_ON_SHARDS, _Way("ffcv", on_shards=True, reading="read"), _READ_AHEAD),
     _peer(
-        OURS_DALI,
+        contract.OURS_DALI,
         _Way("dali", on_shards=True, reading="read"),
-        f"{_READ_AHEAD}; DALI's decoder on the CPU under our order and boxes, our kernels for the rest",
+        f"{_READ_AHEAD}; DALI decodes on the CPU, with our order and boxes; our kernels do the rest",
     ),
     _peer(
-        OURS_STREAM,
+        contract.OURS_STREAM,
         _Way("dali", on_shards=True, reading="stream"),
-        "on shards, which DALI's own reader goes through and shuffles within a buffer of "
-        f"{BUFFER:,} pictures, filled anew in each epoch; decoded and cut like {OURS_DALI!r}",
+        f"on shards, which DALI's own reader streams and shuffles in a buffer of {BUFFER:,} images, filled "
+        f"anew in each epoch; decoded and cropped like {contract.OURS_DALI!r}",
     ),
 ]
 
@@ -171,21 +155,18 @@ GPU_VARIANTS = {"": _USUAL, ", region decode": DALIOptions(region_decode=True)} 
     for load in (0.0, 0.65, 1.0)
     if load != _USUAL.hw_decoder_load
 }
-"""What is added to a name → how the ``dali`` backend decodes on a GPU."""
+"""Suffix of the name → how the ``dali`` backend decodes on a GPU."""
 
 
 def gpu_peers(device: torch.device) -> list[Peer]:
-    """Our loader with DALI on a GPU, by each choice of options; ``cpu`` runs the same code there."""
-    peers = []
-    for name, options in GPU_VARIANTS.items():
-        way = _Way("dali", True, "read", device, operators=True, options=options)
-        how = f"region_decode {options.region_decode}, hw_decoder_load {options.hw_decoder_load:g}"
-        peers.append(
-            _peer(
-                OURS_GPU_DECODES + name,
-                way,
-                f"{_READ_AHEAD}; DALI's mixed decoding ({how}) and its operators for the crops under our "
-                "order and boxes, our photometric stage on the GPU",
-            )
+    """Return our loader with DALI on a GPU, by each choice of options; ``cpu`` runs the same code there."""
+    return [
+        _peer(
+            contract.OURS_GPU_DECODES + name,
+            _Way("dali", True, "read", device, options),
+            f"{_READ_AHEAD}; DALI's mixed decoding (region_decode {options.region_decode}, hw_decoder_load "
+            f"{options.hw_decoder_load:g}) and its operators for the crops, with our order and boxes; our "
+            "photometric stage on the GPU",
         )
-    return peers
+        for name, options in GPU_VARIANTS.items()
+    ]

@@ -16,28 +16,24 @@ from spdl.pipeline import PipelineBuilder
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
-from benchmarks.peers.contract import SPDL_FFMPEG, SPDL_TORCHVISION, FixedCrops, Job, Peer, Work
-from benchmarks.peers.shuffled import shuffled_batches
+from benchmarks.peers import contract
+from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, shuffled_batches
 from benchmarks.peers.with_torchvision import decode_file, v2_crop, v2_fixed_crops, v2_recipe
 from pipelines.recipe import Recipe
 
 _BATCHES_AHEAD = 3
-Box = Sequence[int]
-"""Top, left, height, width in pixels."""
 _Load = Callable[[list[Path]], Tensor]
 
 try:
-    # SPDL finds FFmpeg's libraries at its first use, which would be in the middle of a pipeline.
+    # SPDL looks for FFmpeg's libraries at its first use, which would be in the middle of a pipeline.
     spdl.io.utils.get_ffmpeg_versions()
 except RuntimeError as error:
-    raise ImportError(
-        f"SPDL finds no FFmpeg libraries, `apt-get install ffmpeg` brings them; {error}"
-    ) from error
+    raise ImportError(f"SPDL finds no FFmpeg libraries; `apt-get install ffmpeg`; {error}") from error
 
 
 def _run(make_load: Callable[[Recipe], _Load], job: Job) -> Iterator[object]:
-    """Batches by a pipeline whose threads each load a whole batch, as SPDL's documentation does."""
-    # Operators of torch must not start threads of their own inside the pipeline's threads.
+    """Run a pipeline in which each thread loads whole batches, as SPDL's documentation does."""
+    # Torch's operators must not start threads of their own inside the pipeline's threads.
     executor = ThreadPoolExecutor(job.num_threads, initializer=torch.set_num_threads, initargs=(1,))
     pipeline = (
         PipelineBuilder()
@@ -50,26 +46,30 @@ def _run(make_load: Callable[[Recipe], _Load], job: Job) -> Iterator[object]:
         yield from pipeline.get_iterator()
 
 
-def _filters(boxes: Sequence[Box], crop_px: int) -> str:
-    """A filter graph of FFmpeg: the decoded planes are cut V times, reduced, stacked and made RGB."""
+def _filters(boxes: Sequence[Sequence[int]], crop_px: int) -> str:
+    """Return an FFmpeg filter graph that crops the planes V times, resizes, stacks and converts to RGB.
+
+    Args:
+        boxes: V times top, left, height, width in pixels.
+        crop_px: side of the crops.
+    """
+    num = len(boxes)
     cuts = ";".join(
         f"[in{v}]crop={width}:{height}:{left}:{top}:exact=1,scale={crop_px}:{crop_px}:flags=bilinear[out{v}]"
         for v, (top, left, height, width) in enumerate(boxes)
     )
-    inputs = "".join(f"[in{v}]" for v in range(len(boxes)))
-    outputs = "".join(f"[out{v}]" for v in range(len(boxes)))
-    num = len(boxes)
+    inputs, outputs = ("".join(f"[{end}{v}]" for v in range(num)) for end in ("in", "out"))
     return f"split={num}{inputs};{cuts};{outputs}vstack=inputs={num},format=pix_fmts=rgb24"
 
 
-def _ffmpeg_crops(recipe: Recipe) -> _Load:
+def _by_ffmpeg(recipe: Recipe) -> _Load:
     scale, ratio = list(recipe.crop_scale), list(recipe.crop_ratio)
 
     def cut(file: Path) -> object:
         packets = spdl.io.demux_image(str(file))
-        # Of the picture only the size is looked at.
-        picture = torch.empty((3, packets.codec.height, packets.codec.width), device="meta")
-        boxes = [RandomResizedCrop.get_params(picture, scale, ratio) for _ in range(recipe.num_views)]
+        # get_params reads only the size of the image.
+        image = torch.empty((3, packets.codec.height, packets.codec.width), device="meta")
+        boxes = [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(recipe.num_views)]
         return spdl.io.decode_packets(packets, filter_desc=_filters(boxes, recipe.crop_px))
 
     def load(files: list[Path]) -> Tensor:
@@ -79,66 +79,50 @@ def _ffmpeg_crops(recipe: Recipe) -> _Load:
     return load
 
 
-def _by_torchvision(
-    make_transform: Callable[[Recipe], v2.Transform], dtype: torch.dtype, recipe: Recipe
-) -> _Load:
-    transform = make_transform(recipe)
+def _by_torchvision(make: Callable[[Recipe], v2.Transform], dtype: torch.dtype, recipe: Recipe) -> _Load:
+    transform = make(recipe)
 
     def load(files: list[Path]) -> Tensor:
         shape = (len(files), recipe.num_views, 3, recipe.crop_px, recipe.crop_px)
         views_NV3SS = torch.empty(shape, dtype=dtype)
         for n, file in enumerate(files):
-            picture = decode_file(file)
+            image = decode_file(file)
             for v in range(recipe.num_views):
-                views_NV3SS[n, v] = transform(picture)
+                views_NV3SS[n, v] = transform(image)
         return views_NV3SS
 
     return load
 
 
-def ffmpeg_fixed_crops(asked: FixedCrops) -> NDArray[np.uint8]:
-    """Crops by the filter graph; see :class:`FixedCrops`."""
-    crops_NVSS3 = asked.empty()
-    for n, file in enumerate(asked.files):
-        filters = _filters(asked.boxes_NV4[n].tolist(), asked.crop_px)
-        frame = spdl.io.decode_packets(spdl.io.demux_image(str(file)), filter_desc=filters)
-        crops_NVSS3[n] = spdl.io.to_numpy(spdl.io.convert_frames(frame)).reshape(crops_NVSS3[n].shape)
+def _ffmpeg_fixed_crops(fixed: FixedCrops) -> NDArray[np.uint8]:
+    crops_NVSS3 = fixed.empty()
+    for file, boxes_V4, crops_VSS3 in zip(fixed.files, fixed.boxes_NV4.tolist(), crops_NVSS3, strict=True):
+        packets = spdl.io.demux_image(str(file))
+        frame = spdl.io.decode_packets(packets, filter_desc=_filters(boxes_V4, fixed.crop_px))
+        crops_VSS3[:] = spdl.io.to_numpy(spdl.io.convert_frames(frame)).reshape(crops_VSS3.shape)
     return crops_NVSS3
 
 
-# The sink, the queues before it, and what each thread has finished and holds: as counted on a full pipeline.
-_QUEUED, _QUEUED_PER_THREAD = _BATCHES_AHEAD + 3, 1
-_SETUP = "spdl.pipeline.PipelineBuilder, each of its threads loads whole batches"
-_TORCHVISION = f"{_SETUP} with torchvision.io.decode_jpeg once for both views and torchvision.transforms.v2"
+def _work(make_load: Callable[[Recipe], _Load], how: str) -> PeerWork:
+    how = f"spdl.pipeline.PipelineBuilder, each of its threads loads whole batches with {how}"
+    # The sink, the queues before it, and one finished batch in each thread: as counted on a full pipeline.
+    return PeerWork(partial(_run, make_load), how, queued=_BATCHES_AHEAD + 3, queued_per_thread=1)
+
+
+_FFMPEG = (
+    "spdl.io: demux, one decode by FFmpeg, one filter graph that crops both views out of the planes with the "
+    "bilinear scaler and converts them to RGB"
+)
+_NO_RECIPE = (
+    f"spdl.io has no photometric operators; SPDL's recipe is measured as {contract.SPDL_TORCHVISION!r}"
+)
+_V2 = "torchvision.io.decode_jpeg once for both views and torchvision.transforms.v2"
 PEERS = [
+    Peer(contract.SPDL_FFMPEG, _work(_by_ffmpeg, _FFMPEG), _NO_RECIPE, _ffmpeg_fixed_crops),
     Peer(
-        SPDL_FFMPEG,
-        crops=Work(
-            partial(_run, _ffmpeg_crops),
-            f"{_SETUP} with spdl.io: demux, one decode by FFmpeg, one filter graph that cuts both views out "
-            "of the planes with the bilinear scaler and makes them RGB",
-            queued=_QUEUED,
-            queued_per_thread=_QUEUED_PER_THREAD,
-        ),
-        recipe=f"spdl.io has no photometric operators; SPDL's recipe is measured as {SPDL_TORCHVISION!r}",
-        fixed_crops=ffmpeg_fixed_crops,
-        antialiased=True,
-    ),
-    Peer(
-        SPDL_TORCHVISION,
-        crops=Work(
-            partial(_run, partial(_by_torchvision, v2_crop, torch.uint8)),
-            _TORCHVISION,
-            queued=_QUEUED,
-            queued_per_thread=_QUEUED_PER_THREAD,
-        ),
-        recipe=Work(
-            partial(_run, partial(_by_torchvision, v2_recipe, torch.float32)),
-            _TORCHVISION,
-            queued=_QUEUED,
-            queued_per_thread=_QUEUED_PER_THREAD,
-        ),
-        fixed_crops=v2_fixed_crops,
-        antialiased=True,
+        contract.SPDL_TORCHVISION,
+        _work(partial(_by_torchvision, v2_crop, torch.uint8), _V2),
+        _work(partial(_by_torchvision, v2_recipe, torch.float32), _V2),
+        v2_fixed_crops,
     ),
 ]

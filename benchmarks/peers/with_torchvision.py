@@ -1,10 +1,15 @@
-"""torchvision in a DataLoader of processes: the published PIL loader, and v2 on uint8 tensors.
+"""torchvision: the published PIL loader and v2 on uint8 tensors in a DataLoader of processes; v2 on a GPU.
 
 Shape letters: N batch, V views, S side in pixels.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +22,25 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from benchmarks.peers.contract import TORCHVISION_PIL, TORCHVISION_V2, FixedCrops, Job, Peer, Work
+from benchmarks.peers import contract
+from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, shuffled_batches, synchronizer
 from benchmarks.sample_sets import read_with_pil
 from pipelines.augment.draws import blur_radius_px
 from pipelines.recipe import Recipe
 
 _BATCHES_PER_WORKER = 2
-# One sampling without end: how a loader starts an epoch is not what is measured.
+_GPU_BATCHES_AHEAD = 2
+# One endless epoch: how a loader starts an epoch is not what is measured.
 _ENDLESS = 1 << 40
 
 
-class _PILBlur:
-    """MoCo v2's published blur: PIL's Gaussian filter with a standard deviation drawn per picture."""
-
-    def __init__(self, low_px: float, high_px: float) -> None:
-        self._low_px, self._high_px = low_px, high_px
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        sigma = float(torch.empty(1).uniform_(self._low_px, self._high_px))
-        return image.filter(ImageFilter.GaussianBlur(sigma))
+def _pil_blur(image: Image.Image, low_px: float, high_px: float) -> Image.Image:
+    """MoCo v2's published blur: PIL's Gaussian filter with a standard deviation drawn per image."""
+    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(low_px, high_px))))
 
 
 class TwoViews:
-    """The published loader's: the same transform applied twice to one decoded picture."""
+    """The published loader's: the same transform applied twice to one decoded image."""
 
     def __init__(self, transform: Callable[[object], Tensor]) -> None:
         self._transform = transform
@@ -49,22 +50,24 @@ class TwoViews:
         return self._transform(image), self._transform(image)
 
 
-def _pil_crop(recipe: Recipe) -> list[object]:
-    return [transforms.RandomResizedCrop(recipe.crop_px, recipe.crop_scale, recipe.crop_ratio)]
-
-
 def pil_recipe(recipe: Recipe) -> list[object]:
     """The whole augmentation of a PIL image, as transforms in their order."""
     jitter = transforms.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue_turns)
+    low_px, high_px = recipe.blur_sigma_px
+    blur = partial(_pil_blur, low_px=low_px, high_px=high_px)
     return [
-        *_pil_crop(recipe),
+        transforms.RandomResizedCrop(recipe.crop_px, recipe.crop_scale, recipe.crop_ratio),
         transforms.RandomApply([jitter], recipe.jitter_prob),
         transforms.RandomGrayscale(recipe.grey_prob),
-        transforms.RandomApply([_PILBlur(*recipe.blur_sigma_px)], recipe.blur_prob),
+        transforms.RandomApply([blur], recipe.blur_prob),
         transforms.RandomHorizontalFlip(recipe.flip_prob),
         transforms.ToTensor(),
         transforms.Normalize(recipe.mean, recipe.std),
     ]
+
+
+def _pil_crop(recipe: Recipe) -> list[object]:
+    return [pil_recipe(recipe)[0], transforms.PILToTensor()]
 
 
 def v2_crop(recipe: Recipe) -> v2.Transform:
@@ -75,7 +78,7 @@ def v2_crop(recipe: Recipe) -> v2.Transform:
 def v2_recipe(recipe: Recipe) -> v2.Transform:
     """The whole augmentation of a (3, H, W) uint8 tensor.
 
-    The crop takes uint8, as v2 advises; what follows was measured a seventh faster on floats.
+    The crop takes uint8, as v2 advises. The rest was measured to be a seventh faster on floats.
     """
     jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue_turns)
     kernel = 2 * blur_radius_px(recipe.blur_sigma_px[1], recipe.crop_px) + 1
@@ -92,13 +95,17 @@ def v2_recipe(recipe: Recipe) -> v2.Transform:
     )
 
 
-def decode_file(path: str | Path) -> Tensor:
-    """(3, H, W) uint8 by torchvision's own libjpeg-turbo."""
-    picture: Tensor = io.decode_jpeg(io.read_file(str(path)), mode=io.ImageReadMode.RGB)
-    return picture
+def decode_file(path: str | Path, device: torch.device | str = "cpu") -> Tensor:
+    """(3, H, W) uint8, on the CPU by torchvision's own libjpeg-turbo."""
+    image: Tensor = io.decode_jpeg(io.read_file(str(path)), mode=io.ImageReadMode.RGB, device=device)
+    return image
 
 
-def _batches(job: Job, dataset: ImageFolder) -> Iterator[object]:
+def _on_host(make: Callable[[Recipe], Any], decode: Callable[[str], object], job: Job) -> Iterator[object]:
+    """Yield two (N, 3, S, S) views without end; ``make`` returns a transform, or a list of them."""
+    made = make(job.recipe)
+    transform = transforms.Compose(made) if isinstance(made, list) else made
+    dataset = ImageFolder(str(job.folder), TwoViews(transform), loader=decode)
     loader = DataLoader(
         dataset,
         job.batch_size,
@@ -106,99 +113,84 @@ def _batches(job: Job, dataset: ImageFolder) -> Iterator[object]:
         num_workers=job.num_threads,
         prefetch_factor=_BATCHES_PER_WORKER,
         drop_last=True,
-        # A server without threads forks the workers; this process has threads that a fork would cut off.
+        # A server without threads forks the workers; this process has threads, which a fork would not copy.
         multiprocessing_context="forkserver",
     )
     for views, _ in loader:
         yield views
 
 
-def _open_pil(steps: Callable[[Recipe], list[object]], job: Job) -> Iterator[object]:
-    transform = transforms.Compose(steps(job.recipe))
-    return _batches(job, ImageFolder(str(job.folder), TwoViews(transform), loader=read_with_pil))
+def _on_device(make: Callable[[Recipe], v2.Transform], device: torch.device, job: Job) -> Iterator[object]:
+    """Yield (N, V, 3, S, S) views on the device; threads read files while others are decoded."""
+    transform = make(job.recipe)
+    with ThreadPoolExecutor(job.num_threads) as pool:
+        batches = (
+            [pool.submit(io.read_file, str(file)) for file in files]
+            for files in shuffled_batches(job.folder, job.batch_size)
+        )
+        ahead = deque(islice(batches, _GPU_BATCHES_AHEAD))
+        for batch in batches:
+            ahead.append(batch)
+            encoded = [read.result() for read in ahead.popleft()]
+            # A list, which torchvision documents as faster than one at a time.
+            images = io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB, device=device)
+            views = [transform(image) for image in images for _ in range(job.recipe.num_views)]
+            yield torch.stack(views).unflatten(0, (len(images), job.recipe.num_views))
 
 
-def _open_v2(transform: Callable[[Recipe], v2.Transform], job: Job) -> Iterator[object]:
-    views = TwoViews(transform(job.recipe))
-    return _batches(job, ImageFolder(str(job.folder), views, loader=decode_file))
+def _pil_fixed_crops(fixed: FixedCrops) -> NDArray[np.uint8]:
+    size = [fixed.crop_px, fixed.crop_px]
+    images = map(read_with_pil, fixed.files)
+    return fixed.cut(images, lambda image, *box: transforms.functional.resized_crop(image, *box, size))
 
 
-def open_pil_crops(job: Job) -> Iterator[object]:
-    """Crops by the published loader: two (N, 3, S, S) uint8 views."""
-    return _open_pil(lambda recipe: [*_pil_crop(recipe), transforms.PILToTensor()], job)
+def v2_fixed_crops(fixed: FixedCrops, device: torch.device | str = "cpu") -> NDArray[np.uint8]:
+    """Decode and crop on the device by the v2 peers' operations."""
+
+    def cut(image: Tensor, *box: int) -> Tensor:
+        size = [fixed.crop_px, fixed.crop_px]
+        crop: Tensor = functional.resized_crop(image, *box, size, antialias=True)
+        return crop.permute(1, 2, 0).cpu()
+
+    return fixed.cut((decode_file(file, device) for file in fixed.files), cut)
 
 
-def open_pil_recipe(job: Job) -> Iterator[object]:
-    """The published loader: ImageFolder, PIL transforms; two (N, 3, S, S) float32 views."""
-    return _open_pil(pil_recipe, job)
-
-
-def open_v2_crops(job: Job) -> Iterator[object]:
-    """Crops by v2: two (N, 3, S, S) uint8 views."""
-    return _open_v2(v2_crop, job)
-
-
-def open_v2_recipe(job: Job) -> Iterator[object]:
-    """The recipe by v2: two (N, 3, S, S) float32 views."""
-    return _open_v2(v2_recipe, job)
-
-
-def pil_fixed_crops(asked: FixedCrops) -> NDArray[np.uint8]:
-    """Crops by the PIL peer's operations; see :class:`FixedCrops`."""
-    crops_NVSS3 = asked.empty()
-    for file, boxes_V4, crops_VSS3 in zip(asked.files, asked.boxes_NV4, crops_NVSS3, strict=True):
-        image = read_with_pil(str(file))
-        for box, crop_SS3 in zip(boxes_V4.tolist(), crops_VSS3, strict=True):
-            crop_SS3[:] = transforms.functional.resized_crop(image, *box, [asked.crop_px, asked.crop_px])
-    return crops_NVSS3
-
-
-def v2_fixed_crops(asked: FixedCrops) -> NDArray[np.uint8]:
-    """Crops by the v2 peer's operations; see :class:`FixedCrops`."""
-    return cut_pictures(map(decode_file, asked.files), asked)
-
-
-def cut_pictures(pictures: Iterable[Tensor], asked: FixedCrops) -> NDArray[np.uint8]:
-    """The crops asked for out of decoded (3, H, W) uint8 pictures, cut where these are."""
-    crops_NVSS3 = asked.empty()
-    for picture, boxes_V4, crops_VSS3 in zip(pictures, asked.boxes_NV4, crops_NVSS3, strict=True):
-        for box, crop_SS3 in zip(boxes_V4.tolist(), crops_VSS3, strict=True):
-            crop = functional.resized_crop(picture, *box, [asked.crop_px, asked.crop_px], antialias=True)
-            crop_SS3[:] = crop.permute(1, 2, 0).cpu()
-    return crops_NVSS3
-
-
-_PIL_SENTENCE = (
+_PIL = (
     "the published MoCo v2 loader: ImageFolder with PIL, one decode for both views, torchvision transforms "
     "in the processes of a DataLoader"
 )
-_V2_SENTENCE = (
+_V2 = (
     "torchvision.io.decode_jpeg once for both views, torchvision.transforms.v2 on uint8 tensors with "
     "antialias=True in the processes of a DataLoader"
 )
+_GPU = (
+    "torchvision.io.decode_jpeg of a whole batch as a list, by nvJPEG on the GPU, once for both "
+    "views; threads read files ahead; torchvision.transforms.v2 on the GPU, one view at a time, since v2 "
+    "draws one set of parameters per call"
+)
+_host_work = partial(PeerWork, queued_per_thread=_BATCHES_PER_WORKER)
 PIL_PEERS = [
     Peer(
-        TORCHVISION_PIL,
-        crops=Work(open_pil_crops, _PIL_SENTENCE, queued_per_thread=_BATCHES_PER_WORKER),
-        recipe=Work(
-            open_pil_recipe,
-            f"{_PIL_SENTENCE}; blur is PIL's, as published",
-            queued_per_thread=_BATCHES_PER_WORKER,
-        ),
-        fixed_crops=pil_fixed_crops,
-        antialiased=True,
+        contract.TORCHVISION_PIL,
+        _host_work(partial(_on_host, _pil_crop, read_with_pil), _PIL),
+        _host_work(partial(_on_host, pil_recipe, read_with_pil), f"{_PIL}; blur is PIL's, as published"),
+        _pil_fixed_crops,
     )
 ]
 V2_PEERS = [
     Peer(
-        TORCHVISION_V2,
-        crops=Work(open_v2_crops, _V2_SENTENCE, queued_per_thread=_BATCHES_PER_WORKER),
-        recipe=Work(
-            open_v2_recipe,
-            f"{_V2_SENTENCE}; the blur's kernel is as wide as ours",
-            queued_per_thread=_BATCHES_PER_WORKER,
-        ),
-        fixed_crops=v2_fixed_crops,
-        antialiased=True,
+        contract.TORCHVISION_V2,
+        _host_work(partial(_on_host, v2_crop, decode_file), _V2),
+        _host_work(partial(_on_host, v2_recipe, decode_file), f"{_V2}; the blur's kernel is as wide as ours"),
+        v2_fixed_crops,
     )
 ]
+
+
+def gpu_peers(device: torch.device) -> list[Peer]:
+    """Return v2 on a GPU; on the device ``cpu`` the same code runs there."""
+    crops, recipe = (
+        PeerWork(partial(_on_device, make, device), _GPU, settle=synchronizer(device))
+        for make in (v2_crop, v2_recipe)
+    )
+    return [Peer(contract.TORCHVISION_GPU, crops, recipe, partial(v2_fixed_crops, device=device))]

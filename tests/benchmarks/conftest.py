@@ -1,4 +1,4 @@
-"""What the tests of several benchmarks need."""
+"""Fixtures of several benchmarks."""
 
 import runpy
 import sys
@@ -18,25 +18,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Sets:
-    """The sets of the tests' pictures, in place of those that a benchmark makes."""
+    """The compiled sets of the tests' images, in place of those that a benchmark makes."""
 
     def __init__(self, reencoded: SampleSet) -> None:
         self.reencoded = reencoded
 
     def facts(self) -> dict[str, Any]:
-        """As SampleSets tells them."""
+        """Like `SampleSets.facts`."""
         return {"reencoded": self.reencoded.facts()}
 
 
 @pytest.fixture
 def sample_sets(picture_folder: Path, beton: Path, shards: Path) -> Callable[..., Sets]:
-    """What a benchmark can take for SampleSets: it makes nothing and has the tests' pictures."""
+    """A replacement for SampleSets that makes nothing and has the tests' images."""
     return lambda data, num, progress: Sets(SampleSet(picture_folder, beton, shards, "made for tests"))
 
 
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The command lines of our programs that were run: in this process, whose imports are done already."""
+    """The command lines of our programs that were run; they run in this process, so imports are done once."""
     ran: list[list[str]] = []
 
     def run_here(console: Console, *words: object) -> None:

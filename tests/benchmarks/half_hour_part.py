@@ -1,4 +1,4 @@
-"""A part whose rows are quick, slow, broken or deadly: what the half hour must survive."""
+"""A part with rows that work, hang, fail, or kill a process: what the half hour must survive."""
 
 import os
 import signal
@@ -12,9 +12,9 @@ from benchmarks.half_hour.plan import Row, Setup
 
 
 def rows(setup: Setup) -> dict[str, Row]:
-    """Those named in the file ``rows``; each notes in a file of its own how often it was begun."""
+    """The rows named in the file ``rows``; each counts its starts in a file of its own."""
 
-    def noting(name: str, act: Any) -> Row:
+    def counting(name: str, act: Any) -> Row:
         def measure() -> dict[str, Any]:
             with (Path(setup.out) / name).open("a") as file:
                 file.write("x")
@@ -40,13 +40,13 @@ def rows(setup: Setup) -> dict[str, Row]:
         raise ImportError("the package nothing is not installed")
 
     found = {
-        "before": noting("before", lambda: sys.stdout.write("noise")),
-        "hangs": noting("hangs", hang),
-        "fails": noting("fails", fail),
-        "dies": noting("dies", lambda: os._exit(7)),
-        "lacks": noting("lacks", lack),
-        "after": noting("after", lambda: None),
+        "before": counting("before", lambda: sys.stdout.write("noise")),
+        "hangs": counting("hangs", hang),
+        "fails": counting("fails", fail),
+        "dies": counting("dies", lambda: os._exit(7)),
+        "lacks": counting("lacks", lack),
+        "after": counting("after", lambda: None),
     }
-    found["kills"] = noting("kills", kill_parent_once)
-    found["dear"] = Row(dict, cost_s=1e9, limit_s=1.0)
+    found["kills"] = counting("kills", kill_parent_once)
+    found["expensive"] = Row(dict, cost_s=1e9, limit_s=1.0)
     return {name: found[name] for name in (Path(setup.out) / "rows").read_text().split()}

@@ -1,4 +1,4 @@
-"""The half hour: rehearsed without a GPU, killed and continued; what it makes of logs and traces."""
+"""The half hour: rehearsed without a GPU, killed and resumed; its arithmetic on logs and traces."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from benchmarks.half_hour import __main__ as program
 from benchmarks.half_hour import figures, hardware, images, plan, runs, steps
 from benchmarks.half_hour.__main__ import HalfHour, main
 from benchmarks.half_hour.plan import PARTS, TINY, Images, Setup
+from benchmarks.peers.contract import image_files
 from benchmarks.report.page import half_hour_view
 from benchmarks.report.results import read_figures
 from models.batch import Method
@@ -29,7 +30,7 @@ CPU = Setup("cpu", True, "", Images("none"))
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HalfHour:
-    """A run of the part that misbehaves, under the name check."""
+    """Options that measure the misbehaving part, under the name check."""
     monkeypatch.setattr(plan, "SOURCES", {"check": PART})
     monkeypatch.setattr(program, "find_images", lambda *_, **__: Images("none"))
     (tmp_path / "out").mkdir()
@@ -49,8 +50,8 @@ def _begun(options: HalfHour) -> dict[str, int]:
 # -------------------------------------------------------------------------------------------------- limits
 
 
-def test_what_goes_wrong_is_a_row_and_the_next_one_is_measured(options: HalfHour) -> None:
-    (options.out / "rows").write_text("before lacks fails dies hangs after dear")
+def test_a_failure_is_a_row_and_the_next_row_is_measured(options: HalfHour) -> None:
+    (options.out / "rows").write_text("before lacks fails dies hangs after expensive")
     main(options)
     rows = _rows(options)
     assert rows["before"]["median"] == rows["after"]["median"] == 1.0
@@ -58,7 +59,7 @@ def test_what_goes_wrong_is_a_row_and_the_next_one_is_measured(options: HalfHour
     assert rows["fails"]["reason"] == "failed: RuntimeError: it cannot work"
     assert rows["dies"]["reason"].startswith("failed: its process ended with code 7")
     assert rows["lacks"]["reason"] == "left out: the package nothing is not installed"
-    assert "dear" not in rows, "it does not fit into the time left"
+    assert "expensive" not in rows, "it does not fit into the time left"
     with pytest.raises(ProcessLookupError):
         os.kill(int((options.out / "child").read_text()), 0)
 
@@ -72,7 +73,7 @@ def test_a_second_run_measures_what_is_missing_and_again_all(options: HalfHour) 
     assert _begun(options) == {"before": 2, "lacks": 3, "after": 2}
 
 
-def test_a_killed_run_keeps_its_rows_and_the_next_one_goes_on(options: HalfHour) -> None:
+def test_a_killed_run_keeps_its_rows_and_the_next_run_resumes(options: HalfHour) -> None:
     (options.out / "rows").write_text("before kills after")
     words = f"""
 from pathlib import Path
@@ -91,7 +92,7 @@ program.main(program.HalfHour(("check",), Path({str(options.json)!r}), out=Path(
 
 
 def test_figures_of_another_setup_are_not_mixed(options: HalfHour) -> None:
-    (options.out / "rows").write_text("dear")
+    (options.out / "rows").write_text("expensive")
     main(options)
     content = json.loads(options.json.read_text())
     content["config"]["queue_len"] = 128
@@ -111,7 +112,7 @@ def test_figures_of_another_setup_are_not_mixed(options: HalfHour) -> None:
         ({"minutes": 0.0}, r"--minutes is 0\.0; it must be above 0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_a_sentence(
+def test_what_cannot_be_measured_is_refused(
     wrong: Mapping[str, Any],
     sentence: str,
     options: HalfHour,
@@ -131,9 +132,9 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_rehearsal_without_a_gpu_does_all_that_a_cpu_can(tmp_path: Path) -> None:
+def test_a_rehearsal_without_a_gpu_measures_all_rows_of_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "results" / "half_hour.json"
-    words = [
+    arguments = [
         "--device",
         "cpu",
         "--tiny",
@@ -144,33 +145,34 @@ def test_a_rehearsal_without_a_gpu_does_all_that_a_cpu_can(tmp_path: Path) -> No
         "--out",
         tmp_path / "out",
     ]
-    command = [sys.executable, "-m", "benchmarks.half_hour", *map(str, words)]
+    command = [sys.executable, "-m", "benchmarks.half_hour", *map(str, arguments)]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert (
         said.splitlines()[-2].startswith(f"figures: {out}") and said.splitlines()[-1] == "next: make report"
     )
     found = read_figures(out, "half_hour")
+    parts = found["parts"]
     shown = half_hour_view(found)["parts"]
-    assert found["quick"] and tuple(shown) == PARTS
+    assert found["quick"] and tuple(found["expected"]) == tuple(shown) == PARTS
     gpu_alone = ("pinned", "compiled", "--c", "graph", "decode_jpeg")
     rates = {part: [bar for bars in view["rates"].values() for bar in bars] for part, view in shown.items()}
     for part, view in shown.items():
-        rows, missing = found["parts"][part], {name for names in view["missing"].values() for name in names}
+        rows, missing = parts[part], {name for names in view["missing"].values() for name in names}
         assert missing == {name for name in rows if any(word in name for word in gpu_alone)}
         assert set(view["missing"]) <= {"needs a GPU"}
         assert {bar.name for bar in rates[part]} == {n for n, row in rows.items() if "median" in row}
         assert all(bar.low <= bar.median <= bar.high for bar in rates[part])
     assert {len(bars) for part, bars in rates.items() if part != "check"} == {0, 1, 3, 4, 9, 12}
-    run = found["parts"]["train"]["eager"]
+    run = parts["train"]["eager"]
     assert 0 < run["stopped_at"] < run["steps"] == TINY.train_steps and 0 <= run["wait_percent"] <= 100
-    assert len(found.parts["step"]["profile of mixmask, 8 groups, eager"]["kernels"]) == 10
+    assert len(parts["step"]["profile of mixmask, 8 groups, eager"]["kernels"]) == 10
 
 
 def test_images_are_found_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     monkeypatch.setattr(images.turbojpeg, "is_found", lambda: False)
     drawn = images.find_images(data, out, TINY, tiny=True, note=lambda _: None)
-    assert len(plan.files_below(drawn.folder)) == TINY.num_images and drawn.path() == drawn.folder
+    assert len(image_files(Path(drawn.folder))) == TINY.num_images and drawn.path() == drawn.folder
     assert not (drawn.beton or drawn.shards or drawn.long), "nothing can be compiled without libturbojpeg"
     (data / "photographs-q86" / "train").mkdir(parents=True)
     found = images.find_images(data, out, TINY, tiny=False, note=lambda _: None)
@@ -185,7 +187,7 @@ def test_images_are_found_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # ---------------------------------------------------------------------------------------------- arithmetic
 
 
-def test_a_rate_begins_when_two_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warm_up_ends_when_two_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     now, took, calls = [0.0], iter([9.0, 4.0, 1.0, 1.05]), [0]
 
     def call() -> None:
@@ -211,7 +213,7 @@ def test_idle_share_is_what_no_interval_covers() -> None:
     ]
 
 
-def test_a_logs_rate_leaves_out_the_steps_after_each_start() -> None:
+def test_the_rate_of_a_log_excludes_the_steps_after_each_start() -> None:
     def line(first: int, last: int, rate: float, wait: float) -> dict[str, Any]:
         return {"first_step": first, "step": last, "samples_per_s": rate, "wait_percent": wait}
 
@@ -243,11 +245,11 @@ def test_tests_are_counted_by_outcome(tmp_path: Path) -> None:
     ]
     subprocess.run(command, cwd=tmp_path, check=False, capture_output=True)
     assert hardware.counts(report) == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["test_bad"]}
-    marked = list(hardware.check(replace(CPU, tiny=False)))
+    marked = list(hardware.gpu_tests(replace(CPU, tiny=False)))
     assert "tests/benchmarks/test_half_hour.py" in marked and "tests/test_imports.py" not in marked
 
 
-def test_rows_are_put_into_words() -> None:
+def test_rows_as_text() -> None:
     row = {"median": 1234.5, "low": 1000.0, "high": 1300.0, "unit": "samples/s", "cpu_share": 0.25}
     assert figures.rate_in_words(row) == "1,234 samples/s (1,000 … 1,300)"
     assert figures.facts_in_words(row | {"mean_error": None}) == {"host's cores": "25%"}

@@ -1,4 +1,4 @@
-"""The loader benchmark's own arithmetic: turns, ratios, sets, the JSON."""
+"""The loader benchmark's arithmetic: turns, ratios, sets, the JSON."""
 
 import io
 import itertools
@@ -42,7 +42,7 @@ from benchmarks.ratios import (
     ratios,
 )
 from benchmarks.run_options import Scale
-from benchmarks.sample_sets import MAX_SIDE_PX, QUALITY, SampleSet, SampleSets, reencode
+from benchmarks.sample_sets import QUALITY, REENCODED_SIDE_PX, SampleSet, SampleSets, reencode
 from benchmarks.timing import Runner, Turns, summary, take_turns
 from dataset_tools.commands import Convert
 from dataset_tools.convert import Sharding, convert
@@ -99,7 +99,7 @@ def test_ratios_are_of_medians_and_of_the_faster_of_two_ways() -> None:
     }
 
 
-def test_our_other_ways_have_ratios_of_their_own_and_change_no_other() -> None:
+def test_our_other_backends_have_ratios_of_their_own_and_change_no_other() -> None:
     ours_only = {OURS: 1500.0, DALI_ONCE: 500.0, DALI_TWICE: 400.0}
     ways = {OURS_ON_SHARDS: 1200.0, OURS_DALI: 1000.0, OURS_STREAM: 900.0}
     before = ratios({"reencoded": {"crops": _rows(**ours_only), "recipe": _rows(**ours_only)}})
@@ -121,7 +121,7 @@ def test_ratios_of_what_was_not_measured_are_absent() -> None:
 
 
 class _Batches:
-    """Batches of which some may be queued beforehand; writes down what is asked of it."""
+    """Batches without end; each call is appended to a log."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self._name, self._log = name, log
@@ -139,7 +139,7 @@ class _Batches:
 
 def test_turns_alternate_drain_queues_and_end_with_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    # One second passes between two looks at the clock; a turn of two seconds looks at its start and twice.
+    # The clock advances one second per reading; a turn of two seconds reads it at its start and twice more.
     clock, slept = itertools.count(), []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(timing.time, "sleep", slept.append)
@@ -147,15 +147,15 @@ def test_turns_alternate_drain_queues_and_end_with_whole_rounds(monkeypatch: pyt
         "a": Runner(lambda: _Batches("a", log), items=10, queued=3, round=2),
         "b": Runner(lambda: _Batches("b", log), items=4),
     }
-    told: list[str] = []
+    reported: list[str] = []
     turns = Turns(2, 2.0)
-    rates = take_turns(runners, turns, told.append)
+    rates = take_turns(runners, turns, reported.append)
     # a: two rounds of two batches of ten in two seconds; b: two batches of four.
     assert rates == {"a": [20.0, 20.0], "b": [4.0, 4.0]}
     opening, warm_up, turn = ["a", "b"], ["a"] * (3 + 2) + ["b"], ["a"] * (3 + 4) + ["b"] * 2
     assert log == [*opening, *warm_up, *turn, *turn, "b closed", "a closed"]
     assert slept[0] > 3 * 10 / 20 and slept[1] == 0
-    assert len(told) == timing.num_steps(runners, turns)
+    assert len(reported) == timing.num_steps(runners, turns)
     with pytest.raises(ValueError, match="measure nothing"):
         Turns(0, 1.0)
 
@@ -167,9 +167,9 @@ def test_a_turn_ends_when_the_device_has_settled(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
     runner = Runner(lambda: _Batches("a", log), items=10, queued=1, settle=lambda: log.append("settled"))
     (rate,) = take_turns({"a": runner}, Turns(1, 2.0), lambda name: None)["a"]
-    # Two batches of ten by the second look at the clock, and one second more until all is done.
+    # Two batches of ten by the second reading of the clock, and one second more until all is done.
     assert rate == 2 * 10 / 3
-    # First what was queued is taken, and what the device still did is waited for on nobody's time.
+    # Queued batches are taken, and the device is waited for, before the clock starts.
     assert log[-6:] == ["a", "settled", "a", "a", "settled", "a closed"]
 
 
@@ -177,7 +177,7 @@ def test_summary_keeps_every_turn() -> None:
     assert summary([3.0, 1.0, 2.004]) == {"median": 2.0, "low": 1.0, "high": 3.0, "turns": [3.0, 1.0, 2.0]}
 
 
-def test_what_is_given_comes_before_the_defaults_of_quick_and_full() -> None:
+def test_given_options_override_the_defaults_of_quick_and_full() -> None:
     quick = Scale(pictures=128, batch_size=16, turns=2, seconds=0.5)
     assert LoaderBenchmark().scale() == Scale(pictures=2000, batch_size=64, turns=5, seconds=4.0)
     assert LoaderBenchmark(quick=True).scale() == quick
@@ -197,14 +197,14 @@ def photographs(tmp_path: Path) -> Path:
     return root
 
 
-def test_reencoding_is_what_pil_makes_of_it_once(photographs: Path) -> None:
+def test_images_are_reencoded_by_pil_once(photographs: Path) -> None:
     target = reencode(photographs, photographs.with_name("again"))
-    for name, size in (("small", (300, 200)), ("large", (MAX_SIDE_PX, 375))):
+    for name, size in (("small", (300, 200)), ("large", (REENCODED_SIDE_PX, 375))):
         with Image.open(target / "train" / "bird" / f"{name}.JPEG") as image:
             assert image.size == size
-            wanted = io.BytesIO()
-            photograph_like(1, *size).save(wanted, "JPEG", quality=QUALITY, subsampling="4:2:0")
-            with Image.open(wanted) as other:
+            expected = io.BytesIO()
+            photograph_like(1, *size).save(expected, "JPEG", quality=QUALITY, subsampling="4:2:0")
+            with Image.open(expected) as other:
                 assert image.quantization == other.quantization
                 assert [layer[1:3] for layer in image.layer] == [layer[1:3] for layer in other.layer]
     marker = target / "reencoded.json"
@@ -214,7 +214,7 @@ def test_reencoding_is_what_pil_makes_of_it_once(photographs: Path) -> None:
     assert reencode(photographs, target) == target and marker.stat().st_mtime_ns > made
 
 
-def test_reencoding_leaves_nothing_half_made(photographs: Path) -> None:
+def test_failed_reencoding_leaves_no_files(photographs: Path) -> None:
     (photographs / "train" / "bird" / "torn.JPEG").write_bytes(b"\xff\xd8\xff torn")
     with pytest.raises(OSError, match="torn"):
         reencode(photographs, photographs.with_name("again"))
@@ -247,7 +247,7 @@ def test_sets_are_compiled_into_a_file_and_shards_once(
     assert made[2:] == ["photographs-q86.shards"]
 
 
-def test_our_converter_tells_its_pace_where_the_benchmark_looks(
+def test_our_converter_prints_its_pace_as_the_benchmark_parses_it(
     picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Convert(picture_folder, tmp_path / "x.beton", workers=1).run()

@@ -1,4 +1,4 @@
-"""The loader's memory does not grow, in a process of its own."""
+"""The loader's memory does not grow. It is measured in a process of its own."""
 
 import json
 import subprocess

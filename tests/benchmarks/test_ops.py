@@ -1,4 +1,4 @@
-"""The counts of a step against graphs small enough to count by hand, and the promises that rest on them."""
+"""The counts of a step: graphs small enough to count by hand, and limits for the real ones."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def _fused(function: object, *inputs: Tensor) -> tuple[int, int]:
     return len(kernels), sum(kernel.num_bytes for kernel in kernels)
 
 
-def test_what_is_fused_by_hand() -> None:
+def test_fusion_by_hand() -> None:
     x, w = torch.ones(16, 16), torch.ones(16, 16)
     size = 16 * 16 * 4
     # A chain of pointwise operations reads and writes once; views are free.
@@ -40,7 +40,7 @@ def test_what_is_fused_by_hand() -> None:
     assert _fused(lambda x: (x * 2, x + 3), x) == (1, 3 * size)
     # What needs the mean needs a second pass over the input; the first chain is computed again.
     assert _fused(lambda x: (x * 2) - (x * 2).mean(), x) == (2, (size + 4) + (size + 4 + size))
-    # A product is a kernel of its own, whose input and output lie in memory.
+    # A product is a kernel of its own; its input and output lie in memory.
     assert _fused(lambda x, w: ((x + 1) @ w).relu(), x, w) == (3, 2 * size + 3 * size + 2 * size)
 
 

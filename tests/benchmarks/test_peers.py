@@ -1,4 +1,4 @@
-"""Each peer does its work on real pictures, and cuts the boxes it is asked for."""
+"""Each peer makes its batches from real images, and crops the given boxes."""
 
 import multiprocessing
 import sys
@@ -35,15 +35,15 @@ from benchmarks.peers.contract import (
     FixedCrops,
     Job,
     Peer,
-    Work,
+    PeerWork,
 )
 from benchmarks.peers.ours import PEER
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
 from pipelines.recipe import moco_v2
 
 _SIDE, _BATCH = 32, 4
-# What a peer's crops may differ from PIL's at most, mean in grey levels; a box off by one pixel costs
-# _OFF_BY_ONE at least. Without AVX2 torchvision's resize rounds in another way, 0.14 here.
+# The largest mean difference from PIL's crops, in grey levels. A box off by one pixel costs at least
+# _OFF_BY_ONE. Without AVX2 torchvision's resize rounds differently, 0.14 here.
 _OFF_BY_ONE = 5.0
 _LARGEST_MEAN_ERROR = {
     OURS: 0.5,
@@ -74,7 +74,7 @@ def job(picture_folder: Path, beton: Path, shards: Path) -> Job:
 
 
 @pytest.fixture(scope="module")
-def asked(job: Job) -> FixedCrops:
+def fixed(job: Job) -> FixedCrops:
     return choose_crops(job, 8)
 
 
@@ -88,7 +88,7 @@ def _peers(name: PeerName) -> list[Peer]:
         raise
 
 
-def _first(work: Work, job: Job) -> Any:
+def _first(work: PeerWork, job: Job) -> Any:
     batches = work.open(job)
     with closing(cast(Any, batches)):
         batch: Any = next(batches)
@@ -109,18 +109,18 @@ def _views(batch: Any) -> list[torch.Tensor]:
     return [view.permute(0, 3, 1, 2) if view.shape[-1] == 3 else view for view in views]
 
 
-def _check(work: Work, job: Job, dtype: torch.dtype) -> None:
+def _check(work: PeerWork, job: Job, dtype: torch.dtype) -> None:
     views = _views(_first(work, job))
     assert [(view.shape, view.dtype) for view in views] == [((_BATCH, 3, _SIDE, _SIDE), dtype)] * 2
     first, second = (view.float() for view in views)
     assert first.std() > 0 and not torch.equal(first, second), "two views of a picture are two crops"
 
 
-def test_ours(job: Job, asked: FixedCrops) -> None:
-    assert isinstance(PEER.crops, Work) and isinstance(PEER.recipe, Work)
+def test_ours(job: Job, fixed: FixedCrops) -> None:
+    assert isinstance(PEER.crops, PeerWork) and isinstance(PEER.recipe, PeerWork)
     _check(PEER.crops, job, torch.uint8)
     _check(PEER.recipe, job, torch.float32)
-    _check_pixels([PEER], asked)
+    _check_pixels([PEER], fixed)
 
 
 @pytest.mark.parametrize(
@@ -132,110 +132,110 @@ def test_ours(job: Job, asked: FixedCrops) -> None:
         pytest.param("spdl", marks=pytest.mark.needs("spdl")),
     ],
 )
-def test_peer_of_threads(name: PeerName, job: Job, asked: FixedCrops) -> None:
+def test_peer_of_threads(name: PeerName, job: Job, fixed: FixedCrops) -> None:
     peers = _peers(name)
     for peer in peers:
-        assert isinstance(peer.crops, Work)
+        assert isinstance(peer.crops, PeerWork)
         _check(peer.crops, job, torch.uint8)
-        if isinstance(peer.recipe, Work):
+        if isinstance(peer.recipe, PeerWork):
             _check(peer.recipe, job, torch.float32)
-    _check_pixels(peers, asked)
+    _check_pixels(peers, fixed)
 
 
 @pytest.mark.needs("ffcv")
-def test_ffcv_leaves_the_functions_of_others_in_order(job: Job) -> None:
+def test_ffcv_does_not_break_other_compiled_functions(job: Job) -> None:
     def total(bytes_N: NDArray[np.uint8]) -> int:
         return int(bytes_N.sum())
 
     before = numba.njit(total)
     assert before(np.ones(3, np.uint8)) == 3
     (ffcv,) = load_peers(["ffcv"])
-    assert isinstance(ffcv.crops, Work)
+    assert isinstance(ffcv.crops, PeerWork)
     _first(ffcv.crops, job)
     assert len(before.nopython_signatures) == 1, "its table of signatures can still be read"
     assert numba.njit(total)(np.ones(3, np.uint8)) == 3
 
 
 @NEEDS_DALI
-def test_what_runs_on_a_gpu_makes_the_same_views_by_the_same_code_on_the_cpu(
-    job: Job, asked: FixedCrops
-) -> None:
+def test_gpu_peers_run_on_the_cpu_too(job: Job, fixed: FixedCrops) -> None:
     peers = load_gpu_peers(ALL_GPU_PEERS, torch.device("cpu"))
     assert len({peer.name for peer in peers}) == len(peers) == 7
     for peer in peers:
-        assert isinstance(peer.crops, Work) and isinstance(peer.recipe, Work)
+        assert isinstance(peer.crops, PeerWork) and isinstance(peer.recipe, PeerWork)
         assert peer.crops.settle is None and peer.recipe.settle is None, "there is nothing to wait for"
         _check(peer.crops, job, torch.uint8)
         _check(peer.recipe, job, torch.float32)
-    _check_pixels(peers, asked)
+    _check_pixels(peers, fixed)
 
 
 @NEEDS_DALI
-def test_on_a_gpu_everybody_waits_for_it() -> None:
+def test_on_a_gpu_all_peers_wait_for_it() -> None:
     for peer in load_gpu_peers(ALL_GPU_PEERS, torch.device("cuda", 0)):
-        assert cast(Work, peer.crops).settle is not None and cast(Work, peer.recipe).settle is not None
+        assert (
+            cast(PeerWork, peer.crops).settle is not None and cast(PeerWork, peer.recipe).settle is not None
+        )
 
 
-def test_torchvision(job: Job, asked: FixedCrops) -> None:
-    # Starting processes is dear, so each of the two peers shows one of its works.
+def test_torchvision(job: Job, fixed: FixedCrops) -> None:
+    # Starting processes is slow, so each of the two peers shows one of its works.
     pil, v2 = load_peers(["torchvision-pil", "torchvision-v2"])
-    assert isinstance(pil.crops, Work) and isinstance(v2.recipe, Work)
+    assert isinstance(pil.crops, PeerWork) and isinstance(v2.recipe, PeerWork)
     _check(pil.crops, job, torch.uint8)
     _check(v2.recipe, job, torch.float32)
-    _check_pixels([pil, v2], asked)
+    _check_pixels([pil, v2], fixed)
 
 
 @pytest.mark.needs("simplejpeg")
 def test_decode_limit(job: Job) -> None:
     (peer,) = load_peers(["decode"])
-    assert isinstance(peer.crops, Work) and peer.name == DECODE_LIMIT and peer.crops.one_thread
+    assert isinstance(peer.crops, PeerWork) and peer.name == DECODE_LIMIT and peer.crops.one_thread
     assert _first(peer.crops, job) is None
 
 
-def _check_pixels(peers: list[Peer], asked: FixedCrops) -> None:
-    reference = reference_crops(asked)
+def _check_pixels(peers: list[Peer], fixed: FixedCrops) -> None:
+    reference = reference_crops(fixed)
     for peer in peers:
-        error = pixel_error(peer, asked, reference)
+        error = pixel_error(peer, fixed, reference)
         # Our way of decoding on a GPU has variants.
         limit = _LARGEST_MEAN_ERROR[OURS_GPU_DECODES if OURS_GPU_DECODES in peer.name else peer.name]
         assert cast(float, error["mean_error"]) <= limit, (peer.name, error)
 
 
-def test_pixel_error_would_show_a_shifted_box(asked: FixedCrops) -> None:
-    boxes_NV4 = asked.boxes_NV4.copy()
+def test_pixel_error_would_show_a_shifted_box(fixed: FixedCrops) -> None:
+    boxes_NV4 = fixed.boxes_NV4.copy()
     boxes_NV4[:, :, :2] = np.maximum(boxes_NV4[:, :, :2] - 1, 0)
     (pil,) = load_peers(["torchvision-pil"])
-    error = pixel_error(pil, replace(asked, boxes_NV4=boxes_NV4), reference_crops(asked))
+    error = pixel_error(pil, replace(fixed, boxes_NV4=boxes_NV4), reference_crops(fixed))
     assert cast(float, error["mean_error"]) > _OFF_BY_ONE
 
 
-def test_missing_package_is_an_error_that_names_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_an_error_that_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "benchmarks.peers.decode_limit", None)
     with pytest.raises(ImportError, match=r"peer decode needs .* simplejpeg .*make setup.*--peers"):
         load_peers(["decode"])
 
 
-def test_missing_dali_is_told_before_our_loader_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_dali_is_reported_before_our_loader_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ImportError, match=r"peer ours-dali needs .* nvidia-dali-cuda130 .*\[dali\].*--peers"):
         load_peers(["ours-dali"])
 
 
 @NEEDS_DALI
-def test_ours_takes_the_set_and_the_engine_that_its_name_says(job: Job, asked: FixedCrops) -> None:
+def test_our_peers_use_the_set_and_the_backend_of_their_names(job: Job, fixed: FixedCrops) -> None:
     nowhere = Path("nowhere")
     ours = {peer.name: peer for peer in (PEER, *load_peers(["ours-dali"]))}
     with pytest.raises(FileNotFoundError, match=r"nowhere"):
-        cast(Any, ours[OURS].fixed_crops)(replace(asked, beton=nowhere / "x.beton"))
+        cast(Any, ours[OURS].fixed_crops)(replace(fixed, beton=nowhere / "x.beton"))
     for name in (OURS_ON_SHARDS, OURS_DALI, OURS_STREAM):
-        crops = cast(Any, ours[name].fixed_crops)(replace(asked, beton=nowhere / "x.beton"))
-        same = np.array_equal(crops, cast(Any, PEER.fixed_crops)(asked))
+        crops = cast(Any, ours[name].fixed_crops)(replace(fixed, beton=nowhere / "x.beton"))
+        same = np.array_equal(crops, cast(Any, PEER.fixed_crops)(fixed))
         # The same kernels cut the same pixels out of the same decoder's planes; DALI decodes to RGB.
         assert same == (name == OURS_ON_SHARDS)
 
 
 @pytest.mark.needs("nvidia.dali", "ffcv", "simplejpeg")
-def test_every_peer_says_how_it_is_set_up_or_why_not() -> None:
+def test_every_peer_describes_its_setup_or_why_it_is_left_out() -> None:
     names: Iterator[PeerName] = (name for name in ALL_PEERS if name != "spdl")
     for peer in load_peers(list(names)):
         for work in (peer.crops, peer.recipe):

@@ -1,4 +1,4 @@
-"""The scale benchmark: its synthetic sets are sets, and every figure is of what it says."""
+"""The scale benchmark: its synthetic sets are valid, and its figures complete."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def test_a_synthetic_set_is_a_set_of_the_sources_pictures(
 
 def test_payloads_stay_within_pages_and_blocks_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    # Raw pictures of 48 … 4,080 bytes on pages of 4,096: packed without care, most would lie across two.
+    # Raw images of 48 … 4,080 bytes on pages of 4,096: packed densely, most would lie across two.
     with BetonWriter(tmp_path / "source.beton", capacity=40, tier="raw", page_bytes=4096) as writer:
         for i in range(40):
             width = int(rng.integers(1, 86))
@@ -59,7 +59,7 @@ def test_payloads_stay_within_pages_and_blocks_join(tmp_path: Path, monkeypatch:
     ]
 
 
-def test_the_loader_gives_a_synthetic_sets_pictures(beton: Path, tmp_path: Path) -> None:
+def test_the_loader_reads_a_synthetic_set(beton: Path, tmp_path: Path) -> None:
     made = tmp_path / "made.beton"
     write_synthetic(open_beton(beton), made, count=90, payloads=40)
     recipe = moco_v2(32)
@@ -68,8 +68,8 @@ def test_the_loader_gives_a_synthetic_sets_pictures(beton: Path, tmp_path: Path)
     assert sorted(seen) == list(range(90)) and not loader.faults
 
 
-def test_more_payloads_than_pictures_are_refused(beton: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"41 payloads .* has 40 pictures"):
+def test_more_payloads_than_images_are_refused(beton: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"payloads is 41; it must be in 1 … 40, the images of"):
         write_synthetic(open_beton(beton), tmp_path / "made.beton", count=90, payloads=41)
     assert list(tmp_path.iterdir()) == []
 
@@ -79,19 +79,21 @@ def test_more_payloads_than_pictures_are_refused(beton: Path, tmp_path: Path) ->
     [
         ({"repeats": 0}, "0 turns measure nothing"),
         ({"count": ()}, "give at least one"),
-        ({"count": (639,)}, "640 pictures or more, 10 batches"),
+        ({"count": (639,)}, "640 images or more, 10 batches"),
         ({"photographs": Path("nowhere.beton")}, "make samples"),
     ],
 )
-def test_what_measures_nothing_is_refused(beton: Path, change: dict[str, Any], sentence: str) -> None:
+def test_settings_that_measure_nothing_are_refused(
+    beton: Path, change: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises((ValueError, OSError), match=sentence):
         scale.main(dataclasses.replace(Scale(photographs=beton), **change))
 
 
-def test_a_killed_process_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    # To the process that waits, os._exit looks like the kernel's kill.
+def test_a_killed_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    # For the waiting process os._exit looks like a kill by the kernel.
     monkeypatch.setattr(scale, "turn", _die)
-    with pytest.raises(ValueError, match=r"measuring 77 pictures was killed.*smaller --count"):
+    with pytest.raises(ValueError, match=r"measuring 77 images was killed.*smaller --count"):
         scale._in_fresh_process(Path("77.beton"), 1, 1)
 
 
@@ -99,7 +101,7 @@ def _die(*_: object) -> None:
     os._exit(9)
 
 
-def test_ratios_are_of_medians_and_never_of_nothing() -> None:
+def test_ratios_are_of_medians_and_none_for_zero() -> None:
     def figures(value: float) -> dict[str, Any]:
         return {name: {"median": value} for name in MEASURES} | {"index_mib": value}
 
@@ -130,6 +132,6 @@ def test_the_whole_benchmark_on_a_small_set(
     assert figures["peak_private_memory_mib"]["median"] >= figures["private_memory_mib"]["median"] - 1
     assert figures["peak_memory_mib"]["median"] >= figures["memory_mib"]["median"] - 1
     assert figures["index_mib"] == pytest.approx(48 * 80 / 2**20)
-    # A set is as large as itself; so small a one may need no memory to open, and then there is no ratio.
+    # A set compared with itself; opening a small one may need no memory, and then there is no ratio.
     assert set(result["ratios"].values()) <= {1.0, None}
     assert result["ratios"]["open_s"] == 1

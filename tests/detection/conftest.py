@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.shapes import write_coco, write_voc
+from benchmarks.shapes import write_coco
 from detection.convert_to_detectron2 import to_detectron2
 from models.encoders import build_encoder
+from tests.detection.voc import write_voc
 from training.files import write_atomically
 
 CONFIGS = Path(__file__).resolve().parents[2] / "detection" / "configs"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.shapes import CLASSES, write_voc
+from benchmarks.shapes import CLASSES
+from tests.detection.voc import write_voc
 
 if os.environ.get("CI"):
     import detectron2  # noqa: F401
