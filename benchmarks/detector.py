@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import has_compiled, keep_settings, run_python
-from benchmarks.run_options import finish, keep_full_figures
+from benchmarks.run_options import finish_benchmark, keep_full_figures
 from benchmarks.shapes import write_coco
 from training import cli
 from training.checkpoint import latest
@@ -84,7 +84,7 @@ def main(config: Detector) -> dict[str, Any]:
     facts = {name: getattr(config, name) for name in (*_AMOUNTS, "eval_every", "seeds")}
     detector = {start: {"runs": curves, "mean": _mean(curves)} for start, curves in runs.items()}
     facts["side_px"] = SIDE_PX
-    result = finish("detector", config.quick, config.json, detector=detector, config=facts)
+    result = finish_benchmark("detector", config.quick, config.json, detector=detector, config=facts)
     console.print(block(result))
     if config.json and not config.quick:
         BLOCK.rewrite(PAGE, block(result))

@@ -42,8 +42,8 @@ from pipelines.workers import usable_cores
 from presets import PretrainConfig
 from training.cli import console
 
-Part = Literal["data", "encoder", "loss"]
-PARTS: tuple[Part, ...] = get_args(Part)
+StepPart = Literal["data", "encoder", "loss"]
+PARTS: tuple[StepPart, ...] = get_args(StepPart)
 PLAIN, OURS, OURS_ONE_BN = "published, plain", "ours", "ours, BN over the whole batch"
 _LR, _SGD_MOMENTUM = PretrainConfig.lr, PretrainConfig.sgd_momentum
 _WEIGHT_DECAY = PretrainConfig.weight_decay
@@ -160,7 +160,7 @@ class Training:
         self._enter("data")
         return loss.detach()
 
-    def _enter(self, part: Part) -> None:
+    def _enter(self, part: StepPart) -> None:
         """Count time for ``part`` from now on."""
         now = time.perf_counter()
         self.seconds[self._part] += now - self._since
@@ -218,7 +218,7 @@ def _measure(setting: EpochSetting, images: SampleSet, bars: Bars) -> dict[str, 
     each = trainings(setting, images)
     num_batches = setting.pictures // setting.batch_size
     step = bars.steps((1 + setting.epochs) * len(each) * num_batches)
-    epochs: dict[str, list[dict[Part, float]]] = {name: [] for name in each}
+    epochs: dict[str, list[dict[StepPart, float]]] = {name: [] for name in each}
     losses = {}
     for number in range(1 + setting.epochs):
         for name, training in each.items():

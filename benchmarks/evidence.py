@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, probe, run_python
-from benchmarks.run_options import finish, keep_full_figures, print_table
+from benchmarks.run_options import finish_benchmark, keep_full_figures, print_table
 from training import cli
 from training.checkpoint import latest
 from training.cli import console
@@ -77,7 +77,7 @@ def main(config: Evidence) -> dict[str, Any]:
         {method: _in_words(summary) for method, summary in evidence.items()},
     )
     facts = {"epochs": config.epochs, "seeds": config.seeds, "pictures": config.fashion}
-    return finish("evidence", config.quick, config.json, evidence=evidence, config=facts)
+    return finish_benchmark("evidence", config.quick, config.json, evidence=evidence, config=facts)
 
 
 def _run(config: Evidence, method: str, seed: int, train: Path, test: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from benchmarks import loader_parts as parts
 from benchmarks.peers import ALL_PEERS, PeerName, load_peers
 from benchmarks.peers.ours import PEER
 from benchmarks.ratios import GROUPS, ratios
-from benchmarks.run_options import CROP_PX, Bars, RunOptions, finish, print_table
+from benchmarks.run_options import CROP_PX, Bars, RunOptions, finish_benchmark, print_table
 from benchmarks.sample_sets import SampleSets
 from benchmarks.timing import Turns
 from pipelines.recipe import moco_v2
@@ -86,7 +86,7 @@ def main(config: LoaderBenchmark) -> dict[str, Any]:
         **ratios(found["tables"]),
     }
     _print(figures)
-    return finish("loader", config.quick, config.json, **figures)
+    return finish_benchmark("loader", config.quick, config.json, **figures)
 
 
 def _measure(names: tuple[LoaderPart, ...], plan: parts.LoaderPlan, bars: Bars) -> dict[str, Any]:

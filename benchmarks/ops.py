@@ -34,7 +34,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fusion import fuse, num_bytes, tensors_of_tree
-from benchmarks.run_options import finish, print_table
+from benchmarks.run_options import finish_benchmark, print_table
 from models import losses
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
@@ -134,7 +134,7 @@ def main(config: OpsBenchmark) -> dict[str, Any]:
         "methods": counted,
     }
     _print(result)
-    return finish("ops", config.quick, config.json, **result)
+    return finish_benchmark("ops", config.quick, config.json, **result)
 
 
 def _add_stage(figures: dict[str, Any], photometric: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, run_python
-from benchmarks.run_options import finish, keep_full_figures
+from benchmarks.run_options import finish_benchmark, keep_full_figures
 from training import cli
 from training.cli import console
 from training.export import fingerprint, load_backbone
@@ -61,7 +61,7 @@ def main(config: Probes) -> dict[str, Any]:
     train, test = fashion_sets(console, config.data, config.fashion)
     rows = {name: _row(config, name, train, test) for name in config.encoders}
     facts = {"epochs": config.epochs, "pictures": config.fashion}
-    result = finish("probes", config.quick, config.json, probes=rows, config=facts)
+    result = finish_benchmark("probes", config.quick, config.json, probes=rows, config=facts)
     console.print(block(result))
     if config.json and not config.quick:
         BLOCK.rewrite(PAGE, block(result))

@@ -27,7 +27,7 @@ from rich.progress import Progress
 from torch import nn
 
 from benchmarks.programs import fashion_sets
-from benchmarks.run_options import finish, keep_full_figures, print_table
+from benchmarks.run_options import finish_benchmark, keep_full_figures, print_table
 from models.batch import Method
 from models.encoders import backbone_features, build_encoder
 from models.moco import MoCo
@@ -126,7 +126,9 @@ def main(config: Race) -> dict[str, Any]:
     peer = _import_lightly()
     train_set, test_set = fashion_sets(console, config.data)
     preset = fashion(train_set)
-    evaluate = functools.partial(knn, test_set=test_set, limit=QUICK_IMAGES if config.quick else None)
+    evaluate = functools.partial(
+        evaluate_knn, test_set=test_set, limit=QUICK_IMAGES if config.quick else None
+    )
     runs: dict[str, list[dict[str, float]]] = {}
     words: dict[str, str] = {}
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -149,7 +151,7 @@ def main(config: Race) -> dict[str, Any]:
     race = figures(runs, words)
     facts = _facts(config, preset, seconds, trials)
     _print(race, facts)
-    return finish("race", config.quick, config.json, race=race, config=facts)
+    return finish_benchmark("race", config.quick, config.json, race=race, config=facts)
 
 
 def _import_lightly() -> ModuleType:
@@ -276,7 +278,7 @@ def _lr_after(elapsed_s: float, total_s: float, base_lr: float) -> float:
     return lr_at(int(1000 * elapsed_s), math.ceil(1000 * total_s), base_lr)
 
 
-def knn(entry: Entry, test_set: Path, limit: int | None) -> dict[str, float]:
+def evaluate_knn(entry: Entry, test_set: Path, limit: int | None) -> dict[str, float]:
     """kNN top-1 (k = 200, t = 0.1) in [0, 1], with `SMALL_BANK` training images and with all (``knn_whole``).
 
     limit: draw this many training images and a sixth as many test images; None takes all.

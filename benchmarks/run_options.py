@@ -83,7 +83,7 @@ def keep_full_figures(quick: bool, file: Path | None) -> None:
         raise ValueError(f"{file} holds a full run's figures; give a quick run another --json")
 
 
-def finish(name: str, quick: bool, file: Path | None, **figures: Any) -> dict[str, Any]:
+def finish_benchmark(name: str, quick: bool, file: Path | None, **figures: Any) -> dict[str, Any]:
     """The result of a benchmark, with its environment; also written to ``file``, if that is not None."""
     result = {"benchmark": name, "quick": quick, **figures, "environment": environment()}
     if file:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks.epoch import EpochSetting, measure_epochs, print_epochs
 from benchmarks.memory import status_mib
 from benchmarks.published import PlainMoCo
-from benchmarks.run_options import Bars, finish, given_or, keep_full_figures, print_table
+from benchmarks.run_options import Bars, finish_benchmark, given_or, keep_full_figures, print_table
 from benchmarks.timing import Runner, Turns, num_steps, summary, take_turns
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import NormLayer, build_encoder
@@ -120,7 +120,7 @@ def main(config: StepBenchmark) -> dict[str, Any]:
     _print(figures, facts)
     if epoch:
         print_epochs(epoch["epoch"])
-    return finish("step", config.quick, config.json, config=facts, step=step, **epoch)
+    return finish_benchmark("step", config.quick, config.json, config=facts, step=step, **epoch)
 
 
 class GivenFeatures(nn.Module):

@@ -222,7 +222,7 @@ class BetonWriter:
         manifest = Manifest(
             tier=self.tier,
             count=self.count,
-            num_bytes=self._out.file.tell(),
+            num_bytes=self._out.file.tell(),  # codespell:ignore tell
             sha256=digest,
             source=source,
             classes=tuple(classes),

@@ -8,7 +8,7 @@ from dataset_tools.beton_writer import BetonWriter
 from dataset_tools.normalise import BadImage, Normal, Normalising
 from dataset_tools.shard_claim import claimed, replacing
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan
-from dataset_tools.shard_set import SUFFIX, finish, missing, remove_sides
+from dataset_tools.shard_set import SUFFIX, finish_set, missing, remove_sides
 from dataset_tools.shard_writer import Keys, ShardsWriter
 from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, NUM_NAMED, Progress, Work
@@ -146,7 +146,7 @@ def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: 
 def _make_all(work: Work, folder: Path, plan: Plan) -> Converted:
     """Make the missing shards of a set, its index and its manifest."""
     _make_missing(work, folder, plan, range(plan.num_shards))
-    done = finish(folder, plan, work)
+    done = finish_set(folder, plan, work)
     return Converted(done.manifest, done.skipped[:NUM_NAMED], len(done.skipped))
 
 

@@ -35,7 +35,7 @@ PLAN_KEY = "plan"
 """The setting in a manifest that holds the plan's hash; only a converted set has it."""
 PART_DTYPE = np.dtype([("source", "<u8"), *((name, INDEX_DTYPE[name]) for name in INDEX_DTYPE.names or ())])
 """A record of the index, and the index of the image in its source."""
-FACTS_KEY = "told"
+FACTS_KEY = "told"  # codespell:ignore told
 """Name of the array in a side file that holds everything but the records, as JSON. Existing files have it."""
 _OURS = re.compile(r"\.?(\d{6,})\.(tar|idx|part\.npz)(\.partial)?")
 

@@ -65,7 +65,7 @@ def missing(folder: Path, plan: Plan, shards: range, work: Work) -> tuple[list[i
     return todo, bad
 
 
-def finish(folder: Path, plan: Plan, work: Work) -> Finished:
+def finish_set(folder: Path, plan: Plan, work: Work) -> Finished:
     """Write the index and the manifest of a set when all of its shards are complete; side files stay.
 
     Raises:

@@ -143,7 +143,7 @@ def _check_end(file: IO[bytes], end: int, size: int, name: str) -> None:
     if any(block):
         raise ValueError(f"{name} has no header at byte {end}: it is damaged; fetch or make it again")
     padding = file.read(_MOST_PADDING_BYTES - TAR_BLOCK)
-    if any(padding) or size > file.tell():
+    if any(padding) or size > file.tell():  # codespell:ignore tell
         first = len(padding) - len(padding.lstrip(b"\0"))
         what = (
             f"byte {end + TAR_BLOCK + first} is not zero"

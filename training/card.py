@@ -30,7 +30,7 @@ _NAMES = {
     "best_top1": "fine-tuned top-1, best epoch",
 }
 """Keys of shares in a result, and their names on the card."""
-RESULTS = ("result.json", "cached.json", "knn.json")
+RESULT_FILES = ("result.json", "cached.json", "knn.json")
 """Names of the files that evaluations write."""
 
 
@@ -86,7 +86,7 @@ def _found(config: Card) -> list[Path]:
     if config.results:
         return list(config.results)
     folder = config.backbone.parent
-    found = sorted(path for path in folder.rglob("*.json") if path.name in RESULTS)
+    found = sorted(path for path in folder.rglob("*.json") if path.name in RESULT_FILES)
     # Repeated runs are left out: their mean and spread are in the folder above.
     return [path for path in found if path.parent == folder or not path.parent.name.startswith("run-")]
 

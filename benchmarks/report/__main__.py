@@ -23,7 +23,7 @@ README = Path("README.md")
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportConfig:
     """Draw the page of measured figures, and write the blocks in README.md and docs/benchmarks.md."""
 
     results: Path = RESULTS
@@ -39,7 +39,7 @@ class Report:
     """Write nothing; exit with code 1 if the blocks differ from the JSON."""
 
 
-def main(config: Report) -> int:
+def main(config: ReportConfig) -> int:
     """Write the page and the blocks, or check the blocks; return the exit code.
 
     Raises:
@@ -77,4 +77,4 @@ def main(config: Report) -> int:
 
 
 if __name__ == "__main__":
-    cli.program(Report, main)
+    cli.program(ReportConfig, main)

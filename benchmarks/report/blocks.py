@@ -22,7 +22,7 @@ _NEED_LOADER = ("figures", "loader figures")
 _COLUMNS = {"reencoded": "re-encoded", "pass_through": "as they are"}
 
 
-def blocks(results: Mapping[str, Figures]) -> dict[str, str]:
+def figure_blocks(results: Mapping[str, Figures]) -> dict[str, str]:
     """Return the blocks that the results give, without the figures of quick runs; empty ones included."""
     full = _full(results)
     known: dict[str, Any] = {name: full.get(name) for name in ("loader", "scale", "step", "race", "evidence")}
@@ -59,7 +59,7 @@ def update(readme: Path, results: Mapping[str, Figures], *, check: bool) -> list
     """
     quick = results.get("loader", {}).get("quick")
     changed = list(_NEED_LOADER) if quick and check else []
-    for name, text in blocks(results).items():
+    for name, text in figure_blocks(results).items():
         page = readme if name == "figures" else readme.parent / PAGE
         if text == "\n" and not BLOCKS[name].is_in(page):
             continue

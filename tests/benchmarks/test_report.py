@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.peers.contract import DECODE_LIMIT
-from benchmarks.report.__main__ import README, RESULTS, Report, main
-from benchmarks.report.blocks import BLOCKS, PAGE, blocks, update
+from benchmarks.report.__main__ import README, RESULTS, ReportConfig, main
+from benchmarks.report.blocks import BLOCKS, PAGE, figure_blocks, update
 from benchmarks.report.charts import Bar, bars
 from benchmarks.report.formats import number, seconds
 from benchmarks.report.page import render, templates
@@ -247,7 +247,7 @@ def test_every_rate_stands_in_a_table_with_its_spread(results: Path) -> None:
 
 def test_the_half_hours_figures_stand_with_what_is_missing_by_name(results: Path) -> None:
     (results / "half_hour.json").write_text(json.dumps(half_hour_json()))
-    assert main(Report(results=results, demo=results, out=results / "page.html")) == 0
+    assert main(ReportConfig(results=results, demo=results, out=results / "page.html")) == 0
     text = (results / "page.html").read_text()
     rows = _Page(text).rows
     assert ["both, plain BN, graph", "80.0", "2.00 ×", "–", "3%", "20,480 MiB"] in rows, "twice the published"
@@ -288,7 +288,7 @@ def test_our_other_ways_stand_as_ours_with_ratios_of_their_own() -> None:
     assert "Not measured: whole recipe: ours with DALI over stock DALI." in text
     assert (
         "| **ours, DALI decodes** | **1,500** | **–** | **–** | **–** |"
-        in blocks({"loader": content})["loader figures"]
+        in figure_blocks({"loader": content})["loader figures"]
     )
 
 
@@ -482,7 +482,7 @@ def test_figures_of_the_older_program_are_refused(results: Path) -> None:
     old = {"work": "two views", "rates": {"ours (ffcv)": _rate(350)}, "environment": _ENVIRONMENT}
     (results / "loader.json").write_text(json.dumps(old))
     with pytest.raises(ValueError, match=r"older program .*measure again: make bench"):
-        main(Report(results=results, demo=results, out=results / "page.html"))
+        main(ReportConfig(results=results, demo=results, out=results / "page.html"))
     assert not (results / "page.html").exists()
 
 
@@ -503,14 +503,14 @@ def test_a_missing_measure_is_refused(results: Path) -> None:
 
 def test_no_figures_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no figures in .*make bench"):
-        main(Report(results=tmp_path, demo=tmp_path, out=tmp_path / "page.html"))
+        main(ReportConfig(results=tmp_path, demo=tmp_path, out=tmp_path / "page.html"))
 
 
 # ---------------------------------------------------------------------------------------------- README
 
 
 def test_the_block_holds_the_medians_of_all_peers(results: Path) -> None:
-    text = blocks(read_results(results))["loader figures"]
+    text = figure_blocks(read_results(results))["loader figures"]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
     ]
@@ -531,7 +531,7 @@ def test_the_block_holds_the_medians_of_all_peers(results: Path) -> None:
 
 
 def test_the_readme_holds_three_figures(results: Path) -> None:
-    table = blocks(read_results(RESULTS_HERE))["figures"].strip().splitlines()
+    table = figure_blocks(read_results(RESULTS_HERE))["figures"].strip().splitlines()
     assert len(table) == 7 and [line[:2] for line in table[:5]] == ["| ", "|-", "| ", "| ", "| "]
     loader, step, evidence = (json.loads((RESULTS_HERE / f"{name}.json").read_text()) for name in _IN_README)
     assert table[2].endswith(f"**{loader['recipe']['vs_torchvision_v2']:.2f} ×** |")
@@ -543,8 +543,8 @@ def test_the_readme_holds_three_figures(results: Path) -> None:
 
 def test_only_the_block_is_rewritten_and_only_once(results: Path, pages: tuple[Path, Path]) -> None:
     readme = pages[0]
-    config = Report(results=results, demo=results, out=results / "page.html", readme=readme)
-    check = Report(results=results, readme=readme, check=True)
+    config = ReportConfig(results=results, demo=results, out=results / "page.html", readme=readme)
+    check = ReportConfig(results=results, readme=readme, check=True)
     assert main(check) == 1
     for file in pages:
         assert file.read_text().count("old") == 1 and not config.out.exists(), "a check writes nothing"
@@ -559,19 +559,19 @@ def test_only_the_block_is_rewritten_and_only_once(results: Path, pages: tuple[P
 
 
 def test_a_changed_figure_fails_the_check(results: Path, pages: tuple[Path, Path]) -> None:
-    main(Report(results=results, demo=results, out=results / "page.html", readme=pages[0]))
+    main(ReportConfig(results=results, demo=results, out=results / "page.html", readme=pages[0]))
     content = loader_json()
     content["tables"]["pass_through"]["recipe"]["torchvision + PIL"]["median"] += 1
     (results / "loader.json").write_text(json.dumps(content))
-    assert main(Report(results=results, readme=pages[0], check=True)) == 1
+    assert main(ReportConfig(results=results, readme=pages[0], check=True)) == 1
 
 
 def test_a_quick_run_stays_out_of_the_pages(results: Path, pages: tuple[Path, Path]) -> None:
     (results / "loader.json").write_text(json.dumps({**loader_json(), "quick": True}))
     before = [file.read_text() for file in pages]
-    assert main(Report(results=results, demo=results, out=results / "page.html", readme=pages[0])) == 0
+    assert main(ReportConfig(results=results, demo=results, out=results / "page.html", readme=pages[0])) == 0
     assert [file.read_text() for file in pages] == before
-    assert main(Report(results=results, readme=pages[0], check=True)) == 1
+    assert main(ReportConfig(results=results, readme=pages[0], check=True)) == 1
 
 
 @pytest.mark.parametrize(
@@ -582,7 +582,7 @@ def test_a_page_without_the_two_comments_is_refused(
 ) -> None:
     pages[1].write_text(text)
     with pytest.raises(ValueError, match="must have one line"):
-        main(Report(results=results, demo=results, out=results / "page.html", readme=pages[0]))
+        main(ReportConfig(results=results, demo=results, out=results / "page.html", readme=pages[0]))
     assert pages[1].read_text() == text
 
 

@@ -16,8 +16,8 @@ from benchmarks.evidence import METHODS, RANDOM
 from benchmarks.race import LIGHTLY, LIGHTLY_AT_BEST, MIXMASK, figures
 from benchmarks.race import OURS as OUR_RACER
 from benchmarks.report import charts
-from benchmarks.report.__main__ import Report, main
-from benchmarks.report.blocks import BLOCKS, PAGE, PICTURE, blocks, drawn
+from benchmarks.report.__main__ import ReportConfig, main
+from benchmarks.report.blocks import BLOCKS, PAGE, PICTURE, drawn, figure_blocks
 from benchmarks.report.page import curves_of, render, templates
 from benchmarks.report.results import read_results
 
@@ -178,11 +178,13 @@ def page_file(tmp_path: Path) -> Path:
 
 def _report(results: Path, page_file: Path, *, check: bool = False) -> int:
     readme = page_file.parents[1] / "README.md"
-    return main(Report(results=results, demo=results, out=results / "page.html", readme=readme, check=check))
+    return main(
+        ReportConfig(results=results, demo=results, out=results / "page.html", readme=readme, check=check)
+    )
 
 
 def _block(results: Path) -> str:
-    return blocks(read_results(results))["training figures"]
+    return figure_blocks(read_results(results))["training figures"]
 
 
 def _drawing(page: str) -> ElementTree.Element:

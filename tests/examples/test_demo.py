@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.report.__main__ import Report
+from benchmarks.report.__main__ import ReportConfig
 from benchmarks.report.__main__ import main as draw
 from examples.demo import Demo, main
 
@@ -32,7 +32,7 @@ def test_demo_runs_every_step(tmp_path: Path, programs: list[list[str]]) -> None
         assert min(sheet.size) > 900
 
     report = tmp_path / "report.html"
-    draw(Report(results=out, demo=out, out=report))
+    draw(ReportConfig(results=out, demo=out, out=report))
     page = report.read_text()
     assert "torchvision + PIL" in page and 'class="fill' in page
     assert not re.search(r'(src|href)="?https?:', page), "the page must need no network"
