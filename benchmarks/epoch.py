@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.peers.with_torchvision import TwoViews, pil_recipe
 from benchmarks.published import PlainMoCo, plain_mixmask
-from benchmarks.run_options import Bars, print_table
+from benchmarks.run_options import Bars, median_and_range, print_table
 from benchmarks.sample_sets import SampleSet, SampleSets, read_with_pil
 from benchmarks.timing import summary
 from models.encoders import build_encoder
@@ -152,7 +152,7 @@ class Training:
     def step(self, batch: Batch) -> Tensor:
         """Train on one batch; its loss."""
         self._enter("loss")
-        loss: Tensor = self.model(batch) if isinstance(self.model, PlainMoCo) else self.model(batch)[0]
+        loss = loss_of(self.model, batch)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._enter("encoder")
@@ -165,6 +165,12 @@ class Training:
         now = time.perf_counter()
         self.seconds[self._part] += now - self._since
         self._part, self._since = part, now
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss by either formulation."""
+    loss: Tensor = model(batch) if isinstance(model, PlainMoCo) else model(batch)[0]
+    return loss
 
 
 def trainings(setting: EpochSetting, images: SampleSet) -> dict[str, Training]:
@@ -227,31 +233,29 @@ def _measure(setting: EpochSetting, images: SampleSet, bars: Bars) -> dict[str, 
             losses[name] = training.epoch(number, max_steps, functools.partial(step, label))
             if number:
                 epochs[name].append(training.seconds)
-    rows = {}
+    rows, medians = {}, {}
     for name, done in epochs.items():
         split = {part: round(statistics.median(seconds[part] for seconds in done), 3) for part in PARTS}
-        totals = summary([sum(seconds.values()) for seconds in done])
-        rows[name] = {**totals, "split": split, "loss": round(losses[name], 4)}
-    plain_s, ours_s, one_bn_s = (
-        statistics.median(sum(seconds.values()) for seconds in epochs[name])
-        for name in (PLAIN, OURS, OURS_ONE_BN)
-    )
+        totals = [sum(seconds.values()) for seconds in done]
+        medians[name] = statistics.median(totals)
+        rows[name] = {**summary(totals), "split": split, "loss": round(losses[name], 4)}
     return {
         **dataclasses.asdict(setting),
         "rows": rows,
-        "speedup": round(plain_s / ours_s, 4),
-        "speedup_one_bn": round(plain_s / one_bn_s, 4),
+        "speedup": round(medians[PLAIN] / medians[OURS], 4),
+        "speedup_one_bn": round(medians[PLAIN] / medians[OURS_ONE_BN], 4),
     }
 
 
 def print_epochs(epoch: dict[str, Any]) -> None:
     """A table of each setting."""
     for setting in epoch["settings"]:
-        rows: dict[str, dict[str, str]] = {}
-        for name, row in setting["rows"].items():
-            total = f"{row['median']:.2f}\n[dim]{row['low']:.2f} … {row['high']:.2f}[/]"
-            rows[name] = {"epoch": total} | {part: f"{row['split'][part]:.2f}" for part in PARTS}
-            rows[name]["loss value"] = f"{row['loss']:.3f}"
+        rows = {
+            name: {"epoch": median_and_range(row, 2)}
+            | {part: f"{row['split'][part]:.2f}" for part in PARTS}
+            | {"loss value": f"{row['loss']:.3f}"}
+            for name, row in setting["rows"].items()
+        }
         print_table(
             f"An epoch of {setting['arch']} at {setting['crop_px']} px, {setting['pictures']} pictures in "
             f"batches of {setting['batch_size']}; s, medians of {setting['epochs']}",

@@ -101,6 +101,12 @@ def print_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
     console.print(table)
 
 
+def median_and_range(row: Mapping[str, Any], digits: int) -> str:
+    """A cell of a table with two lines: the median, and the lowest … highest."""
+    median, low, high = (f"{row[name]:.{digits}f}" for name in ("median", "low", "high"))
+    return f"{median}\n[dim]{low} … {high}[/]"
+
+
 class Bars:
     """Two progress bars: the parts of the run, and the steps of the current part."""
 
