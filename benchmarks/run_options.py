@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,12 @@ def finish_benchmark(name: str, quick: bool, file: Path | None, **figures: Any) 
     if file:
         write_figures(file, result, console)
     return result
+
+
+def mean_and_std(values: list[float], digits: int) -> dict[str, float]:
+    """Mean and standard deviation, which is 0 for a single value; rounded."""
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": round(statistics.mean(values), digits), "std": round(std, digits)}
 
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import probes
 from benchmarks.evidence import Evidence
 from benchmarks.evidence import main as gather
 from benchmarks.probes import BLOCK, PAGE, Probes, block, main
@@ -76,4 +75,4 @@ def test_the_page_shows_the_measured_figures() -> None:
     figures = ROOT / "benchmarks" / "results" / "probes.json"
     expected = block(json.loads(figures.read_text())) if figures.is_file() else "\n"
     assert BLOCK.current(ROOT / PAGE) == expected
-    assert probes.EPOCHS == 100
+    assert Probes.epochs == 100
