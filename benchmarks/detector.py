@@ -10,22 +10,18 @@ one. With --json a full run also rewrites the table in docs/evaluation.md.
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import has_compiled, keep_settings, run_python
-from benchmarks.run_options import finish_benchmark, keep_full_figures, mean_and_std
+from benchmarks.run_options import finish_with_table, keep_full_figures, mean_and_std
 from benchmarks.shapes import write_coco
 from training import cli
 from training.checkpoint import latest
 from training.cli import console
 from training.export import fingerprint, load_backbone
 
-PAGE = Path("docs/evaluation.md")
-BLOCK = MarkedBlock("<!-- detector: begin -->", "<!-- detector: end -->")
 STARTS = ("random", "pretrained")
 SIDE_PX = 128
 _AMOUNTS = ("unlabelled", "epochs", "labelled", "test", "iterations")
@@ -84,11 +80,7 @@ def main(config: Detector) -> dict[str, Any]:
     facts = {name: getattr(config, name) for name in (*_AMOUNTS, "eval_every", "seeds")}
     facts["side_px"] = SIDE_PX
     detector = {start: {"runs": curves, "mean": _mean(curves)} for start, curves in runs.items()}
-    result = finish_benchmark("detector", config.quick, config.json, detector=detector, config=facts)
-    console.print(block(result))
-    if config.json and not config.quick:
-        BLOCK.rewrite(PAGE, block(result))
-    return result
+    return finish_with_table("detector", config.quick, config.json, detector=detector, config=facts)
 
 
 def _draw(config: Detector, split: str, count: int) -> str:
@@ -170,29 +162,6 @@ def _mean(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
             row[name], row[f"{name}_std"] = mean_and_std([one[name] for one in rows], 3).values()
         found.append(row)
     return found
-
-
-def block(result: Mapping[str, Any]) -> str:
-    """The table in Markdown, with a line break before and after it."""
-    config, where = result["config"], result["environment"]
-    several = len(config["seeds"]) > 1
-    lines = [
-        "| iterations | box AP, random | box AP, pretrained | mask AP, random | mask AP, pretrained |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for rows in zip(*(result["detector"][start]["mean"] for start in STARTS), strict=True):
-        cells = [f"{rows[0]['iteration']:.0f}"]
-        for name in _APS:
-            cells += [f"{row[name]:.1f}" + f" ± {row[f'{name}_std']:.1f}" * several for row in rows]
-        lines.append(f"| {' | '.join(cells)} |")
-    runs = f"mean ± standard deviation over {len(config['seeds'])} seeds" if several else "one seed"
-    caption = (
-        f"Mask R-CNN, ResNet-18 with a feature pyramid, {config['labelled']} labelled pictures of "
-        f"{config['side_px']} px with drawn shapes, four a step, evaluated on {config['test']} others; "
-        f"{runs}. Pretrained: MixMask, {config['epochs']} epochs on {config['unlabelled']:,} pictures "
-        f"without labels. {where['processor']}, {where['cores']} cores."
-    )
-    return "\n" + "\n".join([*lines, "", caption]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Whole MixMask epochs on the CPU: ours against the published recipe in plain PyTorch.
 
 Images, architecture, initial weights, optimizer and threads are the same. Ours reads the compiled set and
-trains as `train_pretrain` does, but with torch's default SGD and without keeping freed memory, from which
-both would gain. The published recipe reads files with PIL and torchvision in the processes of a DataLoader,
-mixes in the training process, keeps images in contiguous memory and trains `benchmarks.published.PlainMoCo`.
-They take turns by epochs. Before that, each makes one pass over the data and trains on its first batch; the
-DataLoader's processes stay alive between epochs.
+trains as `train_pretrain` does, but with torch's default SGD and without keeping freed memory. The published
+recipe reads files with PIL and torchvision in the processes of a DataLoader, which stay alive, mixes in the
+training process, keeps images in contiguous memory and trains `benchmarks.published.PlainMoCo`. They take
+turns by epochs, after a warm-up of one pass over the data with one step.
 
 Hooks on encoders and heads divide the time of an epoch into parts. *data*: waiting for the next batch, mixing
 included; loaders also work on other threads, which slows the other parts. *encoder*: forward, backward,
@@ -15,7 +14,6 @@ optimizer. *loss*: the rest of a step, with the head and the updates of the key 
 import dataclasses
 import functools
 import multiprocessing
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -37,6 +36,7 @@ from benchmarks.timing import summary
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, build_loader
+from pipelines.randomness import Draw
 from pipelines.recipe import Mixing, Recipe, moco_v2
 from pipelines.workers import usable_cores
 from presets import PretrainConfig
@@ -45,8 +45,7 @@ from training.cli import console
 StepPart = Literal["data", "encoder", "loss"]
 PARTS: tuple[StepPart, ...] = get_args(StepPart)
 PLAIN, OURS, OURS_ONE_BN = "published, plain", "ours", "ours, BN over the whole batch"
-_LR, _SGD_MOMENTUM = PretrainConfig.lr, PretrainConfig.sgd_momentum
-_WEIGHT_DECAY = PretrainConfig.weight_decay
+_SGD = {name: getattr(PretrainConfig, name) for name in ("lr", "sgd_momentum", "weight_decay")}
 _SEED = 0
 
 
@@ -102,9 +101,7 @@ def measure_epochs(settings: list[EpochSetting], data: Path, bars: Bars) -> dict
         "unit": "s",
         "config": {
             "method": "mixmask",
-            "lr": _LR,
-            "sgd_momentum": _SGD_MOMENTUM,
-            "weight_decay": _WEIGHT_DECAY,
+            **_SGD,
             "threads": usable_cores(0),
             "precision": "fp32",
             PLAIN: (
@@ -127,9 +124,9 @@ class Training:
         self.model, self._batches = model.train(), batches
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._part, self._since = PARTS[0], 0.0
-        self._optimizer = torch.optim.SGD(
-            model.encoder_q.parameters(), _LR, _SGD_MOMENTUM, weight_decay=_WEIGHT_DECAY
-        )
+        lr, momentum, weight_decay = _SGD.values()
+        trained = model.encoder_q.parameters()
+        self._optimizer = torch.optim.SGD(trained, lr, momentum, weight_decay=weight_decay)
         for encoder in (model.encoder_q, model.encoder_k):
             head = encoder.get_submodule("fc")
             encoder.register_forward_pre_hook(lambda *_: self._enter("encoder"))
@@ -213,8 +210,9 @@ def _plain_batches(setting: EpochSetting, images: SampleSet) -> Callable[[int], 
     )
 
     def batches(epoch: int) -> Iterable[Batch]:
-        rng = random.Random(epoch)
-        return (plain_mixmask(query, key, setting.recipe.mixing, rng) for (query, key), _ in loader)
+        for step, ((query, key), _) in enumerate(loader):
+            draw = Draw(_SEED, epoch, np.array([step]))
+            yield plain_mixmask(query, key, setting.recipe.mixing, draw)
 
     return batches
 
@@ -228,9 +226,8 @@ def _measure(setting: EpochSetting, images: SampleSet, bars: Bars) -> dict[str, 
     losses = {}
     for number in range(1 + setting.epochs):
         for name, training in each.items():
-            label = f"{name}, epoch {number}" if number else f"{name}, warming up"
-            max_steps = num_batches if number else 1
-            losses[name] = training.epoch(number, max_steps, functools.partial(step, label))
+            progress = functools.partial(step, f"{name}, epoch {number}" if number else f"{name}, warming up")
+            losses[name] = training.epoch(number, num_batches if number else 1, progress)
             if number:
                 epochs[name].append(training.seconds)
     rows, medians = {}, {}

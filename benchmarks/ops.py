@@ -33,12 +33,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fusion import fuse, num_bytes, tensors_of_tree
+from benchmarks.published import mixed_with_reverse
 from benchmarks.run_options import finish_benchmark, print_table
 from models import losses
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
 from models.moco import MoCo
-from pipelines import Batch, Mixing, Mixture
+from pipelines import Batch, Mixing
 from pipelines.augment.draws import NUM_PARAMETERS
 from pipelines.augment.mixing import DrawnMixture, blend, draw_mixtures
 from pipelines.augment.photometric import augment
@@ -183,9 +184,7 @@ def _fake_step(
             torch.empty(shape, dtype=_DTYPE).contiguous(memory_format=torch.channels_last)
             for _ in range(2 + NUM_MIXTURES[method])
         )
-        row_N = torch.empty(config.batch_size, dtype=torch.int64)
-        mixtures = tuple(Mixture(images, row_N, torch.empty(config.batch_size)) for images in mixed)
-        batch = Batch(query, key, mixtures, row_N, row_N)
+        batch = mixed_with_reverse(query, key, mixed)
         return fake, model, sgd(model.encoder_q, 0.03, 0.9, 1e-4), batch
 
 

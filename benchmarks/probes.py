@@ -9,21 +9,16 @@ weight decay of ``--cached``. Runs stay in --out; started again, the program res
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import FashionStudy
-from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import keep_settings, run_python
-from benchmarks.run_options import finish_benchmark
+from benchmarks.run_options import finish_with_table
 from training import cli
 from training.cli import console
 from training.export import fingerprint, load_backbone
-
-PAGE = Path("docs/evaluation.md")
-BLOCK = MarkedBlock("<!-- probes: begin -->", "<!-- probes: end -->")
 
 
 @dataclass(frozen=True)
@@ -49,11 +44,7 @@ def main(config: Probes) -> dict[str, Any]:
     train, test = config.sets()
     rows = {name: _row(config, name, train, test) for name in config.encoders}
     facts = {"epochs": config.epochs, "pictures": config.fashion}
-    result = finish_benchmark("probes", config.quick, config.json, probes=rows, config=facts)
-    console.print(block(result))
-    if config.json and not config.quick:
-        BLOCK.rewrite(PAGE, block(result))
-    return result
+    return finish_with_table("probes", config.quick, config.json, probes=rows, config=facts)
 
 
 def _row(config: Probes, name: str, train: Path, test: Path) -> dict[str, Any]:
@@ -81,33 +72,6 @@ def _row(config: Probes, name: str, train: Path, test: Path) -> dict[str, Any]:
         "published": {name: published[name] for name in ("linear_top1", "linear_best_top1", "seconds")},
         "cached": {name: cached[name] for name in names},
     }
-
-
-def block(result: Mapping[str, Any]) -> str:
-    """The table in Markdown, with a line break before and after it."""
-    lines = [
-        "| encoder | published | cached, lr 30 | cached, best setting | difference | published | cached |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    gaps = []
-    for name, row in result["probes"].items():
-        published, cached = row["published"], row["cached"]
-        # The cached probe with the published learning rate and weight decay.
-        same = next(s["top1"] for s in cached["settings"] if s["lr"] == 30 and s["weight_decay"] == 0)
-        gaps.append(100 * (cached["linear_top1"] - published["linear_top1"]))
-        lines.append(
-            f"| {name} | {100 * published['linear_top1']:.2f} % | {100 * same:.2f} % "
-            f"| {100 * cached['linear_top1']:.2f} % "
-            f"(lr {cached['linear_lr']:g}, weight decay {cached['linear_weight_decay']:g}) "
-            f"| {gaps[-1]:+.2f} | {published['seconds']:,.0f} s | {cached['seconds']:,.0f} s |"
-        )
-    config, where = result["config"], result["environment"]
-    caption = (
-        f"Fashion-MNIST, {config['pictures']:,} pictures, {config['epochs']} epochs of both, encoders of "
-        f"`make evidence`, one seed; {where['processor']}, {where['cores']} cores. The fast way's answer "
-        f"lies {min(gaps):+.2f} … {max(gaps):+.2f} points from the published one."
-    )
-    return "\n" + "\n".join([*lines, "", caption]) + "\n"
 
 
 if __name__ == "__main__":

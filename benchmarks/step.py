@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.epoch import EpochSetting, loss_of, measure_epochs, print_epochs
 from benchmarks.memory import status_mib
-from benchmarks.published import PlainMoCo
+from benchmarks.published import PlainMoCo, mixed_with_reverse
 from benchmarks.run_options import (
     Bars,
     finish_benchmark,
@@ -43,7 +43,7 @@ from benchmarks.timing import Runner, Turns, num_steps, summary, take_turns
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import NormLayer, build_encoder
 from models.moco import MoCo
-from pipelines import Batch, Mixture
+from pipelines import Batch
 from training import cli
 from training.cli import console
 
@@ -160,13 +160,9 @@ def _given_features(*, norm_layer: NormLayer) -> tuple[nn.Module, int]:
 def feature_batch(method: Method, batch_size: int, feature_dim: int) -> tuple[Batch, list[Tensor]]:
     """A batch with (N, F) features as images, and those of them that require a gradient."""
     generator = torch.Generator().manual_seed(1)
-    key, query, *mixed = torch.rand(2 + NUM_MIXTURES[method], batch_size, feature_dim, generator=generator)
-    leaves = [x.clone().requires_grad_() for x in (query, *mixed)]
-    # As published: partners in reverse order, one share for the whole batch.
-    partner_N, lam_N = torch.arange(batch_size - 1, -1, -1), torch.full((batch_size,), 0.5)
-    mixtures = tuple(Mixture(x, partner_N, lam_N) for x in leaves[1:])
-    row_N = torch.arange(batch_size)
-    return Batch(leaves[0], key, mixtures, row_N, torch.full_like(row_N, -1)), leaves
+    key, *leaves = torch.rand(2 + NUM_MIXTURES[method], batch_size, feature_dim, generator=generator)
+    query, *mixed = (leaf.clone().requires_grad_() for leaf in leaves)
+    return mixed_with_reverse(query, key, mixed), [query, *mixed]
 
 
 def build_step(formulation: Formulation, method: Method, size: Size) -> Callable[[], Tensor]:
