@@ -43,7 +43,7 @@ class _NegativeLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the (N,) log-sum-exp and the (N,) maximum of the logits, which has no gradient."""
-        wants_gradient = ctx.needs_input_grad[0]
+        needs_gradient = ctx.needs_input_grad[0]
         max_N = q_ND.new_full((len(q_ND),), -torch.inf)
         sum_N = torch.zeros_like(max_N)
         weighted_ND = torch.zeros_like(q_ND)
@@ -54,10 +54,10 @@ class _NegativeLogSumExp(torch.autograd.Function):
             rescale_N = (max_N - new_max_N).exp()
             weights_NC = logits_NC.sub_(new_max_N[:, None]).exp_()
             sum_N = sum_N * rescale_N + weights_NC.sum(1)
-            if wants_gradient:
+            if needs_gradient:
                 weighted_ND.mul_(rescale_N[:, None]).addmm_(weights_NC, block_CD)
             max_N = new_max_N
-        if wants_gradient:
+        if needs_gradient:
             ctx.save_for_backward(weighted_ND / (sum_N[:, None] * temperature))
         ctx.mark_non_differentiable(max_N)
         return max_N + sum_N.log(), max_N

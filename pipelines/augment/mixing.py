@@ -77,9 +77,9 @@ def draw_mixtures(recipe: Recipe, draw: Draw) -> tuple[DrawnMixture, ...]:
         return ()
     if mixing.method == "erase":
         own_N = np.arange(len(draw.index_N))
-        erased = _with_mask(recipe, own_N, _cell_masks(mixing, draw))
+        erased = _to_drawn_mixture(recipe, own_N, _cell_masks(mixing, draw))
         if mixing.erase_fill != "noise":
-            return (dataclasses.replace(erased, fill=_fill(recipe)),)
+            return (dataclasses.replace(erased, fill=_fill_value(recipe)),)
         noise_seed = int(bits(draw.first(), Purpose.NOISE, 1)[0, 0])
         return (dataclasses.replace(erased, noise_seed=noise_seed),)
     if len(draw.index_N) < 2:
@@ -88,14 +88,16 @@ def draw_mixtures(recipe: Recipe, draw: Draw) -> tuple[DrawnMixture, ...]:
     if mixing.method in ("unmix", "both"):
         kind = mixing.partner if mixing.method == "unmix" else "reverse"
         mask = _unmix_mask(mixing, recipe.crop_px, draw.first())
-        drawn.append(_with_mask(recipe, draw_partner(kind, draw), mask))
+        drawn.append(_to_drawn_mixture(recipe, draw_partner(kind, draw), mask))
     if mixing.method in ("mixmask", "both"):
         kind = mixing.partner if mixing.method == "mixmask" else "random"
-        drawn.append(_with_mask(recipe, draw_partner(kind, draw), _cell_masks(mixing, draw)))
+        drawn.append(_to_drawn_mixture(recipe, draw_partner(kind, draw), _cell_masks(mixing, draw)))
     return tuple(drawn)
 
 
-def _with_mask(recipe: Recipe, partner_N: NDArray[np.int64], mask_MGG: NDArray[np.float32]) -> DrawnMixture:
+def _to_drawn_mixture(
+    recipe: Recipe, partner_N: NDArray[np.int64], mask_MGG: NDArray[np.float32]
+) -> DrawnMixture:
     lam_N = np.broadcast_to(kept_share(mask_MGG, recipe.crop_px), partner_N.shape).copy()
     return DrawnMixture(torch.from_numpy(partner_N), torch.from_numpy(lam_N), torch.from_numpy(mask_MGG))
 
@@ -104,7 +106,7 @@ def _cell_masks(mixing: Mixing, draw: Draw) -> NDArray[np.float32]:
     return draw_masks(mixing, draw if mixing.mask_per == "image" else draw.first())
 
 
-def _fill(recipe: Recipe) -> Tensor:
+def _fill_value(recipe: Recipe) -> Tensor:
     """The value of erased cells: the normalised mean, which is zero, or normalised black."""
     if recipe.mixing.erase_fill == "mean":
         return torch.zeros(1, 3, 1, 1)
