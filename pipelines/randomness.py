@@ -3,8 +3,9 @@
 An ordinary generator has a state that changes with each number. A counter-based generator has none: it maps a
 counter and a key to random bits. Here the counter consists of the sample's position in the set, the epoch,
 the purpose, the view and a block number; the key is the seed. So a view does not depend on threads, batch
-size, world size, or on where a run was resumed. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). All draws
-are made on the host by compiled code and are sent to the training device with the batch.
+size, world size, or on where a run was resumed. The generator is Philox4x32-10 (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", SC 2011). All draws are made on the host by compiled code and are sent to
+the training device with the batch.
 
 Shape letters: N samples, V views, R draws.
 """

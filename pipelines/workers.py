@@ -36,7 +36,7 @@ from pipelines.sets.manifest import verify_hint
 log = logging.getLogger(__name__)
 
 DEVICE_WORKERS = 2
-"""Worker threads of a decoder that crops on a device: one prepares a batch while the other's is made."""
+"""Worker threads of a decoder that crops on a device. One prepares a batch while the other one waits."""
 _MIN_SLICE = 8
 """Images. For smaller slices, queueing costs more time than the better balance saves."""
 _READERS_PER_THREAD = 4
@@ -137,8 +137,8 @@ class MadeBatch:
 
     request: BatchRequest
     pixels: Tensor
-    """(V, N, S, S, 3) float32 augmented views, or (N, V, S, S, 3) uint8 crops. In a smaller last batch, the rows
-    after the last image are undefined."""
+    """(V, N, S, S, 3) float32 augmented views, or (N, V, S, S, 3) uint8 crops. In a smaller last batch, the
+    rows after the last image are undefined."""
     index_N: NDArray[np.int64]
     """(N,) positions of the images in the batch. They differ from the request where an image was replaced."""
     label_N: NDArray[np.int64]
@@ -202,7 +202,7 @@ class Workers:
     def _submit(
         self, workers: ThreadPoolExecutor, readers: ThreadPoolExecutor | None, request: BatchRequest
     ) -> PendingBatch:
-        """Queue the tasks of a batch: for each slice a reading task, if there are readers, and a decoding task."""
+        """Queue a task for each slice of a batch; the readers, if there are any, fetch it first."""
         config = self._config
         pixels = self._allocate(augmented=request.augmented)
         memory_free = record_event(pixels.device) if pixels.is_cuda else None

@@ -3,8 +3,8 @@
 The backend is named after FFCV because it reads FFCV's file format, ``.beton``. It does not use the FFCV
 package. FFCV's own loader keeps Python objects for every image, decodes an image once per view, draws its own
 random numbers and cannot resume within an epoch. (It can read our files of the tiers jpeg and raw.) Here
-libturbojpeg decodes and :mod:`pipelines.kernels.jpeg_crops` crops. libturbojpeg is set to its accurate inverse
-DCT; FFCV's decoder uses the fast one, which is off by up to 8 grey levels.
+libturbojpeg decodes and :mod:`pipelines.kernels.jpeg_crops` crops. libturbojpeg is set to its accurate
+inverse DCT; FFCV's decoder uses the fast one, which is off by up to 8 grey levels.
 
 Shape letters: N images, V views, S side in pixels.
 """
@@ -54,7 +54,7 @@ class TurboDecoder:
 
 
 def _retry_with_pil(image: Encoded, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
-    """Crop one image that the kernels could not decode. Returns False if pixels are missing or PIL cannot read it."""
+    """Crop one image that the kernels could not decode; False if pixels are missing or PIL cannot read it."""
     (data_C,) = image
     if is_jpeg(data_C) and check_jpeg(data_C).state == "damaged":
         return False

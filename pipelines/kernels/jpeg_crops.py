@@ -202,8 +202,8 @@ def _decode(
 ) -> int:
     """Decode to planes that begin at the addresses ``starts_3``, or to RGB at the first of them.
 
-    The caller must own all memory that is passed to C by its address: numba frees a local array after its last
-    use, which may be the expression that takes its address.
+    The caller must own all memory that is passed to C by its address: numba frees a local array after its
+    last use, which may be the expression that takes its address.
     """
     height, width = size
     source = (decoder, jpeg_C.ctypes.data, len(jpeg_C))

@@ -19,8 +19,8 @@ upsampling"), which is a linear filter too. :func:`halve_axis` combines both fil
 pixel needs only a few samples of the small plane. Colours are converted after the crop, because the crop has
 fewer pixels.
 
-Vectors (:mod:`pipelines.kernels.simd`) may read past the last element that is needed, so SLACK more bytes must
-be readable after the image. Only :func:`make_scratch` allocates memory.
+Vectors (:mod:`pipelines.kernels.simd`) may read past the last element that is needed, so SLACK more bytes
+must be readable after the image. Only :func:`make_scratch` allocates memory.
 
 Shape letters: S side of the view, T filter taps, C elements of a flat array.
 """
@@ -91,7 +91,7 @@ def make_scratch(side: int, largest_px: int) -> Scratch:
 
 @kernel
 def fill_axis(axis: Axis, start: int, length: int, backwards: bool) -> None:
-    """Set the weights that resize ``length`` pixels from ``start`` on to S pixels; ``backwards`` flips them."""
+    """Set the weights that resize ``length`` pixels from ``start`` on to S; ``backwards`` flips them."""
     side = len(axis.first_S)
     scale = length / side
     support = max(scale, 1.0)
