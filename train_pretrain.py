@@ -34,7 +34,7 @@ from models.batch import tensors_of
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Backend, Batch, ViewLoader, build_loader, evaluation_batches, open_set
-from pipelines.kernels.compiled import compiled_before
+from pipelines.kernels.compiled import kernels_are_cached
 from pipelines.recipe import evaluation
 from presets import PRESETS, PretrainConfig, training_set
 from training import cli
@@ -263,7 +263,7 @@ def announce(run: PretrainRun) -> None:
     )
     if config.backend == "auto":
         print_once(launch, loader.chosen)
-    if not compiled_before():
+    if not kernels_are_cached():
         print_once(
             launch, "compiling the loader's inner loops, once after each update: about fifteen seconds"
         )

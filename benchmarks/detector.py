@@ -10,27 +10,24 @@ one. With --json a full run also rewrites the table in docs/evaluation.md.
 
 import json
 import math
-import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.marked_block import MarkedBlock
 from benchmarks.programs import has_compiled, keep_settings, run_python
-from benchmarks.run_options import finish_benchmark, keep_full_figures
+from benchmarks.run_options import finish_with_table, keep_full_figures, mean_and_std
 from benchmarks.shapes import write_coco
 from training import cli
 from training.checkpoint import latest
 from training.cli import console
 from training.export import fingerprint, load_backbone
 
-PAGE = Path("docs/evaluation.md")
-BLOCK = MarkedBlock("<!-- detector: begin -->", "<!-- detector: end -->")
 STARTS = ("random", "pretrained")
 SIDE_PX = 128
 _AMOUNTS = ("unlabelled", "epochs", "labelled", "test", "iterations")
 """Settings that must not be below their defaults in a full run."""
+_APS = {"bbox_AP": "bbox/AP", "segm_AP": "segm/AP"}
+"""Our names of the average precisions, and Detectron2's."""
 _SEEDS = {"train": 10_000_000, "test": 20_000_000}
 """First seeds of the drawn images, so that no image is in two sets."""
 
@@ -61,8 +58,7 @@ class Detector:
     @property
     def quick(self) -> bool:
         """Whether this is too little for figures."""
-        less = any(getattr(self, name) < getattr(type(self), name) for name in _AMOUNTS)
-        return less or len(self.seeds) < len(type(self).seeds)
+        return any(getattr(self, name) < getattr(type(self), name) for name in _AMOUNTS)
 
     def __post_init__(self) -> None:
         if self.iterations % self.eval_every or not self.seeds:
@@ -82,13 +78,9 @@ def main(config: Detector) -> dict[str, Any]:
         for start in STARTS:
             runs[start].append(train(config, weights[start], config.out / f"{start}-{seed}", seed, sets))
     facts = {name: getattr(config, name) for name in (*_AMOUNTS, "eval_every", "seeds")}
-    detector = {start: {"runs": curves, "mean": _mean(curves)} for start, curves in runs.items()}
     facts["side_px"] = SIDE_PX
-    result = finish_benchmark("detector", config.quick, config.json, detector=detector, config=facts)
-    console.print(block(result))
-    if config.json and not config.quick:
-        BLOCK.rewrite(PAGE, block(result))
-    return result
+    detector = {start: {"runs": curves, "mean": _mean(curves)} for start, curves in runs.items()}
+    return finish_with_table("detector", config.quick, config.json, detector=detector, config=facts)
 
 
 def _draw(config: Detector, split: str, count: int) -> str:
@@ -155,14 +147,10 @@ def train(config: Detector, weights: str, out: Path, seed: int, sets: list[str])
     every = config.eval_every
     evaluated = {-(-row["iteration"] // every) * every: row for row in rows if "bbox/AP" in row}
     return [
-        {"iteration": done, **{f"{task}_AP": _ap(row[f"{task}/AP"]) for task in ("bbox", "segm")}}
+        # Detectron2 reports NaN where nothing is found.
+        {"iteration": done} | {name: 0.0 if math.isnan(row[key]) else row[key] for name, key in _APS.items()}
         for done, row in sorted(evaluated.items())
     ]
-
-
-def _ap(value: float) -> float:
-    """Detectron2 reports NaN where nothing is found."""
-    return 0.0 if math.isnan(value) else value
 
 
 def _mean(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -170,35 +158,10 @@ def _mean(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     found = []
     for rows in zip(*curves, strict=True):
         row = {"iteration": rows[0]["iteration"]}
-        for name in ("bbox_AP", "segm_AP"):
-            values = [one[name] for one in rows]
-            row[name] = round(statistics.fmean(values), 3)
-            row[f"{name}_std"] = round(statistics.stdev(values) if len(values) > 1 else 0.0, 3)
+        for name in _APS:
+            row[name], row[f"{name}_std"] = mean_and_std([one[name] for one in rows], 3).values()
         found.append(row)
     return found
-
-
-def block(result: Mapping[str, Any]) -> str:
-    """The table in Markdown, with a line break before and after it."""
-    config, where = result["config"], result["environment"]
-    several = len(config["seeds"]) > 1
-    lines = [
-        "| iterations | box AP, random | box AP, pretrained | mask AP, random | mask AP, pretrained |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for rows in zip(*(result["detector"][start]["mean"] for start in STARTS), strict=True):
-        cells = [f"{rows[0]['iteration']:.0f}"]
-        for name in ("bbox_AP", "segm_AP"):
-            cells += [f"{row[name]:.1f}" + f" ± {row[f'{name}_std']:.1f}" * several for row in rows]
-        lines.append(f"| {' | '.join(cells)} |")
-    runs = f"mean ± standard deviation over {len(config['seeds'])} seeds" if several else "one seed"
-    caption = (
-        f"Mask R-CNN, ResNet-18 with a feature pyramid, {config['labelled']} labelled pictures of "
-        f"{config['side_px']} px with drawn shapes, four a step, evaluated on {config['test']} others; "
-        f"{runs}. Pretrained: MixMask, {config['epochs']} epochs on {config['unlabelled']:,} pictures "
-        f"without labels. {where['processor']}, {where['cores']} cores."
-    )
-    return "\n" + "\n".join([*lines, "", caption]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Whole MixMask epochs on the CPU: ours against the published recipe in plain PyTorch.
 
 Images, architecture, initial weights, optimizer and threads are the same. Ours reads the compiled set and
-trains as `train_pretrain` does, but with torch's default SGD and without keeping freed memory, from which
-both would gain. The published recipe reads files with PIL and torchvision in the processes of a DataLoader,
-mixes in the training process, keeps images in contiguous memory and trains `benchmarks.published.PlainMoCo`.
-They take turns by epochs. Before that, each makes one pass over the data and trains on its first batch; the
-DataLoader's processes stay alive between epochs.
+trains as `train_pretrain` does, but with torch's default SGD and without keeping freed memory. The published
+recipe reads files with PIL and torchvision in the processes of a DataLoader, which stay alive, mixes in the
+training process, keeps images in contiguous memory and trains `benchmarks.published.PlainMoCo`. They take
+turns by epochs, after a warm-up of one pass over the data with one step.
 
 Hooks on encoders and heads divide the time of an epoch into parts. *data*: waiting for the next batch, mixing
 included; loaders also work on other threads, which slows the other parts. *encoder*: forward, backward,
@@ -15,7 +14,6 @@ optimizer. *loss*: the rest of a step, with the head and the updates of the key 
 import dataclasses
 import functools
 import multiprocessing
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -23,20 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.peers.with_torchvision import TwoViews, pil_recipe
 from benchmarks.published import PlainMoCo, plain_mixmask
-from benchmarks.run_options import Bars, print_table
+from benchmarks.run_options import Bars, median_and_range, print_table
 from benchmarks.sample_sets import SampleSet, SampleSets, read_with_pil
 from benchmarks.timing import summary
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, build_loader
+from pipelines.randomness import Draw
 from pipelines.recipe import Mixing, Recipe, moco_v2
 from pipelines.workers import usable_cores
 from presets import PretrainConfig
@@ -45,8 +45,7 @@ from training.cli import console
 StepPart = Literal["data", "encoder", "loss"]
 PARTS: tuple[StepPart, ...] = get_args(StepPart)
 PLAIN, OURS, OURS_ONE_BN = "published, plain", "ours", "ours, BN over the whole batch"
-_LR, _SGD_MOMENTUM = PretrainConfig.lr, PretrainConfig.sgd_momentum
-_WEIGHT_DECAY = PretrainConfig.weight_decay
+_SGD = {name: getattr(PretrainConfig, name) for name in ("lr", "sgd_momentum", "weight_decay")}
 _SEED = 0
 
 
@@ -102,9 +101,7 @@ def measure_epochs(settings: list[EpochSetting], data: Path, bars: Bars) -> dict
         "unit": "s",
         "config": {
             "method": "mixmask",
-            "lr": _LR,
-            "sgd_momentum": _SGD_MOMENTUM,
-            "weight_decay": _WEIGHT_DECAY,
+            **_SGD,
             "threads": usable_cores(0),
             "precision": "fp32",
             PLAIN: (
@@ -127,9 +124,9 @@ class Training:
         self.model, self._batches = model.train(), batches
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._part, self._since = PARTS[0], 0.0
-        self._optimizer = torch.optim.SGD(
-            model.encoder_q.parameters(), _LR, _SGD_MOMENTUM, weight_decay=_WEIGHT_DECAY
-        )
+        lr, momentum, weight_decay = _SGD.values()
+        trained = model.encoder_q.parameters()
+        self._optimizer = torch.optim.SGD(trained, lr, momentum, weight_decay=weight_decay)
         for encoder in (model.encoder_q, model.encoder_k):
             head = encoder.get_submodule("fc")
             encoder.register_forward_pre_hook(lambda *_: self._enter("encoder"))
@@ -152,7 +149,7 @@ class Training:
     def step(self, batch: Batch) -> Tensor:
         """Train on one batch; its loss."""
         self._enter("loss")
-        loss: Tensor = self.model(batch) if isinstance(self.model, PlainMoCo) else self.model(batch)[0]
+        loss = loss_of(self.model, batch)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._enter("encoder")
@@ -165,6 +162,12 @@ class Training:
         now = time.perf_counter()
         self.seconds[self._part] += now - self._since
         self._part, self._since = part, now
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss by either formulation."""
+    loss: Tensor = model(batch) if isinstance(model, PlainMoCo) else model(batch)[0]
+    return loss
 
 
 def trainings(setting: EpochSetting, images: SampleSet) -> dict[str, Training]:
@@ -207,8 +210,9 @@ def _plain_batches(setting: EpochSetting, images: SampleSet) -> Callable[[int], 
     )
 
     def batches(epoch: int) -> Iterable[Batch]:
-        rng = random.Random(epoch)
-        return (plain_mixmask(query, key, setting.recipe.mixing, rng) for (query, key), _ in loader)
+        for step, ((query, key), _) in enumerate(loader):
+            draw = Draw(_SEED, epoch, np.array([step]))
+            yield plain_mixmask(query, key, setting.recipe.mixing, draw)
 
     return batches
 
@@ -222,36 +226,33 @@ def _measure(setting: EpochSetting, images: SampleSet, bars: Bars) -> dict[str, 
     losses = {}
     for number in range(1 + setting.epochs):
         for name, training in each.items():
-            label = f"{name}, epoch {number}" if number else f"{name}, warming up"
-            max_steps = num_batches if number else 1
-            losses[name] = training.epoch(number, max_steps, functools.partial(step, label))
+            progress = functools.partial(step, f"{name}, epoch {number}" if number else f"{name}, warming up")
+            losses[name] = training.epoch(number, num_batches if number else 1, progress)
             if number:
                 epochs[name].append(training.seconds)
-    rows = {}
+    rows, medians = {}, {}
     for name, done in epochs.items():
         split = {part: round(statistics.median(seconds[part] for seconds in done), 3) for part in PARTS}
-        totals = summary([sum(seconds.values()) for seconds in done])
-        rows[name] = {**totals, "split": split, "loss": round(losses[name], 4)}
-    plain_s, ours_s, one_bn_s = (
-        statistics.median(sum(seconds.values()) for seconds in epochs[name])
-        for name in (PLAIN, OURS, OURS_ONE_BN)
-    )
+        totals = [sum(seconds.values()) for seconds in done]
+        medians[name] = statistics.median(totals)
+        rows[name] = {**summary(totals), "split": split, "loss": round(losses[name], 4)}
     return {
         **dataclasses.asdict(setting),
         "rows": rows,
-        "speedup": round(plain_s / ours_s, 4),
-        "speedup_one_bn": round(plain_s / one_bn_s, 4),
+        "speedup": round(medians[PLAIN] / medians[OURS], 4),
+        "speedup_one_bn": round(medians[PLAIN] / medians[OURS_ONE_BN], 4),
     }
 
 
 def print_epochs(epoch: dict[str, Any]) -> None:
     """A table of each setting."""
     for setting in epoch["settings"]:
-        rows: dict[str, dict[str, str]] = {}
-        for name, row in setting["rows"].items():
-            total = f"{row['median']:.2f}\n[dim]{row['low']:.2f} … {row['high']:.2f}[/]"
-            rows[name] = {"epoch": total} | {part: f"{row['split'][part]:.2f}" for part in PARTS}
-            rows[name]["loss value"] = f"{row['loss']:.3f}"
+        rows = {
+            name: {"epoch": median_and_range(row, 2)}
+            | {part: f"{row['split'][part]:.2f}" for part in PARTS}
+            | {"loss value": f"{row['loss']:.3f}"}
+            for name, row in setting["rows"].items()
+        }
         print_table(
             f"An epoch of {setting['arch']} at {setting['crop_px']} px, {setting['pictures']} pictures in "
             f"batches of {setting['batch_size']}; s, medians of {setting['epochs']}",

@@ -9,13 +9,12 @@ the program skips finished runs and resumes the unfinished one from its last che
 
 import json
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, probe, run_python
-from benchmarks.run_options import finish_benchmark, keep_full_figures, print_table
+from benchmarks.run_options import finish_benchmark, keep_full_figures, mean_and_std, print_table
 from training import cli
 from training.checkpoint import latest
 from training.cli import console
@@ -29,21 +28,15 @@ _CURVES = ("loss", "loss_clean", "pos_sim", "neg_sim", "feature_std", "acc1")
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """Pretrain and probe every method with several seeds on Fashion-MNIST."""
+class FashionStudy:
+    """How much of Fashion-MNIST, how long, and where the figures go."""
 
     epochs: int = 4
-    """Epochs of each pretraining."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of initialisation, order, views and probe."""
-    methods: tuple[str, ...] = (RANDOM, *METHODS)
-    """What is compared; random is an encoder without training."""
-    out: Path = Path("runs/evidence")
-    """Folder of the runs; what is finished there is not run again."""
-    data: Path = Path("data")
-    """Folder of the two compiled sets, made there if they are missing."""
+    """Epochs of each training."""
     fashion: int = FASHION_PICTURES
     """Training images of Fashion-MNIST, of 60,000."""
+    data: Path = Path("data")
+    """Folder of the two compiled sets, made there if they are missing."""
     json: Path | None = None
     """Where the figures go."""
 
@@ -51,6 +44,23 @@ class Evidence:
     def quick(self) -> bool:
         """Whether this is too little for figures."""
         return self.fashion < FASHION_PICTURES or self.epochs < type(self).epochs
+
+    def sets(self) -> tuple[Path, Path]:
+        """The training and the test set; raises ValueError if a full run's figures would be lost."""
+        keep_full_figures(self.quick, self.json)
+        return fashion_sets(console, self.data, self.fashion)
+
+
+@dataclass(frozen=True)
+class Evidence(FashionStudy):
+    """Pretrain and probe every method with several seeds on Fashion-MNIST."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of initialisation, order, views and probe."""
+    methods: tuple[str, ...] = (RANDOM, *METHODS)
+    """What is compared; random is an encoder without training."""
+    out: Path = Path("runs/evidence")
+    """Folder of the runs; what is finished there is not run again."""
 
     def __post_init__(self) -> None:
         unknown = set(self.methods) - {RANDOM, *METHODS}
@@ -63,19 +73,23 @@ class Evidence:
 
 def main(config: Evidence) -> dict[str, Any]:
     """Run what is not finished yet, print a table, write the JSON; returns what was written."""
-    keep_full_figures(config.quick, config.json)
-    train, test = fashion_sets(console, config.data, config.fashion)
+    train, test = config.sets()
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in config.methods}
     # Seed by seed, so that a study that is stopped early has as many seeds of every method.
     order = [(method, seed) for seed in config.seeds for method in config.methods]
     for number, (method, seed) in enumerate(order, start=1):
         console.print(f"\n[bold]run {number} of {len(order)}: {method}, seed {seed}[/]")
         runs[method].append(_run(config, method, seed, train, test))
-    evidence = {method: _summary(done) for method, done in runs.items()}
-    print_table(
-        "Fashion-MNIST, frozen encoder, top-1 in %, mean ± standard deviation",
-        {method: _in_words(summary) for method, summary in evidence.items()},
-    )
+    evidence: dict[str, dict[str, Any]] = {}
+    rows = {}
+    for method, done in runs.items():
+        found = {name: mean_and_std([run[name] for run in done], 5) for name in PROBES}
+        rates = [run["samples_per_s"] for run in done if run["samples_per_s"]]
+        knn, linear = (f"{100 * found[name]['mean']:.2f} ± {100 * found[name]['std']:.2f}" for name in PROBES)
+        rate = f"{statistics.median(rates):.0f}" if rates else "–"
+        rows[method] = {"kNN": knn, "linear": linear, "samples/s": rate, "runs": str(len(done))}
+        evidence[method] = {**found, "runs": done}
+    print_table("Fashion-MNIST, frozen encoder, top-1 in %, mean ± standard deviation", rows)
     facts = {"epochs": config.epochs, "seeds": config.seeds, "pictures": config.fashion}
     return finish_benchmark("evidence", config.quick, config.json, evidence=evidence, config=facts)
 
@@ -116,24 +130,6 @@ def _curves(metrics: Path) -> dict[str, Any]:
         curve.append({name: evaluated[name] for name in ("epoch", "knn_top1", "rankme")} | means)
     rates = [row["samples_per_s"] for row in steps]
     return {"curve": curve, "samples_per_s": round(statistics.median(rates), 1) if rates else None}
-
-
-def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation (0 for a single run) of one method's probes, and the runs."""
-    found: dict[str, Any] = {}
-    for name in PROBES:
-        values = [run[name] for run in runs]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        found[name] = {"mean": round(statistics.mean(values), 5), "std": round(spread, 5)}
-    return {**found, "runs": runs}
-
-
-def _in_words(summary: Mapping[str, Any]) -> dict[str, str]:
-    """One method's row of the table."""
-    knn, linear = (f"{100 * summary[p]['mean']:.2f} ± {100 * summary[p]['std']:.2f}" for p in PROBES)
-    rates = [run["samples_per_s"] for run in summary["runs"] if run["samples_per_s"]]
-    rate = f"{statistics.median(rates):.0f}" if rates else "–"
-    return {"kNN": knn, "linear": linear, "samples/s": rate, "runs": str(len(summary["runs"]))}
 
 
 if __name__ == "__main__":

@@ -57,14 +57,14 @@ def _kind(node: fx.Node) -> str:
 
 @dataclass
 class Kernel:
-    """What is computed at once."""
+    """What is computed at once: the values that it reads from memory and writes to it."""
 
-    reads: dict[fx.Node, int]  # values in memory, and how many bytes of each
+    reads: dict[fx.Node, int]  # and how many bytes of each
     writes: set[fx.Node]
 
     @property
     def num_bytes(self) -> int:
-        """How much it reads from memory and writes to it."""
+        """How much it reads and writes."""
         read = sum(num for node, num in self.reads.items() if node not in self.writes)
         return read + sum(map(_node_bytes, self.writes))
 

@@ -1,7 +1,6 @@
 """What a training step costs, counted without a GPU: operations, kernels and bytes of every part.
 
-    python -m benchmarks.ops --quick             mixmask alone, eager: seconds
-    python -m benchmarks.ops --json FILE         every method, eager and compiled: minutes on one core
+    python -m benchmarks.ops --json FILE     every method, eager and compiled: minutes on one core
 
 Nothing is computed: tensors have shapes and no memory (torch's fake tensors), so the counts are those of the
 full size on any machine. A GPU's path is counted: its blocks of the queue, its photometric stage, 16 bits.
@@ -16,7 +15,7 @@ Shape letters: N batch, S side in pixels.
 
 import contextlib
 import functools
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,19 +26,20 @@ import numpy as np
 import torch
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from packaging.version import Version
-from torch import Tensor, fx
+from torch import fx
 from torch._decomp import core_aten_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fusion import fuse, num_bytes, tensors_of_tree
+from benchmarks.published import mixed_with_reverse
 from benchmarks.run_options import finish_benchmark, print_table
 from models import losses
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
 from models.moco import MoCo
-from pipelines import Batch, Mixing, Mixture
+from pipelines import Batch, Mixing
 from pipelines.augment.draws import NUM_PARAMETERS
 from pipelines.augment.mixing import DrawnMixture, blend, draw_mixtures
 from pipelines.augment.photometric import augment
@@ -61,14 +61,14 @@ _PARTS = {
 """Method of MoCo → the part of a step that its operations belong to."""
 _FREE = ("prim::device", "aten::promote_types", "aten::empty", "aten::empty_like", "aten::detach")
 """Operations that cost a device nothing, apart from views."""
+Parts = dict[str, dict[str, int]]
+"""Part of a step → its operations (``ops``) and ``bytes``."""
 
 
 @dataclass(frozen=True)
 class OpsBenchmark:
     """Count a training step's operations and bytes."""
 
-    quick: bool = False
-    """mixmask alone, and nothing compiled but the photometric stage."""
     json: Path | None = None
     """File of the figures."""
     methods: tuple[Method, ...] = get_args(Method)
@@ -93,38 +93,30 @@ class OpsBenchmark:
 
 
 def main(config: OpsBenchmark) -> dict[str, Any]:
-    """Count, print a table, write the JSON; returns what was written.
-
-    Raises:
-        ValueError: if torch is too old to compile with fake tensors, and ``quick`` is not set.
-    """
-    if not config.quick and not CAN_COUNT_COMPILED:
+    """Count, print a table, write the JSON; raises ValueError if torch cannot compile with fake tensors."""
+    if not CAN_COUNT_COMPILED:
         raise ValueError(
             f"torch {torch.__version__} cannot compile with fake tensors, which torch 2.11 can; take a newer "
-            "one, or --quick, which counts the eager step"
+            "one"
         )
-    methods = [m for m in get_args(Method) if m == "mixmask" or (m in config.methods and not config.quick)]
+    methods = [method for method in get_args(Method) if method in {"mixmask", *config.methods}]
     counted: dict[str, dict[str, Any]] = {}
-    with console.status("") as status:
+    with console.status("photometric stage") as status:
+        stage = count_photometric(config)
+        plain = _with_stage(count_step(config, "mixmask", 1), stage)
         for method in methods:
-            status.update(f"{method}, eager")
-            counted[method] = {"eager": count_step(config, method, config.bn_splits)}
-            if not config.quick:
-                status.update(f"{method}, compiled")
-                counted[method]["compiled"] = count_compiled(config, method)
-        status.update("photometric stage")
-        photometric = count_photometric(config)
-        plain = count_step(config, "mixmask", 1)
+            status.update(method)
+            ways = {"eager": count_step(config, method, config.bn_splits)}
+            ways["compiled"] = count_compiled(config, method)
+            counted[method] = {way: _with_stage(parts, stage) for way, parts in ways.items()}
     split = counted["mixmask"]["eager"]
-    for figures in (plain, *(count for ways in counted.values() for count in ways.values())):
-        _add_stage(figures, photometric)
     norm, plain_norm = (figures["parts"]["batchnorm"] for figures in (split, plain))
-    given = {name: v for name, v in asdict(config).items() if name not in ("quick", "json", "methods")}
+    given = {name: value for name, value in asdict(config).items() if name not in ("json", "methods")}
     result = {
         "config": given | {"dtype": str(_DTYPE).removeprefix("torch.")},
         "total_ops": split["total_ops"],
         "total_ops_plain_batchnorm": plain["total_ops"],
-        "photometric": photometric,
+        "photometric": stage,
         "batchnorm": {
             "ops": norm["ops"],
             "plain_ops": plain_norm["ops"],
@@ -134,17 +126,18 @@ def main(config: OpsBenchmark) -> dict[str, Any]:
         "methods": counted,
     }
     _print(result)
-    return finish_benchmark("ops", config.quick, config.json, **result)
+    return finish_benchmark("ops", False, config.json, **result)
 
 
-def _add_stage(figures: dict[str, Any], photometric: dict[str, Any]) -> None:
-    """Add the photometric stage of a step's two views, which is compiled by default."""
-    figures["parts"]["photometric"] = {
-        "ops": 2 * photometric["kernels"],
-        "bytes": 2 * photometric["bytes_per_view"] * photometric["views"],
-    }
-    for what in ("ops", "bytes"):
-        figures[f"total_{what}"] = sum(part[what] for part in figures["parts"].values())
+def _with_stage(parts: Parts, stage: dict[str, int]) -> dict[str, Any]:
+    """The parts with the photometric stage of two views, which is compiled by default, and their totals."""
+    num_bytes_of_views = 2 * stage["bytes_per_view"] * stage["views"]
+    parts = parts | {"photometric": {"ops": 2 * stage["kernels"], "bytes": num_bytes_of_views}}
+    return {f"total_{what}": _total(parts, what) for what in ("ops", "bytes")} | {"parts": parts}
+
+
+def _total(parts: Parts, what: str) -> int:
+    return sum(part[what] for part in parts.values())
 
 
 class Counted(TorchDispatchMode):
@@ -152,8 +145,7 @@ class Counted(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
+        self.parts: Parts = defaultdict(lambda: {"ops": 0, "bytes": 0})
         self._part = "loss"
 
     @contextlib.contextmanager
@@ -170,37 +162,30 @@ class Counted(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func.name().split(".")[0] not in _FREE:
-            name = "batchnorm" if "batch_norm" in func.name() else self._part
-            tensors = tensors_of_tree((args, kwargs or {}, out))
-            self.ops[name] += 1
-            self.bytes[name] += sum(num_bytes(t) for t in {id(t): t for t in tensors}.values())
+            part = self.parts["batchnorm" if "batch_norm" in func.name() else self._part]
+            tensors = {id(tensor): tensor for tensor in tensors_of_tree((args, kwargs or {}, out))}
+            part["ops"] += 1
+            part["bytes"] += sum(map(num_bytes, tensors.values()))
         return out
-
-    def figures(self) -> dict[str, Any]:
-        """Return all parts and their sum."""
-        parts = {name: {"ops": self.ops[name], "bytes": self.bytes[name]} for name in sorted(self.ops)}
-        return {"total_ops": self.ops.total(), "total_bytes": self.bytes.total(), "parts": parts}
 
 
 def _fake_step(
-    config: OpsBenchmark, method: Method, bn_splits: int, fake: FakeTensorMode
-) -> tuple[MoCo, torch.optim.Optimizer, Batch]:
+    config: OpsBenchmark, method: Method, bn_splits: int
+) -> tuple[FakeTensorMode, MoCo, torch.optim.Optimizer, Batch]:
     """Return a model, its optimizer and a batch of the full size, without memory."""
     encoder = functools.partial(build_encoder, config.arch)
     model = MoCo(encoder, method=method, queue_len=config.queue_len, bn_splits=bn_splits)
     model.to(memory_format=torch.channels_last)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, mock.patch.object(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True):
         model.to_empty(device="cpu")
-        num, side = config.batch_size, config.crop_px
-
-        def images() -> Tensor:
-            empty = torch.empty(num, 3, side, side, dtype=_DTYPE)
-            return empty.contiguous(memory_format=torch.channels_last)
-
-        row_N = torch.empty(num, dtype=torch.int64)
-        mixtures = tuple(Mixture(images(), row_N, torch.empty(num)) for _ in range(NUM_MIXTURES[method]))
-        batch = Batch(images(), images(), mixtures, row_N, row_N)
-        return model, sgd(model.encoder_q, 0.03, 0.9, 1e-4), batch
+        shape = config.batch_size, 3, config.crop_px, config.crop_px
+        query, key, *mixed = (
+            torch.empty(shape, dtype=_DTYPE).contiguous(memory_format=torch.channels_last)
+            for _ in range(2 + NUM_MIXTURES[method])
+        )
+        batch = mixed_with_reverse(query, key, mixed)
+        return fake, model, sgd(model.encoder_q, 0.03, 0.9, 1e-4), batch
 
 
 def _as_on_a_gpu() -> contextlib.AbstractContextManager[Any]:
@@ -214,10 +199,9 @@ def _drawn(config: OpsBenchmark, method: Method) -> tuple[DrawnMixture, ...]:
     return draw_mixtures(recipe, Draw(0, 0, np.arange(config.batch_size)))
 
 
-def count_step(config: OpsBenchmark, method: Method, bn_splits: int) -> dict[str, Any]:
+def count_step(config: OpsBenchmark, method: Method, bn_splits: int) -> Parts:
     """Count mixing, forward, backward and optimizer as they run without --compile."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model, optimizer, batch = _fake_step(config, method, bn_splits, fake)
+    fake, model, optimizer, batch = _fake_step(config, method, bn_splits)
     counted, drawn = Counted(), _drawn(config, method)
     for name, part in _PARTS.items():
         setattr(model, name, counted.part(part)(getattr(model, name)))
@@ -232,7 +216,7 @@ def count_step(config: OpsBenchmark, method: Method, bn_splits: int) -> dict[str
             loss.backward()
         with counted.part("optimizer"):
             optimizer.step()
-    return counted.figures()
+    return dict(counted.parts)
 
 
 def _fused(graphs: Iterable[fx.Graph]) -> dict[str, int]:
@@ -240,30 +224,23 @@ def _fused(graphs: Iterable[fx.Graph]) -> dict[str, int]:
     return {"ops": len(kernels), "bytes": sum(kernel.num_bytes for kernel in kernels)}
 
 
-def count_compiled(config: OpsBenchmark, method: Method) -> dict[str, Any]:
+def count_compiled(config: OpsBenchmark, method: Method) -> Parts:
     """Count the same step with --compile: the forward pass is one graph, and so is the backward pass."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model, optimizer, batch = _fake_step(config, method, config.bn_splits, fake)
+    fake, model, optimizer, batch = _fake_step(config, method, config.bn_splits)
     graphs: dict[str, list[fx.Graph]] = {"forward": [], "backward": [], "mixing": []}
 
-    def keep(part: str) -> Callable[[fx.GraphModule, Any], Any]:
-        def compiler(module: fx.GraphModule, _: Any) -> Any:
-            graphs[part].append(module.graph)
-            return make_boxed_func(module.forward)
+    def keep(part: str, module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs[part].append(module.graph)
+        return make_boxed_func(module.forward)
 
-        return compiler
-
-    model.compile(
-        fullgraph=True,
-        backend=lambda module, inputs: aot_module_simplified(
-            module,
-            inputs,
-            fw_compiler=keep("forward"),
-            bw_compiler=keep("backward"),
-            partition_fn=min_cut_rematerialization_partition,
-            decompositions=core_aten_decompositions(),
-        ),
+    compiler = functools.partial(
+        aot_module_simplified,
+        fw_compiler=functools.partial(keep, "forward"),
+        bw_compiler=functools.partial(keep, "backward"),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=core_aten_decompositions(),
     )
+    model.compile(fullgraph=True, backend=compiler)
     counted = Counted()
     with fake, _as_on_a_gpu():
         with torch.autocast("cpu", _DTYPE):
@@ -271,69 +248,56 @@ def count_compiled(config: OpsBenchmark, method: Method) -> dict[str, Any]:
         loss.backward()
         with counted, counted.part("optimizer"):
             optimizer.step()
-    for drawn in (one.to(fake.from_tensor) for one in _drawn(config, method)):
-        mix = functools.partial(lambda drawn, query: blend(query, drawn).images, drawn)
+    for drawn in _drawn(config, method):
+        mix = functools.partial(lambda drawn, query: blend(query, drawn).images, drawn.to(fake.from_tensor))
         graphs["mixing"].append(make_fx(mix)(batch.query).graph)
-    return {"parts": {name: _fused(found) for name, found in graphs.items()} | counted.figures()["parts"]}
+    return {name: _fused(found) for name, found in graphs.items()} | counted.parts
 
 
-def count_photometric(config: OpsBenchmark) -> dict[str, Any]:
+def count_photometric(config: OpsBenchmark) -> dict[str, int]:
     """Count the photometric stage of one batch of views, for MoCo v2's recipe."""
-    recipe = moco_v2(config.crop_px)
+    num, side = config.batch_size, config.crop_px
+    stage = functools.partial(augment, recipe=moco_v2(side), dtype=_DTYPE)
     counted = Counted()
-
-    def stage(crops: Tensor, params_NP: Tensor) -> Tensor:
-        return augment(crops, params_NP, recipe, _DTYPE)
-
     with FakeTensorMode():
-        crops = torch.empty(config.batch_size, config.crop_px, config.crop_px, 3, dtype=torch.uint8)
-        params_NP = torch.empty(config.batch_size, NUM_PARAMETERS)
+        inputs = torch.empty(num, side, side, 3, dtype=torch.uint8), torch.empty(num, NUM_PARAMETERS)
         with counted:
-            stage(crops, params_NP)
-        graph = make_fx(stage, dict(core_aten_decompositions()))(crops, params_NP).graph
-    eager, fused = counted.figures(), _fused([graph])
+            stage(*inputs)
+        fused = _fused([make_fx(stage, dict(core_aten_decompositions()))(*inputs).graph])
     return {
-        "views": config.batch_size,
+        "views": num,
         "kernels": fused["ops"],
-        "bytes_per_view": fused["bytes"] // config.batch_size,
-        "eager_ops": eager["total_ops"],
-        "eager_bytes_per_view": eager["total_bytes"] // config.batch_size,
+        "bytes_per_view": fused["bytes"] // num,
+        "eager_ops": _total(counted.parts, "ops"),
+        "eager_bytes_per_view": _total(counted.parts, "bytes") // num,
     }
 
 
 def _print(result: dict[str, Any]) -> None:
     config, methods = result["config"], result["methods"]
-    mixmask = methods["mixmask"]
-    names = dict.fromkeys(part for figures in mixmask.values() for part in figures["parts"])
-    rows = {f"mixmask, {name}": {way: mixmask[way]["parts"].get(name) for way in mixmask} for name in names}
+    rows = {}
     for method, ways in methods.items():
-        rows[f"{method}, all"] = {
-            way: {"ops": figures["total_ops"], "bytes": figures["total_bytes"]}
-            for way, figures in ways.items()
-        }
+        names = dict.fromkeys(part for figures in ways.values() for part in figures["parts"])
+        for name in [*names, "all"] if method == "mixmask" else ["all"]:
+            rows[f"{method}, {name}"] = cells = dict[str, str]()
+            for way, figures in ways.items():
+                total = {what: figures[f"total_{what}"] for what in ("ops", "bytes")}
+                part = total if name == "all" else figures["parts"].get(name)
+                cells[f"{way}, operations"] = f"{part['ops']:,}" if part else "–"
+                cells[f"{way}, GB"] = f"{part['bytes'] / 1e9:,.1f}" if part else "–"
     print_table(
         f"A step of {config['arch']} at {config['crop_px']} px, batch {config['batch_size']}, "
         f"BN in {config['bn_splits']} parts, {config['dtype']}",
-        {name: _cells(ways) for name, ways in rows.items()},
+        rows,
     )
     stage, norm = result["photometric"], result["batchnorm"]
     console.print(
         f"photometric stage, a view: {stage['bytes_per_view'] / 1e6:.1f} MB compiled "
         f"({stage['kernels']} kernels a batch), {stage['eager_bytes_per_view'] / 1e6:.1f} MB eager "
-        f"({stage['eager_ops']} operations)"
-    )
-    console.print(
+        f"({stage['eager_ops']} operations)\n"
         f"BatchNorm in parts over plain: {norm['ops_vs_plain']:.2f} of the operations, "
         f"{norm['bytes_vs_plain']:.2f} of the bytes"
     )
-
-
-def _cells(ways: dict[str, dict[str, int] | None]) -> dict[str, str]:
-    cells = {}
-    for way, count in ways.items():
-        cells[f"{way}, operations"] = f"{count['ops']:,}" if count else "–"
-        cells[f"{way}, GB"] = f"{count['bytes'] / 1e9:,.1f}" if count else "–"
-    return cells
 
 
 if __name__ == "__main__":

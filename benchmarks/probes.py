@@ -9,46 +9,30 @@ weight decay of ``--cached``. Runs stay in --out; started again, the program res
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.marked_block import MarkedBlock
-from benchmarks.programs import FASHION_PICTURES, fashion_sets, keep_settings, run_python
-from benchmarks.run_options import finish_benchmark, keep_full_figures
+from benchmarks.evidence import FashionStudy
+from benchmarks.programs import keep_settings, run_python
+from benchmarks.run_options import finish_with_table
 from training import cli
 from training.cli import console
 from training.export import fingerprint, load_backbone
 
-PAGE = Path("docs/evaluation.md")
-BLOCK = MarkedBlock("<!-- probes: begin -->", "<!-- probes: end -->")
-EPOCHS = 100
-
 
 @dataclass(frozen=True)
-class Probes:
+class Probes(FashionStudy):
     """Compare the fast probe with the published one."""
 
+    epochs: int = 100
+    """Epochs of both protocols."""
     encoders: tuple[str, ...] = ("random-0", "both-0")
     """Names of runs of the evidence."""
     evidence: Path = Path("runs/evidence")
     """Folder of the evidence's runs."""
     out: Path = Path("runs/probes")
     """Folder of the probes."""
-    data: Path = Path("data")
-    """Folder of the two compiled sets, made there if they are missing."""
-    fashion: int = FASHION_PICTURES
-    """Training images of Fashion-MNIST, of 60,000."""
-    epochs: int = EPOCHS
-    """Epochs of both protocols."""
-    json: Path | None = None
-    """Where the figures go."""
-
-    @property
-    def quick(self) -> bool:
-        """Whether this is too little for figures."""
-        return self.fashion < FASHION_PICTURES or self.epochs < EPOCHS
 
 
 def main(config: Probes) -> dict[str, Any]:
@@ -57,15 +41,10 @@ def main(config: Probes) -> dict[str, Any]:
     Raises:
         ValueError: if an encoder is missing.
     """
-    keep_full_figures(config.quick, config.json)
-    train, test = fashion_sets(console, config.data, config.fashion)
+    train, test = config.sets()
     rows = {name: _row(config, name, train, test) for name in config.encoders}
     facts = {"epochs": config.epochs, "pictures": config.fashion}
-    result = finish_benchmark("probes", config.quick, config.json, probes=rows, config=facts)
-    console.print(block(result))
-    if config.json and not config.quick:
-        BLOCK.rewrite(PAGE, block(result))
-    return result
+    return finish_with_table("probes", config.quick, config.json, probes=rows, config=facts)
 
 
 def _row(config: Probes, name: str, train: Path, test: Path) -> dict[str, Any]:
@@ -85,43 +64,14 @@ def _row(config: Probes, name: str, train: Path, test: Path) -> dict[str, Any]:
             )
         results.append(json.loads((out / file).read_text()))
     cached, published = results
-    settings = [
-        {key: each[key] for key in ("lr", "weight_decay", "top1")} for each in cached["linear_settings"]
+    cached["settings"] = [
+        {key: setting[key] for key in ("lr", "weight_decay", "top1")} for setting in cached["linear_settings"]
     ]
+    names = ("linear_top1", "linear_lr", "linear_weight_decay", "seconds", "settings")
     return {
-        "published": {key: published[key] for key in ("linear_top1", "linear_best_top1", "seconds")},
-        "cached": {
-            **{key: cached[key] for key in ("linear_top1", "linear_lr", "linear_weight_decay", "seconds")},
-            "settings": settings,
-        },
+        "published": {name: published[name] for name in ("linear_top1", "linear_best_top1", "seconds")},
+        "cached": {name: cached[name] for name in names},
     }
-
-
-def block(result: Mapping[str, Any]) -> str:
-    """The table in Markdown, with a line break before and after it."""
-    lines = [
-        "| encoder | published | cached, lr 30 | cached, best setting | difference | published | cached |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    gaps = []
-    for name, row in result["probes"].items():
-        published, cached = row["published"], row["cached"]
-        # The cached probe with the published learning rate and weight decay.
-        same = next(s["top1"] for s in cached["settings"] if s["lr"] == 30 and s["weight_decay"] == 0)
-        gaps.append(100 * (cached["linear_top1"] - published["linear_top1"]))
-        lines.append(
-            f"| {name} | {100 * published['linear_top1']:.2f} % | {100 * same:.2f} % "
-            f"| {100 * cached['linear_top1']:.2f} % "
-            f"(lr {cached['linear_lr']:g}, weight decay {cached['linear_weight_decay']:g}) "
-            f"| {gaps[-1]:+.2f} | {published['seconds']:,.0f} s | {cached['seconds']:,.0f} s |"
-        )
-    config, where = result["config"], result["environment"]
-    caption = (
-        f"Fashion-MNIST, {config['pictures']:,} pictures, {config['epochs']} epochs of both, encoders of "
-        f"`make evidence`, one seed; {where['processor']}, {where['cores']} cores. The fast way's answer "
-        f"lies {min(gaps):+.2f} … {max(gaps):+.2f} points from the published one."
-    )
-    return "\n" + "\n".join([*lines, "", caption]) + "\n"
 
 
 if __name__ == "__main__":

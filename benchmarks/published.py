@@ -7,12 +7,10 @@ parameter, and images stay in contiguous memory. Two extensions make it comparab
 between images, and the queue accepts batches that do not divide it. The accuracies that the public code
 computes for its log are left out, which is in its favour.
 
-Shape letters: N batch, D embedding, K queue, F features, S side, G cells along a mask's side.
+Shape letters: N batch, D embedding, K queue.
 """
 
 import copy
-import math
-import random
 from collections.abc import Sequence
 
 import torch
@@ -22,10 +20,9 @@ from torch import Tensor, nn
 from models.batch import Batch, Method, Mixture
 from models.encoders import EncoderFactory
 from models.moco import MoCo
+from pipelines.augment.mixing import draw_masks
+from pipelines.randomness import Draw
 from pipelines.recipe import Mixing
-
-_MIN_RECTANGLE_CELLS = 4
-_LOG_ASPECT = math.log(1 / 0.3)
 
 
 def plain_cross_entropy(q_ND: Tensor, k_ND: Tensor, queue_DK: Tensor, temperature: float) -> Tensor:
@@ -48,10 +45,9 @@ def plain_objective(
     queue_DK: Tensor,
     temperature: float,
 ) -> Tensor:
-    """The loss of one direction, a scalar: CE(q, k), and two more terms for each mixture.
+    """The loss of one direction: CE(q, k) plus λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]) for each mixture.
 
-    They are λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]), or CE(q_e, k) for "erase"; ``mixed_ND`` holds the embedded
-    images of each mixture.
+    An erased view adds CE(q_e, k). ``mixed_ND`` holds the embedded images of each mixture.
     """
     loss = plain_cross_entropy(q_ND, k_ND, queue_DK, temperature).mean()
     for qm_ND, mixture in zip(mixed_ND, mixtures, strict=True):
@@ -143,26 +139,17 @@ class PlainMoCo(nn.Module):
             self.queue_ptr = (self.queue_ptr + 1) % queue_len
 
 
-def plain_block_mask(grid_size: int, keep: float, rng: random.Random) -> Tensor:
-    """(1, 1, G, G) mask of rectangles of ones that keep at least the share ``keep`` of the cells."""
-    quota = int(keep * grid_size**2)
-    mask_GG = torch.zeros(grid_size, grid_size)
-    while (left := quota - int(mask_GG.sum())) > 0:
-        area = rng.uniform(_MIN_RECTANGLE_CELLS, max(_MIN_RECTANGLE_CELLS, left))
-        aspect = math.exp(rng.uniform(-_LOG_ASPECT, _LOG_ASPECT))
-        height = min(grid_size, round(math.sqrt(area * aspect)))
-        width = min(grid_size, round(math.sqrt(area / aspect)))
-        top, column = rng.randint(0, grid_size - height), rng.randint(0, grid_size - width)
-        mask_GG[top : top + height, column : column + width] = 1
-    return mask_GG[None, None]
+def mixed_with_reverse(query: Tensor, key: Tensor, mixed: Sequence[Tensor], lam: float = 0.5) -> Batch:
+    """A batch of given views and mixtures: partners in reverse order, one λ for all images, as published."""
+    row_N = torch.arange(len(query))
+    lam_N = torch.full_like(row_N, lam, dtype=torch.float32)
+    mixtures = tuple(Mixture(images, row_N.flip(0), lam_N) for images in mixed)
+    return Batch(query, key, mixtures, row_N, torch.full_like(row_N, -1))
 
 
-def plain_mixmask(query: Tensor, key: Tensor, mixing: Mixing, rng: random.Random) -> Batch:
+def plain_mixmask(query: Tensor, key: Tensor, mixing: Mixing, draw: Draw) -> Batch:
     """A batch of two views; one block mask mixes the query views with those in reverse order."""
-    num = len(query)
-    mask = plain_block_mask(mixing.grid_size, mixing.mask_lam, rng)
-    mask = F.interpolate(mask, size=query.shape[-2:], mode="nearest")
+    cells = torch.from_numpy(draw_masks(mixing, draw.first()))[None]
+    mask = F.interpolate(cells, size=query.shape[-2:], mode="nearest")
     images = query * mask + query.flip(0) * (1 - mask)
-    mixture = Mixture(images, torch.arange(num - 1, -1, -1), mask.mean().expand(num))
-    row_N = torch.arange(num)
-    return Batch(query, key, (mixture,), row_N, torch.full((num,), -1))
+    return mixed_with_reverse(query, key, [images], mask.mean().item())

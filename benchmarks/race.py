@@ -20,10 +20,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import nn
 
 from benchmarks.programs import fashion_sets
@@ -41,18 +40,20 @@ from training.cli import console
 from training.evaluate import Features, extract_features, knn_top1
 from training.optim import lr_at, scale_lr, sgd
 from training.precision import Precision
-from training.step import LossOf, TrainStep
+from training.step import TrainStep
 
 OURS, MIXMASK = "ours, MoCo v2", "ours, MixMask"
 LIGHTLY, LIGHTLY_AT_BEST = "lightly as documented", "lightly at its best"
-_PREFIXES, _SUFFIXES = (
-    {OURS: "", MIXMASK: "mixmask_"},
-    {LIGHTLY: "lightly", LIGHTLY_AT_BEST: "lightly_at_best"},
+_PAIRS = tuple(
+    (mine, prefix, theirs, suffix)
+    for mine, prefix in ((OURS, ""), (MIXMASK, "mixmask_"))
+    for theirs, suffix in ((LIGHTLY, "lightly"), (LIGHTLY_AT_BEST, "lightly_at_best"))
 )
-"""How the JSON's keys that compare one of our entries with one of lightly's begin and end."""
-SMALL_BANK, QUICK_IMAGES = 5000, 6000
+"""Which entries are compared, and how the JSON's keys of this comparison begin and end."""
+_SMALL_BANK, _QUICK_IMAGES = 5000, 6000
 """Training images of the main kNN figure (among all 60,000 even a random encoder does well), and those that
 --quick evaluates on."""
+_SPREAD = ("samples_per_s", "knn_after")
 _PRECISION = Precision.choose("fp32", torch.device("cpu"))
 Batches = Generator[Any, None, None]
 
@@ -81,31 +82,14 @@ class Entry:
     """A training that takes part, freshly initialised."""
 
     preset: PretrainConfig
-    """Its settings."""
     model: nn.Module
-    """Everything; parameters that require a gradient are trained."""
-    encoder: nn.Module
-    """The query encoder in it, which kNN evaluates."""
-    batches: Callable[[], Batches]
-    """Endless batches; closing them frees what they hold."""
-    loss_of: LossOf
-    """Loss and metrics of a batch; updates the key encoder and the queue."""
+    """Returns loss and metrics of a batch; updates the key encoder and the queue. kNN evaluates its
+    ``encoder_q``."""
+    batches: Batches
+    """Endless; closing them frees what they hold."""
     torch_threads: int
-    """Threads of torch's operators during the training."""
     configured: str
     """How it is set up, in words."""
-
-
-class Trained(NamedTuple):
-    """How far a training has come."""
-
-    samples: int
-    seconds: float
-
-    @property
-    def rate(self) -> float:
-        """Samples/s."""
-        return self.samples / self.seconds
 
 
 def main(config: Race) -> dict[str, Any]:
@@ -126,13 +110,11 @@ def main(config: Race) -> dict[str, Any]:
     peer = _import_lightly()
     train_set, test_set = fashion_sets(console, config.data)
     preset = fashion(train_set)
-    evaluate = functools.partial(
-        evaluate_knn, test_set=test_set, limit=QUICK_IMAGES if config.quick else None
-    )
+    limit = _QUICK_IMAGES if config.quick else None
     runs: dict[str, list[dict[str, float]]] = {}
     words: dict[str, str] = {}
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        trials = {} if config.hands else _try_divisions(peer, preset, min(10.0, seconds / 4), progress)
+    with console.status("trying lightly") as status:
+        trials = {} if config.hands else _try_divisions(peer, preset, min(10.0, seconds / 4))
         best = config.hands or max(trials, key=trials.__getitem__)
         builds: dict[str, Callable[[int], Entry]] = {
             LIGHTLY: functools.partial(lightly, peer, peer.documented(preset), peer.documented_division()),
@@ -145,8 +127,14 @@ def main(config: Race) -> dict[str, Any]:
                 keep_freed_memory()
             runs[name] = []
             for seed in config.seeds:
+                status.update(f"{name}, seed {seed}")
                 entry = build(seed)
-                runs[name].append(_run(f"{name}, seed {seed}", entry, seconds, evaluate, progress))
+                before = evaluate_knn(entry, test_set, limit, "before")
+                done = train(entry, seconds, status.update)
+                run = done | before | evaluate_knn(entry, test_set, limit, "after")
+                gain = f"{100 * run['knn_before']:.1f} → {100 * run['knn_after']:.1f} %"
+                console.print(f"{name}, seed {seed}: {run['samples_per_s']:,.0f} samples/s, kNN {gain}")
+                runs[name].append(run)
                 words[name] = entry.configured
     race = figures(runs, words)
     facts = _facts(config, preset, seconds, trials)
@@ -163,9 +151,6 @@ def _import_lightly() -> ModuleType:
             "installs it, or by hand `pip install '.[bench]' --constraint constraints.txt`"
         ) from error
     return race_lightly
-
-
-# --------------------------------------------------------------------------------------------- the entries
 
 
 def with_method(preset: PretrainConfig, method: Method) -> PretrainConfig:
@@ -186,91 +171,60 @@ def ours(preset: PretrainConfig, seed: int) -> Entry:
     build = functools.partial(build_encoder, preset.arch)
     model = MoCo(build, method=method, queue_seed=seed, **_model_settings(preset))
     model.to(memory_format=torch.channels_last)
-
-    def batches() -> Batches:
-        loader = build_loader(preset.data, preset.recipe(), batch_size=preset.batch_size, seed=seed)
-        for epoch in itertools.count():
-            loader.set_epoch(epoch)
-            yield from loader
-
     words = (
         f"the compiled set by our loader, all cores, channels_last, BN over {preset.bn_splits} parts of the "
         "batch and keys dealt anew, freed memory kept between steps"
     )
     if method != "moco":
         words += f"; one block mask per image on a grid of {preset.mixing.grid_size}"
-    threads = torch.get_num_threads()
-    return Entry(preset, model, model.encoder_q, batches, model, threads, words)
+    return Entry(preset, model, _our_batches(preset, seed), torch.get_num_threads(), words)
+
+
+def _our_batches(preset: PretrainConfig, seed: int) -> Batches:
+    loader = build_loader(preset.data, preset.recipe(), batch_size=preset.batch_size, seed=seed)
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from loader
 
 
 def lightly(peer: ModuleType, preset: PretrainConfig, division: tuple[int, int], seed: int) -> Entry:
     """lightly's MoCo v2; ``division``: worker processes of its DataLoader, and torch threads."""
     workers, torch_threads = division
     torch.manual_seed(seed)
-    model = peer.LightlyMoCo(preset)
-    batches = functools.partial(peer.endless_batches, preset, workers)
-    words = peer.in_words(preset, workers, torch_threads)
-    return Entry(preset, model, model.encoder, batches, model, torch_threads, words)
+    batches, words = peer.endless_batches(preset, workers), peer.in_words(preset, workers, torch_threads)
+    return Entry(preset, peer.LightlyMoCo(preset), batches, torch_threads, words)
 
 
-def _try_divisions(
-    peer: ModuleType, preset: PretrainConfig, seconds: float, progress: Progress
-) -> dict[tuple[int, int], float]:
+def _try_divisions(peer: ModuleType, preset: PretrainConfig, seconds: float) -> dict[tuple[int, int], float]:
     """Samples/s of lightly by division; processes and threads compete for cores, so fewer may be faster."""
-    cores, task = usable_cores(0), progress.add_task("", total=None)
-    rates = {}
-    for division in dict.fromkeys([peer.documented_division(), (cores, 1), (1, 1), (0, cores)]):
-        progress.update(task, description="trying lightly with {} workers and {} threads".format(*division))
-        rates[division] = train(lightly(peer, preset, division, 0), seconds, lambda _: None).rate
-    progress.remove_task(task)
-    return rates
-
-
-# ------------------------------------------------------------------------------------------ one entry's run
-
-
-def _run(
-    name: str, entry: Entry, seconds: float, evaluate: Callable[[Entry], dict[str, float]], progress: Progress
-) -> dict[str, float]:
-    """Evaluate, train, evaluate; the figures of one entry and seed."""
-    task = progress.add_task(f"{name}: evaluating", total=seconds)
-
-    def show(now: Trained) -> None:
-        progress.update(task, completed=now.seconds, description=f"{name}: {now.rate:,.0f} samples/s")
-
-    before = evaluate(entry)
-    done = train(entry, seconds, show)
-    progress.update(task, description=f"{name}: evaluating")
-    after = evaluate(entry)
-    progress.remove_task(task)
-    gain = f"{100 * before['knn']:.1f} → {100 * after['knn']:.1f} %"
-    console.print(f"{name}: {done.rate:,.0f} samples/s, kNN {gain}")
-    shares = {"before": before, "after": after}
-    return {"samples_per_s": done.rate, **done._asdict()} | {
-        f"{kind}_{when}": share for when, found in shares.items() for kind, share in found.items()
+    cores = usable_cores(0)
+    return {
+        division: train(lightly(peer, preset, division, 0), seconds)["samples_per_s"]
+        for division in dict.fromkeys([peer.documented_division(), (cores, 1), (1, 1), (0, cores)])
     }
 
 
-def train(entry: Entry, seconds: float, progress: Callable[[Trained], None]) -> Trained:
-    """Train for a wall time that starts when the first batch arrives; calls ``progress`` after each step."""
+def train(entry: Entry, seconds: float, progress: Callable[[str], None] = lambda _: None) -> dict[str, float]:
+    """Train for a wall time that starts when the first batch arrives."""
     preset = entry.preset
     optimizer = sgd(entry.model, preset.lr, preset.sgd_momentum, preset.weight_decay)
-    step = TrainStep(entry.loss_of, optimizer, _PRECISION)
+    step = TrainStep(entry.model, optimizer, _PRECISION)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(entry.torch_threads)
     entry.model.train()
-    done = Trained(0, 0.0)
-    with closing(entry.batches()) as batches:
+    samples, elapsed = 0, 0.0
+    with closing(entry.batches) as batches:
         batch = next(batches)
         start = time.perf_counter()
-        while done.seconds < seconds:
-            scale_lr(optimizer, _lr_after(done.seconds, seconds, 1.0))
+        while elapsed < seconds:
+            scale_lr(optimizer, _lr_after(elapsed, seconds, 1.0))
             step(batch)
             batch = next(batches)
-            done = Trained(done.samples + preset.batch_size, time.perf_counter() - start)
-            progress(done)
+            samples += preset.batch_size
+            elapsed = time.perf_counter() - start
+            progress(f"{samples / elapsed:,.0f} samples/s")
     torch.set_num_threads(threads_before)
-    return done
+    return {"samples_per_s": samples / elapsed, "samples": samples, "seconds": elapsed}
 
 
 def _lr_after(elapsed_s: float, total_s: float, base_lr: float) -> float:
@@ -278,24 +232,21 @@ def _lr_after(elapsed_s: float, total_s: float, base_lr: float) -> float:
     return lr_at(int(1000 * elapsed_s), math.ceil(1000 * total_s), base_lr)
 
 
-def evaluate_knn(entry: Entry, test_set: Path, limit: int | None) -> dict[str, float]:
-    """kNN top-1 (k = 200, t = 0.1) in [0, 1], with `SMALL_BANK` training images and with all (``knn_whole``).
+def evaluate_knn(entry: Entry, test_set: Path, limit: int | None, when: str) -> dict[str, float]:
+    """kNN top-1 (k = 200, t = 0.1) in [0, 1], with `_SMALL_BANK` training images and with all (``whole``).
 
     limit: draw this many training images and a sixth as many test images; None takes all.
     """
-    entry.encoder.eval()
-    encode = functools.partial(backbone_features, entry.encoder)
+    encoder = entry.model.get_submodule("encoder_q").eval()
+    encode = functools.partial(backbone_features, encoder)
     view = evaluation(entry.preset.recipe())
     bank, test = (
         extract_features(encode, evaluation_batches(images, view, limit=num), _PRECISION)
         for images, num in ((entry.preset.data, limit), (test_set, limit and limit // 6))
     )
-    drawn = torch.randperm(len(bank.label_N), generator=torch.Generator().manual_seed(0))[:SMALL_BANK]
+    drawn = torch.randperm(len(bank.label_N), generator=torch.Generator().manual_seed(0))[:_SMALL_BANK]
     small = Features(bank.feature_ND[drawn], bank.label_N[drawn])
-    return {"knn": knn_top1(small, test), "knn_whole": knn_top1(bank, test)}
-
-
-# ------------------------------------------------------------------------------------------------- figures
+    return {f"knn_{when}": knn_top1(small, test), f"knn_whole_{when}": knn_top1(bank, test)}
 
 
 def figures(runs: dict[str, list[dict[str, float]]], configured: dict[str, str]) -> dict[str, Any]:
@@ -307,7 +258,7 @@ def figures(runs: dict[str, list[dict[str, float]]], configured: dict[str, str])
         means = {key: statistics.fmean(each) for key, each in values.items()}
         rows[name] = {**means, "spread": spread, "runs": seeds, "configured": configured[name]}
     ratios: dict[str, float] = {}
-    for (name, prefix), (peer, suffix) in itertools.product(_PREFIXES.items(), _SUFFIXES.items()):
+    for name, prefix, peer, suffix in _PAIRS:
         mine, theirs = rows[name], rows[peer]
         gain = f"{prefix}knn_gain_over_{suffix}"
         ratios |= {
@@ -318,13 +269,11 @@ def figures(runs: dict[str, list[dict[str, float]]], configured: dict[str, str])
     return {**ratios, "runners": rows}
 
 
-_SPREAD = ("samples_per_s", "knn_after")
-
-
 def _facts(
     config: Race, preset: PretrainConfig, seconds: float, trials: dict[tuple[int, int], float]
 ) -> dict[str, Any]:
     """The JSON's ``config``."""
+    whole = _QUICK_IMAGES if config.quick else "all training pictures"
     same = ("arch", "batch_size", "lr", "sgd_momentum", "weight_decay")
     return {
         "seconds": seconds,
@@ -334,12 +283,7 @@ def _facts(
             {"workers": workers, "torch_threads": threads, "samples_per_s": rate}
             for (workers, threads), rate in trials.items()
         ],
-        "knn": {
-            "k": 200,
-            "temperature": 0.1,
-            "bank": SMALL_BANK,
-            "whole_bank": QUICK_IMAGES if config.quick else "all training pictures",
-        },
+        "knn": {"k": 200, "temperature": 0.1, "bank": _SMALL_BANK, "whole_bank": whole},
         "schedule": "cosine by the share of the wall time gone",
         "clock": "from the arrival of the first batch; kNN does not count",
         "precision": "fp32",
@@ -365,7 +309,7 @@ def _print(race: dict[str, Any], facts: dict[str, Any]) -> None:
             "… whole bank": f"{100 * row['knn_whole_before']:.1f} → {100 * row['knn_whole_after']:.1f}",
         }
     print_table(f"Fashion-MNIST, {facts['seconds']:g} s of training on {facts['threads']} cores", rows)
-    for (name, prefix), (peer, suffix) in itertools.product(_PREFIXES.items(), _SUFFIXES.items()):
+    for name, prefix, peer, suffix in _PAIRS:
         console.print(
             f"{name}: {race[f'{prefix}samples_per_s_vs_{suffix}']:.1f} × the samples/s of {peer}, "
             f"{race[f'{prefix}knn_gain_over_{suffix}']:+.1f} points of kNN"

@@ -37,7 +37,6 @@ class Images(Dataset[list[Tensor]]):
         return len(self._image_NHW3)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        """Query and key, each (3, S, S) float32."""
         views: list[Tensor] = self._transform(Image.fromarray(self._image_NHW3[index]))
         return views
 
@@ -61,14 +60,9 @@ def transform_of(recipe: Recipe) -> MoCoV2Transform:
 
 
 def documented(preset: PretrainConfig) -> PretrainConfig:
-    """The preset with the views of the documentation's example, MoCoV2Transform's defaults.
-
-    Those are MoCo v2's numbers, normalisation included. The evaluation's crop stays the preset's.
-    """
-    views = preset.views
-    return dataclasses.replace(
-        preset, views=Views(crop_px=views.crop_px, eval_center_share=views.eval_center_share)
-    )
+    """The preset with MoCoV2Transform's defaults, which are MoCo v2's; only sizes stay the preset's."""
+    sizes = {name: getattr(preset.views, name) for name in ("crop_px", "eval_center_share")}
+    return dataclasses.replace(preset, views=Views(**sizes))
 
 
 def documented_division() -> tuple[int, int]:
@@ -92,16 +86,16 @@ class LightlyMoCo(nn.Module):
 
     def __init__(self, preset: PretrainConfig) -> None:
         super().__init__()
-        self.encoder, feature_dim = build_encoder(preset.arch)
+        self.encoder_q, feature_dim = build_encoder(preset.arch)
         head = MoCoProjectionHead(feature_dim, feature_dim, preset.moco_dim)
-        self.query = nn.Sequential(self.encoder, head)
+        self.query = nn.Sequential(self.encoder_q, head)
         self.key = copy.deepcopy(self.query)
         deactivate_requires_grad(self.key)
         self.criterion = NTXentLoss(preset.moco_t, (preset.moco_k, preset.moco_dim))
         self._momentum = preset.moco_m
 
     def forward(self, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the query and key views, a scalar; updates the key encoder and the memory bank."""
+        """Loss of the two views; updates the key encoder and the memory bank."""
         query_N3SS, key_N3SS = batch
         update_momentum(self.query, self.key, m=self._momentum)
         return self.criterion(self.query(query_N3SS), self.key(key_N3SS).detach()), {}

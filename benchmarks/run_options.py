@@ -2,20 +2,24 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jinja2
 from rich.progress import Progress
 from rich.table import Column, Table
 
 from benchmarks.environment import environment, write_figures
+from benchmarks.marked_block import MarkedBlock
 from benchmarks.sample_sets import PHOTOGRAPHS
 from training.cli import console
 
 CROP_PX = 224
 """Side of the views."""
+TABLES_PAGE = Path("docs/evaluation.md")
 _Amounts = TypeVar("_Amounts", bound=Any)
 
 
@@ -91,6 +95,35 @@ def finish_benchmark(name: str, quick: bool, file: Path | None, **figures: Any) 
     return result
 
 
+def table_block(result: Mapping[str, Any]) -> str:
+    """A benchmark's table in Markdown, by the template of its name in this folder."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    templates = jinja2.Environment(
+        loader=folder, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return f"\n{templates.get_template(result['benchmark'] + '.md').render(result)}\n"
+
+
+def finish_with_table(name: str, quick: bool, file: Path | None, **figures: Any) -> dict[str, Any]:
+    """`finish_benchmark`; prints the table, which a full run with a file also writes into `TABLES_PAGE`."""
+    result = finish_benchmark(name, quick, file, **figures)
+    console.print(table_block(result))
+    if file and not quick:
+        block_of(name).rewrite(TABLES_PAGE, table_block(result))
+    return result
+
+
+def block_of(name: str) -> MarkedBlock:
+    """Where a benchmark's table is in `TABLES_PAGE`."""
+    return MarkedBlock(f"<!-- {name}: begin -->", f"<!-- {name}: end -->")
+
+
+def mean_and_std(values: list[float], digits: int) -> dict[str, float]:
+    """Mean and standard deviation, which is 0 for a single value; rounded."""
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": round(statistics.mean(values), digits), "std": round(std, digits)}
+
+
 def print_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
     """Print rows by name; the columns are the keys of the rows, which are the same for all."""
     table = Table(Column(no_wrap=True), title=title)
@@ -99,6 +132,12 @@ def print_table(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
     for name, row in rows.items():
         table.add_row(name, *row.values())
     console.print(table)
+
+
+def median_and_range(row: Mapping[str, Any], digits: int) -> str:
+    """A cell of a table with two lines: the median, and the lowest … highest."""
+    median, low, high = (f"{row[name]:.{digits}f}" for name in ("median", "low", "high"))
+    return f"{median}\n[dim]{low} … {high}[/]"
 
 
 class Bars:

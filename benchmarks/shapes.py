@@ -64,22 +64,16 @@ def write_coco(folder: Path, count: int, side_px: int, seed: int) -> Path:
     images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
     for number in range(count):
         image, shapes = draw(seed + number, side_px)
-        name = f"{number:06}.png"
-        image.save(folder / name)
-        images.append({"id": number + 1, "file_name": name, "width": side_px, "height": side_px})
+        images.append(
+            {"id": number + 1, "file_name": f"{number:06}.png", "width": side_px, "height": side_px}
+        )
+        image.save(folder / images[-1]["file_name"])
         for shape in shapes:
             left, top, right, bottom = shape.box
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number + 1,
-                    "category_id": shape.label + 1,
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": (right - left) * (bottom - top),
-                    "iscrowd": 0,
-                    "segmentation": [shape.outline_P2.flatten().tolist()],
-                }
-            )
+            annotation = {"image_id": number + 1, "category_id": shape.label + 1, "iscrowd": 0}
+            annotation["id"] = len(annotations) + 1
+            box = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
+            annotations.append(annotation | box | {"segmentation": [shape.outline_P2.flatten().tolist()]})
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     file = folder / "instances.json"
     write_json(file, {"images": images, "annotations": annotations, "categories": categories})

@@ -5,9 +5,8 @@
 
 A step gets the features of a ResNet-18. It computes the head, the loss and the gradients down to the
 features, and updates the whole key encoder and the queue. Ours is `models.moco.MoCo`, the published one
-`benchmarks.published.PlainMoCo`; they take turns in one process. Peak memory is measured in fresh processes:
-the largest resident memory during a few steps, minus that before the first step, when the model, the queue
-and the features exist. For the epochs see `benchmarks.epoch`.
+`benchmarks.published.PlainMoCo`; they take turns in one process. Peak memory is the largest resident memory
+during a few steps in a fresh process, minus that before the first step. For epochs see `benchmarks.epoch`.
 
 Shape letters: N batch, F features.
 """
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,15 +28,22 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from benchmarks.epoch import EpochSetting, measure_epochs, print_epochs
+from benchmarks.epoch import EpochSetting, loss_of, measure_epochs, print_epochs
 from benchmarks.memory import status_mib
-from benchmarks.published import PlainMoCo
-from benchmarks.run_options import Bars, finish_benchmark, given_or, keep_full_figures, print_table
+from benchmarks.published import PlainMoCo, mixed_with_reverse
+from benchmarks.run_options import (
+    Bars,
+    finish_benchmark,
+    given_or,
+    keep_full_figures,
+    median_and_range,
+    print_table,
+)
 from benchmarks.timing import Runner, Turns, num_steps, summary, take_turns
 from models.batch import NUM_MIXTURES, Method
 from models.encoders import NormLayer, build_encoder
 from models.moco import MoCo
-from pipelines import Batch, Mixture
+from pipelines import Batch
 from training import cli
 from training.cli import console
 
@@ -107,20 +114,28 @@ def main(config: StepBenchmark) -> dict[str, Any]:
         bars = Bars(display, 2 * len(methods) + len(settings))
         figures = {method: _measure(method, size, bars) for method in methods}
         epoch = {"epoch": measure_epochs(settings, config.data, bars)} if settings else {}
-    facts = {
-        **asdict(size),
-        "arch": _ARCH,
-        "temperature": _TEMPERATURE,
-        "steps_at_peak": _PEAK_STEPS,
-        "threads": torch.get_num_threads(),
-        "precision": "fp32",
-    }
+    threads = torch.get_num_threads()
+    facts = asdict(size) | {"arch": _ARCH, "temperature": _TEMPERATURE, "steps_at_peak": _PEAK_STEPS}
+    facts |= {"threads": threads, "precision": "fp32"}
     ratios = {name: figures["mixmask"][name] for name in ("time_vs_naive", "peak_memory_vs_naive")}
-    step = {**ratios, "unit": "ms", "methods": figures}
-    _print(figures, facts)
+    print_table(
+        f"A step without its encoders, N {size.batch_size}, K {size.queue_len:,}, {threads} threads; "
+        f"ms, lowest … highest of {size.turns} turns, and MiB at the peak",
+        {method: _cells(row) for method, row in figures.items()},
+    )
     if epoch:
         print_epochs(epoch["epoch"])
+    step = {**ratios, "unit": "ms", "methods": figures}
     return finish_benchmark("step", config.quick, config.json, config=facts, step=step, **epoch)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    return (
+        {name: median_and_range(row[name], 0) for name in _FORMULATIONS}
+        | {"time": f"{row['time_vs_naive']:.2f} ×"}
+        | {f"{name}, MiB": f"{row[name]['peak_memory_mib']:.0f}" for name in _FORMULATIONS}
+        | {"memory": f"{row['peak_memory_vs_naive']:.2f} ×"}
+    )
 
 
 class GivenFeatures(nn.Module):
@@ -145,30 +160,21 @@ def _given_features(*, norm_layer: NormLayer) -> tuple[nn.Module, int]:
 def feature_batch(method: Method, batch_size: int, feature_dim: int) -> tuple[Batch, list[Tensor]]:
     """A batch with (N, F) features as images, and those of them that require a gradient."""
     generator = torch.Generator().manual_seed(1)
-    key, query, *mixed = torch.rand(2 + NUM_MIXTURES[method], batch_size, feature_dim, generator=generator)
-    leaves = [x.clone().requires_grad_() for x in (query, *mixed)]
-    # As published: partners in reverse order, one share for the whole batch.
-    partner_N, lam_N = torch.arange(batch_size - 1, -1, -1), torch.full((batch_size,), 0.5)
-    mixtures = tuple(Mixture(x, partner_N, lam_N) for x in leaves[1:])
-    row_N = torch.arange(batch_size)
-    return Batch(leaves[0], key, mixtures, row_N, torch.full_like(row_N, -1)), leaves
+    key, *leaves = torch.rand(2 + NUM_MIXTURES[method], batch_size, feature_dim, generator=generator)
+    query, *mixed = (leaf.clone().requires_grad_() for leaf in leaves)
+    return mixed_with_reverse(query, key, mixed), [query, *mixed]
 
 
 def build_step(formulation: Formulation, method: Method, size: Size) -> Callable[[], Tensor]:
     """A function that makes one step and returns its loss. Both formulations start from the same weights."""
     torch.manual_seed(0)
-    loss_of: Callable[[Batch], Tensor]
+    options: dict[str, Any] = {"method": method, "queue_len": size.queue_len, "temperature": _TEMPERATURE}
     if formulation == "ours":
         # Features have no BN, so there are no statistics to split.
-        ours = MoCo(
-            _given_features, method=method, queue_len=size.queue_len, temperature=_TEMPERATURE, bn_splits=1
-        )
-        encoder, loss_of = ours.encoder_q, lambda batch: ours(batch)[0]
+        model: nn.Module = MoCo(_given_features, **options, bn_splits=1)
     else:
-        loss_of = plain = PlainMoCo(
-            _given_features, method=method, queue_len=size.queue_len, temperature=_TEMPERATURE
-        )
-        encoder = plain.encoder_q
+        model = PlainMoCo(_given_features, **options)
+    encoder = model.get_submodule("encoder_q")
     head = encoder.get_submodule("fc")
     batch, features = feature_batch(method, size.batch_size, next(head.parameters()).shape[1])
     leaves = [*features, *head.parameters()]
@@ -176,7 +182,7 @@ def build_step(formulation: Formulation, method: Method, size: Size) -> Callable
     def step() -> Tensor:
         for leaf in leaves:
             leaf.grad = None
-        loss: Tensor = loss_of(batch)
+        loss = loss_of(model, batch)
         loss.backward()
         return loss
 
@@ -191,17 +197,19 @@ def _measure(method: Method, size: Size, bars: Bars) -> dict[str, Any]:
     }
     turns = Turns(size.turns, size.seconds)
     rates = take_turns(runners, turns, bars.steps(num_steps(runners, turns)))
+    times_ms = {name: [1e3 / rate for rate in rates[name]] for name in rates}
     bars.next_part(f"{method}: memory")
     bars.steps(1)("in fresh processes")
     peaks_mib = _in_fresh_processes(method, size)
-    found: dict[str, Any] = {}
-    medians = {}
-    for name, peak_mib in peaks_mib.items():
-        times_ms = [1e3 / rate for rate in rates[name]]
-        medians[name] = statistics.median(times_ms)
-        found[name] = summary(times_ms) | {"peak_memory_mib": round(peak_mib, 1)}
-    time, memory = (each["ours"] / each["naive"] for each in (medians, peaks_mib))
-    return {**found, "time_vs_naive": round(time, 4), "peak_memory_vs_naive": round(memory, 4)}
+    medians_ms = {name: statistics.median(times) for name, times in times_ms.items()}
+    return {
+        **{
+            name: summary(times_ms[name]) | {"peak_memory_mib": round(mib, 1)}
+            for name, mib in peaks_mib.items()
+        },
+        "time_vs_naive": round(medians_ms["ours"] / medians_ms["naive"], 4),
+        "peak_memory_vs_naive": round(peaks_mib["ours"] / peaks_mib["naive"], 4),
+    }
 
 
 def _steps(formulation: Formulation, method: Method, size: Size) -> Iterator[Tensor]:
@@ -214,9 +222,9 @@ def _in_fresh_processes(method: Method, size: Size) -> dict[str, float]:
     """The peak of each formulation, each in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(_FORMULATIONS), mp_context=spawn, max_tasks_per_child=1) as pool:
-        peaks = {name: pool.submit(peak_memory_mib, name, method, size) for name in _FORMULATIONS}
+        peaks_mib = pool.map(peak_memory_mib, _FORMULATIONS, repeat(method), repeat(size))
         try:
-            return {name: peak.result() for name, peak in peaks.items()}
+            return dict(zip(_FORMULATIONS, peaks_mib, strict=True))
         except BrokenProcessPool as error:
             raise ValueError(
                 f"a process measuring {method} was killed, most likely for its memory; "
@@ -227,7 +235,7 @@ def _in_fresh_processes(method: Method, size: Size) -> dict[str, float]:
 def peak_memory_mib(formulation: Formulation, method: Method, size: Size) -> float:
     """MiB that steps hold at their peak over what this process held before the first step."""
     step = build_step(formulation, method, size)
-    # Return what building the models has freed to the system, so that no step uses it unseen.
+    # Return freed memory to the system, so that no step uses it unseen.
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     # Resets the kernel's high-water mark of resident memory.
@@ -236,23 +244,6 @@ def peak_memory_mib(formulation: Formulation, method: Method, size: Size) -> flo
     for _ in range(_PEAK_STEPS):
         step()
     return status_mib("VmHWM") - before_mib
-
-
-def _print(figures: dict[Method, dict[str, Any]], facts: dict[str, Any]) -> None:
-    rows: dict[str, dict[str, str]] = {}
-    for method, row in figures.items():
-        both: list[tuple[str, dict[str, float]]] = [(name, row[name]) for name in _FORMULATIONS]
-        rows[method] = (
-            {name: f"{t['median']:.0f}\n[dim]{t['low']:.0f} … {t['high']:.0f}[/]" for name, t in both}
-            | {"time": f"{row['time_vs_naive']:.2f} ×"}
-            | {f"{name}, MiB": f"{t['peak_memory_mib']:.0f}" for name, t in both}
-            | {"memory": f"{row['peak_memory_vs_naive']:.2f} ×"}
-        )
-    print_table(
-        f"A step without its encoders, N {facts['batch_size']}, K {facts['queue_len']:,}, "
-        f"{facts['threads']} threads; ms, lowest … highest of {facts['turns']} turns, and MiB at the peak",
-        rows,
-    )
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ from pipelines.sets.manifest import (
     HASH_BYTES,
     Manifest,
     Tier,
-    in_force,
     manifest_path,
     paths_path,
     pending_path,
     skipped_path,
     source_path_line,
+    valid_side_file,
 )
 from training.files import sync_folder
 
@@ -58,7 +58,7 @@ def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -
 def settle(path: Path) -> None:
     """Rename pending side files if they belong to the set at ``path``; remove them otherwise."""
     manifest = manifest_path(path)
-    belong = in_force(path, manifest) != manifest
+    belong = valid_side_file(path, manifest) != manifest
     # The manifest is last, because it identifies the set that the others belong to.
     for side in (paths_path(path), skipped_path(path), manifest):
         pending = pending_path(side)
@@ -204,7 +204,7 @@ class BetonWriter:
         """Write tables and header, sync, check, and rename the set and its side files.
 
         An old set stays until the new one is complete on the disk, and is replaced in one step. A process
-        that is killed at any moment leaves one of the two, see ``in_force``.
+        that is killed at any moment leaves one of the two, see ``valid_side_file``.
 
         Args:
             source: name of the source.

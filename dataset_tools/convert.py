@@ -14,7 +14,7 @@ from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, NUM_NAMED, Progress, Work
 from pipelines.randomness import EpochOrder
 from pipelines.sets.manifest import Manifest, of_kind
-from pipelines.sets.shards import set_aside
+from pipelines.sets.shards import set_aside_path
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def make_shards(work: Work, folder: str | Path, sharding: Sharding) -> ShardsMad
 def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: bool) -> Converted:
     folder = _shards_folder(folder)
     plan = _plan(work, sharding)
-    if overwrite and (folder.exists() or set_aside(folder).exists()):
+    if overwrite and (folder.exists() or set_aside_path(folder).exists()):
         with replacing(folder, plan) as new:
             return _make_all(work, new, plan)
     with claimed(folder, plan) as manifest:

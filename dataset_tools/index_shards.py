@@ -20,9 +20,9 @@ from dataset_tools.tars import Component, TarSample, dali_index, scan_tar, tar_s
 from dataset_tools.work import MAX_BAD, Progress, check_bad, check_share, num_workers, ordered_map
 from pipelines.decode.pillow import read_size
 from pipelines.sets.beton import MAX_SIDE_PX
-from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES, PassedOver
+from pipelines.sets.folder import IMAGE_SUFFIXES, NO_LABEL, PassedOver
 from pipelines.sets.manifest import Manifest, Shard, of_kind
-from pipelines.sets.shards import INDEX_DTYPE, dali_index_path, open_shards, pictures_on_disk
+from pipelines.sets.shards import INDEX_DTYPE, dali_index_path, open_shards, positions_by_shard
 from training.files import write_atomically
 
 LABEL_SUFFIX, JSON_SUFFIX, JSON_KEY = "cls", "json", "label"
@@ -141,7 +141,7 @@ def write_dali_indices(
     shards = open_shards(folder)
     workers = num_workers(workers)
     _check_writable(shards.path)
-    rows_by_shard = pictures_on_disk(shards.shards, shards.index)
+    rows_by_shard = positions_by_shard(shards.shards, shards.index)
 
     def write(number: int) -> bool:
         tar = shards.tar_path(number)
@@ -187,7 +187,7 @@ def _first_kind(tars: Sequence[Path], accept_truncated: bool) -> tuple[str, ...]
             if found := _images(sample):
                 return (found[0].suffix.lower(),)
     raise ValueError(
-        f"no images in the tars of {tars[0].parent}: looked for {' '.join(PICTURE_SUFFIXES)}; name their "
+        f"no images in the tars of {tars[0].parent}: looked for {' '.join(IMAGE_SUFFIXES)}; name their "
         "suffix with --ext"
     )
 
@@ -199,7 +199,7 @@ def _samples(tar: Path, passed_over: PassedOver | None) -> list[TarSample]:
 
 
 def _images(sample: TarSample) -> list[Component]:
-    return [c for c in sample.components if "." + c.suffix.lower() in PICTURE_SUFFIXES]
+    return [c for c in sample.components if "." + c.suffix.lower() in IMAGE_SUFFIXES]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from pipelines.sets.shards import (
     PLAN_NAME,
     index_hint,
     open_shards,
-    set_aside,
+    set_aside_path,
 )
 from training.files import sync_folder
 
@@ -117,7 +117,7 @@ def replacing(folder: Path, plan: Plan) -> Iterator[Path]:
                 with contextlib.suppress(PermissionError):  # only the owner of a folder may change its mode
                     shutil.copymode(folder, new)
                     os.chown(new, -1, folder.stat().st_gid)
-                exchange(new, folder, set_aside(folder))
+                exchange(new, folder, set_aside_path(folder))
             except BaseException:
                 _retire(new, folder)
                 raise
@@ -139,7 +139,7 @@ def put_back(folder: Path) -> None:
     Raises:
         FileExistsError: if that process is alive, or if something else has the name ``folder``.
     """
-    aside = set_aside(folder)
+    aside = set_aside_path(folder)
     if not aside.exists():
         return
     with Lock(aside / LOCK_NAME, folder) as held:

@@ -18,8 +18,8 @@ from pipelines.sets.shards import (
     INDEX_NAME,
     PENDING_INDEX_NAME,
     PLAN_NAME,
-    index_in_force,
     set_digest,
+    valid_index_path,
 )
 from training.files import sync_folder, write_atomically
 
@@ -117,7 +117,7 @@ def save_set(
     """Write the index, the list of images left out and the manifest of a set, replacing existing ones.
 
     The index is renamed after the manifest. Until then the index with the hash that the manifest records is
-    the valid one, see ``index_in_force``.
+    the valid one, see ``valid_index_path``.
 
     Args:
         folder: of the set.
@@ -158,7 +158,7 @@ def settle_index(folder: Path, manifest: Manifest | None) -> None:
     """Rename a pending index if it belongs to the manifest; remove it otherwise."""
     pending = folder / PENDING_INDEX_NAME
     if pending.exists():
-        if manifest is not None and index_in_force(folder, manifest) == pending:
+        if manifest is not None and valid_index_path(folder, manifest) == pending:
             pending.replace(folder / INDEX_NAME)
         else:
             pending.unlink()

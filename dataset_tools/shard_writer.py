@@ -16,7 +16,7 @@ from dataset_tools.disk import PartialFile
 from dataset_tools.normalise import BadImage, Normal
 from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, tar_name
 from dataset_tools.tars import Member, dali_index, tar_samples
-from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES
+from pipelines.sets.folder import IMAGE_SUFFIXES, NO_LABEL
 from pipelines.sets.manifest import Shard
 from pipelines.sets.shards import TAR_BLOCK, dali_index_path
 from training.files import sync_folder, write_atomically
@@ -192,7 +192,7 @@ def without_suffix(path: str) -> str:
     """Remove the suffix of an image file from a path, unless the name consists of nothing else."""
     folder, slash, name = path.rpartition("/")
     stem, dot, suffix = name.rpartition(".")
-    return f"{folder}{slash}{stem}" if stem and f"{dot}{suffix}".lower() in PICTURE_SUFFIXES else path
+    return f"{folder}{slash}{stem}" if stem and f"{dot}{suffix}".lower() in IMAGE_SUFFIXES else path
 
 
 class Keys:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from dataset_tools.shard_plan import PLAN_KEY
 from dataset_tools.shard_writer import decode_key
 from dataset_tools.tars import scan_tar, split_name
-from pipelines.sets.folder import FolderListing, PassedOver, PictureList
+from pipelines.sets.folder import FolderListing, ImageList, PassedOver
 from pipelines.sets.manifest import verify_hint
-from pipelines.sets.shards import open_shards, pictures_on_disk
+from pipelines.sets.shards import open_shards, positions_by_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class FolderSource(FolderListing):
         return Sample((self.root / path).read_bytes(), self.label(index), path)
 
 
-class ListedSource(PictureList):
+class ListedSource(ImageList):
     """Base of sources that list their images themselves."""
 
     def __init__(
@@ -97,7 +97,7 @@ class ListedSource(PictureList):
         super().__init__(root, classes, passed_over)
         for prefix, names in paths:
             self._add(prefix, names)
-        self._close(labels)
+        self._set_labels(labels)
 
     @property
     def name(self) -> str:
@@ -127,7 +127,7 @@ class ShardSource(ListedSource):
             FileNotFoundError: as ``open_shards`` does.
         """
         self._set = open_shards(path)
-        rows_by_shard = pictures_on_disk(self._set.shards, self._set.index)
+        rows_by_shard = positions_by_shard(self._set.shards, self._set.index)
         labels = self._set.index["label"].astype(np.int64)
         passed_over = PassedOver()
         on_damage = passed_over.count_damage if accept_truncated else None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tars import Member, Window, tar_members
-from pipelines.sets.folder import NO_LABEL, PICTURE_SUFFIXES, SPLIT_NAMES, PassedOver
+from pipelines.sets.folder import IMAGE_SUFFIXES, NO_LABEL, SPLIT_NAMES, PassedOver
 
 Folder = tuple[str, ...]
 """The parts of a folder's path."""
@@ -139,7 +139,7 @@ class _Scan:
                 progress()
         if not folders:
             raise ValueError(
-                f"no images in {self._path}: looked for {' '.join(PICTURE_SUFFIXES)}, and for tars with "
+                f"no images in {self._path}: looked for {' '.join(IMAGE_SUFFIXES)}, and for tars with "
                 "them; give a tar of images, or of one tar per class"
             )
         ordered = [folders[parts] for parts in sorted(folders)]
@@ -153,7 +153,7 @@ class _Scan:
         first_tar = first_image = ""
         with self._path.open("rb") as file:
             for member in tar_members(file, str(self._path), self._on_damage):
-                parts = self._parts(member, (*PICTURE_SUFFIXES, ".tar"))
+                parts = self._parts(member, (*IMAGE_SUFFIXES, ".tar"))
                 if not parts:
                     continue
                 if parts[-1].lower().endswith(".tar"):
@@ -172,7 +172,7 @@ class _Scan:
         """Yield the images of one class, which are in an inner tar; offsets are those of the outer tar."""
         window = io.BufferedReader(Window(descriptor, inner.offset, inner.num_bytes))
         for member in tar_members(window, f"{self._path}: {inner.name}", self._on_damage):
-            if parts := self._parts(member, PICTURE_SUFFIXES):
+            if parts := self._parts(member, IMAGE_SUFFIXES):
                 yield (name, *parts), member._replace(offset=inner.offset + member.offset)
 
     def _parts(self, member: Member, suffixes: tuple[str, ...]) -> Folder:

@@ -19,7 +19,7 @@ from dataset_tools.work import NUM_NAMED, Progress, ordered_map
 from pipelines.decode.jpeg import check_jpeg
 from pipelines.decode.pillow import is_jpeg, read_rgb, read_size
 from pipelines.sets.beton import MODE_JPEG, BetonFile, open_beton, pixel_bytes
-from pipelines.sets.folder import PICTURE_SUFFIXES
+from pipelines.sets.folder import IMAGE_SUFFIXES
 from pipelines.sets.manifest import Manifest, Shard, of_kind, read_source_path
 from pipelines.sets.shards import (
     INDEX_DTYPE,
@@ -27,7 +27,7 @@ from pipelines.sets.shards import (
     dali_index_path,
     index_hint,
     map_index,
-    pictures_on_disk,
+    positions_by_shard,
     set_digest,
     shards_manifest,
 )
@@ -190,7 +190,7 @@ def _verify_shards(path: Path, workers: int | None, progress: Progress | None) -
         problems.append(f"the shards have {total} bytes, the manifest says {manifest.num_bytes}")
     accepted = of_kind("damaged", manifest.replaced)
     bad: list[DamagedImage] = []
-    for shard, rows in zip(manifest.shards, pictures_on_disk(manifest.shards, index), strict=True):
+    for shard, rows in zip(manifest.shards, positions_by_shard(manifest.shards, index), strict=True):
         of_shard, damaged = _check_shard(path, shard, accepted, index, rows, workers, progress)
         problems += of_shard
         bad += damaged
@@ -317,7 +317,7 @@ def _fault_in_shard(data: NDArray[np.uint8], record: np.void, by_offset: dict[in
         return f"the tar has no file at byte {offset}, where the index says it is"
     if member.num_bytes != num_bytes:
         return f"has {member.num_bytes} bytes in the tar, {num_bytes} in the index"
-    if not member.name.lower().endswith(PICTURE_SUFFIXES):
+    if not member.name.lower().endswith(IMAGE_SUFFIXES):
         return "its name is not that of an image"
     payload = data[offset : offset + num_bytes]
     if is_jpeg(payload):

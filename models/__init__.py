@@ -1,1 +1,1 @@
-"""A batch in, a loss out: encoders, MoCo with its queue, and the λ-weighted losses."""
+"""From a batch to a loss: encoders, MoCo with its queue, and the λ-weighted losses."""

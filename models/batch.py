@@ -11,21 +11,21 @@ from torch import Tensor
 Method = Literal["moco", "mixmask", "unmix", "both", "erase"]
 
 NUM_MIXTURES: dict[Method, int] = {"moco": 0, "mixmask": 1, "unmix": 1, "both": 2, "erase": 1}
-"""Number of mixtures in a batch for each method. Each weighs as much as the clean term of the loss."""
+"""Number of mixtures in a batch, by method. In the loss, a mixture weighs as much as the clean views."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Query views mixed with each other: image i keeps the share ``lam[i]`` of ``query[i]``.
+    """Query views mixed with each other: ``images[i]`` has the share ``lam[i]`` of ``query[i]``.
 
-    In ``Batch.key_mixtures`` the same holds for the key views.
+    In ``Batch.key_mixtures``, read "key" for "query".
     """
 
     images: Tensor
-    """(N, 3, S, S) of the views' dtype, channels_last, on the training device."""
+    """(N, 3, S, S) of the dtype of the views, channels_last, on the training device."""
     partner: Tensor
-    """(N,) int64: images[i] is made of query[i] and query[partner[i]]. A permutation without fixed points.
-    Erased views contain no other image; there partner[i] is i."""
+    """(N,) int64: images[i] is made of query[i], the anchor, and query[partner[i]]. A permutation without
+    fixed points. For method "erase", which mixes with no other image, partner[i] is i."""
     lam: Tensor
     """(N,) float32 in [0, 1]: the share of query[i] in images[i]."""
 
@@ -37,19 +37,19 @@ class Batch:
     query: Tensor
     """(N, 3, S, S) of the loader's dtype (float32 by default), normalised, channels_last."""
     key: Tensor
-    """(N, 3, S, S), likewise. Has zero rows where the recipe makes one view per image."""
+    """(N, 3, S, S), likewise. (0, 3, S, S) if the recipe has one view per image."""
     mixtures: tuple[Mixture, ...]
-    """Of the query views, as many as `NUM_MIXTURES` says; for method "both" they are (unmix, mixmask)."""
+    """Mixtures of the query views, `NUM_MIXTURES` of them; for method "both", (unmix, mixmask)."""
     index: Tensor
     """(N,) int64, position in the compiled set."""
     label: Tensor
     """(N,) int64, −1 where the set has no labels."""
     key_mixtures: tuple[Mixture, ...] = ()
-    """Of the key views: as many as of the query views for a symmetric loss, else none."""
+    """Mixtures of the key views: for a symmetric loss as many as of the query views, else none."""
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    """Every tensor of a batch, in an order that is always the same."""
+    """Every tensor of a batch, always in the same order."""
     mixtures = (*batch.mixtures, *batch.key_mixtures)
     mixed = [part for mixture in mixtures for part in (mixture.images, mixture.partner, mixture.lam)]
     return [batch.query, batch.key, batch.index, batch.label, *mixed]
@@ -57,14 +57,14 @@ def tensors_of(batch: Batch) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Direction:
-    """One view in the role of the query, the other in the role of the key."""
+    """The views of a batch with their roles: which is the query and which is the key."""
 
     query: Tensor
     """(N, 3, S, S)."""
     key: Tensor
     """(N, 3, S, S)."""
     mixtures: tuple[Mixture, ...]
-    """Of the query."""
+    """Mixtures of the query."""
 
     @property
     def branches(self) -> list[Tensor]:
@@ -73,7 +73,7 @@ class Direction:
 
 
 def directions_of(batch: Batch, method: Method, *, symmetric: bool) -> list[Direction]:
-    """Query to key, and for a symmetric loss also key to query.
+    """The direction query → key of a batch; for a symmetric loss also key → query.
 
     Raises:
         ValueError: if the batch was made for another method.

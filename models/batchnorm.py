@@ -1,11 +1,12 @@
-"""BatchNorm over parts of a batch, and the shuffles that keep its statistics from leaking the positive pair.
+"""BatchNorm over parts of a batch, and shuffles of the key batch.
 
-BatchNorm mixes information between the images of a batch. If a query and its key are normalised together with
-the same other images, the network can match the two by their shared statistics and learns nothing. So keys
-are normalised together with other images than their queries: the rows of the key batch are redistributed over
-ranks, or over the parts of a `SplitBatchNorm2d`, and put back in order after the encoder.
+In BatchNorm the output for an image depends on the other images through the batch statistics. If a query and
+its key are normalised with statistics of the same images, the network can match them by these statistics
+instead of by their contents. So the rows of the key batch are redistributed before the key encoder, over
+ranks or over the parts of a `SplitBatchNorm2d`, and put back in order after it. Then query and key are
+normalised with statistics of different images.
 
-Shape letters: N batch on this rank, C channels, S side, G parts (groups), R ranks, B branches, D embedding.
+Shape letters: N batch on this rank, C channels, S side, G parts, R ranks, B branches, D embedding.
 """
 
 import functools
@@ -33,9 +34,9 @@ def _check_divisible(batch_size: int, num_splits: int) -> None:
 
 @functools.cache
 def missing_for_kernels() -> str:
-    """What this machine lacks to compile GPU kernels at run time, and how to install it; "" for nothing.
+    """What is missing to compile GPU kernels at run time, and how to install it; "" if nothing is missing.
 
-    Triton compiles a launcher in C for each kernel, for torch.compile's kernels as well as for ours.
+    For each kernel, torch.compile's and ours, Triton compiles a launcher in C.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
@@ -51,7 +52,7 @@ class NormArguments(NamedTuple):
     """The arguments of `split_batch_norm` other than its input."""
 
     weight_C: Tensor
-    """(C,) float32, as the three after it."""
+    """(C,) float32, like the next three."""
     bias_C: Tensor
     """Added after the multiplication by the weight."""
     running_mean_C: Tensor
@@ -61,13 +62,13 @@ class NormArguments(NamedTuple):
     num_splits: int
     """G."""
     momentum: float
-    """Share of the new statistics in the running ones."""
+    """Weight of the new statistics in the running ones."""
     eps: float
     """Added to variances."""
 
 
-# One custom operation forward and one backward. They write each part to its place in one output, so no copy
-# joins the parts. The backward pass needs only the input and the statistics of the parts.
+# Forward and backward are one custom operation each. They write all parts into one output, so the parts need
+# not be concatenated. The backward pass needs only the input and the statistics of the parts.
 
 
 @torch.library.custom_op("maskmix::split_batch_norm", mutates_args=("running_mean_C", "running_var_C"))
@@ -83,12 +84,12 @@ def split_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise each of G consecutive parts of a batch by its own statistics.
 
-    The running statistics move, in place, towards the mean of the parts' means and unbiased variances.
+    The running statistics are updated in place, with the mean of the parts' means and unbiased variances.
     ``input`` is (N, C, S, S) in channels_last, and G divides N. The other arguments are those of
-    `NormArguments`, which the schema of a custom operation cannot group.
+    `NormArguments`, which a custom operation must list one by one.
 
     Returns:
-        The normalised batch, and (G, C) means and 1 / standard deviations of the parts.
+        The normalised batch, and (G, C) means and (G, C) 1 / standard deviations of the parts.
     """
     if input.device.type == "cuda":
         from models import batchnorm_triton
@@ -162,11 +163,11 @@ def _shapes_of_gradients(
 
 
 class _SplitBatchNorm(torch.autograd.Function):
-    """The output of `split_batch_norm`, differentiable."""
+    """`split_batch_norm` with its gradient; returns only the normalised batch."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight_C: Tensor, bias_C: Tensor, *rest: Any) -> Tensor:
-        """Take the arguments of `split_batch_norm`."""
+        """Normalise; the arguments are those of `split_batch_norm`."""
         output: Tensor
         output, mean_GC, inverse_std_GC = split_batch_norm(input, weight_C, bias_C, *rest)
         ctx.save_for_backward(input, weight_C, mean_GC, inverse_std_GC)
@@ -183,7 +184,7 @@ class _SplitBatchNorm(torch.autograd.Function):
 
 
 def split_batch_norm_for_compiler(input: Tensor, norm: NormArguments) -> Tensor:
-    """The output of `split_batch_norm` as plain arithmetic, which torch.compile fuses with its neighbours."""
+    """`split_batch_norm` in plain torch code, which torch.compile fuses with the layers around it."""
     x_GNCSS = input.unflatten(0, (norm.num_splits, -1)).to(norm.weight_C.dtype)
     var_GC, mean_GC = torch.var_mean(x_GNCSS, dim=(1, 3, 4), correction=0)
     with torch.no_grad():
@@ -199,15 +200,15 @@ def split_batch_norm_for_compiler(input: Tensor, norm: NormArguments) -> Tensor:
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d that normalises each of ``num_splits`` consecutive parts of a training batch by itself.
 
-    One device then computes what ``num_splits`` devices without synchronised BatchNorm compute. The running
-    statistics move towards the mean of the parts' statistics. In eval mode, and in the state dict, it is a
-    plain BatchNorm2d.
+    So one device computes the same as ``num_splits`` devices without synchronised BatchNorm. The running
+    statistics are updated with the mean of the parts' statistics. In eval mode, and in the state dict, this
+    is a plain BatchNorm2d.
 
     Args:
         num_features: C.
         num_splits: G, at least 1; 1 is plain BatchNorm. It must divide every training batch.
         eps: added to variances.
-        momentum: share of the new statistics in the running ones.
+        momentum: weight of the new statistics in the running ones.
 
     Raises:
         ValueError: if ``num_splits`` is below 1; in ``forward``, if it does not divide the batch.
@@ -236,7 +237,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     @staticmethod
     def _running(buffer: Tensor | None) -> Tensor:
-        assert buffer is not None  # running statistics are always tracked here
+        assert buffer is not None  # this class always tracks running statistics
         return buffer
 
     def extra_repr(self) -> str:
@@ -245,7 +246,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def _channels_first_to_last(x: Tensor) -> Tensor:
-    """(N, S, S, C), contiguous, of an image batch; without a copy where that is channels_last already."""
+    """Make images (N, S, S, C), without a copy if they are channels_last; leaves embeddings as they are."""
     return x.movedim(1, -1).contiguous() if x.dim() == 4 else x.contiguous()
 
 
@@ -254,7 +255,7 @@ def _channels_last_to_first(x: Tensor) -> Tensor:
 
 
 def shuffle_across_splits(x: Tensor, num_splits: int) -> Tensor:
-    """Reorder rows so that each of ``num_splits`` consecutive parts has rows of all former parts, evenly.
+    """Reorder rows: each of ``num_splits`` consecutive parts gets rows of all old parts, evenly.
 
     Args:
         x: (N, …).
@@ -299,13 +300,13 @@ def join_branches(branches: Sequence[Tensor], num_splits: int) -> Tensor:
 
 
 def separate_branches(x: Tensor, num_branches: int, num_splits: int) -> list[Tensor]:
-    """Undo `join_branches`: (B·N, D) rows that were computed from its rows become B tensors (N, D)."""
+    """Undo `join_branches` for the encoder's output: (B·N, D) becomes B tensors (N, D)."""
     x_GBnD = x.unflatten(0, (num_splits, num_branches, -1))
     return [x_GBnD[:, branch].flatten(0, 1) for branch in range(num_branches)]
 
 
 def _send_sizes(num_rows: int, rank: int, world_size: int) -> list[int]:
-    """How many rows ``rank`` sends to each rank. Row and column sums of the R × R table are ``num_rows``."""
+    """Number of rows that ``rank`` sends to each rank. Each rank also receives ``num_rows`` in total."""
     share, rest = divmod(num_rows, world_size)
     return [share + ((to - rank) % world_size < rest) for to in range(world_size)]
 
@@ -320,10 +321,10 @@ def _exchange(x: Tensor, send: list[int], receive: list[int]) -> Tensor:
 def shuffle_across_ranks(x: Tensor) -> Tensor:
     """Distribute the rows of every rank evenly over all ranks.
 
-    Only rows that change their rank are sent (all-to-all): about N·(R − 1)/R a rank, where gathering whole
-    batches would receive N·(R − 1). Which row goes where is fixed. The order of an epoch is random already,
-    an even distribution leaves the fewest rows together, and there is no generator state to synchronise or to
-    resume. No gradient passes. Needs an initialised process group.
+    By all-to-all, each rank receives about N·(R − 1)/R rows of other ranks. Gathering all batches, as MoCo
+    does, would receive N·(R − 1). The distribution is not random: the order of an epoch is random already,
+    and there is no generator state to synchronise or to resume. Gradients are not computed. The process group
+    must be initialised.
 
     Args:
         x: (N, …), with the same N on all ranks.
@@ -338,7 +339,7 @@ def shuffle_across_ranks(x: Tensor) -> Tensor:
 
 
 def unshuffle_across_ranks(x: Tensor) -> Tensor:
-    """Undo `shuffle_across_ranks`: row i belongs to row i of this rank's batch again."""
+    """Undo `shuffle_across_ranks`: send every row back to its rank and its place."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     receive = _send_sizes(len(x), rank, world_size)
     send = [_send_sizes(len(x), source, world_size)[rank] for source in range(world_size)]

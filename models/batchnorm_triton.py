@@ -1,15 +1,17 @@
 """The split BatchNorm of `models.batchnorm` for NVIDIA GPUs: three Triton kernels forward, three backward.
 
 An image batch in channels_last is a matrix: rows are pixels, columns are channels. A part of the batch is M
-consecutive rows. The forward kernels compute:
+consecutive rows. The forward pass has three steps, each a kernel:
 
-1. from blocks of rows of every part: partial means, and sums of squared deviations. Each block subtracts the
-   mean of its first rows from its values, so that large means do not cancel;
-2. from the partial statistics: mean and 1 / standard deviation of every part, and the new running statistics;
-3. from the rows: the normalised rows.
+1. For blocks of rows of every part, compute the mean and the sum of squared deviations. Each block first
+   subtracts the mean of its first rows from its values. Otherwise large means would cause cancellation.
+2. Combine the results of the blocks to the mean and 1 / standard deviation of every part, and update the
+   running statistics.
+3. Normalise the rows.
 
-The backward pass has the same three steps. Each program of a kernel handles a block of rows and 64 channels
-of one part, tile by tile. The code has not been measured on a GPU yet.
+The backward pass has three steps of the same kind. In steps 1 and 3, each program of a kernel handles a block
+of rows and 64 channels of one part, tile by tile. The speed of these kernels has not been measured on a GPU
+yet.
 
 Shape letters: N batch, C channels, S side, G parts, M rows of a part, B blocks of rows in a part. In the
 kernels a name's suffix is the shape of the tile: r rows, c channels, g parts, b blocks.
@@ -29,14 +31,14 @@ _ROWS, _CHANNELS = 64, 64
 _FINISH_CHANNELS = 8
 """Channels that a program of step 2 reduces."""
 _FINISH_ELEMENTS = 8192
-"""Most partial results that a program of step 2 reduces."""
+"""Largest number of partial results that a program of step 2 reduces."""
 _PROGRAMS, _PROGRAMS_OF_ROWS = 1024, 4096
-"""Programs to aim at in steps 1 and 3; a large GPU has 132 multiprocessors."""
+"""Number of programs in step 1 and in step 3, about; a large GPU has 132 multiprocessors."""
 
 
 @triton.jit
 def _tile(part, first, stop, channel_c, C, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pointers to the tile of a part that begins at row ``first``, and which of them are before ``stop``."""
+    """Pointers to the tile from row ``first`` on, and the mask of those before row ``stop`` and channel C."""
     row_r = first + tl.arange(0, ROWS)
     inside_rc = (row_r < stop)[:, None] & (channel_c < C)[None, :]
     return part + row_r.to(tl.int64)[:, None] * C + channel_c[None, :], inside_rc
@@ -75,7 +77,7 @@ def _finish_statistics(  # type: ignore[no-untyped-def]
     M, C, G, B, block_rows, momentum, eps,
     PARTS: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Step 2: statistics of all parts; the running ones move towards the mean of the parts' statistics."""
+    """Step 2: statistics of all parts; updates the running statistics with their mean."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     g, b = tl.arange(0, PARTS)[:, None, None], tl.arange(0, BLOCKS)[None, :, None]
     inside = (g < G) & (b < B) & (c < C)

@@ -24,7 +24,7 @@ class Classifier(nn.Module):
         encoder: (N, 3, S, S) → (N, F).
         feature_dim: F.
         num_classes: C.
-        frozen: do not train the encoder, and keep its BatchNorm statistics as they are.
+        frozen: do not train the encoder and do not update its BatchNorm statistics.
     """
 
     def __init__(self, encoder: nn.Module, feature_dim: int, num_classes: int, *, frozen: bool) -> None:

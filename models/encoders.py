@@ -1,4 +1,4 @@
-"""ResNets by name, with the usual stem or one for small images. A projection head may replace ``.fc``.
+"""ResNets by name, with the usual stem or a stem for small images. Heads replace their ``.fc``.
 
 Shape letters: N batch, S side in pixels, F features.
 """
@@ -11,7 +11,7 @@ from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
 NormLayer = Callable[[int], nn.Module]
-"""Makes a normalisation layer from its number of channels."""
+"""Returns a normalisation layer for a number of channels."""
 
 TORCHVISION_ARCHS = (
     "resnet18",
@@ -29,17 +29,18 @@ ARCHS = (*TORCHVISION_ARCHS, "resnet10w16")
 
 
 class EncoderFactory(Protocol):
-    """Builds an encoder around a norm layer: ``partial(build_encoder, "resnet50")`` is one."""
+    """Builds an encoder with a given norm layer; for example ``partial(build_encoder, "resnet50")``."""
 
     def __call__(self, *, norm_layer: NormLayer) -> tuple[nn.Module, int]:
-        """Build an encoder with an ``fc`` that can be replaced; returns it and the number of features F."""
+        """Build an encoder with an ``fc`` that can be replaced; returns it and its number of features F."""
         ...
 
 
 class _NarrowResNet(ResNet):
     """Four stages of one BasicBlock each, with 16 … 128 channels: 0.3 M parameters, for demos on a CPU.
 
-    Every stage halves the side. The first stage of other ResNets does not; here it halves the time.
+    Every stage halves the side, also the first one, unlike in other ResNets. That halves the time.
+    time.
     """
 
     def __init__(self, norm_layer: NormLayer) -> None:
@@ -58,7 +59,7 @@ class _NarrowResNet(ResNet):
 
 
 def _use_small_stem(encoder: ResNet) -> None:
-    """Replace the 7×7 stride-2 convolution and the max-pool, which reduce an image of 32 px to 8×8."""
+    """Replace the 7×7 stride-2 convolution and the max-pool, which would reduce an image of 32 px to 8×8."""
     encoder.conv1 = nn.Conv2d(3, encoder.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
     encoder.maxpool = nn.Identity()
@@ -95,7 +96,7 @@ def build_encoder(
 
 
 def backbone_features(encoder: nn.Module, images_N3SS: Tensor) -> Tensor:
-    """(N, F) features of a ResNet before its ``fc``, whatever that is."""
+    """(N, F) features of a ResNet before its ``fc``."""
     resnet: ResNet = encoder
     x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(images_N3SS))))
     x = resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))

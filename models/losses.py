@@ -28,22 +28,22 @@ def true_float32() -> Iterator[None]:
 
 
 def _rows_of_a_block(device: torch.device) -> int:
-    """C: on a CPU a block of logits stays in the cache, on a GPU it fills the device."""
+    """C. On a CPU a block of logits must fit into the cache; on a GPU it must occupy all multiprocessors."""
     return 4096 if device.type == "cpu" else 16384
 
 
 class _NegativeLogSumExp(torch.autograd.Function):
-    """Row-wise log Σ exp(q·queueᵀ / T), with only one block of the N × K logits in memory at a time.
+    """log Σ exp(q·queueᵀ / T) of each row, with only one block of the N × K logits in memory at a time.
 
     The gradient with respect to q is (softmax · queue) / T, an N × D matrix. The forward pass computes it
-    block by block, so the backward pass needs neither logits nor queue. Nothing of size N × K is kept, and
-    the queue may be overwritten in between. The queue receives no gradient.
+    block by block, so the backward pass needs neither the logits nor the queue, and the queue may be
+    overwritten before it. The queue receives no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the (N,) log-sum-exp and the (N,) maximum of the logits, which has no gradient."""
-        wants_gradient = ctx.needs_input_grad[0]
+        needs_gradient = ctx.needs_input_grad[0]
         max_N = q_ND.new_full((len(q_ND),), -torch.inf)
         sum_N = torch.zeros_like(max_N)
         weighted_ND = torch.zeros_like(q_ND)
@@ -54,10 +54,10 @@ class _NegativeLogSumExp(torch.autograd.Function):
             rescale_N = (max_N - new_max_N).exp()
             weights_NC = logits_NC.sub_(new_max_N[:, None]).exp_()
             sum_N = sum_N * rescale_N + weights_NC.sum(1)
-            if wants_gradient:
+            if needs_gradient:
                 weighted_ND.mul_(rescale_N[:, None]).addmm_(weights_NC, block_CD)
             max_N = new_max_N
-        if wants_gradient:
+        if needs_gradient:
             ctx.save_for_backward(weighted_ND / (sum_N[:, None] * temperature))
         ctx.mark_non_differentiable(max_N)
         return max_N + sum_N.log(), max_N
@@ -85,7 +85,7 @@ def negative_logsumexp(q_ND: Tensor, queue_KD: Tensor, temperature: float) -> tu
         (N,) log-sum-exp, which can be differentiated once with respect to the queries, and (N,) maximum,
         which has no gradient.
     """
-    # torch.compile cannot trace a change of this setting. Compiled code uses what the run has set.
+    # torch.compile cannot trace a change of this setting. Compiled code uses the setting of the run.
     exact = contextlib.nullcontext() if torch.compiler.is_compiling() else true_float32()
     with torch.autocast(q_ND.device.type, enabled=False), exact:
         q_ND, queue_KD = _full_precision(q_ND, queue_KD)
@@ -100,7 +100,7 @@ def positive_logit(q_ND: Tensor, k_ND: Tensor, temperature: float) -> Tensor:
 
 
 def cross_entropy(positive_N: Tensor, negative_lse_N: Tensor) -> Tensor:
-    """(N,) −log softmax of the positive: log(exp(pos) + exp(lse)) − pos, computed without cancellation."""
+    """(N,) −log softmax of the positive: log(exp(pos) + exp(lse)) − pos, in a numerically stable form."""
     return F.softplus(negative_lse_N - positive_N)
 
 
@@ -110,7 +110,7 @@ def info_nce(q_ND: Tensor, k_ND: Tensor, negative_lse_N: Tensor, temperature: fl
     Args:
         q_ND: queries.
         k_ND: their keys, which receive no gradient.
-        negative_lse_N: log-sum-exp of the same queries, from `negative_logsumexp`.
+        negative_lse_N: log-sum-exp over the negatives, from `negative_logsumexp` of the same queries.
         temperature: T.
 
     Returns:
@@ -132,11 +132,11 @@ def mixture_loss(
     Both terms have the same negatives, so they share one log-sum-exp.
 
     Args:
-        qm_ND: embedded mixed views.
+        qm_ND: embeddings of the mixed views.
         k_ND: keys of the clean views, which receive no gradient.
-        partner_N: int64 π; view i shows pixels of images i and partner_N[i].
-        lam_N: in [0, 1], the share of image i in view i.
-        negative_lse_N: log-sum-exp of ``qm_ND``, from `negative_logsumexp`.
+        partner_N: int64 π; mixed view i consists of images i and partner_N[i].
+        lam_N: λ in [0, 1], the share of image i in mixed view i.
+        negative_lse_N: log-sum-exp over the negatives, from `negative_logsumexp` of ``qm_ND``.
         temperature: T.
 
     Returns:

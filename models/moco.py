@@ -36,27 +36,27 @@ class MoCo(nn.Module):
     """Momentum contrast; ``forward(batch)`` returns the loss to minimise and the metrics of the step.
 
     The state dict has ``encoder_q.*``, ``encoder_k.*`` (heads in ``.fc``), ``queue_KD`` and ``queue_ptr``.
-    Only ``encoder_q`` has trainable parameters. DDP does not broadcast queue and pointer: keys are gathered
-    in rank order, so they are the same on every rank already. The loss first rises, while real keys replace
-    the noise that the queue starts with.
+    Only ``encoder_q`` has trainable parameters. DDP does not broadcast queue and pointer. They are the same
+    on every rank, because every rank enqueues the keys of all ranks in rank order. At the start of training
+    the loss rises, while keys replace the noise that the queue is initialised with.
 
     Args:
-        encoder_factory: called once, with ``norm_layer``; returns a ResNet and its feature dimension F.
-        method: which mixtures a batch has. Their loss terms are weighted by λ; "erase" takes the plain loss.
+        encoder_factory: builds the query encoder; see `models.encoders.EncoderFactory`.
+        method: which mixtures a batch has. Their loss terms are weighted by λ, except for "erase".
         dim: D, at least 1.
         queue_len: K, at least 1; independent of the batch size.
-        momentum: share of the key encoder that a step keeps, in [0, 1].
+        momentum: share of the key encoder's parameters that a step keeps, in [0, 1].
         temperature: divides the cosine similarities, above 0.
         mlp: head F-F-D with a ReLU (MoCo v2), or one linear layer F-D (v1).
-        bn_splits: parts of the batch for BatchNorm statistics, on every rank; it must divide the batch. With
-            one rank, 1 is plain BatchNorm, which lets statistics leak which key matches which query and costs
-            about 4 points at long schedules. With several ranks, keys are shuffled over ranks and 1 is
-            enough.
-        symmetric: each view is query once and key once; the loss is the sum of both directions, and the keys
-            of both views enter the queue.
+        bn_splits: number of parts of a rank's batch, each with its own BatchNorm statistics; it must divide
+            the batch size of the rank. 1 is plain BatchNorm. With one rank, plain BatchNorm leaks which key
+            matches which query, which costs about 4 points of accuracy at long schedules. With several ranks,
+            keys are shuffled over the ranks, so 1 is enough.
+        symmetric: use each view once as query and once as key. The loss is the sum of both directions, and
+            the keys of both views are enqueued.
         joint_forward: encode all queries and mixtures as one batch with common BatchNorm statistics. By
-            default each is a batch of its own, as published.
-        queue_seed: of the initial noise; the same on all ranks.
+            default each is encoded as a batch of its own, as published.
+        queue_seed: seed of the initial noise; it must be the same on all ranks.
 
     Raises:
         ValueError: if a value is out of range.
@@ -107,7 +107,7 @@ class MoCo(nn.Module):
         self.register_buffer("queue_KD", F.normalize(noise_KD, dim=1))
         self.queue_ptr: Tensor
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
-        # DDP reads this name when it wraps the module.
+        # DistributedDataParallel reads this attribute when it wraps the module.
         self._ddp_params_and_buffers_to_ignore = ["queue_KD", "queue_ptr"]
 
     @staticmethod
@@ -120,17 +120,18 @@ class MoCo(nn.Module):
         """Compute loss and metrics of one batch.
 
         The loss is CE(q, k) + Σ over mixtures of λ·CE(q_m, k) + (1 − λ)·CE(q_m, k[π]); for "erase" each
-        mixture adds CE(q_e, k). In training mode the key encoder moves first, before the keys are made, and
-        the queue moves last.
+        mixture adds CE(q_e, k). In training mode, the key encoder is updated before the keys are computed,
+        and the keys are enqueued at the end.
 
         Args:
             batch: views and mixtures, as the loader makes them for the method.
 
         Returns:
-            The scalar loss, and metrics that are 0-d, detached and on the device: loss, loss_clean, acc1
-            (share of queries with a larger logit for their key than for any of the queue), pos_sim, neg_sim
-            (mean cosines), feature_std (spread of the queries per dimension; 1 is even, 0 collapsed), and
-            with mixtures loss_mix (their sum) and lam (mean).
+            The scalar loss, and metrics as 0-d, detached tensors on the device: loss; loss_clean; acc1, the
+            share of queries with a larger logit for their own key than for any key of the queue; pos_sim and
+            neg_sim, the mean cosine with the own key and with the queue; feature_std, the standard deviation
+            of the queries per dimension, times √D (1 for uniformly distributed queries, 0 for collapsed
+            ones); and, with mixtures, loss_mix, the sum of their terms, and lam, the mean λ.
 
         Raises:
             ValueError: if the batch does not have the views and mixtures of the method.
@@ -141,7 +142,7 @@ class MoCo(nn.Module):
         keys = [self._embed_keys(direction.key) for direction in directions]
         queries = self._embed_queries([images for d in directions for images in d.branches])
 
-        # One pass over the queue serves every branch of every direction.
+        # One pass over the queue for all branches of all directions.
         lse_N, hardest_N = losses.negative_logsumexp(torch.cat(queries), self.queue_KD, self.temperature)
         branches = iter(zip(queries, lse_N.chunk(len(queries)), hardest_N.chunk(len(queries)), strict=True))
         clean_terms, mixture_terms, contrasts = [], [], []
@@ -171,8 +172,8 @@ class MoCo(nn.Module):
     def compile_for_training(self) -> None:
         """Compile the whole forward pass as one graph; with several ranks, only the encoders.
 
-        Compiling is in place, so names in the state dict stay as they are. With several ranks, rows are sent
-        between ranks in the middle of the forward pass, which one graph cannot contain.
+        Compiling is in place, so the keys of the state dict do not change. With several ranks, the forward
+        pass sends rows between ranks, which cannot be part of a graph.
         """
         if _num_ranks() == 1:
             self.compile(fullgraph=True)
@@ -186,12 +187,12 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _embed_keys(self, images_N3SS: Tensor) -> Tensor:
-        """(N, D) keys. In training they are normalised together with other images than their queries are."""
+        """(N, D) keys. In training, BatchNorm uses statistics of other images than for the queries."""
         if not self.training:
             return self._embed(self.encoder_k, images_N3SS)
         across_ranks, across_splits = _num_ranks() > 1, self.bn_splits > 1
         if across_ranks:
-            # Autocast would convert at the first convolution. Converting here sends half the bytes.
+            # Autocast would convert at the first convolution. Converting before sending halves the bytes.
             if torch.is_autocast_enabled(images_N3SS.device.type):
                 images_N3SS = images_N3SS.to(torch.get_autocast_dtype(images_N3SS.device.type))
             images_N3SS = shuffle_across_ranks(images_N3SS)
@@ -203,7 +204,7 @@ class MoCo(nn.Module):
         return unshuffle_across_ranks(k_ND) if across_ranks else k_ND
 
     def _embed_queries(self, branches: list[Tensor]) -> list[Tensor]:
-        """(N, D) of each (N, 3, S, S), by one forward pass each or by one for all."""
+        """(N, D) queries of each branch (N, 3, S, S), by one forward pass per branch or one for all."""
         if not self.joint_forward:
             return [self._embed(self.encoder_q, images) for images in branches]
         splits = self.bn_splits if self.training else 1
@@ -221,14 +222,14 @@ class MoCo(nn.Module):
         return {
             "acc1": (positive_N > hardest_N).float().mean(),
             "pos_sim": positive_N.mean() * self.temperature,
-            # A sum of products, because autocast would compute a matrix product in 16 bits.
+            # Not a matrix product, because autocast would compute that in 16 bits.
             "neg_sim": (q_ND.mean(0) * self.queue_KD.mean(0)).sum(),
             "feature_std": q_ND.std(0, correction=0).mean() * q_ND.shape[1] ** 0.5,
         }
 
     @torch.no_grad()
     def _update_key_encoder(self) -> None:
-        """k ← m·k + (1 − m)·q for all parameters. The key encoder has BatchNorm buffers of its own."""
+        """k ← m·k + (1 − m)·q for all parameters, but not for BatchNorm's running statistics."""
         torch._foreach_lerp_(
             list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.momentum
         )

@@ -39,7 +39,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-class RunAhead:
+class RunAheadLimit:
     """Bounds how far the host runs ahead of a GPU."""
 
     def __init__(self, device: torch.device, limit: int) -> None:
@@ -53,12 +53,12 @@ class RunAhead:
 
     def mark(self) -> None:
         """Call when all work of a batch is queued; waits for the oldest batch if there are too many."""
-        self._pending.append(queued_work(self._device))
+        self._pending.append(record_event(self._device))
         while self._pending and (len(self._pending) > self._limit or self._pending[0].query()):
             self._pending.popleft().synchronize()
 
 
-def queued_work(device: torch.device) -> torch.cuda.Event:
+def record_event(device: torch.device) -> torch.cuda.Event:
     """An event that occurs when all work now queued on a GPU's current stream is over."""
     # With a blocking event the waiting host thread sleeps, and its core can decode.
     event = torch.cuda.Event(blocking=True)

@@ -1,7 +1,8 @@
-"""The loader: order, sharding, cursor, bad images and mixtures, the same for every decoder.
+"""The loader: order of the images, share of each rank, cursor, bad images and mixtures, for every decoder.
 
-:mod:`pipelines.workers` makes batches, a few ahead of the one that is returned. The iterating thread uploads
-them and mixes.
+A batch is made in two steps. Worker threads (:mod:`pipelines.workers`) decode, crop and, on a CPU, augment a
+few batches ahead. The thread that iterates over the loader uploads a finished batch to the training device,
+augments it there if that is a GPU, and draws and blends its mixtures.
 
 Shape letters: N batch, V views, S side in pixels, P parameters.
 """
@@ -26,7 +27,7 @@ from pipelines.augment.draws import draw_boxes
 from pipelines.augment.mixing import blend, draw_mixtures
 from pipelines.augment.photometric import augment
 from pipelines.decode import Decoder, DeviceDecoder
-from pipelines.device import RunAhead, keep_freed_memory, prefetch, upload
+from pipelines.device import RunAheadLimit, keep_freed_memory, prefetch, upload
 from pipelines.randomness import NUM_EPOCHS, Draw, EpochOrder
 from pipelines.recipe import Recipe
 from pipelines.sets import PictureSet
@@ -34,7 +35,7 @@ from pipelines.sets.stream import BUFFER, ShardStream
 from pipelines.workers import BatchRequest, LoaderConfig, MadeBatch, PendingBatch, Workers
 
 _AHEAD = 4
-"""Batches in the making or ready, including the one that is returned next."""
+"""Batches that are requested from the workers at a time, including the one that is returned next."""
 _ASYNC_DEVICES = {"cuda"}
 """Device types for which batches are prepared one ahead of their use."""
 _STATE_VERSION = 3
@@ -42,7 +43,7 @@ _STATE_VERSION = 3
 
 @dataclass(frozen=True)
 class Crops:
-    """A batch before its photometric stage."""
+    """A batch of crops, before the photometric stage."""
 
     views: Tensor
     """(N, V, S, S, 3) uint8."""
@@ -53,12 +54,12 @@ class Crops:
 
 
 class ViewLoader:
-    """Iterable of :class:`Batch`; made by :func:`pipelines.build_loader`.
+    """An iterable of :class:`Batch`. Use :func:`pipelines.build_loader` to make one.
 
     Every view is a function of (seed, epoch, index, view). It does not depend on threads, batch size, world
-    size or on where a run was resumed. An image that cannot be decoded is replaced by the next sound one of
-    the set or subset, listed in ``faults`` and logged by name. If more than 1 % of the images (and more than
-    ten) are bad, the run stops with :class:`pipelines.workers.BadImagesError`.
+    size or on where a run was resumed. An image that cannot be decoded is replaced by the next image of the
+    set or subset that can; it is listed in ``faults`` and logged by name. If more than 1 % of the images (and
+    more than ten) are bad, the run stops with :class:`pipelines.workers.BadImagesError`.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class ViewLoader:
 
         Args:
             picture_set: the images.
-            decoder: decodes them; a :class:`pipelines.decode.DeviceDecoder` leaves its crops on the device.
+            decoder: decodes and crops the images; a :class:`pipelines.decode.DeviceDecoder` leaves the crops
+            on the device.
             recipe: what views and mixtures look like.
-            config: how batches are made; :func:`pipelines.build_loader` has checked it.
-            stream: decides which images come when, in place of the loader's own order.
+            config: how batches are made. It is not checked here; :func:`pipelines.build_loader` does that.
+            stream: reads the images in its own order, which replaces the loader's.
             chosen: a line that says which backend was chosen, and why.
         """
         self.set, self.decoder, self.recipe, self.chosen = picture_set, decoder, recipe, chosen
@@ -87,19 +89,19 @@ class ViewLoader:
         """Images of an epoch, on all ranks together."""
         self._epoch, self._batches_done, self._stream_state = 0, 0, ""
         self._iteration = 0
-        """Number of the iteration that moves the cursor: the last one started, unless the cursor was set."""
+        """Counts started iterations and changes of the cursor, to detect an iteration that is out of date."""
         self._waited_s = 0.0
         self._on_host = config.device.type == "cpu" and not isinstance(decoder, DeviceDecoder)
         if self._on_host:
             keep_freed_memory()
         self._augment, self._blend = augment, blend
         if config.compiled and config.device.type == "cuda":
-            # Without fullgraph: beyond torch's limit of variants per process, a loader runs unfused.
+            # No fullgraph: after torch's limit of recompilations, torch runs the stage without compiling it.
             self._augment = torch.compile(augment, dynamic=False)
-            # torch.compile cannot capture the generator of the noise that may fill erased cells.
+            # torch.compile cannot trace the random generator that fills erased cells with noise.
             if recipe.mixing.erase_fill != "noise":
                 self._blend = torch.compile(blend, dynamic=False)
-        self._run_ahead = RunAhead(config.device, limit=_AHEAD)
+        self._run_ahead = RunAheadLimit(config.device, limit=_AHEAD)
         self._workers = Workers(picture_set, decoder, recipe, config)
         self.faults = self._workers.faults
 
@@ -111,7 +113,7 @@ class ViewLoader:
     # ------------------------------------------------------------------------------------------- cursor
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to iterate next. A resumed epoch keeps its cursor, any other starts anew.
+        """Choose the epoch to iterate next. The current epoch keeps its cursor, any other starts at batch 0.
 
         Raises:
             ValueError: if the epoch is out of range.
@@ -123,11 +125,11 @@ class ViewLoader:
             self._iteration += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor: batches that were returned, not those that were prefetched."""
+        """The cursor, and what it depends on. It counts returned batches, not prefetched ones."""
         config, subset = self.config, ""
         if config.subset is not None:
             subset = f" {hashlib.sha256(config.subset.tobytes()).hexdigest()}"
-        # A stream's batches depend on the number of ranks, those of the loader's own order do not.
+        # With a stream, the contents of batches depend on the number of ranks and on the buffer.
         stream = f"{config.share.world_size} ranks, buffer {BUFFER}" if self._stream else "none"
         return {
             "version": _STATE_VERSION,
@@ -144,16 +146,16 @@ class ViewLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken.
+        """Continue after the last batch that was returned before ``state`` was taken.
 
         Raises:
-            ValueError: if it belongs to another set, seed, order or global batch size, was taken by another
-                version of the loader, or points outside the epoch.
+            ValueError: if the state belongs to another set, backend, seed, order, reading or global batch
+                size, or to another version of the loader, or if it points outside the epoch.
         """
         if state.get("version") != _STATE_VERSION:
             raise ValueError(
-                f"the loader's state is of version {state.get('version')}, ours of {_STATE_VERSION}: "
-                "orders and views have changed in between; start a new run"
+                f"the loader's state has version {state.get('version')}, this loader has {_STATE_VERSION}: "
+                "orders and views differ between versions; start a new run"
             )
         for name, own in self.state_dict().items():
             if name not in ("epoch", "batches_done", "stream_state") and state.get(name) != own:
@@ -173,7 +175,7 @@ class ViewLoader:
         self._iteration += 1
 
     def _begin(self) -> Callable[[], None]:
-        """Start an iteration, the only one that may move the cursor; returns the check that it still is."""
+        """Start an iteration. Returns a function that raises if another one was started since."""
         self._iteration += 1
         own, epoch = self._iteration, self._epoch
 
@@ -192,13 +194,13 @@ class ViewLoader:
         self._stream_state = made.request.stream_state
 
     def _rewind(self) -> None:
-        """At the end of an epoch the cursor is back at its start."""
+        """Move the cursor back to the start of the epoch."""
         self._batches_done, self._stream_state = 0, ""
 
     # ---------------------------------------------------------------------------------------- iteration
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the epoch, from the cursor on; at its end the cursor is back at the start.
+        """Iterate from the cursor to the end of the epoch, then move the cursor back to the start.
 
         Raises:
             RuntimeError: if another iteration was started, or another epoch chosen, since the last batch.
@@ -215,9 +217,9 @@ class ViewLoader:
         self._rewind()
 
     def crops(self) -> Iterator[Crops]:
-        """Like iterating, but only the crops: no photometric stage, no mixtures.
+        """Iterate over the crops alone: like ``__iter__``, but without photometric stage and mixtures.
 
-        Crops are where the decoder leaves them. With a GPU as the training device, those on the host are in
+        Crops stay where the decoder writes them. If the training device is a GPU, crops on the host are in
         pinned memory.
         """
         check_current = self._begin()
@@ -237,19 +239,19 @@ class ViewLoader:
         return draw_boxes(self.recipe, Draw(self.config.seed, epoch, index_N), size_N2)
 
     def take_waited_s(self) -> float:
-        """Seconds spent waiting for batches since the last call: the workers were too slow."""
+        """Seconds that the iterating thread has waited for workers since the last call."""
         waited_s, self._waited_s = self._waited_s, 0.0
         return waited_s
 
     def _finished(self) -> Generator[tuple[Batch, MadeBatch], None, None]:
-        """Complete batches, with what the workers made."""
+        """Complete batches, each with the workers' part of it."""
         finish = self._finish_on_host if self._on_host else self._finish_on_device
         with closing(self._batches(augmented=self._on_host)) as batches:
             for made in batches:
                 yield finish(made), made
 
     def _finish_on_host(self, made: MadeBatch) -> Batch:
-        """The workers have made the views; mix them."""
+        """Mix the views, which the workers have augmented already."""
         pixels_VNSS3 = made.pixels[:, : len(made.index_N)]
         views = [view_NSS3.permute(0, 3, 1, 2).to(self.config.dtype) for view_NSS3 in pixels_VNSS3]
         return self._mix(views, made)
@@ -275,13 +277,13 @@ class ViewLoader:
             send = partial(upload, device=self.config.device)
             index, label, draws = send(index), send(label), tuple(draw.to(send) for draw in draws)
         key = views[1] if len(views) > 1 else views[0][:0]
-        # Both directions of a symmetric loss use the same masks and partners.
+        # In a symmetric loss, key views are mixed with the same masks and partners as query views.
         mixed = views if self.recipe.mixing.symmetric else views[:1]
         mixtures = [tuple(self._blend(view, draw) for draw in draws) for view in mixed]
         return Batch(views[0], key, mixtures[0], index, label, *mixtures[1:])
 
     def _batches(self, *, augmented: bool) -> Generator[MadeBatch, None, None]:
-        """The rest of the epoch's batches as workers make them; the caller moves the cursor."""
+        """The workers' part of each batch from the cursor on; the caller moves the cursor."""
         pending: deque[PendingBatch] = deque()
         with (
             closing(self._requests(augmented=augmented)) as requests,
@@ -294,7 +296,7 @@ class ViewLoader:
                 started_s = time.perf_counter()
                 made = pending.popleft().result()
                 self._waited_s += time.perf_counter() - started_s
-                self._workers.note_faults(made, self.count)
+                self._workers.record_faults(made, self.count)
                 yield made
 
     def _requests(self, *, augmented: bool) -> Generator[BatchRequest, None, None]:
@@ -311,7 +313,7 @@ class ViewLoader:
             yield BatchRequest(epoch, self._order(epoch, slice(start, start + size)), augmented)
 
     def _order(self, epoch: int, places: slice) -> NDArray[np.int64]:
-        """(n,) positions in the set of the images at these places of the epoch."""
+        """(n,) positions in the set of the images that the epoch visits at ``places``."""
         if self.config.shuffle:
             order_N = EpochOrder(self.config.seed, epoch, self.count)[places]
         else:

@@ -1,10 +1,11 @@
-"""Random numbers by address: every draw is a function of (seed, epoch, index, view, purpose).
+"""Random numbers by address: each is a function of (seed, epoch, index, view, purpose).
 
-A counter-based generator has no state that draws use up. It maps a counter and a key to random bits; here the
-counter is the sample's position in the set, the epoch, the purpose, the view and a block number, and the key
-is the seed. So a view does not depend on threads, batch size, world size, or on where a run was resumed. The
-generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). All draws
-are made on the host by compiled code and are sent to the training device with the batch.
+An ordinary generator has a state that changes with each number. A counter-based generator has none: it maps a
+counter and a key to random bits. Here the counter consists of the sample's position in the set, the epoch,
+the purpose, the view and a block number; the key is the seed. So a view does not depend on threads, batch
+size, world size, or on where a run was resumed. The generator is Philox4x32-10 (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", SC 2011). All draws are made on the host by compiled code and are sent to
+the training device with the batch.
 
 Shape letters: N samples, V views, R draws.
 """
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from pipelines.kernels.compiled import kernel
 
 NUM_EPOCHS = 1 << 32
-"""The epoch is one 32-bit word of the generator's counter. So is the position in the set."""
+"""Limit of the epoch, which is one 32-bit word of the generator's counter. The limit of the index is the
+same."""
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -27,7 +29,7 @@ _FEISTEL_ROUNDS = 6
 
 
 class Purpose(IntEnum):
-    """What a draw is for. A change of these numbers changes every seeded run."""
+    """What a random number decides. Changing these values changes every seeded run."""
 
     CROP = 1
     PHOTOMETRIC = 2
@@ -44,7 +46,11 @@ _ORDER = int(Purpose.ORDER)
 
 @dataclass(frozen=True)
 class Draw:
-    """The address of some samples' random decisions in one epoch of one run."""
+    """The address from which all random numbers of some samples in one epoch are computed.
+
+    It holds no random numbers. View and purpose, the rest of the address, are arguments of :func:`bits` and
+    :func:`uniform`.
+    """
 
     seed: int
     """In [0, 2⁶⁴)."""
@@ -63,8 +69,8 @@ def bits(draw: Draw, purpose: Purpose, num: int, view: int = 0) -> NDArray[np.in
 
     Args:
         draw: address of the samples.
-        purpose: what the draws are for. Draws for different purposes are independent.
-        num: R, draws per sample. More draws leave the first ones as they are.
+        purpose: what the numbers decide. Numbers for different purposes are independent.
+        num: R, numbers per sample. A larger ``num`` gives the same first numbers.
         view: in [0, 256).
 
     Returns:
@@ -94,7 +100,7 @@ def _bits(
 
 @kernel
 def words(key: int, epoch: int, index: int, purpose: int, view: int, block: int) -> tuple[int, int, int, int]:
-    """Draws 4 · block … 4 · block + 3 of those that :func:`bits` gives, for compiled callers.
+    """Numbers 4 · block … 4 · block + 3 of those that :func:`bits` returns, for compiled callers.
 
     Args:
         key: of :func:`key_of`.
@@ -109,7 +115,7 @@ def words(key: int, epoch: int, index: int, purpose: int, view: int, block: int)
 
 @kernel
 def _philox(c0: int, c1: int, c2: int, c3: int, k0: int, k1: int) -> tuple[int, int, int, int]:
-    """Ten rounds over the counter words c0 … c3 with the key words k0 and k1."""
+    """Philox4x32-10 of the counter words c0 … c3 and the key words k0 and k1."""
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = (product1 >> 32 & _MASK) ^ c1 ^ k0, product1 & _MASK
@@ -132,10 +138,10 @@ def key_of(seed: int) -> int:
 class EpochOrder:
     """The order in which an epoch visits the set; it is the same on every rank.
 
-    The order is a keyed permutation that is computed only for the places that are read. So a shuffle and a
-    resume cost nothing, whatever the size of the set. The permutation is a Feistel network (Luby and Rackoff,
-    "How to construct pseudorandom permutations", 1988) over the next even power of two. A value outside the
-    set is permuted again until it falls inside.
+    The order is a keyed permutation, computed only for the places that are read. So shuffling and resuming
+    take no time and no memory, however large the set is. The permutation is a Feistel network (Luby and
+    Rackoff, "How to construct pseudorandom permutations", 1988) on the numbers below the smallest power of
+    four that is at least ``count``. A result of ``count`` or more is permuted again until it is smaller.
 
     Args:
         seed: of the run.

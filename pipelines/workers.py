@@ -1,9 +1,9 @@
-"""The threads that make batches. Each takes the next slice of a batch and does all the host's work on it.
+"""The worker threads. A task of a worker is one slice of a batch: fetch, crop and, on a CPU, augment it.
 
-A worker draws the crop boxes, calls the decoder, replaces images that cannot be decoded, and on a machine
-without a GPU applies the photometric stage while the views are still in the cache. Workers start on the next
-batch without waiting for each other. A decoder that leaves crops on the device gets whole batches instead of
-slices, from two workers in turn.
+A worker draws the crop boxes, calls the decoder, replaces images that cannot be decoded and draws the
+photometric parameters. If the training device is a CPU, it also applies the photometric stage, while the
+views are still in the cache. A worker that is done with its slice takes the next one, which may belong to the
+next batch. For a decoder that leaves crops on a GPU, a task is a whole batch, and there are two workers.
 
 Shape letters: N images of a slice or batch, B bad ones among them, V views, S side in pixels, P parameters.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from pipelines.augment.draws import draw_boxes, draw_parameters
 from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.decode import Decoder, DeviceDecoder
-from pipelines.device import queued_work, synchronize
+from pipelines.device import record_event, synchronize
 from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
 from pipelines.sets import Encoded, PictureSet, RankShare
@@ -36,19 +36,19 @@ from pipelines.sets.manifest import verify_hint
 log = logging.getLogger(__name__)
 
 DEVICE_WORKERS = 2
-"""Threads that wait for crops on a device: one batch is made while another is prepared."""
+"""Worker threads of a decoder that crops on a device. One prepares a batch while the other one waits."""
 _MIN_SLICE = 8
-"""Images; smaller slices cost more in hand-overs than they gain in balance."""
+"""Images. For smaller slices, queueing costs more time than the better balance saves."""
 _READERS_PER_THREAD = 4
-"""Threads that wait for the disk, for each thread that decodes."""
+"""Threads that read from the disk, for each thread that decodes."""
 _ALIGNMENT = 64
-"""Bytes."""
+"""Of host memory for pixels, in bytes."""
 _MAX_TRIES = 16
-"""Neighbours that are tried in place of an image that cannot be decoded."""
+"""Neighbours that are tried as replacement of an image that cannot be decoded."""
 _MAX_BAD_SHARE, _MIN_BAD_LIMIT = 0.01, 10
-"""The run stops if more images than this share of an epoch are bad; up to the limit they never stop it."""
+"""The run stops if more than this share of an epoch's images is bad, and more than this number of images."""
 _MAX_NAMED = 1000
-"""Bad images that are reported by name; of more only the index is reported."""
+"""Bad images that are reported by name. For further ones only the index is reported."""
 
 
 class BadImagesError(ValueError):
@@ -65,11 +65,19 @@ class Fault:
 
 
 def usable_cores(num_threads: int = 0) -> int:
-    """``num_threads``, or for 0 this process's share of its cores. Raises ValueError if there are fewer."""
+    """The number of threads to decode with.
+
+    Args:
+        num_threads: as requested by the user; 0 for the allowed cores divided by the ranks on this machine.
+
+    Raises:
+        ValueError: if the process may use fewer cores than that.
+    """
     allowed = len(os.sched_getaffinity(0))
     if num_threads > allowed or num_threads < 0:
         raise ValueError(
-            f"{num_threads} threads are requested, this process may use 1 … {allowed} (0 uses all)"
+            f"num_threads is {num_threads}; this process may use {allowed} cores: choose 1 … {allowed}, or 0 "
+            "for all of them"
         )
     return num_threads or max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -81,11 +89,11 @@ class LoaderConfig:
     batch_size: int
     """Images per batch on this rank."""
     device: torch.device
-    """The training device; a GPU with its number."""
+    """The training device. A GPU must have its number, as in cuda:0."""
     num_threads: int
     """Threads that decode."""
     seed: int = 0
-    """Of every draw."""
+    """Of all random decisions."""
     share: RankShare = field(default_factory=RankShare)
     """The part of each global batch that this process loads."""
     shuffle: bool = True
@@ -108,7 +116,7 @@ class BatchRequest:
     index_N: NDArray[np.int64]
     """(N,) positions in the set."""
     augmented: bool
-    """Whether workers apply the photometric stage; else the batch has crops."""
+    """Whether workers apply the photometric stage and return views. If not, they return crops."""
     encoded: Encoded | None = None
     """The images, where a stream has read them already."""
     stream_state: str = ""
@@ -116,7 +124,7 @@ class BatchRequest:
 
 
 class _Slice(NamedTuple):
-    """What a worker has made of a slice, besides the pixels."""
+    """The result of a worker for one slice. The pixels are written into the memory of the batch."""
 
     index_N: NDArray[np.int64]
     label_N: NDArray[np.int64]
@@ -125,13 +133,14 @@ class _Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class MadeBatch:
-    """A batch as workers make it."""
+    """The workers' part of a batch: pixels, positions, labels and photometric parameters."""
 
     request: BatchRequest
     pixels: Tensor
-    """(V, N, S, S, 3) float32 augmented views, or (N, V, S, S, 3) uint8 crops. Has room for a full batch."""
+    """(V, N, S, S, 3) float32 augmented views, or (N, V, S, S, 3) uint8 crops. In a smaller last batch, the
+    rows after the last image are undefined."""
     index_N: NDArray[np.int64]
-    """(N,) positions of the images used; other than requested where an image was replaced."""
+    """(N,) positions of the images in the batch. They differ from the request where an image was replaced."""
     label_N: NDArray[np.int64]
     """(N,) −1 where the set has no labels."""
     params_VNP: NDArray[np.float32]
@@ -140,14 +149,14 @@ class MadeBatch:
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """A batch that workers are making."""
+    """A batch that is submitted to the workers."""
 
     request: BatchRequest
     pixels: Tensor
     slices: list[Future[_Slice]]
 
     def result(self) -> MadeBatch:
-        """Wait for all slices. Raises the first error among them."""
+        """Wait for all slices. Raises the error of the first slice that failed."""
         index_N, label_N, params_VNP = zip(*(part.result() for part in self.slices), strict=True)
         return MadeBatch(
             self.request,
@@ -169,14 +178,17 @@ class Workers:
         self._device_decoder = decoder if isinstance(decoder, DeviceDecoder) else None
         self._scratch = threading.local()
         self.faults: dict[int, Fault] = {}
-        """By index; bad images are not tried again."""
+        """Bad images by index. They are not decoded again."""
 
     @contextmanager
     def running(self, *, streamed: bool) -> Iterator[Callable[[BatchRequest], PendingBatch]]:
-        """Start the threads, which end with the block; gives the function that submits a batch.
+        """Start the threads. They end with the ``with`` block.
 
         Args:
-            streamed: whether requests bring their images, so that no threads are needed to read.
+            streamed: whether requests contain their images already, so that no reading threads are needed.
+
+        Yields:
+            A function that submits a request.
         """
         num_workers = DEVICE_WORKERS if self._device_decoder else self._config.num_threads
         with ExitStack() as stack:
@@ -190,10 +202,10 @@ class Workers:
     def _submit(
         self, workers: ThreadPoolExecutor, readers: ThreadPoolExecutor | None, request: BatchRequest
     ) -> PendingBatch:
-        """Queue the slices of a batch, first for the readers if there are any."""
+        """Queue a task for each slice of a batch; the readers, if there are any, fetch it first."""
         config = self._config
         pixels = self._allocate(augmented=request.augmented)
-        free = queued_work(pixels.device) if pixels.is_cuda else None
+        memory_free = record_event(pixels.device) if pixels.is_cuda else None
         size = max(_MIN_SLICE, -(-config.batch_size // (2 * config.num_threads)))
         if self._device_decoder:
             size = config.batch_size
@@ -208,11 +220,11 @@ class Workers:
                 fetch = partial(self._set.fetch, index_N)
             if readers:
                 fetch = readers.submit(fetch).result
-            slices.append(workers.submit(self._make, request, index_N, fetch, pixels, start, free))
+            slices.append(workers.submit(self._make, request, index_N, fetch, pixels, start, memory_free))
         return PendingBatch(request, pixels, slices)
 
     def _allocate(self, *, augmented: bool) -> Tensor:
-        """Uninitialised memory for the pixels of a batch; pinned if they go to a GPU."""
+        """Uninitialised memory for the pixels of a batch; pinned if they will be uploaded to a GPU."""
         num, device = self._config.batch_size, self._config.device
         views, side = self._recipe.num_views, self._recipe.crop_px
         if augmented:
@@ -230,18 +242,18 @@ class Workers:
         known = ((index, self.faults.get(index)) for index in index_N.tolist())
         return np.array([fault.replaced_by if fault else index for index, fault in known], np.int64)
 
-    def note_faults(self, made: MadeBatch, count: int) -> None:
-        """List and log the images of a batch that were replaced.
+    def record_faults(self, made: MadeBatch, count: int) -> None:
+        """Add the images of a batch that were replaced to ``faults``, and log them.
 
         Raises:
-            BadImagesError: if there are too many among the ``count`` images of an epoch.
+            BadImagesError: if ``faults`` holds too many of the ``count`` images of an epoch.
         """
         index_N = made.request.index_N
         for n in np.flatnonzero(index_N != made.index_N):
             index, used = int(index_N[n]), int(made.index_N[n])
             if index in self.faults:
                 continue
-            # A name is looked up in a list of names, which takes time.
+            # Looking up a name is slow: it may read a text file up to the line of the image.
             name = self._set.name(index) if len(self.faults) < _MAX_NAMED else "not looked up"
             self.faults[index] = Fault(index, name, used)
             log.warning("image %d (%s) cannot be decoded; image %d is used in its place", index, name, used)
@@ -259,15 +271,15 @@ class Workers:
         fetch: Callable[[], Encoded],
         pixels: Tensor,
         start: int,
-        free: torch.cuda.Event | None,
+        memory_free: torch.cuda.Event | None,
     ) -> _Slice:
-        """The task of a worker: write the crops of one slice, or the augmented views, into the batch."""
+        """The task of a worker: write the crops or the augmented views of one slice into ``pixels``."""
         num, epoch, seed = len(index_N), request.epoch, self._config.seed
         views_NVSS3 = self._scratch_views(num) if request.augmented else pixels[start : start + num]
         encoded = fetch()
-        if free is not None:
-            # The decoder writes on a stream of its own, and earlier work may still use this memory.
-            free.synchronize()
+        if memory_free is not None:
+            # The decoder writes on its own CUDA stream. Work queued earlier may still use this memory.
+            memory_free.synchronize()
         used_N = self._crop(epoch, index_N, encoded, views_NVSS3)
         params_VNP = draw_parameters(self._recipe, Draw(seed, epoch, used_N))
         if request.augmented:
@@ -275,7 +287,7 @@ class Workers:
         return _Slice(used_N, self._set.labels(used_N), params_VNP)
 
     def _scratch_views(self, num: int) -> Tensor:
-        """This thread's own memory for the crops of a slice."""
+        """Memory of this thread for the crops of a slice."""
         recipe, views = self._recipe, getattr(self._scratch, "views", None)
         if views is None or len(views) < num:
             shape = (num, recipe.num_views, recipe.crop_px, recipe.crop_px, 3)
@@ -286,7 +298,7 @@ class Workers:
     def _crop(
         self, epoch: int, index_N: NDArray[np.int64], encoded: Encoded, views_NVSS3: Tensor
     ) -> NDArray[np.int64]:
-        """Crop a slice. Bad images are replaced by the next sound ones; returns the images used."""
+        """Crop a slice; returns the images used. Bad images are replaced by the next that can be decoded."""
         used_N = index_N.copy()
         ok_N = self._decode(epoch, encoded, views_NVSS3)
         tries = 0
@@ -297,16 +309,16 @@ class Workers:
                     f"{_MAX_TRIES} images in a row from {name} on cannot be decoded; {verify_hint()}"
                 )
             tries += 1
-            used_N[bad_B] = self._next(used_N[bad_B])
+            used_N[bad_B] = self._next_images(used_N[bad_B])
             replacement_BVSS3 = torch.empty_like(views_NVSS3[: len(bad_B)])
-            synchronize(views_NVSS3.device)  # work queued by others may still use this memory
+            synchronize(views_NVSS3.device)  # earlier work may still use this memory
             ok_N[bad_B] = self._decode(epoch, self._set.fetch(used_N[bad_B]), replacement_BVSS3)
             views_NVSS3[torch.from_numpy(bad_B).to(views_NVSS3.device)] = replacement_BVSS3
             synchronize(views_NVSS3.device)
         return used_N
 
-    def _next(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The next images of the epoch's, by position in the set."""
+    def _next_images(self, index_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The images that follow these in the set, or in the subset."""
         subset = self._config.subset
         if subset is None:
             return (index_B + 1) % self._set.count
@@ -322,10 +334,11 @@ class Workers:
 
 
 def _empty(shape: tuple[int, ...], dtype: type[np.float32 | np.uint8]) -> Tensor:
-    """Uninitialised memory of the host, from NumPy but aligned like torch's.
+    """Uninitialised host memory, allocated by NumPy and aligned as torch aligns its own.
 
-    torch allocates by posix_memalign, for which glibc needs a larger gap than the block then takes. Where
-    freed memory is kept, a batch would not fit into the gap of the batch before, and the process would grow.
+    torch allocates with posix_memalign, for which glibc searches a gap larger than the block. If the process
+    keeps freed memory (:func:`pipelines.device.keep_freed_memory`), a batch would not fit into the gap that
+    the batch before has left, and the process would grow.
     """
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
@@ -334,7 +347,7 @@ def _empty(shape: tuple[int, ...], dtype: type[np.float32 | np.uint8]) -> Tensor
 
 
 def _thread_pool(name: str, num_threads: int, stack: ExitStack) -> ThreadPoolExecutor:
-    """Threads that end with the stack: they complete their current task, waiting tasks are cancelled."""
+    """Start threads that end with ``stack``: running tasks are completed, waiting ones are cancelled."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
     stack.callback(pool.shutdown, cancel_futures=True)
     return pool

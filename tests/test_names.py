@@ -14,8 +14,6 @@ ALLOWED = {
     "train_step": "each training has its step",
     "finish": "the last stage of each program",
     "CLASSES": "each sample set has its own classes",
-    "_LOG_ASPECT": "benchmarks/published.py is an independent copy of the published code",
-    "_MIN_RECTANGLE_CELLS": "as _LOG_ASPECT",
     "T": "a type variable",
     "__all__": "lists what a module exports",
 }

@@ -1,13 +1,14 @@
-"""What is drawn for each view: the crop box and the parameters of the photometric operations.
+"""Random crop boxes and random photometric parameters: every view has one box and one row of parameters.
 
-Both are drawn on the host for all backends alike, from (seed, epoch, index) addresses. The decoder cuts the
-boxes; :mod:`pipelines.augment.photometric` and its CPU counterpart apply the parameters.
+Both are drawn on the host, for every backend in the same way, from the address of the sample
+(:mod:`pipelines.randomness`). The decoder crops and flips by the box. :mod:`pipelines.augment.photometric` on
+a GPU and :mod:`pipelines.augment.photometric_cpu` on a CPU apply the parameters.
 
-- A box is five int32: top, left, height and width in pixels of the decoded image, and 1 where the view is
-  flipped left to right. The flip belongs to the crop because resampling can write columns in either order at
+- A box is five int32: top, left, height and width in pixels of the decoded image, and 1 if the view is
+  flipped left to right. The flip is part of the box because resampling can write columns in either order at
   no cost.
-- The parameters of a view are 13 float32, in the columns named below. An operation that does not fire has
-  its identity as parameter: factor 1, hue 0, blur 0.
+- The parameters of a view are 13 float32, in the columns named below. An operation that is not applied has
+  parameters without effect: factor 1, hue 0, blur 0.
 
 Shape letters: N samples, V views, P parameters.
 """
@@ -24,19 +25,20 @@ from pipelines.recipe import Recipe
 # Columns of the parameters: factors of brightness, contrast and saturation; hue shift in turns; 1 to make the
 # view grey; standard deviation of the blur in pixels; 1 to solarise.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARIZE = range(7)
-# Columns 7 … 12: which blend (0 for none) fills each of the three places before the hue shift and the three
-# places after it. The hue shift is the expensive operation, so the code computes it at one fixed place.
+# Columns 7 … 12 hold the random order of the colour jitter: which of the three blends (0 for none) is applied
+# at each of three places before the hue shift and at each of three places after it. The hue shift itself has
+# a fixed place, so that batched code computes this expensive operation only once.
 PLACES = slice(7, 13)
 BY_BRIGHTNESS, BY_CONTRAST, BY_SATURATION = 1, 2, 3
 NUM_PARAMETERS = 13
-SOLARIZE_FROM = 127.5 / 255  # of 255 levels 128 is the first, also when rounded to 16 bits
+SOLARIZE_FROM = 127.5 / 255  # 128 is the first level that is inverted, also after rounding to 16 bits
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision use it
 
 _CROP, _PHOTOMETRIC = int(Purpose.CROP), int(Purpose.PHOTOMETRIC)
-# Attempts at a random box. Each takes one block of draws: area, ratio, top, left. The block after the last
-# attempt decides the flip.
+# Attempts at a random box. Each uses one block of four random numbers: area, ratio, top, left. The block
+# after the last attempt decides the flip.
 _ATTEMPTS = 10
-_PARAMETER_BLOCKS = 4  # of four draws each, for one view
+_PARAMETER_BLOCKS = 4  # blocks of four random numbers for the parameters of one view
 _FIRST_PLACE = PLACES.start
 _UNIT = 2.0**-32
 
@@ -50,7 +52,7 @@ def draw_boxes(recipe: Recipe, draw: Draw, size_N2: NDArray[np.int64]) -> NDArra
 
     Args:
         recipe: crop kind, scale and ratio, probability of a flip.
-        draw: address of the samples.
+        draw: the address of the samples.
         size_N2: (N, 2) int64 heights and widths in pixels.
 
     Returns:
@@ -137,7 +139,7 @@ def _random_box(
 
 
 def blur_radius_px(largest_sigma: float, side: int) -> int:
-    """How far the blur's kernel reaches: three times the largest standard deviation, at most side − 1."""
+    """Radius of the blur's kernel: three times the largest standard deviation, at most side − 1."""
     return min(int(3 * largest_sigma + 0.5), side - 1)
 
 
@@ -146,7 +148,7 @@ def draw_parameters(recipe: Recipe, draw: Draw) -> NDArray[np.float32]:
 
     Args:
         recipe: strengths and probabilities of the operations.
-        draw: address of the samples.
+        draw: the address of the samples.
 
     Returns:
         (V, N, P) float32; the columns are named at the top of this file.
@@ -199,7 +201,7 @@ def _draw_parameters(
 
 @kernel
 def _order_jitters(key_4: NDArray[np.float32], params: NDArray[np.float32]) -> None:
-    """Fill in the places: brightness, contrast, saturation and hue in the order of their random keys."""
+    """Fill in the places: sort brightness, contrast, saturation and hue by their random keys."""
     hue_rank = 0
     for j in range(3):
         hue_rank += key_4[j] <= key_4[3]

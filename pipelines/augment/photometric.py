@@ -65,8 +65,8 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe, dtype: torch.dtype
         blur_dtype = torch.float32 if dtype == torch.float32 else torch.float16
         x = blur(x, params_NP[:, BLUR], recipe.blur_sigma_px[1], blur_dtype)
     if recipe.solarize_prob > 0:
-        fires = _column(params_NP, SOLARIZE) > 0
-        x = _each(x, lambda plane: torch.where(fires & (plane >= SOLARIZE_FROM), 1 - plane, plane))
+        applied = _column(params_NP, SOLARIZE) > 0
+        x = _map_planes(x, lambda plane: torch.where(applied & (plane >= SOLARIZE_FROM), 1 - plane, plane))
     # Mean and std stay Python numbers, because making a tensor of them would be one more upload.
     normalised = [
         ((plane - mean) / std).to(dtype) for plane, mean, std in zip(x, recipe.mean, recipe.std, strict=True)
@@ -74,7 +74,7 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe, dtype: torch.dtype
     return torch.stack(normalised, dim=3).permute(0, 3, 1, 2)
 
 
-def _each(x: Planes, change: Callable[[Tensor], Tensor]) -> Planes:
+def _map_planes(x: Planes, change: Callable[[Tensor], Tensor]) -> Planes:
     red, green, blue = x
     return change(red), change(green), change(blue)
 
@@ -90,8 +90,8 @@ def luma(x: Planes) -> Tensor:
 
 def to_grey(x: Planes, params_NP: Tensor) -> Planes:
     """Make views grey where the parameter is set; torchvision's ``RandomGrayscale``."""
-    fires, grey = _column(params_NP, GREY) > 0, luma(x)
-    return _each(x, lambda plane: torch.where(fires, grey, plane))
+    applied, grey = _column(params_NP, GREY) > 0, luma(x)
+    return _map_planes(x, lambda plane: torch.where(applied, grey, plane))
 
 
 def jitter(x: Planes, params_NP: Tensor) -> Planes:
@@ -133,8 +133,10 @@ def _blend(x: Planes, params_NP: Tensor, which: Tensor, mean_grey: Tensor | None
     if mean_grey is not None:
         other = torch.where(which == BY_CONTRAST, mean_grey, other)
         factor = torch.where(which == BY_CONTRAST, _column(params_NP, CONTRAST), factor)
-    fires = which > 0
-    return _each(x, lambda plane: torch.where(fires, (other + factor * (plane - other)).clamp(0, 1), plane))
+    applied = which > 0
+    return _map_planes(
+        x, lambda plane: torch.where(applied, (other + factor * (plane - other)).clamp(0, 1), plane)
+    )
 
 
 def shift_hue(x: Planes, turns_N: Tensor) -> Planes:

@@ -4,18 +4,19 @@ In: uint8 crops and the parameters of :mod:`pipelines.augment.draws`. Out: norma
 operations and their order are those of :mod:`pipelines.augment.photometric`, and results are equal within a
 hundredth of a grey level (a test holds that).
 
-The batched stage takes some forty passes over a whole batch. Here each view has at most three sweeps, in
-pieces of about a thousand pixels that stay in the L1 cache:
+The batched stage makes about forty passes over a whole batch. This module makes at most three passes over a
+view. Passes 1 and 2 work on pieces of about a thousand pixels, which stay in the L1 cache:
 
-1. up to the contrast, only where contrast fires: it needs the mean grey of the view just before it;
-2. from there to the blur along rows;
-3. the blur along columns.
+1. All operations before the contrast. Contrast needs the mean grey of their result. A view without contrast
+   skips this pass.
+2. All other operations, up to the blur along rows.
+3. The blur along columns, only for views with a blur.
 
-Solarising and normalising end the last sweep. Operations that do not fire cost nothing. The three colour
-planes are separate arrays, so that every loop runs over contiguous float32 and vectorises.
+The last pass also solarises and normalises. An operation that is not applied to a view costs nothing. The
+three colour planes are separate arrays, so every loop runs over contiguous float32 and vectorises.
 
-No kernel here uses fastmath: its result depends on where a function is inlined, so a kernel loaded from the
-cache would differ in the last bits from the one just compiled.
+No kernel here uses fastmath. With fastmath the last bits depend on where a function is inlined, so a kernel
+loaded from the disk cache would differ from the same kernel just compiled.
 
 Shape letters: N batch, V views, S side in pixels, C pixels of a piece, P parameters, K blur taps.
 """
@@ -53,11 +54,11 @@ _HUE, _GREY = 4, 5  # numbers of operations, after the three blends
 class _Scratch(NamedTuple):
     """Memory for one view."""
 
-    x_3C: _Floats  # (3, S²) planes between the first two sweeps
+    x_3C: _Floats  # (3, S²) planes between passes 1 and 2
     rows_3C: _Floats  # (3, S²) planes blurred along rows
     weight_K: _Floats  # blur weights of the centre and of one side
     padded: _Floats  # one row with its reflected borders
-    program: NDArray[np.int64]  # operations that fire, in their order
+    operations: NDArray[np.int64]  # operations that are applied to the view, in their order
 
 
 def augment_on_cpu(
@@ -109,26 +110,26 @@ def _augment_views(
         for n in range(num):
             params = params_VNP[v, n]
             view_C3, out_C3 = views_NVSS3[n, v].reshape(-1), out_VNSS3[v, first + n].reshape(-1)
-            program = scratch.program[: _write_program(params, grey_first, scratch.program)]
-            this_radius = _blur_weights(params[BLUR], radius, scratch.weight_K)
-            _augment_view(view_C3, side, params, program, normalise, this_radius, scratch, out_C3)
+            operations = scratch.operations[: _list_operations(params, grey_first, scratch.operations)]
+            view_radius = _blur_weights(params[BLUR], radius, scratch.weight_K)
+            _augment_view(view_C3, side, params, operations, normalise, view_radius, scratch, out_C3)
 
 
 @kernel
-def _write_program(params: _Floats, grey_first: bool, program: NDArray[np.int64]) -> int:
-    """List the operations of one view that fire, in their order; returns how many."""
+def _list_operations(params: _Floats, grey_first: bool, operations: NDArray[np.int64]) -> int:
+    """List the operations that are applied to one view, in their order; returns how many."""
     num = 0
     if grey_first and params[GREY] > 0:
-        program[num] = _GREY
+        operations[num] = _GREY
         num += 1
     for place in range(7):
-        which = _HUE if place == 3 else int(params[_FIRST_PLACE + place - (place > 3)])
-        idle = params[HUE] == 0 if which == _HUE else params[BRIGHTNESS - 1 + which] == 1
-        if which > 0 and not idle:
-            program[num] = which
+        operation = _HUE if place == 3 else int(params[_FIRST_PLACE + place - (place > 3)])
+        is_identity = params[HUE] == 0 if operation == _HUE else params[BRIGHTNESS - 1 + operation] == 1
+        if operation > 0 and not is_identity:
+            operations[num] = operation
             num += 1
     if not grey_first and params[GREY] > 0:
-        program[num] = _GREY
+        operations[num] = _GREY
         num += 1
     return num
 
@@ -138,35 +139,35 @@ def _augment_view(
     view_C3: NDArray[np.uint8],
     side: int,
     params: _Floats,
-    program: NDArray[np.int64],
+    operations: NDArray[np.int64],
     normalise: tuple[_Floats, _Floats],
     radius: int,
     scratch: _Scratch,
     out_C3: _Floats,
 ) -> None:
-    """Sweep a view at most three times; ``radius`` is 0 for no blur."""
+    """Augment one view in at most three passes; ``radius`` is 0 for no blur."""
     size, solarize = side * side, params[SOLARIZE] > 0
     piece = max(1, _PIECE_PX // side) * side
-    contrast_at = len(program)
-    for place in range(len(program)):
-        if program[place] == BY_CONTRAST:
+    contrast_at = len(operations)
+    for place in range(len(operations)):
+        if operations[place] == BY_CONTRAST:
             contrast_at = place
-    has_contrast = contrast_at < len(program)
+    has_contrast = contrast_at < len(operations)
     grey = np.float32(0)
     if has_contrast:
-        grey = _run_to_contrast(view_C3, piece, program[:contrast_at], params, scratch.x_3C)
+        grey = _apply_until_contrast(view_C3, piece, operations[:contrast_at], params, scratch.x_3C)
     for start in range(0, size, piece):
         stop = min(start + piece, size)
-        # Without a sweep before this one, all pieces use the same memory, which stays in the cache.
+        # Without pass 1, all pieces use the same memory, which stays in the cache.
         at = start if has_contrast else 0
-        rgb = _part(scratch.x_3C, at, at + stop - start)
+        rgb = _slice_planes(scratch.x_3C, at, at + stop - start)
         if has_contrast:
             for plane in rgb:
-                _mix_with(plane, params[BRIGHTNESS - 1 + BY_CONTRAST], grey)
-            _run(program[contrast_at + 1 :], params, rgb)
+                _blend(plane, params[BRIGHTNESS - 1 + BY_CONTRAST], grey)
+            _apply(operations[contrast_at + 1 :], params, rgb)
         else:
             _load(view_C3[3 * start : 3 * stop], rgb)
-            _run(program, params, rgb)
+            _apply(operations, params, rgb)
         if radius > 0:
             for c in range(3):
                 blurred = scratch.rows_3C[c, start:stop]
@@ -174,7 +175,7 @@ def _augment_view(
         else:
             _store(rgb, solarize, normalise, out_C3[3 * start : 3 * stop])
     if radius > 0:
-        row = _part(scratch.x_3C, 0, side)
+        row = _slice_planes(scratch.x_3C, 0, side)
         for y in range(side):
             for c in range(3):
                 _blur_column(scratch.rows_3C[c], y, side, scratch.weight_K, row[c])
@@ -182,22 +183,22 @@ def _augment_view(
 
 
 @kernel
-def _run_to_contrast(
-    view_C3: NDArray[np.uint8], piece: int, program: NDArray[np.int64], params: _Floats, x_3C: _Floats
+def _apply_until_contrast(
+    view_C3: NDArray[np.uint8], piece: int, operations: NDArray[np.int64], params: _Floats, x_3C: _Floats
 ) -> np.float32:
-    """The first sweep: run the operations before the contrast; returns the mean grey of the result."""
+    """Pass 1: apply the operations before the contrast; returns the mean grey of the result."""
     size, total = x_3C.shape[1], 0.0
     for start in range(0, size, piece):
         stop = min(start + piece, size)
-        rgb = _part(x_3C, start, stop)
+        rgb = _slice_planes(x_3C, start, stop)
         _load(view_C3[3 * start : 3 * stop], rgb)
-        _run(program, params, rgb)
+        _apply(operations, params, rgb)
         total += _sum_of_luma(rgb)
     return np.float32(total / size)
 
 
 @kernel
-def _part(x_3C: _Floats, start: int, stop: int) -> _Planes:
+def _slice_planes(x_3C: _Floats, start: int, stop: int) -> _Planes:
     return x_3C[0, start:stop], x_3C[1, start:stop], x_3C[2, start:stop]
 
 
@@ -213,22 +214,22 @@ def _load(view_C3: NDArray[np.uint8], rgb: _Planes) -> None:
 
 
 @kernel
-def _run(program: NDArray[np.int64], params: _Floats, rgb: _Planes) -> None:
-    """Apply the operations listed, all but contrast, in place."""
-    for which in program:
-        if which == _HUE:
+def _apply(operations: NDArray[np.int64], params: _Floats, rgb: _Planes) -> None:
+    """Apply the listed operations in place. Contrast cannot be among them."""
+    for operation in operations:
+        if operation == _HUE:
             _shift_hue(rgb, np.float32(6 * params[HUE]))
-        elif which == _GREY:
-            _mix_with_grey(rgb, np.float32(0))
-        elif which == BY_SATURATION:
-            _mix_with_grey(rgb, params[BRIGHTNESS - 1 + which])
+        elif operation == _GREY:
+            _blend_with_grey(rgb, np.float32(0))
+        elif operation == BY_SATURATION:
+            _blend_with_grey(rgb, params[BRIGHTNESS - 1 + operation])
         else:
             for plane in rgb:
-                _mix_with(plane, params[BRIGHTNESS - 1 + which], np.float32(0))
+                _blend(plane, params[BRIGHTNESS - 1 + operation], np.float32(0))
 
 
 @kernel
-def _mix_with(plane: _Floats, factor: np.float32, other: np.float32) -> None:
+def _blend(plane: _Floats, factor: np.float32, other: np.float32) -> None:
     """factor · x + (1 − factor) · other, clamped: brightness with 0, contrast with the mean grey."""
     rest = (np.float32(1) - factor) * other
     for i in range(len(plane)):
@@ -236,8 +237,8 @@ def _mix_with(plane: _Floats, factor: np.float32, other: np.float32) -> None:
 
 
 @kernel
-def _mix_with_grey(rgb: _Planes, factor: np.float32) -> None:
-    """The same with each pixel's own grey: saturation, and grey with factor 0."""
+def _blend_with_grey(rgb: _Planes, factor: np.float32) -> None:
+    """factor · x + (1 − factor) · grey of the pixel, clamped: saturation, or greyscale with factor 0."""
     red, green, blue = rgb
     rest = np.float32(1) - factor
     for i in range(len(red)):
@@ -267,7 +268,7 @@ def _sum_of_luma(rgb: _Planes) -> float:
 
 @kernel
 def _shift_hue(rgb: _Planes, shift: np.float32) -> None:
-    """Through HSV and back as :func:`.photometric.shift_hue`; ``shift`` in sixths of a turn."""
+    """Shift the hue as :func:`.photometric.shift_hue` does; ``shift`` is in sixths of a turn."""
     red, green, blue = rgb
     zero, one, four, six = np.float32(0), np.float32(1), np.float32(4), np.float32(6)
     for i in range(len(red)):
@@ -365,7 +366,7 @@ def _blur_column(rows_C: _Floats, y: int, side: int, weight_K: _Floats, target: 
 
 @kernel
 def _reflected(rows_C: _Floats, y: int, side: int) -> _Floats:
-    """Row y, reflected into the view where it lies outside."""
+    """Row y of the view; rows beyond the border are reflected."""
     y = abs(y)
     y = y if y < side else max(2 * (side - 1) - y, 0)
     return rows_C[y * side : (y + 1) * side]

@@ -70,7 +70,7 @@ def decoding_graph(max_batch: int) -> Any:
         encoded = fn.external_source(name=ENCODED, no_copy=True, dtype=types.UINT8, ndim=1)
         return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
 
-    return _built(graph())
+    return _build_pipeline(graph())
 
 
 def cropping_graph(
@@ -128,7 +128,7 @@ def cropping_graph(
         views = (_view(fn, types, image, boxes[v], mirrored[v], crop_px) for v in range(num_views))
         return fn.peek_image_shape(encoded), *views
 
-    return _built(graph())
+    return _build_pipeline(graph())
 
 
 def _view(fn: Any, types: Any, image: Any, box: Any, mirrored: Any, crop_px: int) -> Any:
@@ -137,7 +137,7 @@ def _view(fn: Any, types: Any, image: Any, box: Any, mirrored: Any, crop_px: int
     return fn.flip(crop, horizontal=mirrored)
 
 
-def _built(pipeline: Any) -> Any:
+def _build_pipeline(pipeline: Any) -> Any:
     pipeline.build()
     return pipeline
 

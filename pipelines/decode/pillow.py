@@ -142,8 +142,8 @@ def read_size(payload: bytes) -> tuple[int, int] | None:
     """(height, width) in pixels of the upright image, by its header; None if that cannot be read."""
     try:
         with open_image(payload) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (image.width, image.height) if turned else (image.height, image.width)
+            is_rotated = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if is_rotated else (image.height, image.width)
     except MemoryError:
         raise
     except Exception:

@@ -1,10 +1,10 @@
-"""The ``ffcv`` backend: each image is decoded once on the CPU, and all its views are cut from the result.
+"""The ``ffcv`` backend: decodes each image once on the CPU and cuts all its views from the result.
 
-The backend is named after FFCV, which defined the format of ``.beton`` files; FFCV itself is not needed. (Its
-loader can read our files of the tiers jpeg and raw.) FFCV's loader keeps Python objects for every image,
-decodes once per view, draws its own randomness and cannot resume within an epoch. So images are decoded by
-libturbojpeg and cropped by :mod:`pipelines.kernels.jpeg_crops`. libturbojpeg uses its accurate inverse
-transform here; FFCV's decoder uses the fast one, which is off by up to 8 grey levels.
+The backend is named after FFCV because it reads FFCV's file format, ``.beton``. It does not use the FFCV
+package. FFCV's own loader keeps Python objects for every image, decodes an image once per view, draws its own
+random numbers and cannot resume within an epoch. (It can read our files of the tiers jpeg and raw.) Here
+libturbojpeg decodes and :mod:`pipelines.kernels.jpeg_crops` crops. libturbojpeg is set to its accurate
+inverse DCT; FFCV's decoder uses the fast one, which is off by up to 8 grey levels.
 
 Shape letters: N images, V views, S side in pixels.
 """
@@ -54,7 +54,7 @@ class TurboDecoder:
 
 
 def _retry_with_pil(image: Encoded, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]) -> bool:
-    """Crop one image that the kernels refused: it is sound if no pixel is lost and PIL can read it."""
+    """Crop one image that the kernels could not decode; False if pixels are missing or PIL cannot read it."""
     (data_C,) = image
     if is_jpeg(data_C) and check_jpeg(data_C).state == "damaged":
         return False

@@ -44,7 +44,7 @@ def kernel(function: _Function) -> _Function:
     return compiled
 
 
-def compiled_before() -> bool:
+def kernels_are_cached() -> bool:
     """Whether code of these sources is on disk; if not, the first batch waits some fifteen seconds for it."""
     return any(_cache_folder(numba.config.CACHE_DIR).rglob("*.nbi"))
 

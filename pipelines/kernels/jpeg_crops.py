@@ -1,14 +1,14 @@
-"""From encoded images to crops in one compiled loop: the core of the ``ffcv`` backend.
+"""Decode and crop a slice of a batch in one compiled loop: the core of the ``ffcv`` backend.
 
-In: encoded bytes of N images in one flat array, and V crop boxes for each. Out: N × V uint8 RGB views of
-S × S px, and a status for each image. libturbojpeg decodes a JPEG once, to the Y, U and V planes that the
-file stores, and every view is resampled straight from those (:mod:`pipelines.kernels.resample`). Images that
-a set stores as planes or as pixels are not copied at all. The loop runs without the GIL on the thread that
-calls it.
+The input is a flat array with the encoded bytes of N images, and V crop boxes for each. The output is N × V
+uint8 RGB views of S × S px, and a status for each image. libturbojpeg decodes a JPEG once, to the Y, U and V
+planes that the file stores. Every view is resampled directly from these planes
+(:mod:`pipelines.kernels.resample`). Images that a set stores as planes or as pixels are cropped without a
+copy. The loop runs without the GIL on the calling thread.
 
-Before decoding, the JPEG's markers are checked for two things that libturbojpeg ignores: missing tables, and
-an EXIF tag that rotates the image. The check goes through the markers as libjpeg does (ITU-T T.81, annex B):
-bytes between a segment and the next marker are skipped, which includes the coded data of a scan.
+Two problems that libturbojpeg ignores are found before decoding, in the markers of the JPEG: missing tables,
+and an EXIF tag that rotates the image. The markers are read as libjpeg reads them (ITU-T T.81, annex B):
+bytes between a segment and the next marker, such as the coded data of a scan, are skipped.
 
 Shape letters: N images, V views, S side in pixels, C bytes.
 """
@@ -31,10 +31,10 @@ from pipelines.kernels.turbojpeg import (
 from pipelines.sets.beton import MODE_JPEG, MODE_YUV420
 
 # Status of an image, besides 0 for success and libturbojpeg's own return code, −1.
-WRONG_SIZE = -2  # the header disagrees with the set's index
-NO_DECODER = -3  # libturbojpeg has no memory for a decoder
-TURNED = -4  # the EXIF tag rotates or mirrors the image, which libturbojpeg ignores
-NO_TABLE = -5  # see missing_table
+WRONG_SIZE = -2  # the size in the header is not the size in the set's index
+NO_DECODER = -3  # libturbojpeg could not allocate a decoder
+ROTATED = -4  # the EXIF tag rotates or mirrors the image, which libturbojpeg ignores
+NO_TABLE = -5  # a table is missing, see missing_table
 EXIF_ORIENTATION = 0x0112
 QUANTISATION, HUFFMAN = 1, 2
 """Kinds of tables, as :func:`missing_table` returns them."""
@@ -42,9 +42,9 @@ TABLE_MISSING = {
     QUANTISATION: "it uses a quantisation table that it does not define",
     HUFFMAN: "it uses a Huffman table that it does not define",
 }
-"""What is wrong with a JPEG, by the kind of table it lacks."""
+"""Messages for each kind of missing table."""
 _SOI, _EOI, _SOS, _DQT, _DHT, _APP1 = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xE1
-# libjpeg enlarges the chroma of narrower images by repeating it, so those are decoded to RGB.
+# libjpeg upsamples the chroma of narrower images in another way, by repeating it. Those are decoded to RGB.
 _MIN_PLANE_SIDE = 8
 
 
@@ -64,15 +64,15 @@ def crop_images(
 
     Args:
         functions: of :func:`pipelines.kernels.turbojpeg.functions`.
-        data_C: memory that holds the encoded images, with SLACK bytes behind them.
+        data_C: memory with the encoded images, and SLACK more bytes at the end.
         address_N: index of each image's first byte in ``data_C``.
         num_bytes_N: number of bytes of each image.
         mode_N: how each image is stored, MODE_JPEG, MODE_RAW or MODE_YUV420.
-        size_N2: heights and widths by the set's index, in px.
+        size_N2: heights and widths in px that the set's index gives.
         boxes_NV5: see :mod:`pipelines.augment.draws`; with V = 0, images are only decoded.
-        out_NVSS3: (N, V, S, S, 3) uint8 views, written here.
-        status_N: written here: 0 for a sound image, else libturbojpeg's return code, WRONG_SIZE, TURNED,
-            NO_TABLE or NO_DECODER.
+        out_NVSS3: (N, V, S, S, 3) uint8, receives the views.
+        status_N: receives 0 for each image that was decoded, else libturbojpeg's return code −1, WRONG_SIZE,
+            ROTATED, NO_TABLE or NO_DECODER.
     """
     scratch = make_scratch(out_NVSS3.shape[2], boxes_NV5[:, :, 2:4].max() if boxes_NV5.size else 1)
     decoded_C = np.empty(SLACK, np.uint8)
@@ -110,28 +110,28 @@ def _decode_jpeg(
     header_4: NDArray[np.int32],
     starts_3: NDArray[np.int64],
 ) -> tuple[int, bool, tuple[bool, bool], NDArray[np.uint8]]:
-    """Check and decode one JPEG to ``decoded_C``, or to a larger array where that is too small.
+    """Check and decode one JPEG to ``decoded_C``, or to a new array if that is too small.
 
-    Every JPEG gets a decoder of its own, at a thousandth of the cost of a decode. A decoder that has seen an
-    error, or the tables of another image, would make views depend on the images before.
+    A new decoder is made for every JPEG, which takes a thousandth of the time of decoding. A decoder that is
+    reused keeps errors and tables of the image before, so a view would depend on other images.
 
     Returns:
-        Status, whether the result is planes and not RGB, whether chroma rows and columns are halved, and the
-        array that holds the result.
+        The status; whether the result is planes (else RGB); whether chroma rows and chroma columns are
+        halved; and the array that holds the result.
     """
     is_planes, halved = False, (False, False)
     decoder = call_int64(functions.init, ())
     status = _read_header(functions, decoder, jpeg_C, size, header_4)
     if status == 0 and missing_table(jpeg_C):
         status = NO_TABLE
-    if status == 0 and _is_turned(jpeg_C):
-        status = TURNED
+    if status == 0 and _is_rotated(jpeg_C):
+        status = ROTATED
     if status == 0:
-        # Memory is taken only now: a damaged index may claim an image larger than the memory.
+        # Allocate only after the checks: a damaged index may give a size larger than the memory.
         num_bytes = 3 * (size[1] + 1) * (size[0] + 1) + SLACK
         if len(decoded_C) < num_bytes:
             decoded_C = np.empty(num_bytes, np.uint8)
-        is_planes, halved = _kind(header_4, size)
+        is_planes, halved = _choose_format(header_4, size)
         layout = _plane_layout(size, halved, True)
         at = np.int64(decoded_C.ctypes.data)
         starts_3[0], starts_3[1], starts_3[2] = at, at + layout[0], at + layout[1]
@@ -161,10 +161,10 @@ def _read_header(
 
 
 @kernel
-def _kind(header_4: NDArray[np.int32], size: tuple[int, int]) -> tuple[bool, tuple[bool, bool]]:
+def _choose_format(header_4: NDArray[np.int32], size: tuple[int, int]) -> tuple[bool, tuple[bool, bool]]:
     """Whether to decode to planes, and whether the chroma's rows and columns are halved.
 
-    All but the usual kinds are decoded to RGB by libturbojpeg, which knows them all.
+    Other subsamplings and colour spaces are rare; libturbojpeg decodes them to RGB.
     """
     sampling = header_4[2]
     is_planes = (
@@ -202,8 +202,8 @@ def _decode(
 ) -> int:
     """Decode to planes that begin at the addresses ``starts_3``, or to RGB at the first of them.
 
-    The caller owns all memory that C gets an address of. numba frees a local array after its last use, which
-    may be the expression that takes its address.
+    The caller must own all memory that is passed to C by its address: numba frees a local array after its
+    last use, which may be the expression that takes its address.
     """
     height, width = size
     source = (decoder, jpeg_C.ctypes.data, len(jpeg_C))
@@ -220,11 +220,11 @@ def _decode(
 
 @kernel
 def missing_table(jpeg_C: NDArray[np.uint8]) -> int:
-    """The kind of table that a JPEG uses and does not define; 0 where it defines all, or is no JPEG.
+    """The kind of table that a JPEG uses but does not define; 0 if none is missing, or for other files.
 
-    In place of a missing table a decoder uses that of the image before, or a standard one, so the pixels of
-    such a file depend on the decoder. Every scan that a decoder reads is checked. Other damage is left to the
-    decoder.
+    A decoder replaces a missing table by that of the image before, or by a standard one. So the pixels of
+    such a file depend on the decoder. Every scan that a decoder reads is checked. Other damage is not looked
+    for; the decoder reports it.
     """
     quantisation, dc, ac = 0, 0, 0  # bit t: table t is defined
     frame, frame_at = 0, 0  # marker of the frame, and where its components begin
@@ -247,7 +247,7 @@ def missing_table(jpeg_C: NDArray[np.uint8]) -> int:
                     dc |= 1 << (int(jpeg_C[at]) & 15)
                 at += 17 + int(jpeg_C[at + 1 : at + 17].sum())
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC8, 0xCC):
-            # A frame of another kind is one that no decoder here reads.
+            # No decoder used here reads frames of other kinds.
             if marker not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA) or at + 6 > stop:
                 return 0
             frame, frame_at = marker, at + 6
@@ -265,7 +265,7 @@ def missing_table(jpeg_C: NDArray[np.uint8]) -> int:
 
 @kernel
 def _next_segment(jpeg_C: NDArray[np.uint8], at: int) -> tuple[int, int, int]:
-    """Marker, start and stop of the next segment from ``at`` on; marker 0 where none follows."""
+    """Marker, start and stop of the next segment from ``at`` on. Marker 0 means that there is none."""
     while True:
         while at + 1 < len(jpeg_C) and (jpeg_C[at] != 0xFF or jpeg_C[at + 1] in (0x00, 0xFF)):
             at += 1
@@ -277,7 +277,7 @@ def _next_segment(jpeg_C: NDArray[np.uint8], at: int) -> tuple[int, int, int]:
             return 0, at, at
         if 0xD0 <= marker <= _SOI or marker == 0x01:  # markers without a segment
             continue
-        stop = at + _number(jpeg_C, at, 2, False)
+        stop = at + _read_number(jpeg_C, at, 2, False)
         return (marker, at + 2, stop) if stop <= len(jpeg_C) else (0, at, at)
 
 
@@ -285,7 +285,7 @@ def _next_segment(jpeg_C: NDArray[np.uint8], at: int) -> tuple[int, int, int]:
 def _missing_in_scan(
     jpeg_C: NDArray[np.uint8], at: int, frame: int, frame_at: int, defined: tuple[int, int, int]
 ) -> int:
-    """The kind of table that a scan lacks, 0 for none; its header begins at ``at``."""
+    """The kind of table that is missing for the scan with its header at ``at``; 0 for none."""
     quantisation, dc, ac = defined
     huffman, progressive = frame <= 0xC2, frame in (0xC2, 0xCA)
     spectrum_at = at + 1 + 2 * int(jpeg_C[at])
@@ -306,14 +306,14 @@ def _missing_in_scan(
 
 
 @kernel
-def _is_turned(jpeg_C: NDArray[np.uint8]) -> bool:
+def _is_rotated(jpeg_C: NDArray[np.uint8]) -> bool:
     """Whether the EXIF tag of a JPEG rotates or mirrors the image.
 
-    Conversion applies the tag and removes it; shards that were only indexed may still have it.
+    Conversion applies the tag and removes it. Existing shards that were only indexed may have it.
     """
     at = 2
     while at + 10 < len(jpeg_C) and jpeg_C[at] == 0xFF and jpeg_C[at + 1] != _SOS:
-        size = _number(jpeg_C, at + 2, 2, False)
+        size = _read_number(jpeg_C, at + 2, 2, False)
         exif = jpeg_C[at + 1] == _APP1 and jpeg_C[at + 4] == 0x45 and jpeg_C[at + 5] == 0x78  # "Ex"
         if exif and at + 2 + size <= len(jpeg_C):
             return 2 <= _orientation(jpeg_C[at + 10 : at + 2 + size]) <= 8
@@ -323,24 +323,24 @@ def _is_turned(jpeg_C: NDArray[np.uint8]) -> bool:
 
 @kernel
 def _orientation(tiff_C: NDArray[np.uint8]) -> int:
-    """The orientation in the first directory of a TIFF header; 0 where there is none."""
+    """The orientation in the first directory of a TIFF header; 0 if there is none."""
     if len(tiff_C) < 8:
         return 0
     little = tiff_C[0] == 0x49
-    start = _number(tiff_C, 4, 4, little)
+    start = _read_number(tiff_C, 4, 4, little)
     if start + 2 > len(tiff_C):
         return 0
-    for k in range(_number(tiff_C, start, 2, little)):
+    for k in range(_read_number(tiff_C, start, 2, little)):
         entry = start + 2 + 12 * k
         if entry + 12 > len(tiff_C):
             return 0
-        if _number(tiff_C, entry, 2, little) == EXIF_ORIENTATION:
-            return _number(tiff_C, entry + 8, 2, little)
+        if _read_number(tiff_C, entry, 2, little) == EXIF_ORIENTATION:
+            return _read_number(tiff_C, entry + 8, 2, little)
     return 0
 
 
 @kernel
-def _number(bytes_C: NDArray[np.uint8], start: int, num: int, little: bool) -> int:
+def _read_number(bytes_C: NDArray[np.uint8], start: int, num: int, little: bool) -> int:
     """An unsigned number of ``num`` bytes, little-endian or big-endian."""
     value = 0
     for i in range(num):

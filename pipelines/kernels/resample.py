@@ -1,25 +1,26 @@
-"""Antialiased bilinear crops, straight from a JPEG's planes or from RGB pixels, sixteen values at a time.
+"""Antialiased bilinear crops of a JPEG's planes or of RGB pixels, with SIMD vectors of sixteen values.
 
-In: a decoded image as flat uint8 memory, and a crop box in px. Out: one uint8 RGB view of S × S px. The
-result is that of PIL's ``resize`` of the cropped image, within one grey level as long as the image shrinks
-less than 100-fold: two separable passes with a triangle filter that widens when the image shrinks.
+The input is a decoded image as flat uint8 memory, and a crop box in px. The output is one uint8 RGB view of
+S × S px. The result equals PIL's ``resize`` of the cropped image within one grey level, if the image shrinks
+less than 100-fold. As in PIL, the filter is a triangle that widens when the image shrinks, applied in two
+separable passes.
 
-How one view is made:
+The steps for one view:
 
-1. For each axis, list which input pixels make each output pixel, and their weights (:func:`fill_axis`).
-   Weights are 16-bit fractions.
-2. For sixteen rows of the view at a time: the vertical pass runs along the input rows and writes sums with 7
-   bits below the grey level to a strip. The strip is transposed, so that the horizontal pass handles sixteen
-   rows at once. A flip costs nothing: it reverses the list of step 1 for the columns.
-3. Y, U, V become R, G, B; the sixteen rows are transposed back and written.
+1. For each axis, list the input pixels of each output pixel and their weights (:func:`fill_axis`). Weights
+   are 16-bit fractions.
+2. Resample sixteen rows of the view at a time. The vertical pass runs along the input rows and writes sums
+   with 7 fractional bits to a strip. The strip is transposed, so that the horizontal pass can process the
+   sixteen rows as one vector. A flip costs nothing: it reverses the list of step 1 for the columns.
+3. Convert the sixteen rows from Y, U, V to R, G, B, transpose them back and write them.
 
-Chroma planes of half size are not enlarged first. JPEG decoders enlarge them with the weights ¾ and ¼
-("fancy upsampling"), which is a linear filter too. :func:`halve_axis` multiplies its weights with those of
-the resampling, so each output pixel needs only a few samples of the small plane. Colours are converted after
-the crop, when there are fewer pixels to convert.
+Chroma planes of half size are not upsampled first. JPEG decoders upsample with the weights ¾ and ¼ ("fancy
+upsampling"), which is a linear filter too. :func:`halve_axis` combines both filters into one, so each output
+pixel needs only a few samples of the small plane. Colours are converted after the crop, because the crop has
+fewer pixels.
 
-The loops use the vector operations of :mod:`pipelines.kernels.simd`. Vectors may read past the end of what is
-needed; memory that is read has SLACK bytes behind it. Nothing is allocated except by :func:`make_scratch`.
+Vectors (:mod:`pipelines.kernels.simd`) may read past the last element that is needed, so SLACK more bytes
+must be readable after the image. Only :func:`make_scratch` allocates memory.
 
 Shape letters: S side of the view, T filter taps, C elements of a flat array.
 """
@@ -34,16 +35,16 @@ from pipelines.kernels.compiled import kernel
 from pipelines.kernels.simd import LANES
 
 _ROWS = LANES
-"""Rows of the view that are made together."""
+"""Rows of the view that are resampled together."""
 _FRACTION_BITS = 7
-"""Bits below the grey level between the passes: 255 · 2⁷ leaves room for rounding in 16 bits."""
+"""Fractional bits of a grey level between the passes. 255 · 2⁷ and its rounding errors fit into 16 bits."""
 _LARGEST_WEIGHT = (1 << 16) - 1
 SLACK = 64
-"""Bytes that must be readable behind a plane's last one."""
+"""Bytes that must be readable after the last byte of a plane."""
 
 
 class Axis(NamedTuple):
-    """Which input pixels make each output pixel of one axis, and with what weights."""
+    """The input pixels of each output pixel along one axis, and their weights."""
 
     first_S: NDArray[np.int32]  # first input pixel of each output pixel
     taps_S: NDArray[np.int32]  # number of input pixels from there on
@@ -51,14 +52,14 @@ class Axis(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Memory of one thread, enough for boxes of up to the size it was made for."""
+    """Working memory for one view at a time; see :func:`make_scratch` for its size."""
 
     rows: Axis  # how rows of Y or RGB are resampled
     columns: Axis  # the same for columns
     chroma_rows: Axis  # the same for rows of chroma, if they are halved
     chroma_columns: Axis  # the same for columns of chroma, if they are halved
     strip_C: NDArray[np.uint16]  # sixteen rows between the passes
-    turned_C: NDArray[np.uint16]  # the strip, transposed
+    transposed_C: NDArray[np.uint16]  # the strip, transposed
     planes_C: NDArray[np.uint16]  # three planes of (S, 16): sixteen rows of the view, transposed
     bytes_C: NDArray[np.uint8]  # the planes as RGB bytes
     block_C: NDArray[np.uint8]  # three blocks of 16 × 16 bytes, and one row with its colours interleaved
@@ -71,7 +72,7 @@ def _axis(side: int, taps: int) -> Axis:
 
 @kernel
 def make_scratch(side: int, largest_px: int) -> Scratch:
-    """Memory for views of ``side`` px from boxes of up to ``largest_px`` px a side."""
+    """Allocate working memory for views of ``side`` px and boxes with sides of up to ``largest_px``."""
     taps = 2 * int(np.ceil(max(largest_px / side, 1.0))) + 3
     padded = -(-side // LANES) * LANES
     strip = _ROWS * (3 * largest_px + 2 * LANES)
@@ -90,7 +91,7 @@ def make_scratch(side: int, largest_px: int) -> Scratch:
 
 @kernel
 def fill_axis(axis: Axis, start: int, length: int, backwards: bool) -> None:
-    """Set the weights that bring ``length`` pixels from ``start`` on to S outputs, maybe ``backwards``."""
+    """Set the weights that resize ``length`` pixels from ``start`` on to S; ``backwards`` flips them."""
     side = len(axis.first_S)
     scale = length / side
     support = max(scale, 1.0)
@@ -113,10 +114,10 @@ def fill_axis(axis: Axis, start: int, length: int, backwards: bool) -> None:
 
 @kernel
 def halve_axis(full: Axis, plane_px: int, half: Axis) -> None:
-    """Set weights on a plane of half size that do what ``full`` does on the enlarged plane.
+    """Set weights for a plane of half size that give the same result as ``full`` on the upsampled plane.
 
-    Enlarging makes pixel 2i of ¾ sample i and ¼ sample i − 1, pixel 2i + 1 of ¾ sample i and ¼ sample i + 1,
-    and repeats the samples at the border.
+    Upsampling computes pixel 2i as ¾ sample i + ¼ sample i − 1, and pixel 2i + 1 as ¾ sample i + ¼ sample
+    i + 1. At the borders, samples are repeated.
     """
     last = plane_px - 1
     for out in range(len(full.first_S)):
@@ -139,7 +140,7 @@ def halve_axis(full: Axis, plane_px: int, half: Axis) -> None:
 
 @kernel
 def _span(axis: Axis) -> tuple[int, int]:
-    """The first input pixel of an axis, and how many pixels it covers."""
+    """The first input pixel of an axis, and the number of input pixels that it covers."""
     a, b = 0, len(axis.first_S) - 1
     if axis.first_S[b] < axis.first_S[a]:
         a, b = b, a
@@ -158,14 +159,14 @@ def _vertical(
     strip_C: NDArray[np.uint16],
     strip_pitch: int,
 ) -> None:
-    """Make sixteen rows of the view, from row ``top`` on, of ``width`` columns that begin at ``start``."""
+    """Resample ``width`` input columns from ``start`` on to the sixteen rows of the view from ``top`` on."""
     last = len(rows.first_S) - 1
     for r in range(_ROWS):
         out = min(top + r, last)
         taps = rows.taps_S[out]
         row = start + rows.first_S[out] * pitch
         for x in range(0, width, LANES):
-            # mul_high rounds down. Half a unit for each tap makes up for that on average.
+            # mul_high rounds down. Half a unit per tap corrects the mean of the error.
             total = simd.splat(taps >> 1)
             at = row + x
             for tap in range(taps):
@@ -176,16 +177,18 @@ def _vertical(
 
 
 @kernel
-def _turn(strip_C: NDArray[np.uint16], strip_pitch: int, width: int, turned_C: NDArray[np.uint16]) -> None:
-    """Transpose the strip: ``turned_C`` is (width, 16)."""
+def _transpose(
+    strip_C: NDArray[np.uint16], strip_pitch: int, width: int, transposed_C: NDArray[np.uint16]
+) -> None:
+    """Transpose the strip: ``transposed_C`` is (width, 16)."""
     for x in range(0, width, 8):
         for r in range(0, _ROWS, 8):
-            simd.transpose_u16(strip_C, r * strip_pitch + x, strip_pitch, turned_C, x * _ROWS + r, _ROWS)
+            simd.transpose_u16(strip_C, r * strip_pitch + x, strip_pitch, transposed_C, x * _ROWS + r, _ROWS)
 
 
 @kernel
 def _horizontal(
-    turned_C: NDArray[np.uint16],
+    transposed_C: NDArray[np.uint16],
     begin: int,
     channel: int,
     channels: int,
@@ -193,7 +196,7 @@ def _horizontal(
     planes_C: NDArray[np.uint16],
     start: int,
 ) -> None:
-    """Make all columns of sixteen rows, from one of the input's interleaved channels."""
+    """Resample sixteen rows to S columns, for one of the input's interleaved channels."""
     step = channels * _ROWS
     for out in range(len(columns.first_S)):
         taps = columns.taps_S[out]
@@ -201,16 +204,16 @@ def _horizontal(
         at = (columns.first_S[out] - begin) * step + channel * _ROWS
         for tap in range(taps):
             weight = simd.splat(columns.weight_ST[out, tap])
-            total = simd.add(total, simd.mul_high(simd.load_u16(turned_C, at), weight))
+            total = simd.add(total, simd.mul_high(simd.load_u16(transposed_C, at), weight))
             at += step
         simd.store_u16(planes_C, start + out * _ROWS, total)
 
 
 @kernel
 def _to_rgb(planes_C: NDArray[np.uint16], size: int, bytes_C: NDArray[np.uint8]) -> None:
-    """Y, U, V → R, G, B by JFIF's full-range BT.601, with six bits below the grey level.
+    """Convert Y, U, V to R, G, B by JFIF's full-range BT.601, with six fractional bits.
 
-    Factors of 0.5 and more do not fit a signed 16-bit multiplication; they are 1 or 2 minus the rest.
+    Signed 16-bit fractions must be below 0.5. Larger factors are split: 1.402 v is v + 0.402 v.
     """
     middle, rounding = simd.splat(128 << 6), simd.splat(1 << 5)
     red_v, blue_u = simd.splat(int(0.402 * 65536 + 0.5)), simd.splat(int(0.228 * 65536 + 0.5))
@@ -230,7 +233,7 @@ def _to_rgb(planes_C: NDArray[np.uint16], size: int, bytes_C: NDArray[np.uint8])
 
 @kernel
 def _round(planes_C: NDArray[np.uint16], size: int, bytes_C: NDArray[np.uint8]) -> None:
-    """Round three planes of RGB to bytes."""
+    """Round three planes of R, G, B to bytes."""
     rounding = simd.splat(1 << (_FRACTION_BITS - 1))
     for i in range(0, 3 * size, LANES):
         rounded = simd.add(simd.load_u16(planes_C, i), rounding)
@@ -272,15 +275,15 @@ def crop_planes(
     out_C: NDArray[np.uint8],
     scratch: Scratch,
 ) -> None:
-    """Write one view of an image that is decoded to Y, U and V, as a JPEG stores it.
+    """Write one view of an image in Y, U and V planes, as a JPEG stores them.
 
     Args:
-        planes_C: memory that holds the three planes, with SLACK bytes behind them.
+        planes_C: memory with the three planes, and SLACK more bytes at the end.
         start_3: index of each plane's first byte.
-        pitch_2: bytes from one row to the next, of Y and of the chroma.
+        pitch_2: bytes from one row to the next, in Y and in the chroma planes.
         size: height and width of the image.
         halved: whether the chroma has half as many rows, and half as many columns (rounded up).
-        box: top, left, height, width in px, and 1 to flip; within the image.
+        box: top, left, height and width in px, within the image; and 1 to flip.
         out_C: (S, S, 3) view, flat.
         scratch: of :func:`make_scratch`.
     """
@@ -302,8 +305,8 @@ def crop_planes(
                 rows, columns, pitch = chroma_rows, chroma_columns, pitch_2[1]
             begin, num = _span(columns)
             _vertical(planes_C, start_3[c] + begin, pitch, num, rows, row, scratch.strip_C, strip_pitch)
-            _turn(scratch.strip_C, strip_pitch, num, scratch.turned_C)
-            _horizontal(scratch.turned_C, begin, 0, 1, columns, scratch.planes_C, c * num_bytes)
+            _transpose(scratch.strip_C, strip_pitch, num, scratch.transposed_C)
+            _horizontal(scratch.transposed_C, begin, 0, 1, columns, scratch.planes_C, c * num_bytes)
         _to_rgb(scratch.planes_C, num_bytes, scratch.bytes_C)
         _write_rows(scratch.bytes_C, num_bytes, side, row, scratch.block_C, out_C)
 
@@ -316,10 +319,10 @@ def crop_rgb(
     out_C: NDArray[np.uint8],
     scratch: Scratch,
 ) -> None:
-    """Write one view of an image of interleaved RGB.
+    """Write one view of an image in interleaved RGB.
 
     Args:
-        pixels_C: (H, W, 3) pixels, flat, with SLACK bytes behind them.
+        pixels_C: (H, W, 3) pixels, flat, and SLACK more bytes at the end.
         width: W.
         box: as for :func:`crop_planes`.
         out_C: (S, S, 3) view, flat.
@@ -332,9 +335,9 @@ def crop_rgb(
     pitch = len(scratch.strip_C) // _ROWS
     for row in range(0, side, _ROWS):
         _vertical(pixels_C, 3 * begin, 3 * width, 3 * num, scratch.rows, row, scratch.strip_C, pitch)
-        _turn(scratch.strip_C, pitch, 3 * num, scratch.turned_C)
+        _transpose(scratch.strip_C, pitch, 3 * num, scratch.transposed_C)
         for c in range(3):
-            _horizontal(scratch.turned_C, begin, c, 3, scratch.columns, scratch.planes_C, c * size)
+            _horizontal(scratch.transposed_C, begin, c, 3, scratch.columns, scratch.planes_C, c * size)
         _round(scratch.planes_C, size, scratch.bytes_C)
         _write_rows(scratch.bytes_C, size, side, row, scratch.block_C, out_C)
 
@@ -343,7 +346,7 @@ def crop_rgb(
 def _crop_views(
     pixels_C: NDArray[np.uint8], width: int, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
 ) -> None:
-    """Write all views of one image of interleaved RGB; arguments as of :func:`crop_rgb`."""
+    """Write all views of one image in interleaved RGB."""
     scratch = make_scratch(out_VSS3.shape[1], boxes_V5[:, 2:4].max() if boxes_V5.size else 1)
     for v in range(len(boxes_V5)):
         b = boxes_V5[v]
@@ -354,10 +357,10 @@ def _crop_views(
 def crop_image(
     image_HW3: NDArray[np.uint8], boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint8]
 ) -> None:
-    """Write all views of a decoded RGB image. Memory behind the image is not read."""
+    """Write all views of a decoded RGB image. Nothing is read past the end of the image."""
     height, width, _ = image_HW3.shape
     pixels_C = np.ascontiguousarray(image_HW3).reshape(-1)
-    # Copy the image where the kernels' reads of up to SLACK bytes past a box would leave its memory.
+    # The kernels read up to SLACK bytes past a box. Copy the image if that is past the end of its memory.
     if 3 * width < SLACK or (boxes_V5[:, 0] + boxes_V5[:, 2] >= height).any():
         pixels_C = np.concatenate([pixels_C, np.zeros(SLACK, np.uint8)])
     _crop_views(pixels_C, width, boxes_V5, out_VSS3)

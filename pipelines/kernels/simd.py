@@ -45,7 +45,7 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, _I16)
 
 
-def _all(value: int, kind: ir.VectorType = _I16) -> ir.Constant:
+def _constant(value: int, kind: ir.VectorType = _I16) -> ir.Constant:
     """A constant vector with the same value in every lane."""
     return ir.Constant(kind, [value] * LANES)
 
@@ -104,7 +104,7 @@ def store_u8(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = _pointer(context, builder, signature.args, arguments, 0, 1, _U8)
-        low, high = _all(0), _all(255)
+        low, high = _constant(0), _constant(255)
         value = arguments[2]
         value = builder.select(builder.icmp_signed("<", value, low), low, value)
         value = builder.select(builder.icmp_signed(">", value, high), high, value)
@@ -150,7 +150,7 @@ def sub(typing: Any, a: Any, b: Any) -> Any:
 
 def _upper_half(builder: Any, product: Any) -> Any:
     """The upper 16 bits of 32-bit lanes. LLVM combines this and the product into one instruction."""
-    return builder.trunc(builder.lshr(product, _all(16, _I32)), _I16)
+    return builder.trunc(builder.lshr(product, _constant(16, _I32)), _I16)
 
 
 @intrinsic
@@ -174,7 +174,7 @@ def _shift(kind: str, bits: Any) -> Any:
     number = bits.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return getattr(builder, kind)(arguments[0], _all(number))
+        return getattr(builder, kind)(arguments[0], _constant(number))
 
     return vector(vector, bits), code
 

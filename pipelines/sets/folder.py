@@ -17,7 +17,7 @@ from pipelines.decode.pillow import read_size
 from pipelines.sets import Encoded
 from pipelines.sets.beton import MODE_JPEG
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Compared in lower case."""
 NO_LABEL = -1
 _MAX_REASONS = 20
@@ -39,7 +39,7 @@ class PassedOver(Counter[str]):
         self[f"damaged: {sentence}"] += 1
 
 
-class PictureList:
+class ImageList:
     """Names and labels of images, in order, without a Python object per image."""
 
     def __init__(
@@ -93,7 +93,7 @@ class PictureList:
         self._blob += b"".join(encoded)
         return len(names)
 
-    def _close(self, labels: NDArray[np.int64]) -> None:
+    def _set_labels(self, labels: NDArray[np.int64]) -> None:
         """Complete the list with one label for each path."""
         self._stops = np.concatenate([self._stops, *self._stops_by_folder])
         self._stops_by_folder.clear()
@@ -101,7 +101,7 @@ class PictureList:
         self._labels = labels
 
 
-class FolderListing(PictureList):
+class FolderListing(ImageList):
     """Image files in folders: one folder per class, or one flat folder of unlabelled images.
 
     Classes are the sub-folders that hold images at any depth, sorted by name. Within a class, files are
@@ -121,10 +121,10 @@ class FolderListing(PictureList):
             )
         per_class = self._list_classes() if labelled else self._list_flat()
         labels = np.array([label for label, _ in per_class], np.int64)
-        self._close(np.repeat(labels, [count for _, count in per_class]))
+        self._set_labels(np.repeat(labels, [count for _, count in per_class]))
         if not len(self._stops):
             raise ValueError(
-                f"no images in {self.root}: looked for {' '.join(PICTURE_SUFFIXES)} there and in its "
+                f"no images in {self.root}: looked for {' '.join(IMAGE_SUFFIXES)} there and in its "
                 "sub-folders; give the parent of the class folders, or a flat folder of images"
             )
 
@@ -172,7 +172,7 @@ class FolderListing(PictureList):
                 if entry.is_dir():
                     if not hidden:
                         folders.append(entry.name)
-                elif not hidden and entry.name.lower().endswith(PICTURE_SUFFIXES):
+                elif not hidden and entry.name.lower().endswith(IMAGE_SUFFIXES):
                     files.append(entry.name)
                 else:
                     self.passed_over.count_file(entry.name)

@@ -83,7 +83,7 @@ class Manifest:
         Raises:
             ValueError: if the file is not JSON, or its keys or types are not those of a manifest.
         """
-        target = in_force(path, manifest_path(path))
+        target = valid_side_file(path, manifest_path(path))
         try:
             text = target.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -128,7 +128,7 @@ def pending_path(side_file: Path) -> Path:
     return side_file.with_name(side_file.name + PENDING)
 
 
-def in_force(path: str | Path, side_file: Path) -> Path:
+def valid_side_file(path: str | Path, side_file: Path) -> Path:
     """The side file that is valid for the set at ``path``: ``side_file``, or the pending one of that name.
 
     If a process was killed after renaming the set and before renaming its side files, the pending ones are
@@ -227,7 +227,7 @@ def read_source_path(beton_path: str | Path, index: int) -> str | None:
     if index < 0:
         return None
     try:
-        with in_force(beton_path, paths_path(beton_path)).open("rb") as file:
+        with valid_side_file(beton_path, paths_path(beton_path)).open("rb") as file:
             line = next(itertools.islice(file, index, None), None)
     except FileNotFoundError:
         return None
@@ -244,7 +244,7 @@ def read_source_paths(beton_path: str | Path, count: int) -> Iterator[str]:
     Raises:
         ValueError: if ``X.paths`` is missing or has another number of lines.
     """
-    paths, lines = in_force(beton_path, paths_path(beton_path)), 0
+    paths, lines = valid_side_file(beton_path, paths_path(beton_path)), 0
     with contextlib.suppress(FileNotFoundError), paths.open("rb") as file:
         for line in file:
             lines += 1

@@ -120,7 +120,7 @@ def is_shard_set(path: str | Path) -> bool:
     return Path(path).is_dir() and manifest_path(path).is_file()
 
 
-def set_aside(folder: Path) -> Path:
+def set_aside_path(folder: Path) -> Path:
     """The temporary name of a set that is being replaced, on file systems that cannot exchange two names."""
     return folder.with_name(f".{folder.name}.maskmix-old")
 
@@ -143,7 +143,7 @@ def set_digest(shards: Sequence[Shard], index: NDArray[np.void]) -> str:
     return hasher.hexdigest()
 
 
-def pictures_on_disk(shards: Sequence[Shard], index: NDArray[np.void]) -> list[NDArray[np.int64]]:
+def positions_by_shard(shards: Sequence[Shard], index: NDArray[np.void]) -> list[NDArray[np.int64]]:
     """For each shard, the positions in the set of its images in the order of the tar."""
     order = np.lexsort((index["offset"], index["shard"]))
     return np.split(order, np.cumsum([shard.count for shard in shards])[:-1])
@@ -160,10 +160,10 @@ def open_shards(path: str | Path) -> ShardSet:
     """
     path = Path(path)
     if not path.is_dir():
-        if set_aside(path).is_dir():
+        if set_aside_path(path).is_dir():
             raise FileNotFoundError(
-                f"{path} was being replaced when a process was killed; its set lies in {set_aside(path)}: "
-                "rename that, or run the same conversion again"
+                f"{path} was being replaced when a process was killed; its set lies in "
+                f"{set_aside_path(path)}: rename that, or run the same conversion again"
             )
         raise FileNotFoundError(
             f"there is no folder of shards {path}; make one with `make shards DATA=<folder>`"
@@ -223,7 +223,7 @@ def map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
         FileNotFoundError: if it is missing.
         ValueError: if it is damaged or belongs to another set.
     """
-    index = _read_index(path, index_in_force(path, manifest), manifest)
+    index = _read_index(path, valid_index_path(path, manifest), manifest)
     counts = np.zeros(len(manifest.shards), np.int64)
     for rows in blocks(len(index)):
         _check_places(path, manifest, rows.start, index[rows])
@@ -238,7 +238,7 @@ def map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
     return index
 
 
-def index_in_force(path: Path, manifest: Manifest) -> Path:
+def valid_index_path(path: Path, manifest: Manifest) -> Path:
     """The index that is valid for the manifest of a set: the pending one if it has the manifest's hash.
 
     A pending index is left if the process that wrote it was killed, perhaps before it wrote the manifest.

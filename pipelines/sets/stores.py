@@ -1,5 +1,9 @@
 """Open a set: a ``.beton`` file, a folder of WebDataset shards, or a folder of images.
 
+:class:`BetonStore`, :class:`ShardStore` and :class:`pipelines.sets.folder.FolderSet` implement
+:class:`pipelines.sets.PictureSet`: the loader and the decoders use only that protocol. The layouts of the
+files are defined in :mod:`pipelines.sets.beton` and :mod:`pipelines.sets.shards`.
+
 Shape letters: N images of a call, M some of them.
 """
 
@@ -20,13 +24,13 @@ from pipelines.sets.manifest import read_source_path, read_source_paths
 from pipelines.sets.shards import index_hint, is_shard_set, open_shards
 
 _MAX_OPEN_FILES = 256
-"""Tars that stay open. A process may usually have 1,024 open files."""
+"""Tars that stay open. The usual limit of a process is 1,024 open files."""
 _MAX_MAPPED_SHARE = 0.75
-"""Share of the memory up to which a ``.beton`` file is mapped by default."""
+"""Largest share of the memory that a ``.beton`` file may have to be mapped by default."""
 
 
 def open_set(path: str | Path, reading: Reading = "auto") -> PictureSet:
-    """Open a set of images, without a decoder.
+    """Open a set of images.
 
     Args:
         path: a ``.beton`` file, a folder of indexed shards, or a folder of images.
@@ -34,7 +38,7 @@ def open_set(path: str | Path, reading: Reading = "auto") -> PictureSet:
 
     Raises:
         FileNotFoundError: if there is no such compiled set, or a file of it is missing.
-        ValueError: if the set is damaged, the folder has no images, or the set cannot be read in this way.
+        ValueError: if the set is damaged, the folder has no images, or the set does not support ``reading``.
     """
     path = Path(path)
     if reading not in get_args(Reading):
@@ -55,7 +59,7 @@ def open_set(path: str | Path, reading: Reading = "auto") -> PictureSet:
 
 
 def is_compiled(path: Path) -> bool:
-    """Whether the path is that of a compiled set: a ``.beton`` file or a folder of indexed shards."""
+    """Whether the path belongs to a compiled set: a ``.beton`` file or a folder of indexed shards."""
     return path.suffix == ".beton" or is_shard_set(path)
 
 
@@ -63,10 +67,10 @@ class BetonStore:
     """Images of a ``.beton`` file: mapped, or read ahead if the file is larger than the memory."""
 
     def __init__(self, path: Path, reading: Reading = "auto") -> None:
-        """Open the file; arguments and errors as of :func:`open_set`."""
+        """Open the file. Arguments and errors are those of :func:`open_set`."""
         if reading == "stream":
             raise ValueError(
-                f"reading is 'stream', which takes a folder of shards, {path} is a file; choose map, read or "
+                f"reading is 'stream', which takes a folder of shards; {path} is a file: choose map, read or "
                 "auto, or convert to shards"
             )
         self._beton = open_beton(path)
@@ -103,7 +107,7 @@ class BetonStore:
         return read_source_paths(self.path, self.count)
 
     def fetch(self, index_N: NDArray[np.int64]) -> Encoded:
-        """Find the images in the mapped file, or read them. Raises OSError where that fails."""
+        """Find the images in the mapped file, or read them. Raises OSError if reading fails."""
         records = self._images[index_N]
         size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
         address_N = records["data_ptr"].astype(np.int64)
@@ -118,16 +122,16 @@ class BetonStore:
 
 
 class ShardStore:
-    """Images of WebDataset shards, always read into the process's own memory ahead of their use.
+    """Images of WebDataset shards. They are always read into the process's memory, ahead of their use.
 
-    To copy an image out of the system's cache costs about a fiftieth of decoding it. If a tar is cut short
-    during the run, reading fails with an error; with mapped memory the process would be killed.
+    Copying an image from the system's cache takes about a fiftieth of the time of decoding it. If a tar is
+    truncated during the run, reading raises an error; access to mapped memory would kill the process.
     """
 
     reads_ahead = True
 
     def __init__(self, path: Path, reading: Reading = "auto") -> None:
-        """Open the folder; arguments and errors as of :func:`open_set`."""
+        """Open the folder. Arguments and errors are those of :func:`open_set`."""
         if reading == "map":
             raise ValueError(
                 f"reading is 'map', which takes a .beton file; {path} is a folder of shards, which are "
@@ -144,7 +148,7 @@ class ShardStore:
             os.close(file)
 
     def modes(self) -> tuple[int, ...]:
-        """Shards hold encoded images only."""
+        """Shards contain only encoded images."""
         return (MODE_JPEG,)
 
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -160,7 +164,7 @@ class ShardStore:
         return self.shard_set.member_names()
 
     def fetch(self, index_N: NDArray[np.int64]) -> Encoded:
-        """Read the images. Raises OSError where that fails."""
+        """Read the images. Raises OSError if reading fails."""
         records = self.shard_set.index[index_N]
         address_N = records["offset"].astype(np.int64)
         encoded = self._empty(index_N, records["num_bytes"].astype(np.int64))
@@ -183,7 +187,7 @@ class ShardStore:
         return self._empty(index_N, num_bytes_N).fill(contents)
 
     def _empty(self, index_N: NDArray[np.int64], num_bytes_N: NDArray[np.int64]) -> Encoded:
-        """Memory for images of these lengths, with the sizes that the index has."""
+        """Uninitialised memory for images of these lengths; heights and widths are those of the index."""
         records = self.shard_set.index[index_N]
         size_N2 = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
         return Encoded.empty(index_N, size_N2, np.full(len(index_N), MODE_JPEG, np.uint8), num_bytes_N)
@@ -193,7 +197,7 @@ class ShardStore:
         return self.shard_set.tar_path(int(self.shard_set.index[index]["shard"]))
 
     def _keep_open(self, shard: int) -> int:
-        """Descriptor of a tar that stays open; −1 if as many as allowed are open."""
+        """Descriptor of a tar that stays open; −1 if the largest number of tars is open already."""
         with self._lock:
             if shard not in self._files and len(self._files) < _MAX_OPEN_FILES:
                 self._files[shard] = self._open(shard)
@@ -218,6 +222,6 @@ class ShardStore:
 def _memory_bytes() -> int:
     """Memory of this machine, or the limit of this container if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+    with contextlib.suppress(OSError, ValueError):  # there is no control group, or its limit is "max"
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipelines.decode.dali_operators import import_dali
 from pipelines.randomness import EpochOrder
 from pipelines.sets import Encoded, RankShare
-from pipelines.sets.folder import PICTURE_SUFFIXES
+from pipelines.sets.folder import IMAGE_SUFFIXES
 from pipelines.sets.manifest import verify_hint
 from pipelines.sets.shards import dali_index_path, index_hint
 from pipelines.sets.stores import ShardStore
@@ -75,7 +75,7 @@ class ShardStream:
         self._position_P = shard_P.astype(np.uint64) << np.uint64(_OFFSET_BITS) | offset_P.astype(np.uint64)
         self._order_P = np.argsort(self._position_P, kind="stable")
         known = self._shards.manifest.settings.get("extensions")
-        self._extensions = list(known) if known else [suffix.lstrip(".") for suffix in PICTURE_SUFFIXES]
+        self._extensions = list(known) if known else [suffix.lstrip(".") for suffix in IMAGE_SUFFIXES]
 
     def batches(self, epoch: int, checkpoint: str) -> Iterator[tuple[Encoded, str]]:
         """Batches from the checkpoint on ("" for the start of the epoch), each with the checkpoint after it.

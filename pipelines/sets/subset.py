@@ -84,9 +84,10 @@ def listed_subset(names: Callable[[], Iterable[str]], count: int, path: Path) ->
     if missing or not found:
         raise ValueError(
             f"{path} names {len(found)} images, of which the set lacks {len(missing)}"
-            f"{f' (such as {_some(missing)})' if missing else ''}; check that the list belongs to this set"
+            f"{f' (such as {_examples(missing)})' if missing else ''}; check that the list belongs to "
+            "this set"
         )
-    return np.unique(np.array([_single(path, *item) for item in found.items()], np.int64))
+    return np.unique(np.array([_position_of(path, *item) for item in found.items()], np.int64))
 
 
 Matches = list[tuple[int, str]]
@@ -98,15 +99,15 @@ def _matches(lines: list[str], names: Iterable[str], key: Callable[[str], str]) 
     found: dict[str, Matches] = {line: [] for line in lines}
     by_file = defaultdict[str, list[str]](list)
     for line in found:
-        by_file[_file(key(line))].append(line)
+        by_file[_file_name(key(line))].append(line)
     for index, name in enumerate(names):
-        for line in by_file.get(_file(key(name)), ()):
+        for line in by_file.get(_file_name(key(name)), ()):
             if _ends_alike(key(name), key(line)):
                 found[line].append((index, name))
     return found
 
 
-def _single(path: Path, line: str, matches: Matches) -> int:
+def _position_of(path: Path, line: str, matches: Matches) -> int:
     """The position of the image that a line stands for. Raises ValueError if there are several."""
     exact = [index for index, name in matches if name == line]
     if len(exact) == 1:
@@ -145,7 +146,7 @@ def _without_suffix(name: str) -> str:
     return str(path.with_suffix("")) if path.name else name
 
 
-def _file(path: str) -> str:
+def _file_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
@@ -154,5 +155,5 @@ def _ends_alike(path: str, other: str) -> bool:
     return f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
 
 
-def _some(missing: list[str]) -> str:
+def _examples(missing: list[str]) -> str:
     return ", ".join(missing[:_MOST_NAMED])

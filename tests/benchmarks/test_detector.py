@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 
 from benchmarks import detector
-from benchmarks.detector import BLOCK, PAGE, STARTS, Detector, block, main
+from benchmarks.detector import STARTS, Detector, main
+from benchmarks.run_options import TABLES_PAGE, block_of, table_block
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,7 @@ def test_every_run_is_made_once_and_summarised(tmp_path: Path, monkeypatch: pyte
         out=tmp_path / "runs",
         json=tmp_path / "detector.json",
     )
-    page = (ROOT / PAGE).read_bytes()
+    page = (ROOT / TABLES_PAGE).read_bytes()
     main(config)
     assert [words[1] for words in ran].count("detection.train_net") == 4
     ran.clear()
@@ -77,12 +78,12 @@ def test_every_run_is_made_once_and_summarised(tmp_path: Path, monkeypatch: pyte
     }
     assert last["iteration"] == 20 and last["segm_AP"] == 2.0
     assert result["detector"]["random"]["mean"][0]["bbox_AP"] == 2.0 and result["quick"]
-    assert (ROOT / PAGE).read_bytes() == page
-    assert "| 10 | 2.0 ± 1.4 | 12.0 ± 1.4 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in block(result)
+    assert (ROOT / TABLES_PAGE).read_bytes() == page
+    assert "| 10 | 2.0 ± 1.4 | 12.0 ± 1.4 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in table_block(result)
     assert set(result["detector"]) == set(STARTS)
 
 
 def test_the_page_shows_the_measured_figures() -> None:
     figures = ROOT / "benchmarks" / "results" / "detector.json"
-    expected = block(json.loads(figures.read_text())) if figures.is_file() else "\n"
-    assert BLOCK.current(ROOT / PAGE) == expected
+    expected = table_block(json.loads(figures.read_text())) if figures.is_file() else "\n"
+    assert block_of("detector").current(ROOT / TABLES_PAGE) == expected

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import probes
 from benchmarks.evidence import Evidence
 from benchmarks.evidence import main as gather
-from benchmarks.probes import BLOCK, PAGE, Probes, block, main
+from benchmarks.probes import Probes, main
+from benchmarks.run_options import TABLES_PAGE, block_of, table_block
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,7 @@ def test_both_probes_run_once(tmp_path: Path, programs: list[list[str]]) -> None
         )
     )
     programs.clear()
-    page = (ROOT / PAGE).read_bytes()
+    page = (ROOT / TABLES_PAGE).read_bytes()
     config = Probes(
         encoders=("random-0",),
         evidence=tmp_path / "runs",
@@ -38,7 +38,7 @@ def test_both_probes_run_once(tmp_path: Path, programs: list[list[str]]) -> None
     published = json.loads((tmp_path / "probes" / "random-0" / "result.json").read_text())
     assert row["published"]["linear_top1"] == published["linear_top1"] > 0
     assert row["cached"]["linear_top1"] == max(s["top1"] for s in row["cached"]["settings"])
-    assert (ROOT / PAGE).read_bytes() == page  # a quick run does not rewrite it
+    assert (ROOT / TABLES_PAGE).read_bytes() == page  # a quick run does not rewrite it
     with pytest.raises(ValueError, match=r"there is no .*moco-0.*make evidence"):
         main(Probes(evidence=tmp_path / "runs", encoders=("moco-0",), data=tmp_path, fashion=1200))
 
@@ -59,8 +59,9 @@ def test_table() -> None:
             "settings": settings,
         },
     }
-    text = block(
+    text = table_block(
         {
+            "benchmark": "probes",
             "probes": {"moco-0": row},
             "config": {"pictures": 60000, "epochs": 100},
             "environment": {"processor": "A CPU", "cores": 2},
@@ -74,6 +75,6 @@ def test_table() -> None:
 
 def test_the_page_shows_the_measured_figures() -> None:
     figures = ROOT / "benchmarks" / "results" / "probes.json"
-    expected = block(json.loads(figures.read_text())) if figures.is_file() else "\n"
-    assert BLOCK.current(ROOT / PAGE) == expected
-    assert probes.EPOCHS == 100
+    expected = table_block(json.loads(figures.read_text())) if figures.is_file() else "\n"
+    assert block_of("probes").current(ROOT / TABLES_PAGE) == expected
+    assert Probes.epochs == 100

@@ -97,16 +97,16 @@ def test_both_models_start_from_the_same_weights_and_compute_the_same_loss(tiny_
     theirs = race.lightly(race_lightly, preset, (0, 1), 3)
     queue_KD = torch.nn.functional.normalize(torch.randn(preset.moco_k, preset.moco_dim), dim=1)
     assert isinstance(theirs.model, race_lightly.LightlyMoCo)
-    other = race.lightly(race_lightly, race_lightly.documented(preset), (0, 1), 3).encoder
-    for name, tensor in theirs.encoder.state_dict().items():
+    other = race.lightly(race_lightly, race_lightly.documented(preset), (0, 1), 3).model.encoder_q
+    for name, tensor in theirs.model.encoder_q.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
     theirs.model.criterion.memory_bank.bank.copy_(queue_KD)
     mine.model.get_buffer("queue_KD").copy_(queue_KD)
     query_N3SS, key_N3SS = torch.randn(2, 8, 3, 32, 32)
     nothing = torch.zeros(8, dtype=torch.int64)
     for _ in range(2):  # the second time with the first keys in the queue
-        expected, _ = theirs.loss_of([query_N3SS, key_N3SS])
-        loss, _ = mine.loss_of(Batch(query_N3SS, key_N3SS, (), nothing, nothing))
+        expected, _ = theirs.model([query_N3SS, key_N3SS])
+        loss, _ = mine.model(Batch(query_N3SS, key_N3SS, (), nothing, nothing))
         torch.testing.assert_close(loss, expected)
 
 

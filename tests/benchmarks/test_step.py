@@ -3,11 +3,11 @@
 import copy
 import dataclasses
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +20,7 @@ from models.batch import NUM_MIXTURES, Method
 from models.encoders import build_encoder
 from models.moco import MoCo
 from pipelines import Batch, Mixture
+from pipelines.randomness import Draw
 
 TINY = EpochSetting("resnet10w16", crop_px=32, pictures=40, batch_size=8, epochs=1, queue_len=64)
 
@@ -122,7 +123,7 @@ def _check_setting(setting: dict[str, Any]) -> None:
 def test_a_published_batch_is_mixed_by_one_mask_of_rectangles() -> None:
     query = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 32, 32)
     for seed in range(20):
-        batch = plain_mixmask(query, query, EpochSetting().recipe.mixing, random.Random(seed))
+        batch = plain_mixmask(query, query, EpochSetting().recipe.mixing, Draw(0, seed, np.arange(1)))
         (mixture,) = batch.mixtures
         own = mixture.images == query
         assert torch.equal(own | (mixture.images == query.flip(0)), torch.ones_like(own))

@@ -23,7 +23,7 @@ from dataset_tools.verify import verify
 from dataset_tools.work import Work
 from pipelines.sets.beton import matching_manifest, open_beton
 from pipelines.sets.manifest import Manifest, read_source_paths
-from pipelines.sets.shards import open_shards, set_aside
+from pipelines.sets.shards import open_shards, set_aside_path
 from pipelines.sets.stores import open_set
 from tests.dataset_tools.conftest import encode
 from tests.dataset_tools.test_tar_source import pack
@@ -128,7 +128,7 @@ def test_killed_at_any_operation_one_complete_set_is_left(
             (out / "notes.txt").write_text("mine")
         if not killed(lambda out=out: make(new, out), folder, operation):
             break
-        found = facts(out if out.exists() else set_aside(out))
+        found = facts(out if out.exists() else set_aside_path(out))
         assert found in expected, f"before operation {operation}"
         assert out.exists() or without
         seen[expected.index(found)] += 1
@@ -334,15 +334,15 @@ def test_a_folder_in_place_of_a_set_that_was_set_aside_is_an_error(tmp_path: Pat
     out = tmp_path / "set.shards"
     make(old, out)
     before = facts(out)
-    out.rename(set_aside(out))
-    with pytest.raises(FileNotFoundError, match=rf"its set lies in {set_aside(out)}: rename"):
+    out.rename(set_aside_path(out))
+    with pytest.raises(FileNotFoundError, match=rf"its set lies in {set_aside_path(out)}: rename"):
         open_shards(out)
     out.mkdir()
     (out / "notes").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match=rf"the old set is in {set_aside(out)}"):
+        with pytest.raises(FileExistsError, match=rf"the old set is in {set_aside_path(out)}"):
             convert(new, out, sharding=Sharding(2), overwrite=overwrite)
-    assert facts(set_aside(out)) == before and (out / "notes").read_text() == "mine"
+    assert facts(set_aside_path(out)) == before and (out / "notes").read_text() == "mine"
 
 
 def test_a_link_is_followed_and_modes_are_kept(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_a_link_is_followed_and_modes_are_kept(tmp_path: Path) -> None:
     assert link.is_symlink() and facts(link)[2] == ("cow", "dog", "elk")
     assert (disk_of_its_own / "set").stat().st_mode & 0o7777 == 0o2775
     assert [file.name for file in disk_of_its_own.iterdir()] == ["set"]
-    (disk_of_its_own / "set").rename(set_aside(disk_of_its_own / "set"))
+    (disk_of_its_own / "set").rename(set_aside_path(disk_of_its_own / "set"))
     make(old, link)
     assert facts(link)[2] == ("ant", "bee")
 

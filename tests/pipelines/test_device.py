@@ -13,7 +13,7 @@ import torch
 
 from models.batch import Batch, tensors_of
 from pipelines import build_loader
-from pipelines.device import RunAhead, prefetch
+from pipelines.device import RunAheadLimit, prefetch
 from pipelines.recipe import Mixing, moco_v2
 
 PROGRAM = """
@@ -66,7 +66,7 @@ class _Event:
 def test_the_host_waits_for_the_oldest_batch_beyond_the_limit(
     over: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_ahead = RunAhead(torch.device("cuda", 0), limit=4)
+    run_ahead = RunAheadLimit(torch.device("cuda", 0), limit=4)
     waited: list[_Event] = []
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: _Event(over, waited))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)

@@ -18,7 +18,7 @@ from pipelines.sets.shards import (
     dali_index_path,
     is_shard_set,
     open_shards,
-    pictures_on_disk,
+    positions_by_shard,
     set_digest,
 )
 
@@ -52,7 +52,7 @@ def test_image_i_is_the_ith_of_the_source(made: Path, picture_folder: Path) -> N
 
 def test_pictures_on_disk_lists_every_image_once_in_the_order_of_the_tars(made: Path) -> None:
     shards = open_shards(made)
-    rows = pictures_on_disk(shards.shards, shards.index)
+    rows = positions_by_shard(shards.shards, shards.index)
     assert [len(r) for r in rows] == [11, 11, 11, 7]
     assert sorted(np.concatenate(rows).tolist()) == list(range(40))
     for number, found in enumerate(rows):
@@ -143,7 +143,7 @@ def test_a_record_that_does_not_fit_is_named(copy: Path, field: str, value: int,
 
 def test_a_tar_cut_after_opening_is_a_read_error(copy: Path) -> None:
     shards = open_shards(copy)
-    last = int(pictures_on_disk(shards.shards, shards.index)[0][-1])
+    last = int(positions_by_shard(shards.shards, shards.index)[0][-1])
     (copy / "000000.tar").write_bytes(
         (copy / "000000.tar").read_bytes()[: int(shards.index["offset"][last]) + 9]
     )
