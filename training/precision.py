@@ -1,7 +1,8 @@
 """The number format of a run.
 
-TF32, with its 10 bits of mantissa, is off under every precision, for products and convolutions. This costs
-16-bit runs no speed: only their logits stay float32, and these need the bits.
+TF32 has a mantissa of 10 bits. It is off for matrix products and convolutions under every precision. This
+does not slow 16-bit runs down: only their logits are computed in float32, and TF32 would be too coarse for
+them.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ class Precision:
     device: torch.device
     """Device of the forward pass."""
     scaler: torch.amp.GradScaler
-    """Scales the loss under fp16, which underflows without it; disabled for other formats."""
+    """Scales the loss under fp16, where gradients would underflow; disabled for other formats."""
 
     @classmethod
     def choose(cls, name: PrecisionName, device: torch.device) -> "Precision":

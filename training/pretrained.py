@@ -1,4 +1,4 @@
-"""The start of every evaluation: a pretrained encoder from a file, and its training and test sets."""
+"""What every evaluation loads first: a pretrained encoder, and its training and test sets."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class PretrainedConfig:
     out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = dataclasses.field(kw_only=True)
     """Folder of the run."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Encoder; needed if the file does not name it, and must agree with the file otherwise."""
+    """Encoder; needed if the file does not name it; must agree with the file if it does."""
     small_stem: bool | None = None
     """3 × 3 first convolution without max-pool; needed if the file does not say."""
     crop_px: int | None = None
@@ -79,7 +79,7 @@ def labelled_sets(config: PretrainedConfig) -> LabelledSets:
     names, others = (images.classes for images in sets)
     if names and others and names != others:
         first = next((pair for pair in zip(names, others, strict=False) if pair[0] != pair[1]), None)
-        detail = f"{first[0]!r} in the place of {first[1]!r}" if first else "one set has more"
+        detail = f"{first[0]!r} in place of {first[1]!r}" if first else "one set has more"
         raise ValueError(
             f"the {len(names)} classes of {train} and the {len(others)} of {val} differ: {detail}; "
             "make both sets from folders of the same classes"
@@ -100,7 +100,7 @@ class Pretrained:
     view: Recipe
     """Recipe of the evaluation's view."""
     backbone: Backbone
-    """Content of the file; what its meta did not hold is filled in."""
+    """Content of the file; values that its meta lacks are filled in."""
 
 
 def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretrained:
@@ -121,8 +121,8 @@ def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretraine
     encoder, feature_dim = build_encoder(arch, small_stem=small_stem)
     if differences := _differences(encoder.state_dict(), backbone.state):
         raise ValueError(
-            f"{config.pretrained} is no {arch}{' with the small stem' if small_stem else ''}: {differences}; "
-            "check --arch and --small-stem"
+            f"{config.pretrained} is not a {arch}{' with the small stem' if small_stem else ''}: "
+            f"{differences}; check --arch and --small-stem"
         )
     encoder.load_state_dict(backbone.state)
     view = evaluation(

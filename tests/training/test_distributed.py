@@ -335,7 +335,7 @@ def test_without_a_kernel_compiler_there_is_a_warning_and_nothing_is_compiled(
     with _kernels_or_eager(launched):
         assert double(torch.ones(2)).tolist() == [2, 2] and not traced
     said = capsys.readouterr().err
-    assert "cannot be compiled here: there is no C compiler (gcc): get one. Until then" in said
+    assert "cannot be compiled here: there is no C compiler (gcc): get one. This makes" in said
     monkeypatch.setattr("training.distributed.missing_for_kernels", lambda: "")
     with _kernels_or_eager(launched):
         assert double(torch.ones(2)).tolist() == [2, 2] and len(traced) == 1
