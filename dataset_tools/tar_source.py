@@ -20,10 +20,14 @@ Folder = tuple[str, ...]
 class TarSource(ListedSource):
     """Images of one tar, in the order of a FolderSource of the unpacked tar.
 
-    Either a tar of one tar per class (as ILSVRC2012_img_train.tar: the class is the name of the inner tar),
-    or a tar of images: all in folders, then the first folder is the class, or all without folders and
-    classes. Names that start with a dot are ignored. The last of several members with the same name counts,
-    as in unpacking.
+    Three layouts are accepted:
+
+    - a tar of one tar per class, such as ILSVRC2012_img_train.tar; the name of the inner tar is the class.
+    - a tar of images in folders; the first folder of the path is the class.
+    - a tar of images without folders; they have no classes.
+
+    Names that start with a dot are ignored. If several members have the same name, the last one is used, as
+    when a tar is unpacked.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class TarSource(ListedSource):
 
         Args:
             path: the tar.
-            labelled: False takes all images as unlabelled.
+            labelled: False treats all images as unlabelled.
             labels_file: one class name per line, in the order of the sorted images, for tars without
                 folders.
             accept_truncated: take the images of a damaged tar before the damage, and count it in
@@ -74,7 +78,7 @@ class TarSource(ListedSource):
         size = int(self._sizes[index])
         content = os.pread(self._file, size, int(self._offsets[index]))
         if len(content) < size:
-            raise OSError(f"{self.root} ends within it")
+            raise OSError(f"{self.root} ends within the image")
         return Sample(content, self.label(index), self.path(index))
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _MOST_PADDING_BYTES = tarfile.RECORDSIZE
-"""Zeros that a complete tar may end with: programs pad to records of 10 kB. A longer tail of zeros is left by
-a download that reserved its space and did not finish."""
+"""Zeros that a complete tar may end with: programs pad to records of 10 kB. A longer tail of zeros
+comes from a download that reserved its space and did not finish."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _VERSION_WITHOUT_NAMES = "v1.1"
 """Version of a DALI index without the names of the files."""

@@ -18,7 +18,7 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 
 TOLERANCE_PX = 2.0
-"""How far a box may extend beyond its image; boxes of COCO do, by rounding."""
+"""How far a box may extend beyond its image; some boxes of COCO do, because of rounding."""
 
 
 def register(names: Iterable[str]) -> None:
@@ -63,9 +63,9 @@ def check_sets(train: Sequence[str], test: Sequence[str], num_classes: int, *, m
 
     Args:
         train: names of the sets to train on.
-        test: names of the sets to evaluate on. In VOC's layout each class must have a box there.
+        test: names of the sets to evaluate on. In a set of VOC's layout, each class must have a box.
         num_classes: number of classes of the detector; all sets must have the same ones.
-        masks: whether every box must have an outline.
+        masks: whether every box must have an outline, as for training of masks.
 
     Raises:
         FileNotFoundError: if an image is missing.
@@ -134,7 +134,7 @@ def _check_class_counts(name: str, dicts: list[dict[str, Any]]) -> None:
     if missing:
         raise ValueError(
             f"{len(missing)} classes have no box in {name} that is not difficult, the first are "
-            f"{missing[:3]}, and AP would be NaN; use a test set that has every class"
+            f"{missing[:3]}, so AP would be NaN; use a test set that has every class"
         )
 
 

@@ -100,7 +100,7 @@ def _keep_settings(out: Path, arguments: list[str]) -> None:
         differing.append("the file of MODEL.WEIGHTS has changed")
     if before["config_sha256"] != settings["config_sha256"]:
         differing.append("the config's file has changed")
-    # Arguments that were refused have started no run and may be corrected.
+    # If the former arguments were refused, they have started no run, and may be corrected.
     started = any(out.glob("run-*/last_checkpoint")) or any(out.glob("run-*/result.json"))
     if started and differing:
         raise ValueError(
@@ -116,7 +116,7 @@ def _file_argument(arguments: list[str], name: str) -> Path | None:
 
 
 def _split(argv: list[str]) -> tuple[int, list[str], Path]:
-    """Number of runs, the arguments of each, and the folder of all."""
+    """The number of runs, the arguments of every run, and the folder that holds all runs."""
     rest = list(argv)
     found: dict[str, str] = {}
     for flag in ("--runs", "OUTPUT_DIR"):

@@ -13,7 +13,7 @@ from detection.foreign_files import read_pickled_weights
 from training.checkpoint import CheckpointError, read_safely
 
 TOLERANCE_GREY = 0.5
-"""Largest difference of the config's pixel mean and standard deviation from the encoder's, of 0 … 255."""
+"""Largest difference between the pixel mean or deviation of config and encoder, for pixels in 0 … 255."""
 
 _BACKBONE = ("backbone.", "roi_heads.res5.")
 _NEVER_PRETRAINED = ("backbone.fpn_", "roi_heads.res5.norm.")
@@ -107,7 +107,7 @@ def _check_keys(cfg: CfgNode, file: str, whole: bool) -> None:
             "give a trained detector's file, such as OUTPUT_DIR/model_final.pth"
         )
     missing = [key for key in absent if key.startswith(_BACKBONE) and not key.startswith(_NEVER_PRETRAINED)]
-    # Published converters keep the classifier, and frozen norms do not count batches.
+    # Files of published converters hold a classifier, and frozen norms have no num_batches_tracked.
     unexpected = [
         key
         for key in checkpointer.incompatible.unexpected_keys

@@ -49,7 +49,7 @@ def test_encoders_that_detectron2_cannot_build_are_refused() -> None:
         with pytest.raises(ValueError, match="none of resnet18"):
             to_detectron2(_state(arch), None)
     # The architecture that the file names is checked before its tensors.
-    with pytest.raises(ValueError, match="holds a vit_b_16, which Detectron2 does not build alike"):
+    with pytest.raises(ValueError, match="holds a vit_b_16, which Detectron2 cannot build"):
         to_detectron2(_state("resnet50"), "vit_b_16")
     for name in ("layer2.0.bn1.bias", "conv1.weight"):
         incomplete = _state("resnet18")

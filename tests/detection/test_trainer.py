@@ -214,7 +214,7 @@ def test_invalid_configs_are_reported_in_one_sentence(
     assert "cannot share evenly" in refusal(*c4, "--num-machines", "3")
     for depth in ("18", "34"):
         said = refusal(*c4, "MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", "64")
-        assert f"DEPTH is {depth}, and Res5ROIHeadsExtraNorm always builds" in said
+        assert f"DEPTH is {depth}, but Res5ROIHeadsExtraNorm always builds" in said
         assert "use detection/configs/coco_R_50_FPN_1x.yaml" in said
         said = refusal(*fpn, "MODEL.RESNETS.DEPTH", depth)
         assert "RES2_OUT_CHANNELS is 256" in said and "give MODEL.RESNETS.RES2_OUT_CHANNELS 64" in said
