@@ -59,7 +59,7 @@ def settle_side_files(path: Path) -> None:
     """Rename pending side files if they belong to the set at ``path``; remove them otherwise."""
     manifest = manifest_path(path)
     belong = in_force(path, manifest) != manifest
-    # The manifest is last, because it identifies the set that the others belong to.
+    # The manifest comes last, because it identifies the set to which the other files belong.
     for side in (paths_path(path), skipped_path(path), manifest):
         pending = pending_path(side)
         if not pending.exists():

@@ -29,7 +29,7 @@ class Index:
     path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """The folder that holds the .tar files."""
     ext: tuple[str, ...] = ()
-    """Suffixes of the image files, such as jpg png; by default that of the first sample."""
+    """Suffixes of the image files, such as jpg png; by default the suffix of the first sample's image."""
     labels: bool = True
     """Take labels from cls and json files; --no-labels treats all images as unlabelled."""
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

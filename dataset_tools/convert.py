@@ -169,7 +169,7 @@ def _plan(work: Work, sharding: Sharding) -> Plan:
 
 
 def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
-    """Make those of ``shards`` that are incomplete; return how many."""
+    """Make the incomplete ones of ``shards``; return their number."""
     todo, bad = missing(folder, plan, shards, work)
     work.advance(sum(map(len, map(plan.places, set(shards) - set(todo)))))
     if not todo:
@@ -207,7 +207,7 @@ def _convert_to_file(work: Work, out: Path, overwrite: bool) -> Converted:
 
 
 class _FileWriter:
-    """Writes images into one file, and the reasons of those left out into the list next to it."""
+    """Writes images into one file, and lists the images left out in a file next to it."""
 
     def __init__(self, beton: BetonWriter) -> None:
         self.replaced: Counter[str] = Counter()

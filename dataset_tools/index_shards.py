@@ -101,7 +101,7 @@ def index_shards(
     skipped = tuple(line for tar in found for line in tar.skipped)
     if not kept:
         raise ValueError(f"{folder} holds no image that can be used: {'; '.join(skipped[:3])}")
-    index = _join(kept)
+    index = _join_records(kept)
     replaced = sum((tar.replaced for tar in found), Counter[str]())
     bad = {reason: count for reason, count in of_kind("skipped", replaced).items() if reason != _NO_IMAGE}
     check_bad(bad, len(index) + sum(bad.values()), max_bad, str(folder), skipped[-1] if skipped else "")
@@ -203,7 +203,7 @@ def _image_files(sample: TarSample) -> list[Component]:
 
 
 @dataclass
-class _Tar:
+class _IndexedTar:
     """The contents of one tar."""
 
     path: Path
@@ -215,8 +215,8 @@ class _Tar:
     skipped: list[str] = field(default_factory=list)
 
 
-def _read_tar(path: Path, suffixes: tuple[str, ...], labelled: bool, accept_truncated: bool) -> _Tar:
-    tar = _Tar(path)
+def _read_tar(path: Path, suffixes: tuple[str, ...], labelled: bool, accept_truncated: bool) -> _IndexedTar:
+    tar = _IndexedTar(path)
     samples = _samples(path, tar.replaced if accept_truncated else None)
     if not samples:
         tar.records = np.zeros(0, INDEX_DTYPE)
@@ -279,7 +279,7 @@ def _label(path: Path, sample: TarSample, by_suffix: dict[str, Component], conte
     return NO_LABEL
 
 
-def _join(tars: Sequence[_Tar]) -> npt.NDArray[np.void]:
+def _join_records(tars: Sequence[_IndexedTar]) -> npt.NDArray[np.void]:
     for number, tar in enumerate(tars):
         tar.records["shard"] = number
     return np.concatenate([tar.records for tar in tars])

@@ -154,7 +154,6 @@ def _is_plain_jpeg(payload: bytes) -> bool:
 
 
 def _decode_planes(jpeg: Jpeg, width: int, height: int) -> StoredImage:
-    """Decode a 4:2:0 JPEG to its planes."""
     try:
         return StoredImage(jpeg.planes().packed(), width, height)
     except ValueError as error:
@@ -175,7 +174,7 @@ def _normalise_pixels(pixels: npt.NDArray[np.uint8], how: Normalising) -> Stored
     reduced = how.reduced(width, height)
     if how.tier == "raw" and reduced is None:
         return StoredImage(np.ascontiguousarray(pixels), width, height)
-    return _store(Image.fromarray(pixels), "pixels", how, _reduction(how) if reduced else "pixels")
+    return _encode(Image.fromarray(pixels), "pixels", how, _reduction_reason(how) if reduced else "pixels")
 
 
 def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> StoredImage:
@@ -195,13 +194,13 @@ def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> S
             changed = "irregular JPEG"
     if not changed and how.tier == "jpeg":
         return StoredImage(payload, image.width, image.height)
-    return _store(upright_rgb(image), kind, how, changed)
+    return _encode(upright_rgb(image), kind, how, changed)
 
 
 def _reason_to_convert(payload: bytes, image: Image.Image, kind: str, how: Normalising) -> str:
     """Return why this file's bytes, or planes, cannot be stored as they are; "" if they can."""
     if how.reduced(*image.size) is not None:
-        return _reduction(how)
+        return _reduction_reason(how)
     if kind not in _JPEG_FORMATS:
         return kind
     if image.mode != "RGB":
@@ -218,14 +217,14 @@ def _reason_to_convert(payload: bytes, image: Image.Image, kind: str, how: Norma
     return ""
 
 
-def _reduction(how: Normalising) -> str:
+def _reduction_reason(how: Normalising) -> str:
     """The reason that is recorded for a reduced image."""
     if how.short_side is not None:
         return f"reduced to a short side of {how.short_side} px"
     return f"reduced to {how.max_side} px"
 
 
-def _store(image: Image.Image, kind: str, how: Normalising, changed: str) -> StoredImage:
+def _encode(image: Image.Image, kind: str, how: Normalising, changed: str) -> StoredImage:
     """Reduce if needed, then encode for the tier; in the raw tier only a reduction counts as a change."""
     if (size := how.reduced(*image.size)) is not None:
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)

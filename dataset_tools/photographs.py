@@ -199,7 +199,7 @@ def _crop_box(
 ) -> tuple[float, float, float, float]:
     """Return (left, top, right, bottom) of a random crop with the target's aspect ratio.
 
-    Its sides are at least a third of those of the largest such crop.
+    Its sides are at least a third as long as in the largest such crop.
     """
     largest = min(source[0] / target[0], source[1] / target[1])
     scale = largest * rng.uniform(0.33, 1.0)

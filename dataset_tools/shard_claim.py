@@ -47,7 +47,7 @@ def claimed(folder: Path, plan: Plan) -> Iterator[Manifest | None]:
     with Lock(folder / LOCK_NAME, folder, shared=True):
         finished = _finished_by(plan, folder)
         if finished is None:
-            _begin(folder, plan)
+            _begin_or_continue(folder, plan)
         yield finished
 
 
@@ -69,11 +69,11 @@ def _finished_by(plan: Plan, folder: Path) -> Manifest | None:
     return finished
 
 
-def _begin(folder: Path, plan: Plan) -> None:
+def _begin_or_continue(folder: Path, plan: Plan) -> None:
     """Begin or continue the plan in a folder."""
     _refuse_foreign(folder, None)
     if Plan.read(folder) is None:
-        # If two machines begin at once, one finds that the other has renamed its temporary file.
+        # If two machines begin at the same time, one may already have renamed the temporary file of both.
         with contextlib.suppress(FileNotFoundError):
             plan.write(folder)
     begun = Plan.read(folder)

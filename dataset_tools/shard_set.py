@@ -77,7 +77,7 @@ def finish_set(folder: Path, plan: Plan, work: Work) -> Finished:
     kept, shards, skipped = np.zeros(plan.count, np.bool_), list[Shard](), list[tuple[int, str]]()
     replaced: Counter[str] = Counter()
     for shard in range(plan.num_shards):
-        part = _part(folder, shard, plan)
+        part = _read_part(folder, shard, plan)
         kept[part.records["source"].astype(np.int64)] = True
         replaced.update(part.replaced)
         skipped += part.skipped
@@ -92,7 +92,7 @@ def finish_set(folder: Path, plan: Plan, work: Work) -> Finished:
     settings = {**plan.settings, "seed": plan.seed, "shard_size": plan.shard_size, PLAN_KEY: plan.digest}
     manifest = save_set(
         folder,
-        _merge(folder, plan, kept),
+        _merge_records(folder, plan, kept),
         shards,
         skipped=lines,
         source=source.name,
@@ -164,7 +164,7 @@ def settle_index(folder: Path, manifest: Manifest | None) -> None:
             pending.unlink()
 
 
-def _part(folder: Path, shard: int, plan: Plan) -> Part:
+def _read_part(folder: Path, shard: int, plan: Plan) -> Part:
     part = complete_part(folder, shard, plan.digest)
     if part is None:
         raise FileNotFoundError(
@@ -173,13 +173,13 @@ def _part(folder: Path, shard: int, plan: Plan) -> Part:
     return part
 
 
-def _merge(folder: Path, plan: Plan, kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.void]:
+def _merge_records(folder: Path, plan: Plan, kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.void]:
     """Return the records of all shards in the order of the source; shards without a tar get no number."""
     place = np.cumsum(kept) - 1
     index = np.zeros(int(place[-1]) + 1, INDEX_DTYPE)
     number = 0
     for shard in range(plan.num_shards):
-        part = _part(folder, shard, plan)
+        part = _read_part(folder, shard, plan)
         if part.tar is None:
             continue
         records = part.records

@@ -211,8 +211,8 @@ def dali_index(samples: Iterable[TarSample]) -> bytes:
 
     A line has ``suffix offset size name`` for each file. DALI splits the lines at white space: if a name
     contains some, the index is of version 1.1, without names, and files with white space in their suffix are
-    left out. The offsets are those of the files. wds2idx uses GNU tar, which for some names of more than 100
-    characters gives the offset of the header that contains the long name.
+    left out. The offsets are those of the files' contents. wds2idx uses GNU tar, which for some names of more
+    than 100 characters gives the offset of the header with the long name instead.
     """
     kept = [[part for part in sample.components if not _has_space(part.suffix)] for sample in samples]
     named = not any(_has_space(part.name) for parts in kept for part in parts)

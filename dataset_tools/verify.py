@@ -118,7 +118,7 @@ def _verify_file(path: Path, workers: int | None, progress: Progress | None) -> 
         return Report(path, 0, "", path.stat().st_size, manifest is not None, (*problems, str(error)), ())
     reasons, digest = _check_file_images(beton, workers, progress)
     if manifest is not None:
-        problems += _compare(beton, manifest, digest)
+        problems += _compare_with_manifest(beton, manifest, digest)
     elif beton.sha256 not in ("", digest):
         problems.append(f"the hash of the contents is {digest}, the file records {beton.sha256}")
     bad = tuple(
@@ -159,7 +159,7 @@ def _fault_in_file(beton: BetonFile, index: int) -> str:
     return ""
 
 
-def _compare(beton: BetonFile, manifest: Manifest, digest: str) -> list[str]:
+def _compare_with_manifest(beton: BetonFile, manifest: Manifest, digest: str) -> list[str]:
     """Return a sentence for each difference between a file and its manifest."""
     problems = []
     if manifest.num_bytes != beton.data.size:
@@ -319,7 +319,7 @@ def _fault_in_shard(data: NDArray[np.uint8], record: np.void, by_offset: dict[in
     if member.num_bytes != num_bytes:
         return f"has {member.num_bytes} bytes in the tar, {num_bytes} in the index"
     if not member.name.lower().endswith(PICTURE_SUFFIXES):
-        return "its name is not that of an image"
+        return "its name has no suffix of an image"
     payload = data[offset : offset + num_bytes]
     if is_jpeg(payload):
         verdict = check_jpeg(payload)

@@ -49,7 +49,7 @@ def register(names: Iterable[str]) -> None:
 def _register_voc(name: str, folder: Path, split: str) -> None:
     listing = folder / "ImageSets" / "Main" / f"{split}.txt"
     _check_exist(listing, folder / "Annotations", folder / "JPEGImages")
-    with _readable(name):
+    with _report_unreadable(name):
         classes = _voc_classes(folder)
     if len(listing.read_text().split()) < 2:
         raise ValueError(f"{name} has fewer than two images, which Detectron2 cannot read; add some")
@@ -73,7 +73,7 @@ def check_sets(train: Sequence[str], test: Sequence[str], num_classes: int, *, m
     """
     names = list(dict.fromkeys((*train, *test)))
     for name in names:
-        with _readable(name):
+        with _report_unreadable(name):
             dicts = DatasetCatalog.get(name)
         if not dicts:
             raise ValueError(f"the set {name} holds no images; check its annotations")
@@ -98,7 +98,7 @@ def _check_image(name: str, image: dict[str, Any], num_classes: int, masks: bool
         raise FileNotFoundError(f"{where} does not exist; check the folder of the images")
     width, height = image["width"], image["height"]
     for annotation in image["annotations"]:
-        with _readable(name):
+        with _report_unreadable(name):
             box = list(map(float, annotation["bbox"]))
             x0, y0, x1, y1 = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
         slack = TOLERANCE_PX
@@ -123,7 +123,7 @@ def _check_image(name: str, image: dict[str, Any], num_classes: int, masks: bool
 def _check_class_counts(name: str, dicts: list[dict[str, Any]]) -> None:
     """Raise ValueError if a class has no box: VOC's AP, the mean over classes, would then be NaN."""
     meta = MetadataCatalog.get(name)
-    with _readable(name):
+    with _report_unreadable(name):
         objects = [
             found
             for image in dicts
@@ -152,7 +152,7 @@ def _check_same_classes(names: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
+def _report_unreadable(name: str) -> Iterator[None]:
     """Report any error from reading a set's annotations as one ValueError."""
     try:
         yield

@@ -164,7 +164,7 @@ def _check_same_encoder(cfg: CfgNode) -> None:
     now = weights.read_metadata(cfg.MODEL.WEIGHTS).get("encoder_sha256", begun)
     if begun and now != begun:
         raise ValueError(
-            f"{cfg.OUTPUT_DIR} holds a run from another encoder than that of {cfg.MODEL.WEIGHTS}; use "
+            f"{cfg.OUTPUT_DIR} holds a run from another encoder than the one in {cfg.MODEL.WEIGHTS}; use "
             "another OUTPUT_DIR"
         )
 

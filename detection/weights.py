@@ -43,7 +43,7 @@ class Checkpointer(DetectionCheckpointer):
         return str(last_checkpoint(self.save_dir) or "")
 
 
-class _KeyChecker(Checkpointer):
+class _KeyRecorder(Checkpointer):
     """Stores the incompatible keys instead of logging them."""
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
@@ -98,7 +98,7 @@ def _check_keys(cfg: CfgNode, file: str, whole: bool) -> None:
     on_cpu = cfg.clone()
     on_cpu.defrost()
     on_cpu.MODEL.DEVICE = "cpu"
-    checkpointer = _KeyChecker(build_model(on_cpu))
+    checkpointer = _KeyRecorder(build_model(on_cpu))
     checkpointer.load(file, checkpointables=[])
     absent = checkpointer.incompatible.missing_keys
     if whole and absent:

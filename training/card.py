@@ -65,7 +65,9 @@ def main(config: Card) -> Path:
     folder = config.backbone.parent
     encoder_sha256 = fingerprint(state)
     results = [
-        path for path in _result_files(config) if _is_of(path, encoder_sha256, given=bool(config.results))
+        path
+        for path in _result_files(config)
+        if _belongs_to(path, encoder_sha256, given=bool(config.results))
     ]
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -78,7 +80,7 @@ def main(config: Card) -> Path:
         meta=meta,
         file=config.backbone.name,
         recipe=_recipe(meta),
-        pretraining=_pretraining(folder / "metrics.jsonl"),
+        pretraining=_pretraining_figures(folder / "metrics.jsonl"),
         figures=[line for path in results for line in _figures(path, encoder_sha256)],
     )
     card = folder / "MODEL_CARD.md"
@@ -96,10 +98,10 @@ def _result_files(config: Card) -> list[Path]:
     return [path for path in found if path.parent == folder or not path.parent.name.startswith("run-")]
 
 
-def _is_of(path: Path, encoder_sha256: str, *, given: bool) -> bool:
+def _belongs_to(path: Path, encoder_sha256: str, *, given: bool) -> bool:
     """Whether a result is of the backbone with this hash. Raises ValueError if not, but it was ``given``."""
     try:
-        result = _read(path)
+        result = _read_result(path)
     except ValueError:
         if given:
             raise
@@ -110,7 +112,7 @@ def _is_of(path: Path, encoder_sha256: str, *, given: bool) -> bool:
     return encoder_sha256 in encoders
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_result(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -125,7 +127,7 @@ def _recipe(meta: BackboneMeta) -> dict[str, Any]:
     return flat(json.loads(meta.recipe)) if meta.recipe else {}
 
 
-def _pretraining(log: Path) -> dict[str, Any]:
+def _pretraining_figures(log: Path) -> dict[str, Any]:
     """The last measurements and the median rate in a pretraining's log; empty without a log."""
     if not log.is_file():
         return {}
@@ -143,7 +145,7 @@ def _pretraining(log: Path) -> dict[str, Any]:
 
 def _figures(path: Path, encoder_sha256: str) -> Iterable[tuple[str, str]]:
     """The figures of one result: name and value, as text."""
-    result = _read(path)
+    result = _read_result(path)
     if result.get("exported_sha256") == encoder_sha256:
         result.pop("top1", None)  # of the last epoch, but the best epoch was exported
     known = False

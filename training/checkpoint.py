@@ -126,7 +126,7 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
         TypeError: for values that `load_checkpoint` would refuse; nothing is written then.
     """
     content = {name: getattr(state, name) for name in _FIELDS}
-    for where, kind in _not_plain(content, ""):
+    for where, kind in _values_not_plain(content, ""):
         raise TypeError(
             f"{where} is a {kind}; a checkpoint holds only tensors, numbers, strings, lists and dicts"
         )
@@ -195,14 +195,14 @@ def _warn_unchecked(path: Path, warning: str) -> None:
         log.warning("%s carries no hash of its content: %s", path, warning)
 
 
-def _not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
+def _values_not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
     """The places and types of values that ``weights_only=True`` would not read."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _not_plain(item, f"{where}.{key}" if where else str(key))
+            yield from _values_not_plain(item, f"{where}.{key}" if where else str(key))
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
-            yield from _not_plain(item, f"{where}[{number}]")
+            yield from _values_not_plain(item, f"{where}[{number}]")
     elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, Tensor):
         yield where, type(value).__name__
 
@@ -279,7 +279,7 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is not a checkpoint of this project: expected {_FIELDS}, found {keys}")
     state = TrainState(**content)
     then, now = ({k: v for k, v in c.items() if k not in may_differ} for c in (state.config, config or {}))
-    if config is not None and (differences := _differences(then, now)):
+    if config is not None and (differences := _config_differences(then, now)):
         raise CheckpointError(
             f"{path} was written by a run with another configuration ({'; '.join(differences)}); "
             "resume with the same values, or start in a new folder"
@@ -295,7 +295,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return plain
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _config_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One entry for each key that differs; tuples equal lists, as in JSON."""
     old, new = (flat(json.loads(json.dumps(config))) for config in (then, now))
     return [

@@ -234,7 +234,7 @@ def check_agreement(launch: Launch, step: int) -> None:
     if len({int(other) for other in steps}) > 1:
         raise ValueError(
             f"the processes would resume after different steps {[int(other) for other in steps]}; "
-            "--out must lie on a file system that all nodes share"
+            "--out must be on a file system that all nodes share"
         )
 
 

@@ -38,7 +38,7 @@ def sgd_groups(
         weight_decay: L2 penalty on all parameters.
     """
     optimizer = torch.optim.SGD(
-        [_group([p for p in module.parameters() if p.requires_grad], lr) for module, lr in groups],
+        [_parameter_group([p for p in module.parameters() if p.requires_grad], lr) for module, lr in groups],
         momentum=momentum,
         weight_decay=weight_decay,
         fused=True,
@@ -50,7 +50,7 @@ def sgd_groups(
     return optimizer
 
 
-def _group(parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:
+def _parameter_group(parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:
     rate = torch.tensor(lr, dtype=torch.float32, device=parameters[0].device)
     return {"params": parameters, "lr": rate, "initial_lr": lr}
 

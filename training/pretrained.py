@@ -37,13 +37,14 @@ class PretrainedConfig:
     small_stem: bool | None = None
     """3 × 3 first convolution without max-pool; needed if the file does not say."""
     crop_px: int | None = None
-    """Side of a view; by default that of the encoder's training, or 224 if the file does not say."""
+    """Side of a view; by default as in the encoder's training, or 224 if the file does not say."""
     seed: int = 0
     """Seed of the classifier, the order and the crops."""
     precision: PrecisionName = "auto"
-    """Number format of the encoder; that of the classifier is fp32."""
+    """Number format of the encoder; the classifier is always in fp32."""
     backend: Backend = "auto"
-    """Decoder of the training set, as in train_pretrain.py; that of the test set is chosen by its format."""
+    """Decoder of the training set, as in train_pretrain.py; the format of the test set determines its
+    decoder."""
     num_threads: int = 0
     """Decoding threads; 0 uses all cores."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -119,7 +120,7 @@ def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretraine
         raise ValueError(f"{config.pretrained} holds a {meta.arch}, --arch says {arch}; leave out --arch")
     small_stem = bool(meta.small_stem) if config.small_stem is None else config.small_stem
     encoder, feature_dim = build_encoder(arch, small_stem=small_stem)
-    if differences := _differences(encoder.state_dict(), backbone.state):
+    if differences := _state_differences(encoder.state_dict(), backbone.state):
         raise ValueError(
             f"{config.pretrained} is not a {arch}{' with the small stem' if small_stem else ''}: "
             f"{differences}; check --arch and --small-stem"
@@ -148,7 +149,7 @@ def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretraine
     return Pretrained(encoder, feature_dim, view, backbone._replace(meta=complete))
 
 
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+def _state_differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """How a state dict differs from the expected one, in words; empty if it does not."""
     shapes = (
         f"{name} {tuple(found[name].shape)} for {tuple(tensor.shape)}"

@@ -62,7 +62,7 @@ def from_published(argv: Sequence[str]) -> list[str]:
     words: list[str] = []
     for word in argv:
         before = words[-1] if words else ""
-        flag, equals, value = _split(word)
+        flag, equals, value = _split_word(word)
         if flag in REFUSED:
             raise ValueError(REFUSED[flag].format(flag=flag))
         if (flag == "--resume" and equals) or (before == "--resume" and _CHECKPOINT.search(word)):
@@ -75,7 +75,7 @@ def from_published(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _split(word: str) -> tuple[str, str, str]:
+def _split_word(word: str) -> tuple[str, str, str]:
     """Split a word into flag (with hyphens), "=" or "", and value; without a flag, it is all value."""
     if word.startswith("--") and len(word) > 2:
         flag, equals, value = word.partition("=")

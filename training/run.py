@@ -165,7 +165,7 @@ class Run:
         return DistributedDataParallel(
             self.model,
             broadcast_buffers=False,
-            # Gradients lie in the buckets that are reduced, and every step uses the same parameters.
+            # Gradients share the memory of the reduced buckets, and every step uses the same parameters.
             gradient_as_bucket_view=True,
             static_graph=True,
         )
@@ -209,7 +209,7 @@ class Run:
         check_agreement(self.launch, self.step)
 
     def restore(self, checkpoint: Path) -> dict[str, str]:
-        """Load the state that `state` returned; learning rates stay those of the config.
+        """Load the state that `state` returned; learning rates come from the config.
 
         Returns:
             The checkpoint's meta.

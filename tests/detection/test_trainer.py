@@ -126,7 +126,7 @@ def test_a_detector_trains_and_is_evaluated(
         assert _read_json(path.with_name("evaluation.json"))["figures"] == result["figures"]
         assert not path.exists()
         write_weights("resnet50", tmp_path / "weights.pth", encoder_sha256="another")
-        with pytest.raises(ValueError, match="holds a run from another encoder than that of"):
+        with pytest.raises(ValueError, match="holds a run from another encoder than the one in"):
             main(["--resume", *argv])
         with pytest.raises(ValueError, match=r"lacks \d+ tensors of the detector.*/model_final\.pth"):
             main(["--eval-only", *argv])
