@@ -107,9 +107,7 @@ def to_detectron2(state: dict[str, Tensor], arch: str | None) -> tuple[dict[str,
     if depth is None:
         raise ValueError(f"the tensors match none of {known}, which Detectron2 can build")
     if arch is not None and DEPTHS[arch] != depth:
-        raise ValueError(
-            f"the file names the architecture {arch}, but its tensors are a ResNet-{depth}'s; export it again"
-        )
+        raise ValueError(f"the file names {arch}, but its tensors are a ResNet-{depth}'s; export it again")
     if state["conv1.weight"].shape != (64, 3, 7, 7):
         raise ValueError(
             f"the first convolution is {tuple(state['conv1.weight'].shape)}, Detectron2's stem has "
