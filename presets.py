@@ -155,7 +155,7 @@ class PretrainConfig:
         batch = self.batch_size // world_size
         return next(parts for parts in range(max(1, 8 // world_size), 0, -1) if batch % parts == 0)
 
-    def batch_statistics(self, world_size: int) -> str:
+    def describe_batchnorm(self, world_size: int) -> str:
         """How the run keeps BatchNorm from leaking the pairs, in words."""
         splits = self.splits(world_size)
         if world_size > 1:

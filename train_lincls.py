@@ -141,8 +141,8 @@ class ProbeConfig(SupervisedConfig):
         return "knn" if self.knn_only else "cached" if self.cached else "published"
 
     @property
-    def path(self) -> Path:
-        """The file of the figures."""
+    def result_path(self) -> Path:
+        """The file that the figures are written to."""
         return self.out / OUTPUT[self.protocol]
 
     def as_json(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def published(config: ProbeConfig, launch: Launch) -> None:
         return
     result = classifier_figures(config, run)
     if launch.is_main:  # now, because the kNN may run out of memory
-        write_json(config.path, {"pretrained": str(config.pretrained)} | result)
+        write_json(config.result_path, {"pretrained": str(config.pretrained)} | result)
     if config.knn and (features := cache_sets(config, launch, run.pretrained, run.sets)):
         result |= knn_figures(config, *features)
     finish(config, launch, result, run.seconds)
@@ -213,10 +213,10 @@ def finish(config: ProbeConfig, launch: Launch, result: dict[str, Any], seconds:
     if not launch.is_main:
         return
     result = {"pretrained": str(config.pretrained)} | result | {"seconds": round(seconds, 1)}
-    write_json(config.path, result)
+    write_json(config.result_path, result)
     names = ("knn_top1", "knn_leave_one_out_top1", "linear_top1", "linear_top5")
     shares = (f"{name.replace('_', ' ')} {100 * result[name]:.2f} %" for name in names if name in result)
-    line = f"{config.pretrained}: {'  '.join(shares)}  ({result['seconds']} s, {config.path})"
+    line = f"{config.pretrained}: {'  '.join(shares)}  ({result['seconds']} s, {config.result_path})"
     print_once(launch, line)
 
 

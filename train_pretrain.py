@@ -259,7 +259,7 @@ def announce(run: PretrainRun) -> None:
         f"{loader.set.count} images by {loader.decoder.name}, {config.arch} of {millions:.1f} M "
         f"parameters, {config.epochs} epochs of {len(loader)} steps, "
         f"{run.precision.name} on {launch.device} × {launch.world_size}, "
-        f"{config.batch_statistics(launch.world_size)}",
+        f"{config.describe_batchnorm(launch.world_size)}",
     )
     if config.backend == "auto":
         print_once(launch, loader.chosen)

@@ -97,8 +97,8 @@ def latest(run_dir: Path) -> Path | None:
     return next(reversed(_checkpoints(run_dir)), None)
 
 
-def to_resume(run_dir: Path, resume: bool) -> Path | None:
-    """The newest checkpoint of a run that is to be resumed; None if there is none.
+def checkpoint_to_resume(run_dir: Path, resume: bool) -> Path | None:
+    """The newest checkpoint of a run; None if there is none, so that the run starts anew.
 
     Raises:
         ValueError: if ``resume`` is not set and the folder holds a checkpoint.

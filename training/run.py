@@ -18,12 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from training.checkpoint import (
     TrainState,
     checkpoint_path,
+    checkpoint_to_resume,
     generator_states,
     load_checkpoint,
     prune,
     restore_generators,
     save_checkpoint,
-    to_resume,
 )
 from training.cli import console
 from training.distributed import Launch, StopRequest, check_agreement
@@ -115,7 +115,7 @@ def prepare(config: RunConfig, launch: Launch) -> tuple[Precision, Path | None]:
             f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes; "
             "give a multiple of their number"
         )
-    checkpoint = to_resume(config.out, config.resume)
+    checkpoint = checkpoint_to_resume(config.out, config.resume)
     torch.manual_seed(config.seed)
     return Precision.choose(config.precision, launch.device), checkpoint
 
