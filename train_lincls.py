@@ -102,7 +102,7 @@ class ProbeConfig(SupervisedConfig):
         super().__post_init__()
         if self.knn_k < 1 or not (self.cached_lr and self.cached_wd):
             raise ValueError(
-                f"knn_k {self.knn_k}, cached_lr {self.cached_lr}, cached_wd {self.cached_wd}: take at least "
+                f"knn_k {self.knn_k}, cached_lr {self.cached_lr}, cached_wd {self.cached_wd}: give at least "
                 "one of each"
             )
         if self.knn_only and not self.knn:

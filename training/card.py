@@ -42,7 +42,7 @@ class Card:
     backbone: tyro.conf.Positional[Path]
     """backbone.safetensors of a finished run."""
     results: tuple[Path, ...] = ()
-    """Result files of its evaluations; by default those in its folder and in the folders below."""
+    """Result files of the backbone's evaluations; by default all in its folder and the folders below."""
 
 
 def main(config: Card) -> Path:

@@ -184,7 +184,7 @@ def check_hash(path: Path, content: Mapping[str, Any], expected: object, warning
     elif expected != content_hash(content):
         raise CheckpointError(
             f"{path} does not match its hash: it is damaged, or was changed after it was written; delete it "
-            "and take another copy, or an older one"
+            "and use another copy, or an older checkpoint"
         )
 
 
@@ -255,7 +255,7 @@ def _check_archive(path: Path) -> str:
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is cut short or not a checkpoint ({reason}); delete it and take an older one"
+        f"{path} is cut short or not a checkpoint ({reason}); delete it and use an older one"
     )
 
 

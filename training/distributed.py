@@ -104,7 +104,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ValueError(
-            "device is 'cuda', but PyTorch sees no GPU here; take 'cpu' or 'auto', or check nvidia-smi"
+            "device is 'cuda', but PyTorch sees no GPU here; use 'cpu' or 'auto', or check nvidia-smi"
         )
     if device == "cpu" or not has_gpu:
         return torch.device("cpu")

@@ -262,7 +262,7 @@ class _Terminal:
         parts += [f"{word} {row[name]:.4g}" for name, word in _SHOWN.items() if name in row]
         filled = row.get("queue_filled", 1.0)
         if isinstance(filled, float) and filled < 1:
-            parts.append(f"queue {100 * filled:.0f} % filled, until then the loss rises")
+            parts.append(f"queue {100 * filled:.0f} % filled, the loss rises until it is full")
         line = "  ".join([*parts, f"data wait {row['wait_percent']:.0f} %"])
         if self._progress:
             self._progress.update(self._task, description=line)

@@ -45,11 +45,11 @@ class Precision:
             name = ("bf16" if has_bf16 else "fp16") if on_gpu else "fp32"
         if name == "fp16" and not on_gpu:
             raise ValueError(
-                f"precision is 'fp16' on {device}; only GPUs compute in it, take 'bf16' or 'fp32'"
+                f"precision is 'fp16' on {device}; only GPUs compute in it, use 'bf16' or 'fp32'"
             )
         if name == "bf16" and on_gpu and not has_bf16:
             raise ValueError(
-                f"precision is 'bf16', which the GPU {device} only emulates; take 'fp16' or 'auto'"
+                f"precision is 'bf16', which the GPU {device} only emulates; use 'fp16' or 'auto'"
             )
         return cls(name, device, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
 

@@ -126,8 +126,8 @@ def check_graph(precision: Precision, world_size: int) -> None:
     if precision.device.type != "cuda":
         raise ValueError(f"--cuda-graph needs a GPU, this run computes on {precision.device}; leave it out")
     if precision.name == "fp16":
-        raise ValueError("--cuda-graph cannot capture fp16's loss scaling; take --precision bf16 or fp32")
+        raise ValueError("--cuda-graph cannot capture fp16's loss scaling; use --precision bf16 or fp32")
     if world_size > 1:
         raise ValueError(
-            f"--cuda-graph captures the step of a single process, this run has {world_size}; take --compile"
+            f"--cuda-graph captures the step of a single process, this run has {world_size}; use --compile"
         )
