@@ -201,7 +201,9 @@ def test_invalid_configs_are_reported_in_one_sentence(
     assert "there is no absent.yaml" in refusal("--config-file", "absent.yaml")
     assert "there is no absent.pth" in refusal(*c4, "MODEL.WEIGHTS", "absent.pth")
     assert "the config is refused" in refusal(*c4, "MODEL.NO_SUCH", "3")
-    assert "options pairs, such as SOLVER.MAX_ITER 1000" in refusal(*c4, "SOLVER.MAX_ITER")
+    assert "options on the command line must be pairs, such as SOLVER.MAX_ITER 1000" in refusal(
+        *c4, "SOLVER.MAX_ITER"
+    )
     (tmp_path / "cut.yaml").write_text("MODEL: {RESNETS: [")
     assert "cut.yaml must be YAML" in refusal("--config-file", str(tmp_path / "cut.yaml"))
     two = f"('{sets['test']}', '{sets['val']}')"

@@ -303,7 +303,7 @@ def test_unavailable_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="local rank 2 has no GPU of its own, this machine shows 2"):
+    with pytest.raises(ValueError, match="local rank 2 has no GPU of its own, this machine has 2"):
         choose_device("cuda", 2)
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'two'"), init_launch("cpu"):
