@@ -44,7 +44,7 @@ def test_encoders_that_detectron2_cannot_build_are_refused() -> None:
     with pytest.raises(ValueError, match="small stem cannot be used"):
         to_detectron2(_state("resnet18", small_stem=True), "resnet18")
     for arch in ("resnet10w16", "wide_resnet50_2", "resnext50_32x4d"):
-        with pytest.raises(ValueError, match=f"holds a {arch}, which Detectron2 .* known are resnet18"):
+        with pytest.raises(ValueError, match=f"holds a {arch}, which Detectron2 .* one of resnet18"):
             to_detectron2(_state(arch), arch)
         with pytest.raises(ValueError, match="none of resnet18"):
             to_detectron2(_state(arch), None)
