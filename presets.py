@@ -3,8 +3,8 @@
 A preset is a function that returns a config; its docstring names its source, its cost and its result.
 ``--preset NAME`` starts from one, and further flags override its values.
 
-Costs marked as estimates have not been measured here. They count an encoder's operations, seven passes per
-image with one mixture, and divide by the 21 TFLOP/s that correspond to eight GPU-days for the published run.
+Costs marked as estimates are computed, not measured: the encoder's operations, with seven passes per image
+and one mixture, divided by 21 TFLOP/s. At this rate the published run takes eight GPU-days.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ PresetName = Literal["in1k", "in100", "tiny-imagenet", "cifar10", "cifar100", "f
 
 @dataclass(frozen=True)
 class Views:
-    """The parts of the augmentation that MoCo v1 and v2 leave open."""
+    """Settings of the views that depend on the set, not on the version of MoCo."""
 
     crop_px: int = Recipe.crop_px
     """Side of a view."""
@@ -48,7 +48,7 @@ class PretrainConfig:
     """Pretrain an encoder with MoCo and masked mixing. The defaults are the published MixMask run."""
 
     data: tyro.conf.Positional[Path]
-    """A compiled set (.beton file, or folder of shards), or a folder of images; of a folder that holds
+    """A compiled set (.beton file, or folder of shards), or a folder of images. If a folder holds
     train/ and val/, train/ is used."""
     preset: PresetName = "in1k"
     """The named run to start from; other flags override its values. presets.py has recipes and costs."""
@@ -87,12 +87,12 @@ class PretrainConfig:
     """Compile the whole forward pass with torch.compile; with several processes, only the encoders. The first
     steps take minutes, later ones are faster on GPUs."""
     cuda_graph: bool = False
-    """Capture the whole step as one CUDA graph after three steps and replay it, which takes nearly all work
-    off the host. Needs a single process on a GPU; can be combined with --compile."""
+    """Capture the whole step as one CUDA graph after three steps and replay it, so that the
+    host has almost no work. Needs a single process on a GPU; can be combined with --compile."""
     epochs: int = 200
     """Passes over the set."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 256
-    """Images in a step over all processes; the queue need not be a multiple of it."""
+    """Images in a step over all processes; the length of the queue need not be a multiple of it."""
     lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 0.03
     """Learning rate of SGD for the whole batch; not scaled by its size."""
     weight_decay: Annotated[float, tyro.conf.arg(aliases=["--wd"])] = 1e-4
@@ -155,8 +155,8 @@ class PretrainConfig:
         batch = self.batch_size // world_size
         return next(parts for parts in range(max(1, 8 // world_size), 0, -1) if batch % parts == 0)
 
-    def batch_statistics(self, world_size: int) -> str:
-        """What keeps BatchNorm from leaking the pairs, in words."""
+    def describe_batchnorm(self, world_size: int) -> str:
+        """How the run keeps BatchNorm from leaking the pairs, in words."""
         splits = self.splits(world_size)
         if world_size > 1:
             return f"keys shuffled over {world_size} processes, {splits} BN split(s) on each"
@@ -164,13 +164,13 @@ class PretrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The options that decide the run's numbers, as JSON values; a resumed run must have the same."""
-        free = {
+        may_change = {
             *("preset", "data", "val", "out", "resume", "device", "num_threads", "reading", "log_every_s"),
             *("save_every_epochs", "keep_checkpoints", "knn_every_epochs", "knn_bank", "knn_k"),
             "cuda_graph",
         }
         plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return {key: value for key, value in plain.items() if key not in free}
+        return {key: value for key, value in plain.items() if key not in may_change}
 
     def backbone_meta(self, feature_dim: int, num_images: int) -> BackboneMeta:
         """The description of the finished backbone for its file."""
@@ -307,15 +307,15 @@ def tiny_imagenet(data: Path) -> PretrainConfig:
 def fashion(data: Path) -> PretrainConfig:
     """The demo: a ResNet of 0.3 M parameters on Fashion-MNIST at 32 px, two epochs.
 
-    Cost: two and a half minutes on two CPU cores. Result: `make demo` prints it. The values suit a run this
-    short (benchmarks/NOTES.md):
+    Cost: two and a half minutes on two CPU cores. Result: `make demo` prints it. The values are chosen for
+    so short a run (benchmarks/NOTES.md):
 
     - Real keys fill the queue within a tenth of the run.
     - Crops cover most of the image, because the object does. MoCo's kNN after 85 s at lr 0.06 with a bank of
       5,000: 75.4 with crops from 0.5, 76.7 from 0.7, 78.6 from 0.85, 79.2 from 0.95.
     - Four BN splits leak less than two: kNN 76.7 and 75.8.
     - lr 0.03 and momentum 0.996, because the loss of a mixture adds to the gradient: at 0.06 and 0.99, which
-      suit MoCo alone, two of three runs of --method both collapsed in their first epoch.
+      work for MoCo alone, two of three runs of --method both collapsed in their first epoch.
     - No blur, which would leave little of an image of 28 px.
     """
     return PretrainConfig(

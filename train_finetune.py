@@ -1,6 +1,6 @@
 """Fine-tune a pretrained encoder on all labels, or on 1 % or 10 % of them.
 
-With a tenth of the labels, the same share of each class, drawn by --seed and listed in --out:
+With a tenth of the labels of each class. --seed draws them, and labels.txt in --out lists them:
     python train_finetune.py TRAIN --val VAL --pretrained CKPT --labels 0.1
 
 With the published lists of ImageNet images (one file name per line, such as n01440764_10043.JPEG):
@@ -69,11 +69,11 @@ class FinetuneConfig(SupervisedConfig):
 
     def describe(self, encoder: BackboneMeta, sets: LabelledSets) -> BackboneMeta:
         """The encoder's meta, extended by the fine-tuning."""
-        on = sets.train.name if sets.train.name != "train" else f"{sets.train.parent.name}/train"
+        train_set = sets.train.name if sets.train.name != "train" else f"{sets.train.parent.name}/train"
         return dataclasses.replace(
             encoder,
             method=f"{encoder.method}, fine-tuned" if encoder.method else "fine-tuned",
-            trained_on=", then ".join(filter(None, (encoder.trained_on, f"{on} with labels"))),
+            trained_on=", then ".join(filter(None, (encoder.trained_on, f"{train_set} with labels"))),
             recipe=json.dumps(
                 {"pretraining": json.loads(encoder.recipe or "{}"), "fine_tuning": self.as_json()}
             ),
@@ -112,8 +112,8 @@ def choose_images(config: FinetuneConfig, launch: Launch) -> tuple[NDArray[np.in
     """Choose the images to train on.
 
     Returns:
-        Their sorted positions and their names, or positions such as "#17" in a set without names; None and no
-        names for all images.
+        The sorted positions of the images and their names. In a set without names, "#17" stands for the name
+        of image 17. For all images: None and no names.
     """
     path, _ = config.sets()
     images = open_set(path)

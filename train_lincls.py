@@ -6,8 +6,8 @@ Published: a linear classifier on random crops, 100 epochs, learning rate 30. On
 One node of eight GPUs, which share the batch of 256 (more nodes as with train_pretrain.py):
     torchrun --nproc-per-node 8 train_lincls.py TRAIN --val VAL --pretrained CKPT
 
-Cached: features of one centre view, computed once; classifiers of many learning rates and weight decays are
-trained on them in one pass. docs/evaluation.md compares the result with the published protocol's:
+Cached: compute the features of one centre view once, and train classifiers of many learning rates and weight
+decays on them in one pass (docs/evaluation.md compares the two protocols):
     python train_lincls.py data/in1k-train.beton --val data/in1k-val.beton --pretrained CKPT --cached
 
 kNN alone:
@@ -63,6 +63,7 @@ from training.supervised import SupervisedConfig, SupervisedRun, assemble, train
 Protocol = Literal["published", "cached", "knn"]
 OUTPUT: dict[Protocol, str] = {"published": "result.json", "cached": "cached.json", "knn": "knn.json"}
 """The file that each protocol writes."""
+# Options that have an effect only in the published protocol, with --cached, with kNN, and with a classifier.
 _PUBLISHED_ONLY = (
     *("lr", "schedule", "cos", "weight_decay", "sgd_momentum"),
     *("resume", "val_every_epochs", "log_every_s"),
@@ -101,7 +102,7 @@ class ProbeConfig(SupervisedConfig):
         super().__post_init__()
         if self.knn_k < 1 or not (self.cached_lr and self.cached_wd):
             raise ValueError(
-                f"knn_k {self.knn_k}, cached_lr {self.cached_lr}, cached_wd {self.cached_wd}: take at least "
+                f"knn_k {self.knn_k}, cached_lr {self.cached_lr}, cached_wd {self.cached_wd}: give at least "
                 "one of each"
             )
         if self.knn_only and not self.knn:
@@ -140,12 +141,12 @@ class ProbeConfig(SupervisedConfig):
         return "knn" if self.knn_only else "cached" if self.cached else "published"
 
     @property
-    def path(self) -> Path:
-        """The file of the figures."""
+    def result_path(self) -> Path:
+        """The file that the figures are written to."""
         return self.out / OUTPUT[self.protocol]
 
     def as_json(self) -> dict[str, Any]:
-        """The options that decide the weights, without those of further measurements."""
+        """The options that decide the classifier's weights, without those of kNN and --cached."""
         measured = ("knn", "leave_one_out", "cached")
         return {name: value for name, value in super().as_json().items() if not name.startswith(measured)}
 
@@ -178,8 +179,8 @@ def published(config: ProbeConfig, launch: Launch) -> None:
     if not train(run):
         return
     result = classifier_figures(config, run)
-    if launch.is_main:  # now, because memory may be too small for what follows
-        write_json(config.path, {"pretrained": str(config.pretrained)} | result)
+    if launch.is_main:  # now, because the kNN may run out of memory
+        write_json(config.result_path, {"pretrained": str(config.pretrained)} | result)
     if config.knn and (features := cache_sets(config, launch, run.pretrained, run.sets)):
         result |= knn_figures(config, *features)
     finish(config, launch, result, run.seconds)
@@ -208,14 +209,14 @@ def knn(config: ProbeConfig, launch: Launch) -> None:
 
 
 def finish(config: ProbeConfig, launch: Launch, result: dict[str, Any], seconds: float) -> None:
-    """Write the figures and print their shares."""
+    """Write the figures and print the accuracies."""
     if not launch.is_main:
         return
     result = {"pretrained": str(config.pretrained)} | result | {"seconds": round(seconds, 1)}
-    write_json(config.path, result)
+    write_json(config.result_path, result)
     names = ("knn_top1", "knn_leave_one_out_top1", "linear_top1", "linear_top5")
     shares = (f"{name.replace('_', ' ')} {100 * result[name]:.2f} %" for name in names if name in result)
-    line = f"{config.pretrained}: {'  '.join(shares)}  ({result['seconds']} s, {config.path})"
+    line = f"{config.pretrained}: {'  '.join(shares)}  ({result['seconds']} s, {config.result_path})"
     print_once(launch, line)
 
 
@@ -231,14 +232,14 @@ def classifier_figures(config: ProbeConfig, run: SupervisedRun) -> dict[str, Any
         RuntimeError: if a weight or a BatchNorm statistic of the frozen encoder differs from its file.
     """
     state, accuracy = run.pretrained.backbone.state, run.measured.accuracy
-    moved = [
+    changed = [
         name
         for name, tensor in run.model.encoder.state_dict().items()
         if not torch.equal(tensor.cpu(), state[name])
     ]
-    if moved:
+    if changed:
         raise RuntimeError(
-            f"{len(moved)} tensors of the frozen encoder have moved, the first are {moved[:3]}"
+            f"{len(changed)} tensors of the frozen encoder have changed, the first are {changed[:3]}"
         )
     assert accuracy is not None, "the last epoch is always measured"
     return {
@@ -302,7 +303,7 @@ def sweep(
 def cache_sets(
     config: ProbeConfig, launch: Launch, pretrained: Pretrained, sets: LabelledSets
 ) -> tuple[Features, Features] | None:
-    """Features of the training and the test set, on the device; None but on the main process."""
+    """Features of the training and the test set, on the device; None on other processes than the main one."""
     precision = Precision.choose(config.precision, launch.device)
 
     def cache(path: Path, backend: Backend) -> Features | None:
@@ -316,7 +317,7 @@ def cache_sets(
             num_threads=config.num_threads,
         )
         shown = with_progress(batches, f"features of {path}") if launch.is_main else batches
-        # Gathered in the memory of the main process's machine: ImageNet's take 10 GB.
+        # Gathered on the CPU, because ImageNet's features take 10 GB.
         own = extract_features(pretrained.encoder, shown, precision, torch.device("cpu"))
         return gather_features(launch, own)
 

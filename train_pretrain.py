@@ -10,10 +10,10 @@ Two nodes (the same command on both; --out on a shared file system, HEAD the add
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
         train_pretrain.py data/in1k-train.beton --out runs/mixmask
 
-Cost and result: the defaults are the published run, ResNet-50 and 200 epochs of ImageNet-1K, which gave 69.2
-linear top-1. `--preset fashion` takes minutes on two CPU cores. The published command line works with another
-program name and without the launcher's flags; docs/command-line.md lists every flag. The loss rises at first,
-while real keys replace the queue's initial noise.
+Cost and result: the defaults are the published run, ResNet-50 and 200 epochs of ImageNet-1K, with a linear
+top-1 of 69.2. `--preset fashion` takes minutes on two CPU cores. This program also accepts the flags of the
+published ones, except those of their launcher (docs/command-line.md). The loss rises at first, while real
+keys replace the queue's initial noise.
 
 Files in --out: checkpoints for --resume, metrics.jsonl and TensorBoard logs; at the end backbone.safetensors
 and checkpoint.pth.tar in the published layout (module.encoder_q.*). On SIGTERM or Ctrl-C the run finishes its
@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> PretrainConfig:
     """The config of a command line: the values of a preset, overridden by the given flags."""
     argv = from_published(argv)
     preset = cli.value_of(argv, "--preset", PretrainConfig.preset)
-    # An unknown name is left for the parser to refuse.
+    # The parser reports an unknown name.
     defaults = PRESETS[preset if preset in PRESETS else PretrainConfig.preset](tyro.MISSING)
     config = cli.parse_args(PretrainConfig, argv, __doc__, defaults)
     return dataclasses.replace(config, data=training_set(config.data))
@@ -82,11 +82,11 @@ class PretrainRun(Run):
     )
 
     def backbone_meta(self) -> BackboneMeta:
-        """What the finished backbone's file says of it."""
+        """The description of the finished backbone for its file."""
         return self.config.backbone_meta(self.model.feature_dim, self.loader.count)
 
     def meta(self) -> dict[str, str]:
-        """What a checkpoint says of its model."""
+        """The description of the model for a checkpoint."""
         return self.backbone_meta().as_strings()
 
 
@@ -184,7 +184,7 @@ def open_data(config: PretrainConfig, launch: Launch, precision: Precision) -> V
 
 
 def build_model(config: PretrainConfig, world_size: int) -> MoCo:
-    """Build the model of a config, initialised by torch's default generator."""
+    """Build the model of a config; torch's default generator initialises it."""
     return MoCo(
         functools.partial(build_encoder, config.arch, small_stem=config.small_stem),
         method=config.mixing.method,
@@ -250,7 +250,7 @@ def export(run: PretrainRun) -> None:
 
 
 def announce(run: PretrainRun) -> None:
-    """Print what runs and what to expect."""
+    """Print a summary of the run and what to expect."""
     config, launch, loader = run.config, run.launch, run.loader
     millions = sum(p.numel() for p in run.model.encoder_q.parameters()) / 1e6
     print_once(
@@ -259,13 +259,13 @@ def announce(run: PretrainRun) -> None:
         f"{loader.set.count} images by {loader.decoder.name}, {config.arch} of {millions:.1f} M "
         f"parameters, {config.epochs} epochs of {len(loader)} steps, "
         f"{run.precision.name} on {launch.device} × {launch.world_size}, "
-        f"{config.batch_statistics(launch.world_size)}",
+        f"{config.describe_batchnorm(launch.world_size)}",
     )
     if config.backend == "auto":
         print_once(launch, loader.chosen)
     if not kernels_are_cached():
         print_once(
-            launch, "compiling the loader's inner loops, once after each update: about fifteen seconds"
+            launch, "compiling the loader's inner loops, once after each update; this takes fifteen seconds"
         )
     if not run.step and config.epochs:
         print_once(launch, "the loss rises at first, until real keys have replaced the queue's initial noise")

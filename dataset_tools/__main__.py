@@ -27,7 +27,8 @@ COMMANDS: dict[str, Callable[..., commands.Command]] = {
 def main(args: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code.
 
-    A user's mistake is one sentence on stderr and exit code 2. Ctrl-C and SIGTERM clean up and give 130.
+    An error of the user is printed as one sentence on stderr, and the exit code is 2. Ctrl-C and SIGTERM
+    remove temporary files, and the exit code is 130.
 
     Args:
         args: the sub-command and its options; by default those of the command line.
@@ -35,13 +36,13 @@ def main(args: Sequence[str] | None = None) -> int:
     command: commands.Command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="python -m dataset_tools", description=__doc__, args=args
     )
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    former_handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
         check_torch()
         return command.run()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = "; the output does not fit, free some space or choose another place" if full else ""
+        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "; the output does not fit, free some space or choose another place" if disk_full else ""
         print_line(f"error: {error}{hint}", out=error_console, style="red")
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
@@ -49,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print_line(f"interrupted; {hint}", out=error_console, style="red")
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, former_handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 – the signature of a handler

@@ -1,4 +1,4 @@
-"""Writes FFCV's ``.beton`` files. Encoded images are stored as they are, and no incomplete file is left.
+"""Writes FFCV's ``.beton`` files. Encoded images are stored unchanged, and no incomplete file is left.
 
 FFCV's own writer encodes every JPEG again, and waits forever if one of its workers raises.
 """
@@ -45,21 +45,21 @@ from training.files import sync_folder
 DEFAULT_PAGE_BYTES = 8 << 20
 
 
-def contents_hash_end(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -> str:
-    """Finish the hash of a set: after all payloads, the columns mode, width, height and label are hashed.
+def finish_contents_hash(hasher: "hashlib._Hash", metadata: npt.NDArray[np.void]) -> str:
+    """Add the columns mode, width, height and label to the hash of all payloads; return the hash of the set.
 
-    Addresses are not, so files of the same images have the same hash for any page size.
+    Addresses are not hashed, so files of the same images have the same hash for any page size.
     """
     for column in (metadata["f0"]["mode"], metadata["f0"]["width"], metadata["f0"]["height"], metadata["f1"]):
         hasher.update(np.ascontiguousarray(column).data)
     return hasher.hexdigest()
 
 
-def settle(path: Path) -> None:
+def settle_side_files(path: Path) -> None:
     """Rename pending side files if they belong to the set at ``path``; remove them otherwise."""
     manifest = manifest_path(path)
     belong = valid_side_file(path, manifest) != manifest
-    # The manifest is last, because it identifies the set that the others belong to.
+    # The manifest comes last, because it identifies the set to which the other files belong.
     for side in (paths_path(path), skipped_path(path), manifest):
         pending = pending_path(side)
         if not pending.exists():
@@ -91,7 +91,7 @@ class BetonWriter:
 
         Args:
             path: the set to write, with the suffix .beton.
-            capacity: maximal number of images; the file has space in its tables for all of them.
+            capacity: largest number of images; the tables of the file have space for all of them.
             tier: form in which images are stored.
             page_bytes: size of a page, a power of two from 4096 on; grows if an image is larger.
             overwrite: replace an existing set in ``commit``.
@@ -124,8 +124,8 @@ class BetonWriter:
         self._end: int = self._metadata_at + self._metadata.nbytes
         with contextlib.ExitStack() as stack:
             stack.enter_context(Lock(self.path.with_name(f".{self.path.name}.lock"), self.path))
-            settle(self.path)
-            stack.callback(settle, self.path)
+            settle_side_files(self.path)
+            stack.callback(settle_side_files, self.path)
             self._out = stack.enter_context(PartialFile(self.path))
             self._out.skip_to(self._end)
             self._paths = stack.enter_context(PartialFile(paths_path(self.path)))
@@ -174,7 +174,7 @@ class BetonWriter:
             )
         if size > MAX_PAGE_BYTES:
             raise ValueError(f"{source_path} has {size} bytes; a page holds at most {MAX_PAGE_BYTES}")
-        pointer = self._place(size)
+        pointer = self._next_address(size)
         if pointer != self._end:  # a seek flushes the buffer, which is slow for small images
             self._out.file.seek(pointer)
         self._out.file.write(data)
@@ -203,8 +203,8 @@ class BetonWriter:
     ) -> Manifest:
         """Write tables and header, sync, check, and rename the set and its side files.
 
-        An old set stays until the new one is complete on the disk, and is replaced in one step. A process
-        that is killed at any moment leaves one of the two, see ``valid_side_file``.
+        An old set stays until the new one is complete on the disk, and is replaced in one step. If the
+        process is killed, one of the two sets is valid, see ``valid_side_file``.
 
         Args:
             source: name of the source.
@@ -216,8 +216,8 @@ class BetonWriter:
             ValueError: if no image was added.
         """
         if self.count == 0:
-            raise ValueError(f"no image is left to write to {self.path}")
-        digest = contents_hash_end(self._hasher, self._metadata[: self.count])
+            raise ValueError(f"there is no image to write to {self.path}")
+        digest = finish_contents_hash(self._hasher, self._metadata[: self.count])
         self._write_tables(digest)
         manifest = Manifest(
             tier=self.tier,
@@ -241,7 +241,7 @@ class BetonWriter:
         sync_folder(self.path.parent)
         self._out.rename()
         sync_folder(self.path.parent)
-        settle(self.path)
+        settle_side_files(self.path)
         sync_folder(self.path.parent)
         self._stack.close()
         return manifest
@@ -250,11 +250,11 @@ class BetonWriter:
         """Close and remove the temporary files; after ``commit`` do nothing."""
         self._stack.close()
 
-    def _place(self, size: int) -> int:
-        """Return the next address at which ``size`` bytes are within one page.
+    def _next_address(self, size: int) -> int:
+        """Return the next address at which ``size`` bytes fit into one page.
 
-        A payload larger than a page doubles the page size of the whole file. The addresses already used stay
-        valid: every old page is within one new page.
+        For a payload larger than a page, the page size of the whole file is doubled until it fits. Addresses
+        already used stay valid, because every old page is within one new page.
         """
         while size > self.page_bytes:
             self.page_bytes *= 2
@@ -270,8 +270,9 @@ class BetonWriter:
         header["version"], header["num_fields"] = VERSION, len(self._descriptors)
         header["page_size"], header["num_samples"] = self.page_bytes, self.count
         header["alloc_table_ptr"] = self._end
-        recorded = self._descriptors[1]["arguments"]
-        recorded[:HASH_BYTES] = np.frombuffer(digest.encode("ascii"), np.uint8)
+        # The hash is stored in the arguments of the label's field, which FFCV does not use.
+        arguments = self._descriptors[1]["arguments"]
+        arguments[:HASH_BYTES] = np.frombuffer(digest.encode("ascii"), np.uint8)
         file = self._out.file
         file.seek(0)
         file.write(header.tobytes() + self._descriptors.tobytes())

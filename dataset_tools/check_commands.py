@@ -20,7 +20,7 @@ from training.cli import console
 
 @dataclass(frozen=True)
 class Index:
-    """Make a set of existing WebDataset shards: only indices are added, no tar is changed.
+    """Make a set from existing WebDataset shards: adds indices and changes no tar.
 
     A sample's image is its jpg, png, webp … file. Its label is the number in its cls file, or "label" in
     its json file.
@@ -29,13 +29,13 @@ class Index:
     path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """The folder that holds the .tar files."""
     ext: tuple[str, ...] = ()
-    """Suffixes of the image files, such as jpg png; by default that of the first sample."""
+    """Suffixes of the image files, such as jpg png; by default the suffix of the first sample's image."""
     labels: bool = True
-    """Take labels from cls and json files; --no-labels takes all images as unlabelled."""
+    """Take labels from cls and json files; --no-labels treats all images as unlabelled."""
     classes: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Class names, one per line in label order; by default the names are 0, 1, …."""
     max_bad: Annotated[float, tyro.conf.arg(metavar="SHARE")] = MAX_BAD
-    """Leave out samples without a readable image, up to this share of all."""
+    """Leave out samples without a readable image, up to this share of all samples."""
     accept_truncated: bool = False
     """Take the samples of a damaged tar up to the place where it cannot be read any further."""
     dali_only: bool = False

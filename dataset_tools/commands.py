@@ -1,6 +1,6 @@
 """The sub-commands of ``python -m dataset_tools`` that make sets. Each is a dataclass of its options.
 
-A new command is one more such class and one more line in the table of ``__main__``.
+To add a command, add a class here and a line to ``COMMANDS`` in ``__main__``.
 """
 
 import time
@@ -26,7 +26,7 @@ from pipelines.sets.shards import index_hint, is_shard_set
 
 _FASHION_MNIST_IMAGES = 70_000
 _TAR_SUFFIXES = (".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".zst")
-"""Of files that are opened as tars; a compressed one is an error that says so."""
+"""Suffixes of files that are opened as tars. For a compressed one, the error says how to unpack it."""
 
 
 class Command(Protocol):
@@ -40,8 +40,8 @@ class Command(Protocol):
 class Convert:
     """Compile images into a .beton file or, if OUTPUT ends in .shards, into a folder of shards.
 
-    SOURCE is a folder of class folders or a flat folder; a tar of images or of one tar per class, as
-    ImageNet is downloaded, which is not unpacked; or a set of shards. A stopped conversion to shards keeps
+    SOURCE is a folder of class folders or a flat folder; a tar of images, or a tar of one tar per class, such
+    as ImageNet's download; or a set of shards. Tars are not unpacked. A stopped conversion to shards keeps
     its complete shards, and the same command continues it. Several machines can share the work with --shards.
     """
 
@@ -65,7 +65,7 @@ class Convert:
     verify: bool = True
     """Decode every JPEG once to find truncated and damaged ones."""
     labels: bool = True
-    """Take folders as classes; --no-labels takes all images of SOURCE as unlabelled."""
+    """Take folders as classes; --no-labels treats all images of SOURCE as unlabelled."""
     labels_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Class names, one per line in the order of the sorted images, for a tar without class folders."""
     max_bad: Annotated[float, tyro.conf.arg(metavar="SHARE")] = MAX_BAD
@@ -102,7 +102,7 @@ class Convert:
             with track(len(source), "converting") as progress:
                 work = self._work(source, progress)
                 if sharding is not None and not _covers_all(sharding, source):
-                    return self._make_some(work, sharding)
+                    return self._make_some_shards(work, sharding)
                 every = sharding and replace(sharding, shards=None)
                 converted = convert_work(work, self.output, sharding=every, overwrite=self.overwrite)
         except KeyboardInterrupt:
@@ -129,7 +129,7 @@ class Convert:
         return Sharding(
             DEFAULT_SHARD_SIZE if self.shard_size is None else self.shard_size,
             self.seed or 0,
-            None if self.shards is None else _range(self.shards),
+            None if self.shards is None else _shard_range(self.shards),
         )
 
     def _work(self, source: Source, progress: Progress) -> Work:
@@ -138,7 +138,7 @@ class Convert:
         )
         return Work(source, how, self.max_bad, workers=self.workers, progress=progress)
 
-    def _make_some(self, work: Work, sharding: Sharding) -> int:
+    def _make_some_shards(self, work: Work, sharding: Sharding) -> int:
         done = make_shards(work, self.output, sharding)
         complete = done.requested - done.made
         counts = f"{done.made} shards made, {complete} were complete, the set has {done.num_shards}"
@@ -158,7 +158,7 @@ def open_source(
 
     Args:
         path: the folder or file.
-        labelled: False takes the images of a folder or a tar as one unlabelled set.
+        labelled: False treats the images of a folder or a tar as unlabelled.
         labels_file: for tars, see TarSource.
         accept_truncated: take what can be read of a damaged tar or set of shards.
         progress: called once per image of a tar and once per shard.
@@ -198,10 +198,12 @@ def open_source(
     return FolderSource(path, labelled=labelled)
 
 
-def _range(text: str) -> tuple[int, int]:
+def _shard_range(text: str) -> tuple[int, int]:
     first, colon, stop = text.partition(":")
     if not (colon and first.isdecimal() and stop.isdecimal()):
-        raise ValueError(f"--shards is {text!r}; give the first and the one after the last, such as 0:100")
+        raise ValueError(
+            f"--shards is {text!r}; give the first shard and the one after the last, such as 0:100"
+        )
     return int(first), int(stop)
 
 
@@ -258,7 +260,7 @@ class FashionMnist:
     workers: int | None = None
     """Threads; all cores by default."""
     limit: int | None = None
-    """Take only this number of images of the training set, and a sixth of it of the test set."""
+    """Take only this number of training images, and a sixth as many test images."""
     overwrite: bool = False
     """Replace existing sets."""
 
@@ -284,7 +286,7 @@ class FashionMnist:
 
 
 def _report(path: Path, converted: Converted, seconds: float) -> None:
-    """Print what became of the images, and what to do next."""
+    """Print the result of a conversion and the next command."""
     manifest = converted.manifest
     num_shards = len(manifest.shards)
     next_step = f"Next: make pretrain DATA={path}"

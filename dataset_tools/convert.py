@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dataset_tools.beton_writer import BetonWriter
-from dataset_tools.normalise import BadImage, Normal, Normalising
+from dataset_tools.normalise import BadImage, Normalising, StoredImage
 from dataset_tools.shard_claim import claimed, replacing
 from dataset_tools.shard_plan import DEFAULT_SHARD_SIZE, Plan
-from dataset_tools.shard_set import SUFFIX, finish_set, missing, remove_sides
+from dataset_tools.shard_set import SUFFIX, finish_set, missing, remove_side_files
 from dataset_tools.shard_writer import Keys, ShardsWriter
 from dataset_tools.sources import Source
 from dataset_tools.work import MAX_BAD, NUM_NAMED, Progress, Work
@@ -32,7 +32,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a set is divided into tars."""
+    """How a set is divided into shards."""
 
     shard_size: int = DEFAULT_SHARD_SIZE
     """Images of the source per shard."""
@@ -76,8 +76,8 @@ def convert_work(
 
     The bytes depend on the source and the options, not on the number of threads. Images that cannot be
     decoded are left out, counted in the manifest and listed in the file ``skipped_path``. After an error no
-    new ``.beton`` file is left. Complete shards stay, unless they were to replace others, and the next call
-    continues.
+    new ``.beton`` file is left. Complete shards stay, and the next call continues; but the shards of a
+    set that was to replace an old one are removed.
 
     Args:
         work: the source, and how to convert it.
@@ -110,7 +110,7 @@ def convert_work(
 def make_shards(work: Work, folder: str | Path, sharding: Sharding) -> ShardsMade:
     """Make the shards ``sharding.shards`` of a set; a later :func:`convert` finishes the set.
 
-    Never replaces another set, because machines that share the work would remove each other's shards.
+    It never replaces another set, because machines that share the work would remove each other's shards.
 
     Raises:
         ValueError: if the set does not have these shards; also as :func:`convert_work` does.
@@ -137,7 +137,7 @@ def _convert_to_shards(work: Work, folder: Path, sharding: Sharding, overwrite: 
     with claimed(folder, plan) as manifest:
         if manifest is None:
             made = _make_all(work, folder, plan)
-            remove_sides(folder)
+            remove_side_files(folder)
             return made
     work.advance(plan.count)
     return Converted(manifest, (), sum(of_kind("skipped", manifest.replaced).values()), already_there=True)
@@ -169,7 +169,7 @@ def _plan(work: Work, sharding: Sharding) -> Plan:
 
 
 def _make_missing(work: Work, folder: Path, plan: Plan, shards: range) -> int:
-    """Make those of ``shards`` that are incomplete; return how many."""
+    """Make the incomplete ones of ``shards``; return their number."""
     todo, bad = missing(folder, plan, shards, work)
     work.advance(sum(map(len, map(plan.places, set(shards) - set(todo)))))
     if not todo:
@@ -195,7 +195,7 @@ def _convert_to_file(work: Work, out: Path, overwrite: bool) -> Converted:
         writer = _FileWriter(beton)
         work.fill(writer, lambda place: place, work.count)
         if beton.count == 0:
-            raise work.nothing_usable(writer.first_skipped)
+            raise work.nothing_usable_error(writer.first_skipped)
         assert beton.count + writer.num_skipped == work.count, "images were lost"
         manifest = beton.commit(
             source=work.source.name,
@@ -207,7 +207,7 @@ def _convert_to_file(work: Work, out: Path, overwrite: bool) -> Converted:
 
 
 class _FileWriter:
-    """Writes images into one file, and the reasons of those left out into the list next to it."""
+    """Writes images into one file, and lists the images left out in a file next to it."""
 
     def __init__(self, beton: BetonWriter) -> None:
         self.replaced: Counter[str] = Counter()
@@ -215,7 +215,7 @@ class _FileWriter:
         self.num_skipped = 0
         self._beton = beton
 
-    def add(self, index: int, image: Normal, label: int, path: str) -> None:  # noqa: ARG002 – in order
+    def add(self, index: int, image: StoredImage, label: int, path: str) -> None:  # noqa: ARG002 – in order
         """Write one image."""
         if image.changed:
             self.replaced[f"transcoded: {image.changed}"] += 1

@@ -51,7 +51,7 @@ def lock(path: Path, *, shared: bool = False, target: Path | None = None) -> int
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether ``path`` still names this file; a previous owner of the lock may have renamed or removed it."""
+    """Whether ``path`` still names this file; a former holder of the lock may have renamed or removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -59,7 +59,7 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 
 class Lock:
-    """A lock file that gives the right to write ``target``. The lock of a process ends with it."""
+    """A lock file that gives the right to write ``target``. It is released when its process ends."""
 
     def __init__(self, path: Path, target: Path, *, shared: bool = False) -> None:
         """Lock the file ``path``; arguments and errors as in :func:`lock`."""
@@ -74,7 +74,7 @@ class Lock:
         self.release()
 
     def release(self) -> None:
-        """Unlock; the last owner of a shared lock removes the file. Further calls do nothing."""
+        """Unlock; the last holder of a shared lock removes the file. Further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor < 0:
             return
@@ -87,7 +87,7 @@ class Lock:
             os.close(descriptor)
 
 
-def open_alone(path: Path) -> BinaryIO:
+def open_exclusive(path: Path) -> BinaryIO:
     """Open ``path`` empty for writing. Raises FileExistsError if another process is writing it."""
     descriptor = lock(path)
     os.ftruncate(descriptor, 0)
@@ -105,7 +105,7 @@ class PartialFile:
         """Open the temporary file for ``path``. Raises FileExistsError if another process is writing it."""
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
-        self.file = open_alone(self.partial)
+        self.file = open_exclusive(self.partial)
         self._synced_to, self._renamed = 0, False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="disk-sync")
         self._running: Future[None] | None = None
@@ -122,9 +122,9 @@ class PartialFile:
         self._synced_to = start
 
     def sync_behind(self, end: int) -> None:
-        """Start a sync in the background if there is enough new data; ``end`` bytes are written.
+        """Start a sync in the background if there is enough new data; ``end`` is the number of bytes written.
 
-        So the disk works while images are added, and the final :meth:`sync` is short. Raises the OSError of
+        The disk then works while images are added, and the final :meth:`sync` is short. Raises the OSError of
         an earlier sync.
         """
         if end - self._synced_to >= _SYNC_EVERY_BYTES and (self._running is None or self._running.done()):
@@ -159,7 +159,7 @@ class PartialFile:
 def write_manifest(manifest: Manifest, path: str | Path, *, pending: bool = False) -> Path:
     """Write the manifest of the set at ``path`` as JSON, atomically, and return its path.
 
-    ``pending`` uses the name that the manifest has until the set itself has replaced an old one.
+    With ``pending``, the manifest has a temporary name until the set has replaced an old one.
     """
     target = pending_path(manifest_path(path)) if pending else manifest_path(path)
     write_json(target, dataclasses.asdict(manifest))

@@ -51,7 +51,7 @@ def locate(download_to: str | Path = "data", *, folder: str | Path = DEBIAN_FOLD
         RuntimeError: if neither exists and the download fails.
     """
     downloaded = Path(download_to) / "FashionMNIST" / "raw"
-    if (pairs := _both(Path(folder))) or (pairs := _both(downloaded)):
+    if (pairs := _find_both(Path(folder))) or (pairs := _find_both(downloaded)):
         return pairs
     from torchvision.datasets import FashionMNIST
 
@@ -62,14 +62,14 @@ def locate(download_to: str | Path = "data", *, folder: str | Path = DEBIAN_FOLD
             f"Fashion-MNIST is not in {folder} and could not be downloaded to {downloaded} ({error}); "
             "run `apt-get install dataset-fashion-mnist`"
         ) from error
-    if pairs := _both(downloaded):
+    if pairs := _find_both(downloaded):
         return pairs
     raise RuntimeError(
         f"the download left no idx files in {downloaded}; run `apt-get install dataset-fashion-mnist`"
     )
 
 
-def _both(folder: Path) -> dict[str, IdxPair]:
+def _find_both(folder: Path) -> dict[str, IdxPair]:
     """Return both splits of ``folder``, or an empty dictionary."""
     found = {split: pair for split in _PREFIXES if (pair := find_split(folder, split))}
     return found if len(found) == len(_PREFIXES) else {}
@@ -91,8 +91,7 @@ def compile_fashion_mnist(
         pairs: split → its idx files.
         workers: number of threads; None takes all cores.
         overwrite: replace existing sets.
-        limit: number of training images to take; of the test set a sixth of it is taken, as in the whole
-            set.
+        limit: number of training images to take; a sixth as many test images are taken, as in the whole set.
         progress: called once per image.
 
     Returns:
@@ -112,8 +111,8 @@ def compile_fashion_mnist(
     outcome = {}
     for split, target in targets.items():
         source = IdxSource(pairs[split].images, pairs[split].labels)
-        share = limit if limit is None or split == "train" else max(1, limit // 6)
-        work = Work(source, Normalising(tier="raw"), limit=share, workers=workers, progress=progress)
+        split_limit = limit if limit is None or split == "train" else max(1, limit // 6)
+        work = Work(source, Normalising(tier="raw"), limit=split_limit, workers=workers, progress=progress)
         outcome[target] = convert_work(work, target, overwrite=overwrite)
     return outcome
 
@@ -185,8 +184,8 @@ def read_idx(path: str | Path, *, num_dims: int) -> npt.NDArray[np.uint8]:
     magic = bytes((0, 0, 8, num_dims))
     if len(content) < header or content[:4] != magic:
         raise ValueError(
-            f"{path} starts with {content[:4].hex()}, an idx file of {num_dims} dimensions with "
-            f"{magic.hex()}; fetch it again"
+            f"{path} starts with {content[:4].hex()}, but an idx file of {num_dims} dimensions "
+            f"starts with {magic.hex()}; fetch it again"
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", num_dims, offset=4))
     expected = header + int(np.prod(shape, dtype=np.int64))

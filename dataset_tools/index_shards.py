@@ -1,4 +1,4 @@
-"""Makes a set of existing shards: nothing is copied, indices are written next to the tars."""
+"""Makes a set from existing shards: writes indices next to the tars and copies nothing."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.shard_plan import PLAN_KEY
-from dataset_tools.shard_set import finished_before, save_set, unfinished
+from dataset_tools.shard_set import finished_manifest, save_set, unfinished
 from dataset_tools.shard_writer import MAX_IMAGE_BYTES
 from dataset_tools.tars import Component, TarSample, dali_index, scan_tar, tar_samples, with_images_at
 from dataset_tools.work import MAX_BAD, Progress, check_bad, check_share, num_workers, ordered_map
@@ -28,10 +28,10 @@ from training.files import write_atomically
 LABEL_SUFFIX, JSON_SUFFIX, JSON_KEY = "cls", "json", "label"
 """A sample's label is the number in its ``cls`` file, or this key of its ``json`` file."""
 _NO_IMAGE = "no picture"
-"""The reason in manifests, which keep their words."""
+"""A reason in manifests. It must stay as it is, because existing manifests contain it."""
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,10}\s*")
 MAX_NUMBERED_CLASSES = 1_000_000
-"""Larger labels that have no class names are taken for a mistake."""
+"""Number of classes up to which labels without names are accepted; more must be a mistake."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def index_shards(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Indexed:
-    """Index the tars of a folder, sorted by name; image i is the i-th on the disk.
+    """Index the tars of a folder, sorted by name. Images are numbered in the order of the tars.
 
     Adds index.npy, set.json and one DALI index per tar, and changes no tar. Samples without an image, or
     with an image of unknown size, are left out and listed.
@@ -71,15 +71,15 @@ def index_shards(
         extensions: suffixes of images, without a dot, in any case; a sample's image is the file with the
             first one that it has. By default the suffix of the image in the first sample.
         max_bad: share of the images that may have an unknown size.
-        accept_truncated: take the samples of a damaged tar before the damage, and count it in the manifest.
+        accept_truncated: take the samples of a damaged tar before the damage, and record the damage in the
+            manifest.
         workers: tars that are read at the same time; None takes all cores.
         progress: called once per tar.
 
     Raises:
         ValueError: if the folder has no tars, compressed tars or an unfinished conversion; if a tar is
-        damaged;
-            if too many samples are left out; if a label is not a number or has no name; if samples have
-            images of another kind.
+            damaged; if too many samples are left out; if a label is not a number or has no name; if
+            samples have images of another kind.
         OSError: if the folder cannot be written.
     """
     folder = Path(folder)
@@ -87,8 +87,8 @@ def index_shards(
     workers = num_workers(workers)
     check_share(max_bad)
     _check_writable(folder)
-    before = finished_before(folder, replaced=True)
-    suffixes = tuple(e.lower().lstrip(".") for e in extensions or _first_kind(tars, accept_truncated))
+    before = finished_manifest(folder, replaced=True)
+    suffixes = tuple(e.lower().lstrip(".") for e in extensions or _first_suffix(tars, accept_truncated))
     found = list(
         ordered_map(
             lambda i: _read_tar(tars[i], suffixes, labelled, accept_truncated),
@@ -101,7 +101,7 @@ def index_shards(
     skipped = tuple(line for tar in found for line in tar.skipped)
     if not kept:
         raise ValueError(f"{folder} holds no image that can be used: {'; '.join(skipped[:3])}")
-    index = _join(kept)
+    index = _join_records(kept)
     replaced = sum((tar.replaced for tar in found), Counter[str]())
     bad = {reason: count for reason, count in of_kind("skipped", replaced).items() if reason != _NO_IMAGE}
     check_bad(bad, len(index) + sum(bad.values()), max_bad, str(folder), skipped[-1] if skipped else "")
@@ -130,7 +130,7 @@ def write_dali_indices(
 
     Args:
         folder: of the set.
-        accept_truncated: as in :func:`index_shards`, like the arguments that follow.
+        accept_truncated: as in :func:`index_shards`.
         workers: tars that are read at the same time.
         progress: called once per tar.
 
@@ -181,10 +181,10 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _first_kind(tars: Sequence[Path], accept_truncated: bool) -> tuple[str, ...]:
+def _first_suffix(tars: Sequence[Path], accept_truncated: bool) -> tuple[str, ...]:
     for tar in tars:
         for sample in _samples(tar, PassedOver() if accept_truncated else None):
-            if found := _images(sample):
+            if found := _image_files(sample):
                 return (found[0].suffix.lower(),)
     raise ValueError(
         f"no images in the tars of {tars[0].parent}: looked for {' '.join(IMAGE_SUFFIXES)}; name their "
@@ -198,12 +198,12 @@ def _samples(tar: Path, passed_over: PassedOver | None) -> list[TarSample]:
     return list(tar_samples(member for member in members if not member.link))
 
 
-def _images(sample: TarSample) -> list[Component]:
+def _image_files(sample: TarSample) -> list[Component]:
     return [c for c in sample.components if "." + c.suffix.lower() in IMAGE_SUFFIXES]
 
 
 @dataclass
-class _Tar:
+class _IndexedTar:
     """The contents of one tar."""
 
     path: Path
@@ -215,8 +215,8 @@ class _Tar:
     skipped: list[str] = field(default_factory=list)
 
 
-def _read_tar(path: Path, suffixes: tuple[str, ...], labelled: bool, accept_truncated: bool) -> _Tar:
-    tar = _Tar(path)
+def _read_tar(path: Path, suffixes: tuple[str, ...], labelled: bool, accept_truncated: bool) -> _IndexedTar:
+    tar = _IndexedTar(path)
     samples = _samples(path, tar.replaced if accept_truncated else None)
     if not samples:
         tar.records = np.zeros(0, INDEX_DTYPE)
@@ -243,7 +243,7 @@ def _record(
     by_suffix = {component.suffix.lower(): component for component in reversed(sample.components)}
     image = next((by_suffix[suffix] for suffix in suffixes if suffix in by_suffix), None)
     if image is None:
-        if others := _images(sample):
+        if others := _image_files(sample):
             raise ValueError(
                 f"{path}: the sample {sample.key} has the image {others[0].name}, others have "
                 f"{' or '.join(suffixes)}; name all kinds with --ext {' '.join(suffixes)} {others[0].suffix}"
@@ -279,7 +279,7 @@ def _label(path: Path, sample: TarSample, by_suffix: dict[str, Component], conte
     return NO_LABEL
 
 
-def _join(tars: Sequence[_Tar]) -> npt.NDArray[np.void]:
+def _join_records(tars: Sequence[_IndexedTar]) -> npt.NDArray[np.void]:
     for number, tar in enumerate(tars):
         tar.records["shard"] = number
     return np.concatenate([tar.records for tar in tars])

@@ -18,7 +18,7 @@ _MARKER, _APP1, _SOS = 0xFF, 0xE1, 0xDA
 
 
 class BadImage(Exception):
-    """An image that is unusable; ``reason`` groups it in the report, ``detail`` is specific.
+    """An image that is unusable; reports count images by ``reason``; ``detail`` is specific.
 
     Both are stored in users' files: manifests count the reasons, and lists of skipped images hold both.
     """
@@ -34,8 +34,8 @@ class Normalising:
     """How images are converted. Raises ValueError for unusable values."""
 
     tier: Tier = "jpeg"
-    """jpeg: store JPEG files, plain RGB ones unchanged. yuv420: store planes, those of a 4:2:0 JPEG exactly
-    as it decodes. raw: store (H, W, 3) uint8 pixels."""
+    """jpeg: store JPEG files, plain RGB ones unchanged. yuv420: store planes; of a 4:2:0 JPEG, exactly those
+    to which it decodes. raw: store (H, W, 3) uint8 pixels."""
     quality: int = 95
     """JPEG quality, 1 … 100, of images that must be encoded again."""
     max_side: int | None = None
@@ -75,22 +75,23 @@ class Normalising:
 
 
 @dataclass(frozen=True, slots=True)
-class Normal:
+class StoredImage:
     """An image in the form in which it is stored."""
 
     payload: bytes | npt.NDArray[np.uint8]
     width: int
     height: int
     changed: str = ""
-    """The reason why it differs from the source, or ""."""
+    """Why it differs from the source; "" if it does not."""
 
 
-def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> Normal:
+def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> StoredImage:
     """Convert one image to the form that ``how`` describes.
 
     In the jpeg tier, an RGB JPEG stays unchanged if it is upright and small enough. In the yuv420 tier, such
-    a JPEG with 4:2:0 chroma gives its own planes. Any other image is decoded, turned upright, converted to
-    RGB, reduced, and stored as the tier requires; JPEGs are encoded at 4:2:0, other images at 4:4:4.
+    a JPEG with 4:2:0 chroma is stored as the planes to which it decodes. Any other image is decoded, turned
+    upright, converted to RGB, reduced, and stored as the tier requires; JPEGs are encoded at 4:2:0, other
+    images at 4:4:4.
 
     Args:
         payload: an encoded file of a format that Pillow reads, or (H, W, 3) uint8 RGB pixels.
@@ -103,7 +104,7 @@ def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> Norma
         return _normalise_pixels(payload, how)
     # For arbitrary bytes Pillow raises nearly any exception; each of them means a bad image.
     try:
-        if (normal := _as_it_is(payload, how)) is not None:
+        if (normal := _store_unchanged(payload, how)) is not None:
             return normal
         with open_image(payload) as image:
             return _normalise_opened(payload, image, how)
@@ -118,7 +119,7 @@ def normalise(payload: bytes | npt.NDArray[np.uint8], how: Normalising) -> Norma
         raise BadImage(reason, str(error)) from error
 
 
-def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
+def _store_unchanged(payload: bytes, how: Normalising) -> StoredImage | None:
     """Return an image that can be stored unchanged, or None if Pillow must examine it.
 
     Most JPEGs of a set take this path, which costs only the decode that checks them.
@@ -132,12 +133,12 @@ def _as_it_is(payload: bytes, how: Normalising) -> Normal | None:
     if how.reduced(header.width, header.height) is not None:
         return None
     if header.width * header.height > (Image.MAX_IMAGE_PIXELS or 0):
-        return None  # perhaps a small file that would need all memory to decode
+        return None  # its pixels may not fit in memory, even if the file is small
     if how.tier == "yuv420":
-        return _own_planes(jpeg, header.width, header.height) if header.is_yuv420 else None
+        return _decode_planes(jpeg, header.width, header.height) if header.is_yuv420 else None
     if how.verify and jpeg.check().state != "whole":
         return None
-    return Normal(payload, header.width, header.height)
+    return StoredImage(payload, header.width, header.height)
 
 
 def _is_plain_jpeg(payload: bytes) -> bool:
@@ -152,10 +153,9 @@ def _is_plain_jpeg(payload: bytes) -> bool:
     return False
 
 
-def _own_planes(jpeg: Jpeg, width: int, height: int) -> Normal:
-    """Decode a 4:2:0 JPEG to its planes."""
+def _decode_planes(jpeg: Jpeg, width: int, height: int) -> StoredImage:
     try:
-        return Normal(jpeg.planes().packed(), width, height)
+        return StoredImage(jpeg.planes().packed(), width, height)
     except ValueError as error:
         raise _damaged(str(error)) from error
 
@@ -165,7 +165,7 @@ def _damaged(message: str) -> BadImage:
     return BadImage("truncated" if "remature end" in message else "damaged", message)
 
 
-def _normalise_pixels(pixels: npt.NDArray[np.uint8], how: Normalising) -> Normal:
+def _normalise_pixels(pixels: npt.NDArray[np.uint8], how: Normalising) -> StoredImage:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise BadImage(
             "not a picture", f"pixels are {pixels.dtype} of shape {pixels.shape}, not (H, W, 3) uint8"
@@ -173,19 +173,19 @@ def _normalise_pixels(pixels: npt.NDArray[np.uint8], how: Normalising) -> Normal
     height, width, _ = pixels.shape
     reduced = how.reduced(width, height)
     if how.tier == "raw" and reduced is None:
-        return Normal(np.ascontiguousarray(pixels), width, height)
-    return _store(Image.fromarray(pixels), "pixels", how, _reduction(how) if reduced else "pixels")
+        return StoredImage(np.ascontiguousarray(pixels), width, height)
+    return _encode(Image.fromarray(pixels), "pixels", how, _reduction_reason(how) if reduced else "pixels")
 
 
-def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> Normal:
+def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> StoredImage:
     if max(image.size) > MAX_SIDE_PX:
         raise BadImage(
             "too large", f"{image.width} × {image.height} px; the limit is {MAX_SIDE_PX} px a side"
         )
     kind = image.format or "unknown"
-    changed = _why_not_as_is(payload, image, kind, how)
+    changed = _reason_to_convert(payload, image, kind, how)
     if how.tier == "yuv420" and not changed:
-        return _own_planes(Jpeg(payload), image.width, image.height)
+        return _decode_planes(Jpeg(payload), image.width, image.height)
     if kind in _JPEG_FORMATS and (how.verify or changed):
         verdict = check_jpeg(payload)
         if verdict.state == "damaged":
@@ -193,14 +193,14 @@ def _normalise_opened(payload: bytes, image: Image.Image, how: Normalising) -> N
         if verdict.state == "irregular" and not changed:
             changed = "irregular JPEG"
     if not changed and how.tier == "jpeg":
-        return Normal(payload, image.width, image.height)
-    return _store(upright_rgb(image), kind, how, changed)
+        return StoredImage(payload, image.width, image.height)
+    return _encode(upright_rgb(image), kind, how, changed)
 
 
-def _why_not_as_is(payload: bytes, image: Image.Image, kind: str, how: Normalising) -> str:
+def _reason_to_convert(payload: bytes, image: Image.Image, kind: str, how: Normalising) -> str:
     """Return why this file's bytes, or planes, cannot be stored as they are; "" if they can."""
     if how.reduced(*image.size) is not None:
-        return _reduction(how)
+        return _reduction_reason(how)
     if kind not in _JPEG_FORMATS:
         return kind
     if image.mode != "RGB":
@@ -217,14 +217,14 @@ def _why_not_as_is(payload: bytes, image: Image.Image, kind: str, how: Normalisi
     return ""
 
 
-def _reduction(how: Normalising) -> str:
+def _reduction_reason(how: Normalising) -> str:
     """The reason that is recorded for a reduced image."""
     if how.short_side is not None:
         return f"reduced to a short side of {how.short_side} px"
     return f"reduced to {how.max_side} px"
 
 
-def _store(image: Image.Image, kind: str, how: Normalising, changed: str) -> Normal:
+def _encode(image: Image.Image, kind: str, how: Normalising, changed: str) -> StoredImage:
     """Reduce if needed, then encode for the tier; in the raw tier only a reduction counts as a change."""
     if (size := how.reduced(*image.size)) is not None:
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -234,10 +234,10 @@ def _store(image: Image.Image, kind: str, how: Normalising, changed: str) -> Nor
         )
     if how.tier == "raw":
         reduced = changed if changed.startswith("reduced") else ""
-        return Normal(np.ascontiguousarray(np.asarray(image)), image.width, image.height, reduced)
+        return StoredImage(np.ascontiguousarray(np.asarray(image)), image.width, image.height, reduced)
     if how.tier == "yuv420":
-        return Normal(encode_planes(np.asarray(image)).packed(), image.width, image.height, changed)
+        return StoredImage(encode_planes(np.asarray(image)).packed(), image.width, image.height, changed)
     buffer = io.BytesIO()
     subsampling = "4:2:0" if kind in _JPEG_FORMATS else "4:4:4"
     image.save(buffer, "JPEG", quality=how.quality, subsampling=subsampling)
-    return Normal(buffer.getvalue(), image.width, image.height, changed)
+    return StoredImage(buffer.getvalue(), image.width, image.height, changed)

@@ -89,7 +89,7 @@ def make_photographs(
 ) -> Made:
     """Make the tree ``out/{train,val}/<source>/<nnnn>.JPEG``; the source is the class.
 
-    The tree gets its name when it is complete. A complete tree with the same options is kept.
+    The tree has a temporary name until it is complete. A complete tree with the same options is kept.
 
     Args:
         out: root of the tree.
@@ -110,14 +110,15 @@ def make_photographs(
         raise ValueError(f"count is {count} and val is {val}; at least 1 and at least 0 are needed")
     out = Path(out)
     options = {"version": RECIPE_VERSION, "seed": seed, "count": count, "val": val}
-    known = _read_marker(out)
-    if known is not None and {key: known.get(key) for key in options} == options:
-        return Made(out, (count, val), int(known["num_bytes"]), already_there=True)
-    if known is not None and not overwrite:
+    existing = _read_marker(out)
+    if existing is not None and {key: existing.get(key) for key in options} == options:
+        return Made(out, (count, val), int(existing["num_bytes"]), already_there=True)
+    if existing is not None and not overwrite:
         raise FileExistsError(
-            f"{out} holds a sample set with other options, {known}; choose another folder or add --overwrite"
+            f"{out} holds a sample set with other options, {existing}; choose another folder "
+            "or add --overwrite"
         )
-    if known is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if existing is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not a sample set; choose another folder")
 
     sources = {name: _open_source(file) for name, file in sorted(source_files().items())}
@@ -198,7 +199,7 @@ def _crop_box(
 ) -> tuple[float, float, float, float]:
     """Return (left, top, right, bottom) of a random crop with the target's aspect ratio.
 
-    Its sides are at least a third of those of the largest such crop.
+    Its sides are at least a third as long as in the largest such crop.
     """
     largest = min(source[0] / target[0], source[1] / target[1])
     scale = largest * rng.uniform(0.33, 1.0)

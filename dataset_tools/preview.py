@@ -55,7 +55,7 @@ def preview(
     cell_S = cell_of_pixel(grid_size, crop_px)
     masks = torch.from_numpy(draw_masks(mixing, Draw(seed, 0, batch.index.numpy())))[:, cell_S][:, :, cell_S]
 
-    # A figure without a window, for the file alone.
+    # Draw to a file, without a window.
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset_tools.disk import Lock, exchange
 from dataset_tools.shard_plan import PLAN_KEY, Plan, numbered_files
-from dataset_tools.shard_set import finished_before, remove_sides, settle_index
+from dataset_tools.shard_set import finished_manifest, remove_side_files, settle_index
 from pipelines.sets.manifest import SKIPPED_NAME, Manifest, manifest_path
 from pipelines.sets.shards import (
     INDEX_NAME,
@@ -26,15 +26,17 @@ LOCK_NAME = ".convert.lock"
 
 @contextlib.contextmanager
 def claimed(folder: Path, plan: Plan) -> Iterator[Manifest | None]:
-    """Claim the folder for a conversion, which other machines may share. Yields the manifest if it is done.
+    """Claim the folder for a conversion, which other machines may share.
 
-    Makes the folder and writes the plan into it.
+    Makes the folder and writes the plan into it. Yields the manifest if the set is already complete, else
+    None.
 
     Raises:
-        FileExistsError: if another plan is being carried out there or was, if the folder holds tars that no
-            conversion made, or if the set is being replaced.
+        FileExistsError: if the folder holds a set of another plan, complete or not, or tars that were not
+        made
+            by a conversion, or if the set is being replaced.
     """
-    put_back(folder)
+    finish_exchange(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if finished := _finished_by(plan, folder):
         if (folder / LOCK_NAME).exists():  # left by a killed process
@@ -45,17 +47,17 @@ def claimed(folder: Path, plan: Plan) -> Iterator[Manifest | None]:
     with Lock(folder / LOCK_NAME, folder, shared=True):
         finished = _finished_by(plan, folder)
         if finished is None:
-            _begin(folder, plan)
+            _begin_or_continue(folder, plan)
         yield finished
 
 
 def _finished_by(plan: Plan, folder: Path) -> Manifest | None:
     """Return the manifest of a finished set. Raises FileExistsError if it was made by another plan."""
-    finished = finished_before(folder, replaced=False)
+    finished = finished_manifest(folder, replaced=False)
     if finished is None:
         return None
     if (made_by := finished.settings.get(PLAN_KEY)) is None:
-        raise _indexed(folder)
+        raise _indexed_in_place(folder)
     if made_by != plan.digest:
         raise FileExistsError(
             f"{folder} exists already, made of other images or with other options; choose another name or "
@@ -63,15 +65,15 @@ def _finished_by(plan: Plan, folder: Path) -> Manifest | None:
         )
     open_shards(folder)  # raises if a file is missing
     settle_index(folder, finished)
-    remove_sides(folder)
+    remove_side_files(folder)
     return finished
 
 
-def _begin(folder: Path, plan: Plan) -> None:
+def _begin_or_continue(folder: Path, plan: Plan) -> None:
     """Begin or continue the plan in a folder."""
     _refuse_foreign(folder, None)
     if Plan.read(folder) is None:
-        # If two machines begin at once, one finds that the other has renamed its temporary file.
+        # If two machines begin at the same time, one may already have renamed the temporary file of both.
         with contextlib.suppress(FileNotFoundError):
             plan.write(folder)
     begun = Plan.read(folder)
@@ -100,12 +102,12 @@ def replacing(folder: Path, plan: Plan) -> Iterator[Path]:
     if folder.is_mount() or not os.access(folder.parent, os.W_OK):
         why = "is a mount point" if folder.is_mount() else f"lies in {folder.parent}, which cannot be written"
         raise ValueError(f"{folder} {why}, so it cannot be replaced; choose another name")
-    put_back(folder)
+    finish_exchange(folder)
     new = folder.with_name(f".{folder.name}.maskmix-new")
     with Lock(folder / LOCK_NAME, folder) as old_lock:
-        finished = finished_before(folder, replaced=True)
+        finished = finished_manifest(folder, replaced=True)
         if finished is not None and PLAN_KEY not in finished.settings:
-            raise _indexed(folder)
+            raise _indexed_in_place(folder)
         _refuse_foreign(folder, finished)
         new.mkdir(exist_ok=True)
         with Lock(new / LOCK_NAME, folder) as new_lock:
@@ -119,21 +121,21 @@ def replacing(folder: Path, plan: Plan) -> Iterator[Path]:
                     os.chown(new, -1, folder.stat().st_gid)
                 exchange(new, folder, set_aside_path(folder))
             except BaseException:
-                _retire(new, folder)
+                _remove_set(new, folder)
                 raise
             old_lock.path, new_lock.path = new_lock.path, old_lock.path
             sync_folder(folder.parent)
-            remove_sides(folder)
-            _retire(new, folder)
+            remove_side_files(folder)
+            _remove_set(new, folder)
 
 
-def _indexed(folder: Path) -> FileExistsError:
+def _indexed_in_place(folder: Path) -> FileExistsError:
     return FileExistsError(
         f"{folder} was indexed in place, not converted; its tars are never replaced, choose another name"
     )
 
 
-def put_back(folder: Path) -> None:
+def finish_exchange(folder: Path) -> None:
     """Finish an exchange of folders that a killed process left incomplete.
 
     Raises:
@@ -154,11 +156,11 @@ def put_back(folder: Path) -> None:
                 f"a process was killed while it replaced {folder}; the old set is in {aside}. Move away what "
                 f"is in {folder} now ({error}), and rename the old set back"
             ) from error
-        _retire(aside, folder)
+        _remove_set(aside, folder)
 
 
-def _retire(old: Path, folder: Path) -> None:
-    """Remove a set that is not valid any more; files that do not belong to it move to ``folder``.
+def _remove_set(old: Path, folder: Path) -> None:
+    """Remove a set that is no longer valid. Files that do not belong to it are moved to ``folder``.
 
     The caller holds the lock of ``old``.
     """
@@ -167,7 +169,7 @@ def _retire(old: Path, folder: Path) -> None:
     for file in old.iterdir():
         if not (folder / file.name).exists():
             file.rename(folder / file.name)
-    with contextlib.suppress(OSError):  # a file with a name that is taken stays where it was
+    with contextlib.suppress(OSError):  # not empty: a file stays if ``folder`` has one of its name
         old.rmdir()
 
 

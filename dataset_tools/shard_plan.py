@@ -1,6 +1,6 @@
-"""What a conversion to shards is going to make, and which parts are made: so it can continue after a stop.
+"""The plan of a conversion to shards, and its complete shards, so that a stopped conversion can continue.
 
-While a set is made, its folder holds, besides finished tars and their DALI indices,
+While a set is made, its folder holds complete tars with their DALI indices, and
 
     convert.json       the plan: everything that determines the bytes of the shards
     000000.part.npz    the last file that is written for shard 0; it marks the shard as complete
@@ -28,16 +28,16 @@ from pipelines.sets.shards import INDEX_DTYPE, PLAN_NAME, dali_index_path
 from training.files import write_atomically, write_json
 
 DEFAULT_SHARD_SIZE = 2000
-"""Images per shard: some 220 MB of ImageNet's JPEGs. Large enough for a disk or an object store to read
-long runs, and 1.28 million images give 641 files. Small enough to divide a thousand shards evenly among
-machines, and a stopped conversion loses seconds."""
+"""Images per shard: about 220 MB of ImageNet's JPEGs, or 641 files for 1.28 million images. A larger shard
+makes reads from a disk or an object store more efficient. A smaller one divides more evenly among machines,
+and a stopped conversion loses less work."""
 PLAN_KEY = "plan"
 """The setting in a manifest that holds the plan's hash; only a converted set has it."""
 PART_DTYPE = np.dtype([("source", "<u8"), *((name, INDEX_DTYPE[name]) for name in INDEX_DTYPE.names or ())])
 """A record of the index, and the index of the image in its source."""
 FACTS_KEY = "told"  # codespell:ignore told
-"""Name of the array in a side file that holds everything but the records, as JSON. Existing files have it."""
-_OURS = re.compile(r"\.?(\d{6,})\.(tar|idx|part\.npz)(\.partial)?")
+"""Name of an array in side files: everything but the records, as JSON. Existing files have this name."""
+_NUMBERED_FILE = re.compile(r"\.?(\d{6,})\.(tar|idx|part\.npz)(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def complete_part(folder: Path, shard: int, digest: str) -> Part | None:
 
 def numbered_files(folder: Path) -> dict[Path, int]:
     """Return path → shard number of the files in a folder that are named as a conversion names them."""
-    found = ((path, _OURS.fullmatch(path.name)) for path in folder.iterdir())
+    found = ((path, _NUMBERED_FILE.fullmatch(path.name)) for path in folder.iterdir())
     return {path: int(match.group(1)) for path, match in found if match}
 
 

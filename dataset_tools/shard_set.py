@@ -25,7 +25,7 @@ from training.files import sync_folder, write_atomically
 
 SUFFIX = ".shards"
 """Suffix of a folder that a conversion makes."""
-_CONTINUE = "run the same conversion again, which keeps complete shards"
+_HOW_TO_CONTINUE = "run the same conversion again, which keeps complete shards"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Finished:
     """"path: reason" of every image left out, in the order of the source."""
 
 
-def finished_before(folder: Path, *, replaced: bool) -> Manifest | None:
+def finished_manifest(folder: Path, *, replaced: bool) -> Manifest | None:
     """Return the manifest of a finished set, or None.
 
     Raises ValueError for a damaged manifest, unless the set is to be ``replaced``.
@@ -77,7 +77,7 @@ def finish_set(folder: Path, plan: Plan, work: Work) -> Finished:
     kept, shards, skipped = np.zeros(plan.count, np.bool_), list[Shard](), list[tuple[int, str]]()
     replaced: Counter[str] = Counter()
     for shard in range(plan.num_shards):
-        part = _part(folder, shard, plan)
+        part = _read_part(folder, shard, plan)
         kept[part.records["source"].astype(np.int64)] = True
         replaced.update(part.replaced)
         skipped += part.skipped
@@ -85,14 +85,14 @@ def finish_set(folder: Path, plan: Plan, work: Work) -> Finished:
             shards.append(part.tar)
     lines = tuple(line for _, line in sorted(skipped))
     if not shards:
-        raise work.nothing_usable(lines)
+        raise work.nothing_usable_error(lines)
     if lines:
         work.check_bad(of_kind("skipped", replaced), lines[-1])
     assert int(kept.sum()) + len(lines) == plan.count, "images were lost"
     settings = {**plan.settings, "seed": plan.seed, "shard_size": plan.shard_size, PLAN_KEY: plan.digest}
     manifest = save_set(
         folder,
-        _merge(folder, plan, kept),
+        _merge_records(folder, plan, kept),
         shards,
         skipped=lines,
         source=source.name,
@@ -124,12 +124,12 @@ def save_set(
         index: (N,) of INDEX_DTYPE.
         shards: in the order in which the index counts them.
         skipped: a line for each image left out.
-        source: as in the manifest, like the arguments that follow.
+        source: name of the source.
         classes: class names in label order.
         replaced: reason → number of images.
         settings: options of the conversion.
     """
-    settle_index(folder, finished_before(folder, replaced=True))
+    settle_index(folder, finished_manifest(folder, replaced=True))
     write_atomically(folder / PENDING_INDEX_NAME, lambda file: np.save(file, index))
     if skipped:
         text = b"".join(map(source_path_line, skipped))
@@ -164,22 +164,22 @@ def settle_index(folder: Path, manifest: Manifest | None) -> None:
             pending.unlink()
 
 
-def _part(folder: Path, shard: int, plan: Plan) -> Part:
+def _read_part(folder: Path, shard: int, plan: Plan) -> Part:
     part = complete_part(folder, shard, plan.digest)
     if part is None:
         raise FileNotFoundError(
-            f"shard {shard} of {folder} disappeared while the set was finished; {_CONTINUE}"
+            f"shard {shard} of {folder} disappeared while the set was finished; {_HOW_TO_CONTINUE}"
         )
     return part
 
 
-def _merge(folder: Path, plan: Plan, kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.void]:
-    """Return the records of all shards in the order of the source; only existing tars are counted."""
+def _merge_records(folder: Path, plan: Plan, kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.void]:
+    """Return the records of all shards in the order of the source; shards without a tar get no number."""
     place = np.cumsum(kept) - 1
     index = np.zeros(int(place[-1]) + 1, INDEX_DTYPE)
     number = 0
     for shard in range(plan.num_shards):
-        part = _part(folder, shard, plan)
+        part = _read_part(folder, shard, plan)
         if part.tar is None:
             continue
         records = part.records
@@ -190,7 +190,7 @@ def _merge(folder: Path, plan: Plan, kept: npt.NDArray[np.bool_]) -> npt.NDArray
     return index
 
 
-def remove_sides(folder: Path) -> None:
+def remove_side_files(folder: Path) -> None:
     """Remove the files that are only needed while a set is made."""
     for path in numbered_files(folder):
         if path.name.endswith((".part.npz", ".partial")):
@@ -204,8 +204,9 @@ def unfinished(folder: Path) -> str:
     if not parts and not (folder / PLAN_NAME).exists():
         return ""
     plan = Plan.read(folder)
-    finished = finished_before(folder, replaced=True)
+    finished = finished_manifest(folder, replaced=True)
     if plan is not None and finished is not None and finished.settings.get(PLAN_KEY) == plan.digest:
         return ""  # the process that made it was killed before it removed the side files
-    of = f" of {plan.num_shards}" if plan else ""
-    return f"{folder} is incomplete: {len(parts)}{of} shards are complete; {_CONTINUE} and makes the others"
+    total = f" of {plan.num_shards}" if plan else ""
+    complete = f"{len(parts)}{total} shards are complete"
+    return f"{folder} is incomplete: {complete}; {_HOW_TO_CONTINUE} and makes the others"

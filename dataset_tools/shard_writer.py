@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_tools.disk import PartialFile
-from dataset_tools.normalise import BadImage, Normal
+from dataset_tools.normalise import BadImage, StoredImage
 from dataset_tools.shard_plan import PART_DTYPE, Part, Plan, tar_name
 from dataset_tools.tars import Member, dali_index, tar_samples
 from pipelines.sets.folder import IMAGE_SUFFIXES, NO_LABEL
@@ -29,8 +29,8 @@ class TarWriter:
     """Writes and hashes one tar.
 
     The same files give the same bytes: there are no times and no owners. Names of more than 100 characters
-    are written in tar's own long form if they fit, and in GNU's form otherwise. DALI reads both without an
-    index; it does not read PAX's form.
+    are written in the USTAR format if they fit, else in GNU's. DALI reads both without an index, but not the
+    PAX format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,7 +86,7 @@ class _OpenShard:
 
 
 class ShardsWriter:
-    """Receives the images of some shards in order and writes these shards.
+    """Writes some shards of a set from their images in order.
 
     Leaving the context removes an incomplete shard and keeps the complete ones.
     """
@@ -105,7 +105,7 @@ class ShardsWriter:
         if self._open is not None:
             self._open.tar.close()
 
-    def add(self, index: int, image: Normal, label: int, path: str) -> None:
+    def add(self, index: int, image: StoredImage, label: int, path: str) -> None:
         """Write image ``index`` of the source. Raises ValueError if it has 4 GiB or more."""
         payload = image.payload
         content = memoryview(payload if isinstance(payload, bytes) else payload.data).cast("B")
@@ -204,15 +204,14 @@ class Keys:
     def __init__(self, paths: Iterable[str]) -> None:
         """Read all paths, which must be unique."""
         hashes = np.fromiter(((_hash(without_suffix(path)), _hash(path)) for path in paths), _TWO_HASHES)
-        # If the hashes of two different paths are equal, a suffix is kept that could go; nothing else
-        # happens.
+        # If two different paths have the same hash, a suffix is kept without need, which is harmless.
         stems, inverse, counts = np.unique(hashes["stem"], return_inverse=True, return_counts=True)
         shared = (counts > 1) | np.isin(stems, hashes["path"])
-        self._keeps: npt.NDArray[np.uint8] = np.packbits(shared[inverse])
+        self._suffix_bits: npt.NDArray[np.uint8] = np.packbits(shared[inverse])
 
     def __call__(self, index: int, path: str) -> str:
         """Return the key of image ``index``, which has the path ``path``."""
-        keeps = self._keeps[index >> 3] >> (7 - (index & 7)) & 1
+        keeps = self._suffix_bits[index >> 3] >> (7 - (index & 7)) & 1
         return encode_key(path if keeps else without_suffix(path))
 
 

@@ -46,7 +46,7 @@ class Source(Protocol):
 
     @property
     def passed_over(self) -> PassedOver:
-        """Counts of the files that are not images, and of the places that cannot be read."""
+        """Counts of files that are not images, and of what cannot be read."""
 
     def __len__(self) -> int: ...
 
@@ -119,7 +119,7 @@ class ShardSource(ListedSource):
 
         Args:
             path: folder of the set.
-            accept_truncated: count damage behind the images of a tar instead of raising.
+            accept_truncated: count damage after the images of a tar instead of raising an error.
             progress: called once per shard.
 
         Raises:
@@ -133,7 +133,7 @@ class ShardSource(ListedSource):
         on_damage = passed_over.count_damage if accept_truncated else None
         names = self._names(rows_by_shard, on_damage, progress)
         super().__init__(Path(path), self._set.manifest.classes, labels, names, passed_over)
-        # The names are in disk order; image i is the place_N[i]-th on the disk.
+        # The names are in the order of the tars, where image i has the place place_N[i].
         self._place_N = np.empty(len(labels), np.int64)
         self._place_N[np.concatenate(rows_by_shard)] = np.arange(len(labels))
 

@@ -69,8 +69,8 @@ def _stats_of_file(path: Path) -> Stats:
         num_bytes=beton.data.size,
         layout=f"pages of {beton.page_bytes / 2**20:g} MiB",
         per_class=_per_class(beton.labels, manifest.classes if manifest else ()),
-        width_px=_spread(image["width"]),
-        height_px=_spread(image["height"]),
+        width_px=_min_median_max(image["width"]),
+        height_px=_min_median_max(image["height"]),
         payload_bytes_mean=float(beton.sizes.mean()),
         payload_bytes_median=float(np.median(beton.sizes)),
     )
@@ -86,8 +86,8 @@ def _stats_of_shards(path: Path) -> Stats:
         num_bytes=manifest.num_bytes,
         layout=f"{len(shards.shards)} shards",
         per_class=_per_class(index["label"], manifest.classes),
-        width_px=_spread(index["width"]),
-        height_px=_spread(index["height"]),
+        width_px=_min_median_max(index["width"]),
+        height_px=_min_median_max(index["height"]),
         payload_bytes_mean=float(index["num_bytes"].mean()),
         payload_bytes_median=float(np.median(index["num_bytes"])),
     )
@@ -108,5 +108,5 @@ def _per_class(
     return tuple((name(label), by_label[label]) for label in sorted(by_label))
 
 
-def _spread(values: npt.NDArray[np.uint16]) -> tuple[int, float, int]:
+def _min_median_max(values: npt.NDArray[np.uint16]) -> tuple[int, float, int]:
     return int(values.min()), float(np.median(values)), int(values.max())

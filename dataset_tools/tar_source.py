@@ -13,17 +13,21 @@ from dataset_tools.sources import ListedSource, Sample
 from dataset_tools.tars import Member, Window, tar_members
 from pipelines.sets.folder import IMAGE_SUFFIXES, NO_LABEL, SPLIT_NAMES, PassedOver
 
-Folder = tuple[str, ...]
-"""The parts of a folder's path."""
+PathParts = tuple[str, ...]
+"""A path, split at its slashes."""
 
 
 class TarSource(ListedSource):
     """Images of one tar, in the order of a FolderSource of the unpacked tar.
 
-    Either a tar of one tar per class (as ILSVRC2012_img_train.tar: the class is the name of the inner tar),
-    or a tar of images: all in folders, then the first folder is the class, or all without folders and
-    classes. Names that start with a dot are ignored. The last of several members with the same name counts,
-    as in unpacking.
+    Three layouts are accepted:
+
+    - a tar of one tar per class, such as ILSVRC2012_img_train.tar; the name of the inner tar is the class.
+    - a tar of images in folders; the first folder of the path is the class.
+    - a tar of images without folders; they have no classes.
+
+    Names that start with a dot are ignored. If several members have the same name, the last one is used, as
+    when a tar is unpacked.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class TarSource(ListedSource):
 
         Args:
             path: the tar.
-            labelled: False takes all images as unlabelled.
+            labelled: False treats all images as unlabelled.
             labels_file: one class name per line, in the order of the sorted images, for tars without
                 folders.
             accept_truncated: take the images of a damaged tar before the damage, and count it in
@@ -50,9 +54,9 @@ class TarSource(ListedSource):
             ValueError: if the tar is compressed, cut short or damaged; if it holds no images, images both
                 in folders and outside, or links; if the labels do not match.
         """
-        scan = _Scan(Path(path), accept_truncated)
+        scan = _TarScan(Path(path), accept_truncated)
         found = scan.folders(progress)
-        classes, labels = _label(Path(path), found, labelled)
+        classes, labels = _classes_and_labels(Path(path), found, labelled)
         if labels_file is not None:
             if classes:
                 raise ValueError(
@@ -74,14 +78,14 @@ class TarSource(ListedSource):
         size = int(self._sizes[index])
         content = os.pread(self._file, size, int(self._offsets[index]))
         if len(content) < size:
-            raise OSError(f"{self.root} ends within it")
+            raise OSError(f"{self.root} ends within the image")
         return Sample(content, self.label(index), self.path(index))
 
 
-class _Folder:
-    """The images of one folder of a tar, in the order of the tar until ``sort``."""
+class _FolderImages:
+    """The images of one folder of a tar, in the order of the tar, and by name after ``sort``."""
 
-    def __init__(self, parts: Folder) -> None:
+    def __init__(self, parts: PathParts) -> None:
         self.parts = parts
         self.prefix = "".join(part + "/" for part in parts)
         self._names = bytearray()  # each after a NUL, which no name contains
@@ -121,7 +125,7 @@ class _Folder:
         return [os.fsdecode(name) for name in bytes(self._names).split(b"\0")[1:]]
 
 
-class _Scan:
+class _TarScan:
     """One walk through the headers of a tar, and of the tars in it."""
 
     def __init__(self, path: Path, accept_truncated: bool) -> None:
@@ -129,11 +133,11 @@ class _Scan:
         self._path = path
         self._on_damage = self.passed_over.count_damage if accept_truncated else None
 
-    def folders(self, progress: Callable[[], None] | None) -> list[_Folder]:
+    def folders(self, progress: Callable[[], None] | None) -> list[_FolderImages]:
         """Return the folders of all images in the order of a listing, a folder before its subfolders."""
-        folders: dict[Folder, _Folder] = {}
+        folders: dict[PathParts, _FolderImages] = {}
         for parts, member in self._images():
-            folder = folders.setdefault(parts[:-1], _Folder(parts[:-1]))
+            folder = folders.setdefault(parts[:-1], _FolderImages(parts[:-1]))
             folder.add(parts[-1], member.offset, member.num_bytes)
             if progress is not None:
                 progress()
@@ -148,7 +152,7 @@ class _Scan:
                 self.passed_over["ignored: earlier files of the same name"] += earlier
         return ordered
 
-    def _images(self) -> Iterator[tuple[Folder, Member]]:
+    def _images(self) -> Iterator[tuple[PathParts, Member]]:
         """Yield (folder and name, member) of every image of the tar, or of the tars in it."""
         first_tar = first_image = ""
         with self._path.open("rb") as file:
@@ -168,14 +172,16 @@ class _Scan:
                         f"{first_image}); pack only one of the two kinds"
                     )
 
-    def _images_of_class(self, name: str, inner: Member, descriptor: int) -> Iterator[tuple[Folder, Member]]:
+    def _images_of_class(
+        self, name: str, inner: Member, descriptor: int
+    ) -> Iterator[tuple[PathParts, Member]]:
         """Yield the images of one class, which are in an inner tar; offsets are those of the outer tar."""
         window = io.BufferedReader(Window(descriptor, inner.offset, inner.num_bytes))
         for member in tar_members(window, f"{self._path}: {inner.name}", self._on_damage):
             if parts := self._parts(member, IMAGE_SUFFIXES):
                 yield (name, *parts), member._replace(offset=inner.offset + member.offset)
 
-    def _parts(self, member: Member, suffixes: tuple[str, ...]) -> Folder:
+    def _parts(self, member: Member, suffixes: tuple[str, ...]) -> PathParts:
         """Return the parts of a member's path; () for a hidden file or another suffix, which is counted."""
         parts = tuple(part for part in member.name.split("/") if part not in ("", "."))
         hidden = next((part for part in parts if part.startswith(".") and part != ".."), "")
@@ -192,7 +198,9 @@ class _Scan:
         return parts
 
 
-def _label(path: Path, found: list[_Folder], labelled: bool) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+def _classes_and_labels(
+    path: Path, found: list[_FolderImages], labelled: bool
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
     """Return the class names, and the (N,) labels of the images in order."""
     counts = [len(folder) for folder in found]
     loose = not found[0].parts

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _MOST_PADDING_BYTES = tarfile.RECORDSIZE
-"""Zeros that a complete tar may end with: programs pad to records of 10 kB. A longer tail of zeros is left by
-a download that reserved its space and did not finish."""
+"""Zeros that a complete tar may end with: programs pad to records of 10 kB. A longer tail of zeros
+comes from a download that reserved its space and did not finish."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _VERSION_WITHOUT_NAMES = "v1.1"
 """Version of a DALI index without the names of the files."""
@@ -211,8 +211,8 @@ def dali_index(samples: Iterable[TarSample]) -> bytes:
 
     A line has ``suffix offset size name`` for each file. DALI splits the lines at white space: if a name
     contains some, the index is of version 1.1, without names, and files with white space in their suffix are
-    left out. The offsets are those of the files. wds2idx uses GNU tar, which for some names of more than 100
-    characters gives the offset of the header that contains the long name.
+    left out. The offsets are those of the files' contents. wds2idx uses GNU tar, which for some names of more
+    than 100 characters gives the offset of the header with the long name instead.
     """
     kept = [[part for part in sample.components if not _has_space(part.suffix)] for sample in samples]
     named = not any(_has_space(part.name) for parts in kept for part in parts)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset_tools.beton_writer import contents_hash_end
+from dataset_tools.beton_writer import finish_contents_hash
 from dataset_tools.shard_set import unfinished
 from dataset_tools.stats import tiers
 from dataset_tools.tars import Member, dali_index, scan_tar, tar_samples, with_images_at
@@ -118,7 +118,7 @@ def _verify_file(path: Path, workers: int | None, progress: Progress | None) -> 
         return Report(path, 0, "", path.stat().st_size, manifest is not None, (*problems, str(error)), ())
     reasons, digest = _check_file_images(beton, workers, progress)
     if manifest is not None:
-        problems += _compare(beton, manifest, digest)
+        problems += _compare_with_manifest(beton, manifest, digest)
     elif beton.sha256 not in ("", digest):
         problems.append(f"the hash of the contents is {digest}, the file records {beton.sha256}")
     bad = tuple(
@@ -138,7 +138,7 @@ def _check_file_images(
         hasher.update(beton.payload(index).data)
         if reason:
             bad.append((index, reason))
-    return bad, contents_hash_end(hasher, beton.metadata)
+    return bad, finish_contents_hash(hasher, beton.metadata)
 
 
 def _fault_in_file(beton: BetonFile, index: int) -> str:
@@ -159,7 +159,7 @@ def _fault_in_file(beton: BetonFile, index: int) -> str:
     return ""
 
 
-def _compare(beton: BetonFile, manifest: Manifest, digest: str) -> list[str]:
+def _compare_with_manifest(beton: BetonFile, manifest: Manifest, digest: str) -> list[str]:
     """Return a sentence for each difference between a file and its manifest."""
     problems = []
     if manifest.num_bytes != beton.data.size:
@@ -178,7 +178,7 @@ def _compare(beton: BetonFile, manifest: Manifest, digest: str) -> list[str]:
 
 
 def _verify_shards(path: Path, workers: int | None, progress: Progress | None) -> Report:
-    """Raises FileNotFoundError if the folder never was a set."""
+    """Check a folder of shards. Raises FileNotFoundError if it is not a set, not even an incomplete one."""
     if sentence := unfinished(path):
         return Report(path, 0, "", 0, False, (sentence,), ())
     try:
@@ -277,10 +277,11 @@ def _check_idx(path: Path, tar: Path, members: list[Member], offsets: NDArray[np
         return []
     lines = zip_longest(found.split(b"\n"), expected.split(b"\n"))
     number, (line, true) = next((i, pair) for i, pair in enumerate(lines, 1) if pair[0] != pair[1])
-    return [f"{idx} does not match {tar.name}: line {number} is {_cut(line)}, expected {_cut(true)}; {hint}"]
+    difference = f"line {number} is {_shorten(line)}, expected {_shorten(true)}"
+    return [f"{idx} does not match {tar.name}: {difference}; {hint}"]
 
 
-def _cut(line: bytes | None) -> str:
+def _shorten(line: bytes | None) -> str:
     return "missing" if line is None else repr(os.fsdecode(line)[:80])
 
 
@@ -318,7 +319,7 @@ def _fault_in_shard(data: NDArray[np.uint8], record: np.void, by_offset: dict[in
     if member.num_bytes != num_bytes:
         return f"has {member.num_bytes} bytes in the tar, {num_bytes} in the index"
     if not member.name.lower().endswith(IMAGE_SUFFIXES):
-        return "its name is not that of an image"
+        return "its name has no suffix of an image"
     payload = data[offset : offset + num_bytes]
     if is_jpeg(payload):
         verdict = check_jpeg(payload)

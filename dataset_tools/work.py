@@ -1,4 +1,4 @@
-"""The loop of every conversion: threads read and normalise images, and a writer gets them in order."""
+"""The loop of every conversion: threads read and normalise images, and a writer stores them in order."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from dataset_tools.normalise import BadImage, Normal, Normalising, normalise
+from dataset_tools.normalise import BadImage, Normalising, StoredImage, normalise
 from dataset_tools.sources import Source
 from pipelines.sets.folder import NO_LABEL
 from pipelines.workers import usable_cores
@@ -53,9 +53,9 @@ def check_bad(bad: Mapping[str, int], count: int, max_bad: float, source: str, l
 
 
 class Writer(Protocol):
-    """Stores images. The same loop fills both kinds of set."""
+    """Stores the images of a set; each kind of set has its own writer."""
 
-    def add(self, index: int, image: Normal, label: int, path: str) -> None:
+    def add(self, index: int, image: StoredImage, label: int, path: str) -> None:
         """Store image ``index`` of the source, which has the path ``path`` there."""
 
     def skip(self, index: int, path: str, fault: BadImage) -> None:
@@ -64,7 +64,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What to convert, and how, for either kind of set. Raises ValueError for unusable values."""
+    """The options of a conversion to either kind of set. Raises ValueError for unusable values."""
 
     source: Source
     how: Normalising
@@ -113,7 +113,7 @@ class Work:
             TooManyBadError: if too many images of the set are bad.
         """
         made = ordered_map(
-            lambda place: self._make(index_of(place)),
+            lambda place: self._prepare(index_of(place)),
             num_places,
             workers=self.workers,
             progress=self.progress,
@@ -133,34 +133,36 @@ class Work:
         """Raise TooManyBadError if there are too many bad images; arguments as in :func:`check_bad`."""
         check_bad(bad, self.count, self.max_bad, self.source.name, last)
 
-    def nothing_usable(self, skipped: Sequence[str]) -> ValueError:
+    def nothing_usable_error(self, skipped: Sequence[str]) -> ValueError:
         """The error for a source without a usable image; ``skipped`` is "path: reason" of each of them."""
         return ValueError(
             f"none of the {self.count} images of {self.source.name} can be used: {'; '.join(skipped[:3])}; "
-            "look at them with another program"
+            "open some of them with another program to see why"
         )
 
     def is_bad(self, index: int) -> bool:
         """Whether an image, as it is now, is unusable."""
-        return isinstance(self._make(index).outcome, BadImage)
+        return isinstance(self._prepare(index).outcome, BadImage)
 
-    def _make(self, index: int) -> "_Made":
+    def _prepare(self, index: int) -> "_Prepared":
         """Read and normalise one image."""
         try:
             sample = self.source.read(index)
         except OSError as error:
             fault = BadImage("cannot be read", error.strerror or str(error))
-            return _Made(index, fault, NO_LABEL, self.source.path(index))
+            return _Prepared(index, fault, NO_LABEL, self.source.path(index))
         try:
-            return _Made(index, normalise(sample.payload, self.how), sample.label, sample.path)
+            return _Prepared(index, normalise(sample.payload, self.how), sample.label, sample.path)
         except BadImage as error:
-            return _Made(index, error, sample.label, sample.path)
+            return _Prepared(index, error, sample.label, sample.path)
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _Prepared:
+    """An image that is ready for the writer, or the reason why it is unusable."""
+
     index: int
-    outcome: Normal | BadImage
+    outcome: StoredImage | BadImage
     label: int
     path: str
 

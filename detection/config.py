@@ -1,4 +1,4 @@
-"""The config of a detector: read from the command line, adapted to this machine, and checked."""
+"""Reads the config of a detector from the command line, adapts it to this machine, and checks it."""
 
 import argparse
 from pathlib import Path
@@ -65,13 +65,13 @@ def configure(args: argparse.Namespace, *, verbose: bool = False) -> CfgNode:
     except (KeyError, AssertionError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(
             f"the config is refused: {error}; {args.config_file} must be YAML with Detectron2's options, and "
-            "further options pairs, such as SOLVER.MAX_ITER 1000"
+            "options on the command line must be pairs, such as SOLVER.MAX_ITER 1000"
         ) from error
-    file = "" if resumes(cfg, args) else cfg.MODEL.WEIGHTS
-    if "://" in file:
-        raise ValueError(f"MODEL.WEIGHTS is {file}; download the file and give its local path")
-    if file and not Path(file).is_file():
-        raise FileNotFoundError(f"there is no {file}; check the path in MODEL.WEIGHTS")
+    weights = "" if resumes(cfg, args) else cfg.MODEL.WEIGHTS
+    if "://" in weights:
+        raise ValueError(f"MODEL.WEIGHTS is {weights}; download the file and give its local path")
+    if weights and not Path(weights).is_file():
+        raise FileNotFoundError(f"there is no {weights}; check the path in MODEL.WEIGHTS")
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
@@ -119,12 +119,12 @@ def last_checkpoint(folder: str) -> Path | None:
 
 
 def check_config(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Raise ValueError for options that cannot be combined or are not possible on this machine."""
+    """Raise ValueError for options that cannot be combined, or that this machine cannot run."""
     _check_processes(cfg, args)
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
-            "MODEL.LOAD_PROPOSALS is on, and Detectron2 reads proposals from pickles, which can run code; "
-            "set it to False, and the detector computes its own proposals"
+            "MODEL.LOAD_PROPOSALS is on, but Detectron2 reads proposals from pickles, which can run code; "
+            "set it to False, so that the detector computes its own proposals"
         )
     if not (cfg.DATASETS.TRAIN or args.eval_only):
         raise ValueError("DATASETS.TRAIN is empty; name at least one set, see detection/datasets.py")
@@ -154,12 +154,13 @@ def _check_resnet(cfg: CfgNode) -> None:
     resnets, head = cfg.MODEL.RESNETS, cfg.MODEL.ROI_HEADS.NAME
     if resnets.DEPTH in (18, 34) and head.startswith("Res5ROIHeads"):
         raise ValueError(
-            f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}, and {head} always builds the bottleneck blocks of 50 "
-            "and more; use detection/configs/coco_R_50_FPN_1x.yaml with MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+            f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}, but {head} always builds bottleneck blocks, as "
+            "ResNets from 50 on; use detection/configs/coco_R_50_FPN_1x.yaml with "
+            "MODEL.RESNETS.RES2_OUT_CHANNELS 64"
         )
     if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
         raise ValueError(
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, and MODEL.RESNETS.DEPTH "
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}, but a ResNet-"
             f"{resnets.DEPTH} has 64; give MODEL.RESNETS.RES2_OUT_CHANNELS 64"
         )
     if head == Res5ROIHeadsExtraNorm.__name__ and not resnets.NORM:

@@ -4,9 +4,9 @@
 
 INPUT is one of our checkpoints or safetensors files, or a published .pth.tar. It must hold a ResNet-18, -34,
 -50, -101 or -152 without the small stem. OUTPUT ends with .pth, or with .pkl for the format of the published
-converter. Every tensor is converted, or nothing is written. A .pth also stores the mean and standard
-deviation by which the encoder's pixels were normalised, if INPUT has them; detection.train_net compares them
-with its config. Train a detector with
+converter. If a tensor cannot be converted, nothing is written. A .pth also stores the mean and standard
+deviation of the encoder's pixels, if INPUT has them; detection.train_net compares them with its config. Train
+a detector with
     python -m detection.train_net --config-file detection/configs/coco_R_50_C4_2x.yaml MODEL.WEIGHTS OUTPUT
 """
 
@@ -29,7 +29,7 @@ from training.export import BackboneMeta, fingerprint, load_backbone
 from training.files import write_atomically
 
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
-"""Architectures that torchvision and Detectron2 build alike, with their MODEL.RESNETS.DEPTH."""
+"""Architectures that are the same in torchvision and Detectron2, with their MODEL.RESNETS.DEPTH."""
 
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 _RULES = [
@@ -69,7 +69,8 @@ def main(config: Conversion) -> None:
     state, depth = to_detectron2(backbone.state, backbone.meta.arch)
     about: dict[str, Any] = {
         "__author__": "maskmix",
-        # Detectron2 then finds res5 in the backbone or in a C4 model's heads, as its config requires.
+        # With this, Detectron2 looks for res5 in the backbone or in a C4 model's heads, as the config
+        # requires.
         "matching_heuristics": True,
         "encoder_sha256": fingerprint(backbone.state),
         **_pixel_statistics(backbone.meta),
@@ -101,14 +102,12 @@ def to_detectron2(state: dict[str, Tensor], arch: str | None) -> tuple[dict[str,
     """
     known = ", ".join(DEPTHS)
     if arch is not None and arch not in DEPTHS:
-        raise ValueError(f"the file holds a {arch}, which Detectron2 does not build alike; known are {known}")
+        raise ValueError(f"the file holds a {arch}, which Detectron2 cannot build; give one of {known}")
     depth = _depth(state)
     if depth is None:
-        raise ValueError(f"the tensors are of none of {known}, which Detectron2 builds alike")
+        raise ValueError(f"the tensors match none of {known}, which Detectron2 can build")
     if arch is not None and DEPTHS[arch] != depth:
-        raise ValueError(
-            f"the file says it holds a {arch}, its tensors are those of a ResNet-{depth}; export it again"
-        )
+        raise ValueError(f"the file names {arch}, but its tensors are a ResNet-{depth}'s; export it again")
     if state["conv1.weight"].shape != (64, 3, 7, 7):
         raise ValueError(
             f"the first convolution is {tuple(state['conv1.weight'].shape)}, Detectron2's stem has "
@@ -137,7 +136,7 @@ def detectron2_keys(names: Iterable[str]) -> dict[str, str]:
 
 
 def _depth(state: dict[str, Tensor]) -> int | None:
-    """Depth of the ResNet with these names and shapes, apart from the stem's; None if there is none."""
+    """Depth of the ResNet with these names and shapes, whatever the stem's; None if there is none."""
     found = {name: tensor.shape for name, tensor in state.items()}
     for arch, depth in DEPTHS.items():
         with torch.device("meta"):

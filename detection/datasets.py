@@ -18,7 +18,7 @@ from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 
 TOLERANCE_PX = 2.0
-"""How far a box may extend beyond its image; boxes of COCO do, by rounding."""
+"""How far a box may extend beyond its image; some boxes of COCO do, because of rounding."""
 
 
 def register(names: Iterable[str]) -> None:
@@ -49,7 +49,7 @@ def register(names: Iterable[str]) -> None:
 def _register_voc(name: str, folder: Path, split: str) -> None:
     listing = folder / "ImageSets" / "Main" / f"{split}.txt"
     _check_exist(listing, folder / "Annotations", folder / "JPEGImages")
-    with _readable(name):
+    with _report_unreadable(name):
         classes = _voc_classes(folder)
     if len(listing.read_text().split()) < 2:
         raise ValueError(f"{name} has fewer than two images, which Detectron2 cannot read; add some")
@@ -63,9 +63,9 @@ def check_sets(train: Sequence[str], test: Sequence[str], num_classes: int, *, m
 
     Args:
         train: names of the sets to train on.
-        test: names of the sets to evaluate on. In VOC's layout each class must have a box there.
+        test: names of the sets to evaluate on. In a set of VOC's layout, each class must have a box.
         num_classes: number of classes of the detector; all sets must have the same ones.
-        masks: whether every box must have an outline.
+        masks: whether every box must have an outline, as for training of masks.
 
     Raises:
         FileNotFoundError: if an image is missing.
@@ -73,7 +73,7 @@ def check_sets(train: Sequence[str], test: Sequence[str], num_classes: int, *, m
     """
     names = list(dict.fromkeys((*train, *test)))
     for name in names:
-        with _readable(name):
+        with _report_unreadable(name):
             dicts = DatasetCatalog.get(name)
         if not dicts:
             raise ValueError(f"the set {name} holds no images; check its annotations")
@@ -98,7 +98,7 @@ def _check_image(name: str, image: dict[str, Any], num_classes: int, masks: bool
         raise FileNotFoundError(f"{where} does not exist; check the folder of the images")
     width, height = image["width"], image["height"]
     for annotation in image["annotations"]:
-        with _readable(name):
+        with _report_unreadable(name):
             box = list(map(float, annotation["bbox"]))
             x0, y0, x1, y1 = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
         slack = TOLERANCE_PX
@@ -123,7 +123,7 @@ def _check_image(name: str, image: dict[str, Any], num_classes: int, masks: bool
 def _check_class_counts(name: str, dicts: list[dict[str, Any]]) -> None:
     """Raise ValueError if a class has no box: VOC's AP, the mean over classes, would then be NaN."""
     meta = MetadataCatalog.get(name)
-    with _readable(name):
+    with _report_unreadable(name):
         objects = [
             found
             for image in dicts
@@ -134,7 +134,7 @@ def _check_class_counts(name: str, dicts: list[dict[str, Any]]) -> None:
     if missing:
         raise ValueError(
             f"{len(missing)} classes have no box in {name} that is not difficult, the first are "
-            f"{missing[:3]}, and AP would be NaN; use a test set that has every class"
+            f"{missing[:3]}, so AP would be NaN; use a test set that has every class"
         )
 
 
@@ -152,7 +152,7 @@ def _check_same_classes(names: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
+def _report_unreadable(name: str) -> Iterator[None]:
     """Report any error from reading a set's annotations as one ValueError."""
     try:
         yield

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from training.checkpoint import CheckpointError
 
 BASE = "_BASE_"
-"""The key under which a config names the configs it is based on."""
+"""Key of the list of configs on which a config is based."""
 
 
 def config_files(file: Path) -> list[Path]:
     """A config and all configs it is based on, each checked to be local and plain YAML.
 
-    Detectron2 itself would run code named by YAML tags, and download bases.
+    Detectron2 itself would run code that YAML tags name, and would download configs.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -66,7 +66,7 @@ def _with_bases(file: Path, above: tuple[Path, ...]) -> list[Path]:
 def read_pickled_weights(path: Path) -> dict[str, Any]:
     """Read the arrays of a .pkl in Detectron2's or Caffe2's format.
 
-    Nothing that the pickle names is imported; the few functions that build arrays are replaced by our own.
+    Nothing that the pickle names is imported. Our own replacements build the arrays.
 
     Returns:
         ``{"model": {name: array}, "__author__", "matching_heuristics"}``, as Detectron2's checkpointer
@@ -160,8 +160,8 @@ class _Bytes:
     """Replaces functions that build bytes. Methods, because a pickle can change attributes of functions."""
 
     @classmethod
-    def encoded(cls, text: str, encoding: str) -> bytes:
-        """Decode bytes as pickles of protocol 2 hold them."""
+    def encode(cls, text: str, encoding: str) -> bytes:
+        """Encode bytes that a pickle of protocol 2 stores as text."""
         if encoding != "latin1":
             raise ValueError(f"bytes written as {encoding!r}")
         return text.encode("latin1")
@@ -175,7 +175,7 @@ class _Bytes:
 _REPLACEMENTS: dict[tuple[str, str], object] = {
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): "numpy.ndarray",  # only an argument, never called
-    ("_codecs", "encode"): _Bytes.encoded,
+    ("_codecs", "encode"): _Bytes.encode,
     ("__builtin__", "bytes"): _Bytes.empty,
     ("collections", "OrderedDict"): OrderedDict,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},

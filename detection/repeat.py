@@ -33,7 +33,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         ValueError: if --runs or OUTPUT_DIR is missing, the folder holds runs with other arguments or weights,
             a run fails, or one has no AP.
     """
-    runs, rest, out = _split(argv)
+    runs, rest, out = _split_arguments(argv)
     _keep_settings(out, rest)
     results = []
     for number in range(runs):
@@ -65,11 +65,14 @@ def summarise(figures: list[dict[str, dict[str, float | None]]]) -> dict[str, di
     The standard deviation of a single run is 0. Raises ValueError if a run has null for one of them.
     """
     return {
-        task: {name: _spread(task, name, figures) for name in ("AP", "AP50", "AP75")} for task in figures[0]
+        task: {name: _mean_and_std(task, name, figures) for name in ("AP", "AP50", "AP75")}
+        for task in figures[0]
     }
 
 
-def _spread(task: str, name: str, figures: list[dict[str, dict[str, float | None]]]) -> dict[str, float]:
+def _mean_and_std(
+    task: str, name: str, figures: list[dict[str, dict[str, float | None]]]
+) -> dict[str, float]:
     values: list[float] = []
     for number, run in enumerate(figures):
         value = run.get(task, {}).get(name)
@@ -100,7 +103,7 @@ def _keep_settings(out: Path, arguments: list[str]) -> None:
         differing.append("the file of MODEL.WEIGHTS has changed")
     if before["config_sha256"] != settings["config_sha256"]:
         differing.append("the config's file has changed")
-    # Arguments that were refused have started no run and may be corrected.
+    # If the former arguments were refused, they have started no run, and may be corrected.
     started = any(out.glob("run-*/last_checkpoint")) or any(out.glob("run-*/result.json"))
     if started and differing:
         raise ValueError(
@@ -115,8 +118,8 @@ def _file_argument(arguments: list[str], name: str) -> Path | None:
     return Path(given[-1]) if given and Path(given[-1]).is_file() else None
 
 
-def _split(argv: list[str]) -> tuple[int, list[str], Path]:
-    """Number of runs, the arguments of each, and the folder of all."""
+def _split_arguments(argv: list[str]) -> tuple[int, list[str], Path]:
+    """The number of runs, the arguments of every run, and the folder that holds all runs."""
     rest = list(argv)
     found: dict[str, str] = {}
     for flag in ("--runs", "OUTPUT_DIR"):

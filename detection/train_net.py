@@ -7,7 +7,7 @@ On a node of eight GPUs:
 The configs use 16 images per step; with fewer GPUs reduce the SOLVER's values in proportion, such as
 SOLVER.IMS_PER_BATCH 4 SOLVER.BASE_LR 0.005. MODEL.WEIGHTS comes from detection.convert_to_detectron2; an
 empty one ("") starts from random weights. For the names of sets see detection/datasets.py. On a CPU plain
-BatchNorm replaces SyncBN. --resume continues, --eval-only evaluates MODEL.WEIGHTS. OUTPUT_DIR receives
+BatchNorm replaces SyncBN. --resume continues a run; --eval-only evaluates MODEL.WEIGHTS. OUTPUT_DIR receives
 Detectron2's checkpoints and logs, and result.json, or evaluation.json with --eval-only.
 """
 

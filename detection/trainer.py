@@ -45,7 +45,7 @@ class Mapper(DatasetMapper):
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer with our mapper and checkpointer, and an evaluator that fits the test set."""
+    """Detectron2's trainer with our mapper and checkpointer, and the evaluator of the test set's kind."""
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load MODEL.WEIGHTS, or continue from the last checkpoint."""
@@ -69,7 +69,7 @@ class Trainer(DefaultTrainer):
         if MetadataCatalog.get(dataset_name).evaluator_type == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
-        # Named tasks report NaN for a detector that finds nothing; without names there would be no figures.
+        # With task names, a detector that finds nothing gets NaN; without them, it gets no figures at all.
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         # The fast implementation needs Detectron2's compiled part, and gives the same figures.
         return COCOEvaluator(dataset_name, tasks, output_dir=folder, use_fast_impl=False)
@@ -164,7 +164,7 @@ def _check_same_encoder(cfg: CfgNode) -> None:
     now = weights.read_metadata(cfg.MODEL.WEIGHTS).get("encoder_sha256", begun)
     if begun and now != begun:
         raise ValueError(
-            f"{cfg.OUTPUT_DIR} holds a run from another encoder than that of {cfg.MODEL.WEIGHTS}; use "
+            f"{cfg.OUTPUT_DIR} holds a run from another encoder than the one in {cfg.MODEL.WEIGHTS}; use "
             "another OUTPUT_DIR"
         )
 

@@ -13,7 +13,7 @@ from detection.foreign_files import read_pickled_weights
 from training.checkpoint import CheckpointError, read_safely
 
 TOLERANCE_GREY = 0.5
-"""Largest difference of the config's pixel mean and standard deviation from the encoder's, of 0 … 255."""
+"""Largest difference between the pixel mean or deviation of config and encoder, for pixels in 0 … 255."""
 
 _BACKBONE = ("backbone.", "roi_heads.res5.")
 _NEVER_PRETRAINED = ("backbone.fpn_", "roi_heads.res5.norm.")
@@ -43,7 +43,7 @@ class Checkpointer(DetectionCheckpointer):
         return str(last_checkpoint(self.save_dir) or "")
 
 
-class _KeyChecker(Checkpointer):
+class _KeyRecorder(Checkpointer):
     """Stores the incompatible keys instead of logging them."""
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
@@ -98,7 +98,7 @@ def _check_keys(cfg: CfgNode, file: str, whole: bool) -> None:
     on_cpu = cfg.clone()
     on_cpu.defrost()
     on_cpu.MODEL.DEVICE = "cpu"
-    checkpointer = _KeyChecker(build_model(on_cpu))
+    checkpointer = _KeyRecorder(build_model(on_cpu))
     checkpointer.load(file, checkpointables=[])
     absent = checkpointer.incompatible.missing_keys
     if whole and absent:
@@ -107,7 +107,7 @@ def _check_keys(cfg: CfgNode, file: str, whole: bool) -> None:
             "give a trained detector's file, such as OUTPUT_DIR/model_final.pth"
         )
     missing = [key for key in absent if key.startswith(_BACKBONE) and not key.startswith(_NEVER_PRETRAINED)]
-    # Published converters keep the classifier, and frozen norms do not count batches.
+    # Files of published converters hold a classifier, and frozen norms have no num_batches_tracked.
     unexpected = [
         key
         for key in checkpointer.incompatible.unexpected_keys

@@ -1,1 +1,1 @@
-"""Complete uses of the project, small enough for two CPU cores."""
+"""Complete examples, small enough for two CPU cores."""

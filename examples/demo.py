@@ -40,11 +40,11 @@ class Demo:
     epochs: int = 2
     """Passes of the pretraining over Fashion-MNIST."""
     loader_seconds: float = 3.0
-    """Length of one turn of a loader; there are six turns for each of two."""
+    """Length of one measurement of a loader; each of the two loaders is measured six times."""
 
 
 def main(config: Demo) -> None:
-    """Run the demo. Raises ValueError if a step fails, or the pretrained encoder is not the better one."""
+    """Run the demo. Raises ValueError if a step fails, or if pretraining did not improve the encoder."""
     start = time.perf_counter()
     _banner("1  Sample sets: photographs cut from installed packages, and Fashion-MNIST")
     photographs, train, test = _make_sets(config)
@@ -122,7 +122,7 @@ def _measure_loader(config: Demo) -> dict[str, dict[str, float]]:
 def _data_wait_fraction(metrics: Path) -> float:
     """Share of the pretraining's time spent waiting for data, without the steps of the first row.
 
-    The first batch is part of the first row, and its time is mostly compilation.
+    The first row includes the first batch; most of its time is compilation.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps: list[dict[str, float]] = [row for row in rows if row["kind"] == "step"][1:]

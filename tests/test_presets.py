@@ -16,7 +16,7 @@ from train_lincls import ProbeConfig
 from train_lincls import parse as parse_probe
 from train_pretrain import parse
 from training.optim import MILESTONES
-from training.published_flags import GONE
+from training.published_flags import REFUSED
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "command-line.md").read_text()
 
@@ -116,7 +116,11 @@ def test_schedule_gives_the_epochs_of_the_drops() -> None:
     ("schedule", "cos", "message"),
     [
         ((120, 160), True, "schedule has no effect on a cosine; add --no-cos"),
-        ((60, 200), False, "schedule is 60 200; in a run of 200 epochs, give rising epochs from 1 to 199"),
+        (
+            (60, 200),
+            False,
+            "schedule is 60 200; in a run of 200 epochs, give increasing epochs from 1 to 199",
+        ),
     ],
 )
 def test_schedules_that_do_not_fit_the_run_are_refused(
@@ -206,13 +210,13 @@ def test_a_published_flag_has_the_meaning_in_the_table(flags: list[str], ours: l
 def test_a_published_flag_that_is_gone_is_refused(flags: str) -> None:
     flag, *values = flags.split()
     for argv in (["DATA", flag, *values], [flag, *values, "DATA"], ["DATA", "=".join([flag, *values])]):
-        with pytest.raises(ValueError, match=flag if flag in GONE else "takes no path") as refusal:
+        with pytest.raises(ValueError, match=flag if flag in REFUSED else "takes no path") as refusal:
             parse(argv)
         assert "{" not in str(refusal.value)
 
 
 def test_the_table_has_every_flag_that_is_gone() -> None:
-    assert {flags[0] for flags, ours in PRETRAINING if not ours} == {*GONE, "--resume"}
+    assert {flags[0] for flags, ours in PRETRAINING if not ours} == {*REFUSED, "--resume"}
 
 
 def test_the_defaults_are_those_on_the_page() -> None:

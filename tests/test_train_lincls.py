@@ -101,7 +101,7 @@ def test_a_changed_encoder_is_an_error(
         return step(run, forward, batch)
 
     monkeypatch.setattr(supervised, "train_step", step_with_change)
-    with pytest.raises(RuntimeError, match=r"1 tensors of the frozen encoder have moved.*bn1.running_mean"):
+    with pytest.raises(RuntimeError, match=r"1 tensors of the frozen encoder have changed.*bn1.running_mean"):
         _probe(
             *(beton, "--val", beton, "--pretrained", run / "backbone.safetensors", "--epochs", 1),
             *("--batch-size", 8, "--no-knn", "--out", tmp_path),
@@ -135,7 +135,7 @@ def test_a_stopped_probe_resumes_to_the_same_weights(
 
     steps = iter(range(1, 100))
 
-    def stop_there(self: StopRequest, launch: object, *, ask: bool) -> bool:
+    def stop_there(self: StopRequest, launch: object, *, exchange: bool) -> bool:
         self.requested = self.requested or next(steps) >= stop_after
         return self.requested
 
@@ -228,7 +228,7 @@ def test_errors_of_the_user_are_one_message(
     other = tmp_path / "other"
     shutil.copytree(picture_folder / "cat", other / "cat")
     shutil.copytree(picture_folder / "bird", other / "ant")
-    assert "'bird' in the place of 'ant'" in refusal(beton, "--val", other, *good)
+    assert "'bird' in place of 'ant'" in refusal(beton, "--val", other, *good)
     shutil.copytree(picture_folder / "bird", other / "dog")
     assert "differ" in refusal(beton, "--val", other, *good)
     empty = tmp_path / "empty"

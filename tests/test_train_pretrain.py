@@ -205,7 +205,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
 
     steps = iter(range(1, 100))
 
-    def stop_there(self: StopRequest, launch: object, *, ask: bool) -> bool:
+    def stop_there(self: StopRequest, launch: object, *, exchange: bool) -> bool:
         self.requested = self.requested or next(steps) >= stop_after
         return self.requested
 

@@ -2,8 +2,9 @@
 
     python -m training.card runs/mixmask/backbone.safetensors --results runs/lincls/result.json
 
-The card is written as MODEL_CARD.md to the backbone's folder. Its content comes from files: the backbone's
-description of itself, the log of its training, and the JSON files of evaluations, which name their encoder.
+The card is written as MODEL_CARD.md to the folder of the backbone. Its content comes from files: the
+backbone's description of itself, the log of its training, and the JSON files of evaluations. A result file
+names its encoder by the hash of its tensors.
 """
 
 import json
@@ -21,7 +22,7 @@ from training.cli import console
 from training.export import BackboneMeta, fingerprint, load_backbone
 from training.files import write_atomically
 
-_NAMES = {
+_FIGURE_NAMES = {
     "knn_top1": "kNN top-1",
     "knn_leave_one_out_top1": "kNN top-1, leave-one-out on the training set",
     "linear_top1": "linear top-1",
@@ -41,7 +42,7 @@ class Card:
     backbone: tyro.conf.Positional[Path]
     """backbone.safetensors of a finished run."""
     results: tuple[Path, ...] = ()
-    """Result files of its evaluations; by default those in its folder and in the folders below."""
+    """Result files of the backbone's evaluations; by default all in its folder and the folders below."""
 
 
 def main(config: Card) -> Path:
@@ -52,7 +53,9 @@ def main(config: Card) -> Path:
         ValueError: for a backbone without a description, and for results of an unknown kind.
     """
     if config.backbone.suffix != ".safetensors":
-        raise ValueError(f"{config.backbone} is no exported backbone; give the run's backbone.safetensors")
+        raise ValueError(
+            f"{config.backbone} is not an exported backbone; give the run's backbone.safetensors"
+        )
     state, meta = load_backbone(config.backbone)
     if meta.arch is None or meta.feature_dim is None:
         raise ValueError(
@@ -60,8 +63,12 @@ def main(config: Card) -> Path:
             "train_finetune.py exported"
         )
     folder = config.backbone.parent
-    own = fingerprint(state)
-    results = [path for path in _found(config) if _is_of(path, own, given=bool(config.results))]
+    encoder_sha256 = fingerprint(state)
+    results = [
+        path
+        for path in _result_files(config)
+        if _belongs_to(path, encoder_sha256, given=bool(config.results))
+    ]
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -73,8 +80,8 @@ def main(config: Card) -> Path:
         meta=meta,
         file=config.backbone.name,
         recipe=_recipe(meta),
-        pretraining=_pretraining(folder / "metrics.jsonl"),
-        figures=[line for path in results for line in _figures(path, own)],
+        pretraining=_pretraining_figures(folder / "metrics.jsonl"),
+        figures=[line for path in results for line in _figures(path, encoder_sha256)],
     )
     card = folder / "MODEL_CARD.md"
     write_atomically(card, lambda file: file.write(text.encode()))
@@ -82,7 +89,7 @@ def main(config: Card) -> Path:
     return card
 
 
-def _found(config: Card) -> list[Path]:
+def _result_files(config: Card) -> list[Path]:
     if config.results:
         return list(config.results)
     folder = config.backbone.parent
@@ -91,21 +98,21 @@ def _found(config: Card) -> list[Path]:
     return [path for path in found if path.parent == folder or not path.parent.name.startswith("run-")]
 
 
-def _is_of(path: Path, own: str, *, given: bool) -> bool:
-    """Whether a result is of this backbone; raises ValueError if it is not but was ``given``."""
+def _belongs_to(path: Path, encoder_sha256: str, *, given: bool) -> bool:
+    """Whether a result is of the backbone with this hash. Raises ValueError if not, but it was ``given``."""
     try:
-        result = _read(path)
+        result = _read_result(path)
     except ValueError:
         if given:
             raise
         return False
-    theirs = {result.get("encoder_sha256"), result.get("exported_sha256")}
-    if given and own not in theirs:
+    encoders = {result.get("encoder_sha256"), result.get("exported_sha256")}
+    if given and encoder_sha256 not in encoders:
         raise ValueError(f"{path} is of another backbone, or does not name one; leave it out")
-    return own in theirs
+    return encoder_sha256 in encoders
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_result(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -120,7 +127,7 @@ def _recipe(meta: BackboneMeta) -> dict[str, Any]:
     return flat(json.loads(meta.recipe)) if meta.recipe else {}
 
 
-def _pretraining(log: Path) -> dict[str, Any]:
+def _pretraining_figures(log: Path) -> dict[str, Any]:
     """The last measurements and the median rate in a pretraining's log; empty without a log."""
     if not log.is_file():
         return {}
@@ -136,20 +143,20 @@ def _pretraining(log: Path) -> dict[str, Any]:
     return found
 
 
-def _figures(path: Path, own: str) -> Iterable[tuple[str, str]]:
+def _figures(path: Path, encoder_sha256: str) -> Iterable[tuple[str, str]]:
     """The figures of one result: name and value, as text."""
-    result = _read(path)
-    if result.get("exported_sha256") == own:
-        result.pop("top1", None)  # of the last epoch; the exported backbone is that of the best one
+    result = _read_result(path)
+    if result.get("exported_sha256") == encoder_sha256:
+        result.pop("top1", None)  # of the last epoch, but the best epoch was exported
     known = False
     protocol = f" ({result['protocol']})" if "protocol" in result else ""
-    for key, name in _NAMES.items():
+    for key, name in _FIGURE_NAMES.items():
         if key in result:
             known = True
             labels = f", {result['labelled_pictures']:,} labels" if "labelled_pictures" in result else ""
             yield f"{name}{protocol if 'linear' in key else ''}{labels}", f"{100 * result[key]:.2f} %"
     runs = f"{len(result['runs'])} runs" if "runs" in result else None
-    of = ", ".join(filter(None, (result.get("config"), runs)))
+    origin = ", ".join(filter(None, (result.get("config"), runs)))
     for task, figures in result.get("figures", {}).items():
         for name in ("AP", "AP50", "AP75"):
             known = True
@@ -157,9 +164,11 @@ def _figures(path: Path, own: str) -> Iterable[tuple[str, str]]:
             if value is None:  # the result was NaN
                 continue
             text = f"{value['mean']:.2f} ± {value['std']:.2f}" if isinstance(value, dict) else f"{value:.2f}"
-            yield f"{task} {name}, {of}", text
+            yield f"{task} {name}, {origin}", text
     if not known:
-        raise ValueError(f"{path} has none of the known figures: {', '.join(_NAMES)}, figures; leave it out")
+        raise ValueError(
+            f"{path} has none of the known figures: {', '.join(_FIGURE_NAMES)}, figures; leave it out"
+        )
 
 
 if __name__ == "__main__":

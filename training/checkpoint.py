@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of a run in one file, written atomically.
 
-A file holds only tensors and plain data and is read with ``weights_only=True``, so opening a foreign file
-runs no code from it. It also holds a hash of its content, because torch does not notice damaged bytes.
+A file holds only tensors and plain data and is read with ``weights_only=True``, so reading a foreign file
+cannot run code. It also holds a hash of its content, because torch does not notice damaged bytes.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from training.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-NO_CHECKSUMS = "it is not checked for damage, as its format has no checksums either"
+NO_CHECKSUMS = "it is not checked for damage, because its format has no checksums"
 """Warning for a file without a hash in a format without checksums."""
 HASH = "sha256"
 """Key of a file's hash of the rest of its content, see `content_hash`."""
@@ -41,7 +41,7 @@ class TrainState:
     """Everything that a run needs to continue as if it had never stopped.
 
     The learning rate is a function of ``step``, and the queue is part of ``model``. The randomness of views
-    is addressed by (seed, epoch, index), so the state of one rank serves all.
+    is addressed by (seed, epoch, index), so all ranks resume from the state of one.
     """
 
     step: int
@@ -97,8 +97,8 @@ def latest(run_dir: Path) -> Path | None:
     return next(reversed(_checkpoints(run_dir)), None)
 
 
-def to_resume(run_dir: Path, resume: bool) -> Path | None:
-    """The newest checkpoint of a run that is to be resumed; None if there is none.
+def checkpoint_to_resume(run_dir: Path, resume: bool) -> Path | None:
+    """The newest checkpoint of a run; None if there is none, so that the run starts anew.
 
     Raises:
         ValueError: if ``resume`` is not set and the folder holds a checkpoint.
@@ -126,7 +126,7 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
         TypeError: for values that `load_checkpoint` would refuse; nothing is written then.
     """
     content = {name: getattr(state, name) for name in _FIELDS}
-    for where, kind in _not_plain(content, ""):
+    for where, kind in _values_not_plain(content, ""):
         raise TypeError(
             f"{where} is a {kind}; a checkpoint holds only tensors, numbers, strings, lists and dicts"
         )
@@ -171,34 +171,38 @@ def hash_tensor(digest: "hashlib._Hash", tensor: Tensor) -> None:
 
 
 def check_hash(path: Path, content: Mapping[str, Any], expected: object, warning: str) -> None:
-    """Raise CheckpointError unless the content of a file has the ``expected`` hash, which the file holds.
+    """Raise CheckpointError if the content of a file does not have the hash that the file records.
 
-    A file without a hash (None) is accepted with a ``warning`` that says what else was checked.
+    Args:
+        path: of the file, for messages.
+        content: without the hash.
+        expected: the recorded hash. A file without one (None) is accepted with a warning.
+        warning: what was checked instead of the hash, if anything.
     """
     if expected is None:
         _warn_unchecked(path, warning)
     elif expected != content_hash(content):
         raise CheckpointError(
             f"{path} does not match its hash: it is damaged, or was changed after it was written; delete it "
-            "and take another copy, or an older one"
+            "and use another copy, or an older checkpoint"
         )
 
 
 @functools.cache
 def _warn_unchecked(path: Path, warning: str) -> None:
-    """Cached, so that a file that is read several times gives one warning."""
+    """Warn about a file once; the cache ignores further calls."""
     if failure.is_first_on_machine():
         log.warning("%s carries no hash of its content: %s", path, warning)
 
 
-def _not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
+def _values_not_plain(value: object, where: str) -> Iterator[tuple[str, str]]:
     """The places and types of values that ``weights_only=True`` would not read."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _not_plain(item, f"{where}.{key}" if where else str(key))
+            yield from _values_not_plain(item, f"{where}.{key}" if where else str(key))
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
-            yield from _not_plain(item, f"{where}[{number}]")
+            yield from _values_not_plain(item, f"{where}[{number}]")
     elif value is not None and type(value) not in (bool, int, float, str) and not isinstance(value, Tensor):
         yield where, type(value).__name__
 
@@ -212,7 +216,7 @@ def read_safely(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}; check the path")
     try:
-        checked = _check_archive(path)
+        warning = _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -227,8 +231,8 @@ def read_safely(path: Path) -> Any:
     except Exception as error:  # a damaged file can raise anything
         raise _damaged(path, str(error).split(". ")[0] or "it ends too early") from error
     if isinstance(content, dict):
-        written = content.pop(HASH, None)
-        check_hash(path, content, written, checked)
+        expected = content.pop(HASH, None)
+        check_hash(path, content, expected, warning)
     return content
 
 
@@ -236,7 +240,7 @@ def _check_archive(path: Path) -> str:
     """Compare the members of a torch archive with their checksums, which torch ignores.
 
     Returns:
-        What this checks, for `check_hash`'s warning.
+        What was checked, for the warning of `check_hash`.
 
     Raises:
         ValueError: for a damaged member.
@@ -251,7 +255,7 @@ def _check_archive(path: Path) -> str:
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is cut short or no checkpoint ({reason}); delete it and take an older one"
+        f"{path} is cut short or not a checkpoint ({reason}); delete it and use an older one"
     )
 
 
@@ -272,10 +276,10 @@ def load_checkpoint(
     content = read_safely(path)
     if not isinstance(content, dict) or set(content) != set(_FIELDS):
         keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path} is no checkpoint of this project: expected {_FIELDS}, found {keys}")
+        raise CheckpointError(f"{path} is not a checkpoint of this project: expected {_FIELDS}, found {keys}")
     state = TrainState(**content)
     then, now = ({k: v for k, v in c.items() if k not in may_differ} for c in (state.config, config or {}))
-    if config is not None and (differences := _differences(then, now)):
+    if config is not None and (differences := _config_differences(then, now)):
         raise CheckpointError(
             f"{path} was written by a run with another configuration ({'; '.join(differences)}); "
             "resume with the same values, or start in a new folder"
@@ -291,7 +295,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return plain
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _config_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One entry for each key that differs; tuples equal lists, as in JSON."""
     old, new = (flat(json.loads(json.dumps(config))) for config in (then, now))
     return [

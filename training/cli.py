@@ -17,9 +17,9 @@ from training.distributed import ProcessLost
 from training.logs import NonFiniteLoss
 
 USER_ERRORS = (ValueError, OSError, ImportError, CheckpointError, NonFiniteLoss, ProcessLost)
-"""Errors that are shown as one message; others are defects of ours and keep their traceback."""
+"""Errors that are shown as one message; any other error is a bug of this project and keeps its traceback."""
 OLDEST_TORCH = 2, 8
-"""As in pyproject.toml."""
+"""The oldest version that works, as in pyproject.toml."""
 USER_ERROR, PROCESS_LOST, INTERRUPTED = 2, 3, 130
 """Exit codes."""
 console = Console(highlight=False, soft_wrap=True)
@@ -50,7 +50,7 @@ def program(
 def parse_args(
     config: type[_Config], args: Sequence[str], description: str | None, default: _Config | None = None
 ) -> _Config:
-    """Parse arguments as ``config``; of several processes on a machine only the first prints.
+    """Parse arguments as ``config``; if a machine runs several processes, only the first prints.
 
     Args:
         config: see `program`.
@@ -71,7 +71,7 @@ def run(program: Callable[[], object]) -> None:
     """Call a program and exit with its exit code; report a user's error as one message on stderr.
 
     Exit codes: `USER_ERROR` for an error of the user, `INTERRUPTED` for Ctrl-C, `PROCESS_LOST` for a process
-    that has lost the others. Of several processes, see `training.failure` for which one prints. With
+    that has lost the others. With several processes, `training.failure` decides which one prints. With
     MASKMIX_TRACEBACK=1 in the environment, errors keep their traceback.
 
     Args:

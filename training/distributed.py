@@ -24,7 +24,7 @@ from models.batchnorm import missing_for_kernels
 from training.precision import settings_of_training
 
 _ROWS_PER_MESSAGE = 65_536
-"""Rows of a gathered tensor that one message holds."""
+"""Rows in one message when a tensor is gathered."""
 _GLOO_ERROR = re.compile(r"\[\S*gloo/transport/\S+:\d+\]")
 """Start of the messages of gloo's connection errors, which have no type of their own."""
 
@@ -72,7 +72,7 @@ class Launch:
         """
         if self.world_size == 1:
             return rows
-        # NCCL would move the rows through a GPU, which may lack the memory.
+        # Not NCCL: it sends from GPU memory, which may be too small for the rows.
         group: dist.ProcessGroup = dist.new_group(backend="gloo")  # type: ignore[assignment]
         counts = [torch.zeros((), dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(counts, torch.tensor(len(rows)), group=group)
@@ -92,7 +92,7 @@ class Launch:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device for "auto" (a GPU if there is one), "cpu" or "cuda"; of GPUs, number ``local_rank``.
+    """The device for "auto" (a GPU if there is one), "cpu" or "cuda"; the GPU has the index ``local_rank``.
 
     Raises:
         ValueError: for another name, for "cuda" without a usable GPU, and for more processes than GPUs.
@@ -104,13 +104,13 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ValueError(
-            "device is 'cuda', but PyTorch sees no GPU here; take 'cpu' or 'auto', or check nvidia-smi"
+            "device is 'cuda', but PyTorch sees no GPU here; use 'cpu' or 'auto', or check nvidia-smi"
         )
     if device == "cpu" or not has_gpu:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"local rank {local_rank} has no GPU of its own, this machine shows {torch.cuda.device_count()}; "
+            f"local rank {local_rank} has no GPU of its own, this machine has {torch.cuda.device_count()}; "
             f"start torchrun with --nproc-per-node {torch.cuda.device_count()} or fewer"
         )
     return torch.device("cuda", local_rank)
@@ -148,8 +148,9 @@ def init_launch(device: str = "auto", timeout_s: float = 1800) -> Iterator[Launc
     with settings_of_training(), _kernels_or_eager(launch), _raise_process_lost():
         _init_process_group(launch, datetime.timedelta(seconds=timeout_s))
         yield launch
-        # DDP's reducer, in a reference cycle, holds the group. gloo's threads would live until the end of the
-        # interpreter, and abort the process if they free a tensor then (pytorch issue 190489).
+        # DDP's reducer holds the group and is part of a reference cycle. Without a collection, gloo's threads
+        # would run until the interpreter ends, and abort the process if they free a tensor then (pytorch
+        # issue 190489).
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
@@ -173,8 +174,8 @@ def _kernels_or_eager(launch: Launch) -> Iterator[None]:
         return
     if launch.is_main:
         sys.stderr.write(
-            f"warning: GPU kernels cannot be compiled here: {reason}. Until then split BatchNorm, the "
-            "augmentation on the GPU and --compile run operation by operation, which is slower\n"
+            f"warning: GPU kernels cannot be compiled here: {reason}. This makes split BatchNorm, the "
+            "augmentation on the GPU and --compile slower, because they run operation by operation\n"
         )
     with torch.compiler.set_stance("force_eager"):
         yield
@@ -183,8 +184,9 @@ def _kernels_or_eager(launch: Launch) -> Iterator[None]:
 def _init_process_group(launch: Launch, timeout: datetime.timedelta) -> None:
     """Set up the process group under a store prefix for this start of the run.
 
-    torchrun keeps its store through restarts, with the addresses of dead processes in it. On one machine the
-    restart count separates the starts. Several machines need not count alike, so they have no prefix.
+    torchrun's store survives restarts and still holds the addresses of dead processes. On one machine, the
+    restart count is the prefix that separates the starts. Several machines may have different counts, so a
+    run on them has no prefix.
     """
     on_gpu = launch.device.type == "cuda"
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -232,15 +234,15 @@ def check_agreement(launch: Launch, step: int) -> None:
     if len({int(other) for other in steps}) > 1:
         raise ValueError(
             f"the processes would resume after different steps {[int(other) for other in steps]}; "
-            "--out must lie on a file system that all nodes share"
+            "--out must be on a file system that all nodes share"
         )
 
 
 class StopRequest:
-    """Records SIGTERM and SIGINT, so that the loop ends after a whole step and the same one everywhere.
+    """Records SIGTERM and SIGINT, so that all processes end the loop after the same step.
 
     A context manager; the former signal handlers are restored at its end. If SIGINT was ignored, it stays
-    ignored: shells do that for background jobs, which Ctrl-C is not meant for. If one of several processes
+    ignored: shells ignore it in background jobs, which Ctrl-C must not stop. If one of several processes
     fails, the handlers stay, because torchrun then sends SIGTERM, which must not interrupt error messages.
     """
 
@@ -268,14 +270,15 @@ class StopRequest:
     def _record(self, _number: int, _frame: object) -> None:
         self._signalled = True
 
-    def agreed(self, launch: Launch, *, ask: bool) -> bool:
-        """Whether to stop now; with several processes, a collective operation if ``ask`` is set.
+    def agreed(self, launch: Launch, *, exchange: bool) -> bool:
+        """Whether to stop now; the processes exchange their signals only if ``exchange`` is set.
 
-        All processes must set ``ask`` after the same steps. A single process need not.
+        The exchange is a collective operation: all processes must set it after the same steps. A single
+        process does not need it.
         """
         if launch.world_size == 1:
             self.requested = self._signalled
-        elif ask:
+        elif exchange:
             flag = torch.tensor(self._signalled, device=launch.device, dtype=torch.uint8)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.requested = bool(flag)

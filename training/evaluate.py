@@ -1,4 +1,4 @@
-"""How good an encoder is: features, effective rank, kNN, linear classifiers, accuracy.
+"""Evaluation of an encoder: features, effective rank, kNN, linear classifiers, accuracy.
 
 Shape letters: N samples of the bank (the training set), M test samples, B a batch, D features, C classes,
 H classifiers.
@@ -196,13 +196,13 @@ class Accuracy:
 
     @classmethod
     def of(cls, hits_3: Tensor) -> Self:
-        """The accuracy from a sum of `count_hits`."""
+        """The accuracy from the sum of `count_hits` over batches."""
         top1, top5 = (hits_3[:2].double() / hits_3[2]).tolist()
         return cls(top1, top5)
 
 
 def count_hits(logits_BC: Tensor, label_B: Tensor) -> Tensor:
-    """Samples right at top-1, right at top-5, and all samples: (3,) int64, to be summed over batches."""
+    """Numbers of samples: correct at top-1, correct at top-5, all; (3,) int64, to be summed over batches."""
     hit_B5 = logits_BC.topk(min(5, logits_BC.shape[1])).indices == label_B[:, None]
     return torch.stack(
         [hit_B5[:, 0].sum(), hit_B5.sum(), hit_B5.new_full((), len(label_B), dtype=torch.int64)]
@@ -219,7 +219,7 @@ class LinearSetting:
 
 def train_linear(
     bank: Features,
-    new: Callable[[], nn.Linear],
+    new_head: Callable[[], nn.Linear],
     settings: Sequence[LinearSetting],
     *,
     epochs: int,
@@ -230,13 +230,13 @@ def train_linear(
 ) -> list[nn.Linear]:
     """Train one classifier for each setting, all on the same batches in one pass.
 
-    Each result equals that of training it alone: SGD with momentum 0.9 on the cross-entropy, a new order in
-    each epoch, the rate divided by ten after 60 % and 80 % of the epochs. The last, smaller batch is dropped
-    unless it is the only one.
+    Each result equals that of training the classifier alone: SGD with momentum 0.9 on the cross-entropy, a
+    new order in each epoch, the rate divided by ten after 60 % and 80 % of the epochs. The last, smaller
+    batch is dropped unless it is the only one.
 
     Args:
         bank: N labelled samples, on any device.
-        new: makes a classifier; called once, under ``seed``.
+        new_head: makes a classifier with the initial weights of all; called once, under ``seed``.
         settings: H learning rates and weight decays.
         epochs: passes over the bank.
         batch_size: samples in a step.
@@ -246,7 +246,7 @@ def train_linear(
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        first = new().to(device)
+        first = new_head().to(device)
     heads = [copy.deepcopy(first) for _ in settings]
     optimizer = sgd_groups([(head, s.lr) for head, s in zip(heads, settings, strict=True)], 0.9, 0.0)
     for group, setting in zip(optimizer.param_groups, settings, strict=True):

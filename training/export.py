@@ -35,7 +35,7 @@ _QUEUE_KEYS = {"queue_KD", "queue", "queue_ptr"}
 
 @dataclass(frozen=True)
 class BackboneMeta:
-    """Description of a backbone in its file; None for what the file does not hold."""
+    """Description of a backbone in its file; None for values that the file lacks."""
 
     arch: str | None = None
     """One of `models.encoders.ARCHS`."""
@@ -56,10 +56,10 @@ class BackboneMeta:
     mean: tuple[float, float, float] | None = None
     """Subtracted from pixels in [0, 1]."""
     std: tuple[float, float, float] | None = None
-    """Divides after the mean is subtracted."""
+    """Divisor after the mean is subtracted."""
 
     def as_strings(self) -> dict[str, str]:
-        """The fields as strings, which a safetensors file can hold; values that are no text are JSON."""
+        """The fields as strings, which a safetensors file can hold; values other than text are JSON."""
         known = {name: value for name, value in vars(self).items() if value is not None}
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in known.items()}
 
@@ -85,7 +85,7 @@ class Backbone(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model's state dict in parts; every key is in one of them. A classifier has the first two."""
+    """A model's state dict in parts; every key is in one. A classifier has only a backbone and a head."""
 
     backbone: dict[str, Tensor]
     """The (query) encoder without its head, with torchvision's key names."""
@@ -135,7 +135,7 @@ def split_state_dict(state_dict: Mapping[str, Tensor]) -> ModelParts:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a backbone's tensors, by which a result names its encoder, whatever the file format."""
+    """SHA-256 of a backbone's tensors, the same for all file formats; a result names its encoder by it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -162,12 +162,12 @@ def save_backbone(path: Path, encoder: nn.Module, meta: BackboneMeta) -> None:
     }
     metadata = meta.as_strings()
     metadata[HASH] = content_hash({"tensors": tensors, "metadata": metadata})
-    content = _in_fixed_order(safetensors.torch.save(tensors, metadata=metadata))
+    content = _sort_metadata(safetensors.torch.save(tensors, metadata=metadata))
     write_atomically(path, lambda file: file.write(content))
 
 
-def _in_fixed_order(content: bytes) -> bytes:
-    """A safetensors file with sorted metadata; the library's order differs from process to process."""
+def _sort_metadata(content: bytes) -> bytes:
+    """Sort the metadata of a safetensors file; the library's order differs from process to process."""
     stop = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:stop])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -195,8 +195,8 @@ def save_published(
 def load_backbone(path: Path) -> Backbone:
     """Read a backbone in float32, and its description.
 
-    Reads our checkpoints, our safetensors files, and published ``.pth.tar`` files, which describe only the
-    arch.
+    Reads our checkpoints, our safetensors files, and published ``.pth.tar`` files, which name only the
+    architecture.
 
     Raises:
         CheckpointError: for a missing, damaged or unsafe file, an unknown layout, and unknown keys of the
@@ -213,7 +213,7 @@ def _read_backbone(path: Path) -> Backbone:
     content = read_safely(path)
     keys = set(map(str, content)) if isinstance(content, dict) else set()
     if keys >= _OUR_KEYS:
-        return Backbone(split_state_dict(content["model"]).backbone, _meta(path, content["meta"]))
+        return Backbone(split_state_dict(content["model"]).backbone, _parse_meta(path, content["meta"]))
     if keys >= {"arch", "state_dict"} and keys <= _PUBLISHED_KEYS:
         arch = BackboneMeta(arch=str(content["arch"]))
         return Backbone(split_state_dict(content["state_dict"]).backbone, arch)
@@ -224,7 +224,7 @@ def _read_backbone(path: Path) -> Backbone:
     )
 
 
-def _meta(path: Path, strings: Mapping[str, str]) -> BackboneMeta:
+def _parse_meta(path: Path, strings: Mapping[str, str]) -> BackboneMeta:
     try:
         return BackboneMeta.from_strings(strings)
     except ValueError as error:
@@ -242,8 +242,8 @@ def _load_safetensors(path: Path) -> Backbone:
             metadata = dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise CheckpointError(
-            f"{path} is cut short or no safetensors file ({error}); export it again"
+            f"{path} is cut short or not a safetensors file ({error}); export it again"
         ) from error
     expected = metadata.pop(HASH, None)
     check_hash(path, {"tensors": state, "metadata": metadata}, expected, NO_CHECKSUMS)
-    return Backbone(state, _meta(path, metadata))
+    return Backbone(state, _parse_meta(path, metadata))

@@ -25,7 +25,7 @@ USAGE = "usage"
 """Kind of a command line that cannot be parsed; the parser has already printed the reason."""
 _WAIT_S = {LOST: 0.0, USAGE: 30.0}
 """Seconds that a failing process waits for others to fail in the same way, by kind. All processes of a
-machine parse the same command line, so they are sure to fail alike."""
+machine parse the same command line, so all of them fail in the same way."""
 _DEFAULT_WAIT_S = 2.0
 
 
@@ -45,9 +45,9 @@ def report(message: str, kind: str = "") -> str | None:
         kind: failures of one kind are printed once on a machine; by default failures with the same message.
 
     Returns:
-        What this process is to print: the message if all processes of the machine fail alike, else the
-        message after its rank. None if another process prints it, and for a `LOST` process if another one
-        has a failure of its own.
+        What this process is to print: the message if all processes of the machine fail in the same way, else
+        the rank and the message. None if another process prints it, and for a `LOST` process if
+        another process failed for another reason.
     """
     if _is_single():
         return message
@@ -69,10 +69,10 @@ def report(message: str, kind: str = "") -> str | None:
 
 @contextlib.contextmanager
 def exit_on_failure() -> Iterator[None]:
-    """End a failing process of several by ``os._exit`` with its exit code; a single process is left alone.
+    """If one of several processes fails, end it by ``os._exit`` with its exit code.
 
     A normal exit could wait for dead processes in the process group, or abort in gloo's threads. The other
-    processes notice the closed connections.
+    processes notice the closed connections. In a run of one process this does nothing.
     """
     try:
         yield
@@ -151,6 +151,6 @@ def _is_single() -> bool:
 
 
 def _environment_number(name: str, default: int) -> int:
-    """An environment variable as a number; `training.distributed` refuses what is not a number."""
+    """An environment variable as a number; `training.distributed` reports other values as errors."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there."""
+"""Atomic writing and hashing of files."""
 
 import hashlib
 import json
@@ -11,8 +11,9 @@ from typing import IO, Any
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file that appears at ``path`` complete, or not at all.
 
-    ``write`` is given a binary file under a temporary name in the same folder. The file is then synced to
-    disk and renamed. A file that was at ``path`` before stays until the rename, and stays if writing fails.
+    ``write`` is called with a binary file that has a temporary name in the same folder. The file is then
+    synced to disk and renamed. A file that was at ``path`` before stays until the rename, and stays if
+    writing fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

@@ -29,8 +29,8 @@ class NonFiniteLoss(Exception):
     """The loss or the weights became NaN or infinite."""
 
 
-def last_good_state(run_dir: Path) -> str:
-    """The end of a message: the checkpoint from which a diverged run can continue, and how."""
+def recovery_advice(run_dir: Path) -> str:
+    """Advice at the end of an error message: how to continue a diverged run from its last checkpoint."""
     good = latest(run_dir)
     remedy = "a lower --lr, or --precision bf16 or fp32"
     if good is None:
@@ -64,9 +64,8 @@ class RunLog:
             run_dir: the run's folder.
             is_main: whether this is the main process.
             total_steps: steps of the whole run.
-            first_step: the first step of a resumed run. Rows from this step on, which a killed run wrote
-            after
-                its last checkpoint, are dropped, because these steps are run again.
+            first_step: the first step of a resumed run. Rows from this step on are dropped: a killed run
+                wrote them after its last checkpoint, and these steps are run again.
             every_s: seconds between rows.
             plain_every_s: seconds between printed lines if the output is not a terminal.
             about: explanation of the metrics, shown in TensorBoard.
@@ -88,7 +87,7 @@ class RunLog:
         self._num_steps = self._num_samples = self._epoch = 0
         self._last_step = first_step
         self._wait_s = 0.0
-        # The first row comes after a second, so that a bad start shows at once.
+        # The first row is written after a second, so that a bad start is visible at once.
         self._window_start = time.monotonic()
         self._next_flush = self._window_start + min(1.0, every_s)
         self._next_plain = self._window_start
@@ -106,8 +105,8 @@ class RunLog:
 
         Args:
             step: number of the step.
-            metrics: numbers or 0-d tensors, which stay on their device. The same names in each step between
-                two flushes.
+            metrics: numbers or 0-d tensors, which stay on their device. All steps between two flushes must
+                have the same names.
             epoch: of the step.
             samples: in the step, over all processes.
             wait_s: seconds spent waiting for its batch.
@@ -161,7 +160,7 @@ class RunLog:
         bad = next(n for n, value in enumerate(values) if not math.isfinite(value))
         raise NonFiniteLoss(
             f"the loss became {values[bad]} in step {first_step + bad} (learning rate "
-            f"{means.get('lr', math.nan):.3g}); {last_good_state(self._path.parent)}"
+            f"{means.get('lr', math.nan):.3g}); {recovery_advice(self._path.parent)}"
         )
 
     def _fetch_means(self) -> dict[str, float]:
@@ -198,7 +197,7 @@ class RunLog:
                 self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
     def close(self, *, flush: bool = True) -> None:
-        """Close the files; ``flush``: write the steps so far first."""
+        """Close the files, after writing the steps so far if ``flush`` is set."""
         if not self.is_main or self._file.closed:
             return
         try:
@@ -237,7 +236,7 @@ _SHOWN = {
     "neg_sim": "neg",
     "feature_std": "std",
 }
-"""Metrics on the terminal's line, and their names there."""
+"""Metrics that the terminal shows, and their names there."""
 
 
 class _Terminal:
@@ -263,7 +262,7 @@ class _Terminal:
         parts += [f"{word} {row[name]:.4g}" for name, word in _SHOWN.items() if name in row]
         filled = row.get("queue_filled", 1.0)
         if isinstance(filled, float) and filled < 1:
-            parts.append(f"queue {100 * filled:.0f} % filled, until then the loss rises")
+            parts.append(f"queue {100 * filled:.0f} % filled, the loss rises until it is full")
         line = "  ".join([*parts, f"data wait {row['wait_percent']:.0f} %"])
         if self._progress:
             self._progress.update(self._task, description=line)

@@ -1,6 +1,6 @@
 """The optimizer of every run, and its learning rate as a function of the step.
 
-A resumed run needs no schedule state, because the learning rate depends on nothing but the step.
+A resumed run needs no schedule state, because the learning rate depends only on the step.
 """
 
 import itertools
@@ -28,7 +28,7 @@ def sgd_groups(
 
     The momentum buffers start as zeros, so that the first step equals that of plain SGD. They are allocated
     here, not in the first step: under fp16 the gradient scaler usually skips the first step inside the fused
-    kernel, which would leave uninitialised memory in buffers allocated there.
+    kernel, so buffers that this step allocated would stay uninitialised.
 
     Args:
         groups: modules and their base learning rates. A base rate is stored as ``initial_lr`` of its
@@ -38,7 +38,7 @@ def sgd_groups(
         weight_decay: L2 penalty on all parameters.
     """
     optimizer = torch.optim.SGD(
-        [_group([p for p in module.parameters() if p.requires_grad], lr) for module, lr in groups],
+        [_parameter_group([p for p in module.parameters() if p.requires_grad], lr) for module, lr in groups],
         momentum=momentum,
         weight_decay=weight_decay,
         fused=True,
@@ -50,7 +50,7 @@ def sgd_groups(
     return optimizer
 
 
-def _group(parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:
+def _parameter_group(parameters: list[nn.Parameter], lr: float) -> dict[str, Any]:
     rate = torch.tensor(lr, dtype=torch.float32, device=parameters[0].device)
     return {"params": parameters, "lr": rate, "initial_lr": lr}
 
@@ -111,10 +111,10 @@ def milestone_shares(milestones: Sequence[int], epochs: int) -> tuple[float, ...
     Raises:
         ValueError: unless the milestones increase and lie in [1, epochs).
     """
-    rising = all(low < high for low, high in itertools.pairwise(milestones))
-    if not rising or any(not 0 < milestone < epochs for milestone in milestones):
+    increasing = all(low < high for low, high in itertools.pairwise(milestones))
+    if not increasing or any(not 0 < milestone < epochs for milestone in milestones):
         raise ValueError(
-            f"schedule is {' '.join(map(str, milestones))}; in a run of {epochs} epochs, give rising epochs "
-            f"from 1 to {epochs - 1}, or none for 60 % and 80 % of the run"
+            f"schedule is {' '.join(map(str, milestones))}; in a run of {epochs} epochs, give increasing "
+            f"epochs from 1 to {epochs - 1}, or none for 60 % and 80 % of the run"
         )
     return tuple(milestone / epochs for milestone in milestones) or MILESTONES

@@ -1,7 +1,8 @@
 """The number format of a run.
 
-TF32, with its 10 bits of mantissa, is off under every precision, for products and convolutions. This costs
-16-bit runs no speed: only their logits stay float32, and these need the bits.
+TF32 has a mantissa of 10 bits. It is off for matrix products and convolutions under every precision. This
+does not slow 16-bit runs down: only their logits are computed in float32, and TF32 would be too coarse for
+them.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ class Precision:
     device: torch.device
     """Device of the forward pass."""
     scaler: torch.amp.GradScaler
-    """Scales the loss under fp16, which underflows without it; disabled for other formats."""
+    """Scales the loss under fp16, where gradients would underflow; disabled for other formats."""
 
     @classmethod
     def choose(cls, name: PrecisionName, device: torch.device) -> "Precision":
@@ -44,11 +45,11 @@ class Precision:
             name = ("bf16" if has_bf16 else "fp16") if on_gpu else "fp32"
         if name == "fp16" and not on_gpu:
             raise ValueError(
-                f"precision is 'fp16' on {device}; only GPUs compute in it, take 'bf16' or 'fp32'"
+                f"precision is 'fp16' on {device}; only GPUs compute in it, use 'bf16' or 'fp32'"
             )
         if name == "bf16" and on_gpu and not has_bf16:
             raise ValueError(
-                f"precision is 'bf16', which the GPU {device} only emulates; take 'fp16' or 'auto'"
+                f"precision is 'bf16', which the GPU {device} only emulates; use 'fp16' or 'auto'"
             )
         return cls(name, device, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
 

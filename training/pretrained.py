@@ -1,4 +1,4 @@
-"""The start of every evaluation: a pretrained encoder from a file, and its training and test sets."""
+"""What every evaluation loads first: a pretrained encoder, and its training and test sets."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,17 +33,18 @@ class PretrainedConfig:
     out: Annotated[Path, tyro.conf.arg(aliases=["--exp-path"])] = dataclasses.field(kw_only=True)
     """Folder of the run."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
-    """Encoder; needed if the file does not name it, and must agree with the file otherwise."""
+    """Encoder; needed if the file does not name it; must agree with the file if it does."""
     small_stem: bool | None = None
     """3 × 3 first convolution without max-pool; needed if the file does not say."""
     crop_px: int | None = None
-    """Side of a view; by default that of the encoder's training, or 224 if the file does not say."""
+    """Side of a view; by default as in the encoder's training, or 224 if the file does not say."""
     seed: int = 0
     """Seed of the classifier, the order and the crops."""
     precision: PrecisionName = "auto"
-    """Number format of the encoder; that of the classifier is fp32."""
+    """Number format of the encoder; the classifier is always in fp32."""
     backend: Backend = "auto"
-    """Decoder of the training set, as in train_pretrain.py; that of the test set is chosen by its format."""
+    """Decoder of the training set, as in train_pretrain.py; the format of the test set determines its
+    decoder."""
     num_threads: int = 0
     """Decoding threads; 0 uses all cores."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -79,7 +80,7 @@ def labelled_sets(config: PretrainedConfig) -> LabelledSets:
     names, others = (images.classes for images in sets)
     if names and others and names != others:
         first = next((pair for pair in zip(names, others, strict=False) if pair[0] != pair[1]), None)
-        detail = f"{first[0]!r} in the place of {first[1]!r}" if first else "one set has more"
+        detail = f"{first[0]!r} in place of {first[1]!r}" if first else "one set has more"
         raise ValueError(
             f"the {len(names)} classes of {train} and the {len(others)} of {val} differ: {detail}; "
             "make both sets from folders of the same classes"
@@ -100,7 +101,7 @@ class Pretrained:
     view: Recipe
     """Recipe of the evaluation's view."""
     backbone: Backbone
-    """Content of the file; what its meta did not hold is filled in."""
+    """Content of the file; values that its meta lacks are filled in."""
 
 
 def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretrained:
@@ -119,10 +120,10 @@ def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretraine
         raise ValueError(f"{config.pretrained} holds a {meta.arch}, --arch says {arch}; leave out --arch")
     small_stem = bool(meta.small_stem) if config.small_stem is None else config.small_stem
     encoder, feature_dim = build_encoder(arch, small_stem=small_stem)
-    if differences := _differences(encoder.state_dict(), backbone.state):
+    if differences := _state_differences(encoder.state_dict(), backbone.state):
         raise ValueError(
-            f"{config.pretrained} is no {arch}{' with the small stem' if small_stem else ''}: {differences}; "
-            "check --arch and --small-stem"
+            f"{config.pretrained} is not a {arch}{' with the small stem' if small_stem else ''}: "
+            f"{differences}; check --arch and --small-stem"
         )
     encoder.load_state_dict(backbone.state)
     view = evaluation(
@@ -148,7 +149,7 @@ def load_pretrained(config: PretrainedConfig, device: torch.device) -> Pretraine
     return Pretrained(encoder, feature_dim, view, backbone._replace(meta=complete))
 
 
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+def _state_differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """How a state dict differs from the expected one, in words; empty if it does not."""
     shapes = (
         f"{name} {tuple(found[name].shape)} for {tuple(tensor.shape)}"

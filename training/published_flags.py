@@ -1,7 +1,7 @@
-"""Flags of the published programs that our parser does not take.
+"""Translates flags of the published programs that our parser does not know.
 
-Flags that only have another name are aliases in the parser. This module renames the others and their values,
-and refuses flags without an equivalent, with a message on what to do instead.
+Most flags with another name are aliases in the parser. This module renames the others and their values, and
+refuses flags without an equivalent, with a message on what to do instead.
 
 Sources of the flags: MoCo's main_moco.py (arXiv 1911.05722), and its extensions for Un-Mix (arXiv 2003.05438)
 and MixMask (arXiv 2210.11456).
@@ -25,13 +25,13 @@ _LAUNCHER = (
     "--nproc-per-node GPUS`; one GPU needs no launcher"
 )
 _THREADS = (
-    "{flag} set the number of a node's loader processes, and this loader has none: leave it out, every core "
-    "is used; --num-threads sets the decoding threads of each process"
+    "{flag} set the number of a node's loader processes, and this loader has none: leave it out, all cores "
+    "are used; --num-threads sets the decoding threads of each process"
 )
 _LOG_INTERVAL = "{flag} counted steps: leave it out, --log-every-s sets the seconds between rows"
 _RESUME = "--resume takes no path: it continues from the newest checkpoint in the folder of --out"
 
-GONE = {
+REFUSED = {
     "--world-size": _LAUNCHER,
     "--rank": _LAUNCHER,
     "--dist-url": _LAUNCHER,
@@ -57,14 +57,14 @@ def from_published(argv: Sequence[str]) -> list[str]:
     Underscores in flags become hyphens.
 
     Raises:
-        ValueError: for a flag in `GONE`, and for a path after ``--resume``.
+        ValueError: for a flag in `REFUSED`, and for a path after ``--resume``.
     """
     words: list[str] = []
     for word in argv:
         before = words[-1] if words else ""
-        flag, equals, value = _split(word)
-        if flag in GONE:
-            raise ValueError(GONE[flag].format(flag=flag))
+        flag, equals, value = _split_word(word)
+        if flag in REFUSED:
+            raise ValueError(REFUSED[flag].format(flag=flag))
         if (flag == "--resume" and equals) or (before == "--resume" and _CHECKPOINT.search(word)):
             raise ValueError(_RESUME)
         if flag:
@@ -75,8 +75,8 @@ def from_published(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _split(word: str) -> tuple[str, str, str]:
-    """Split a word into flag (with hyphens), "=" or "", and value; all are empty if it is no flag."""
+def _split_word(word: str) -> tuple[str, str, str]:
+    """Split a word into flag (with hyphens), "=" or "", and value; without a flag, it is all value."""
     if word.startswith("--") and len(word) > 2:
         flag, equals, value = word.partition("=")
         return flag.replace("_", "-"), equals, value

@@ -1,6 +1,6 @@
 """One training run: its parts, its state and its loop.
 
-`train_pretrain.py` and `training.supervised` extend `Run` by their data and their model.
+`train_pretrain.py` and `training.supervised` extend `Run` with their data and their model.
 """
 
 import shlex
@@ -18,23 +18,23 @@ from torch.nn.parallel import DistributedDataParallel
 from training.checkpoint import (
     TrainState,
     checkpoint_path,
+    checkpoint_to_resume,
     generator_states,
     load_checkpoint,
     prune,
     restore_generators,
     save_checkpoint,
-    to_resume,
 )
 from training.cli import console
 from training.distributed import Launch, StopRequest, check_agreement
-from training.logs import NonFiniteLoss, RunLog, last_good_state
+from training.logs import NonFiniteLoss, RunLog, recovery_advice
 from training.optim import ScheduleKind, lr_at, scale_lr
 from training.precision import Precision, PrecisionName
 
 CHANGEABLE = ("lr", "head_lr", "precision")
-"""Settings that may change on resume, with a message: what one changes after a loss that is not finite."""
+"""Settings that may change on resume, with a message. Changing them can cure a loss that is not finite."""
 Metrics = Mapping[str, Tensor | float]
-"""Of one step: numbers or 0-d tensors by name."""
+"""Metrics of one step: name → number or 0-d tensor."""
 
 # ======================================================================================================
 # Parts of a run
@@ -115,7 +115,7 @@ def prepare(config: RunConfig, launch: Launch) -> tuple[Precision, Path | None]:
             f"batch size {config.batch_size} cannot be shared evenly among {launch.world_size} processes; "
             "give a multiple of their number"
         )
-    checkpoint = to_resume(config.out, config.resume)
+    checkpoint = checkpoint_to_resume(config.out, config.resume)
     torch.manual_seed(config.seed)
     return Precision.choose(config.precision, launch.device), checkpoint
 
@@ -152,19 +152,20 @@ class Run:
         return self.config.epochs * len(self.loader)
 
     def meta(self) -> dict[str, str]:
-        """What a checkpoint says of its model."""
+        """The description of the model for a checkpoint."""
         return {}
 
     def distributed_model(self) -> nn.Module:
-        """The model, wrapped by DDP if there are several processes; buffers stay each process's own."""
+        """The model, wrapped by DDP if there are several processes; each process keeps its own buffers."""
         if self.launch.world_size == 1:
             return self.model
-        # The option that replaces it in newer versions of torch would still broadcast once at the start.
+        # Newer versions of torch deprecate the option, but its replacement would still broadcast once at the
+        # start.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         return DistributedDataParallel(
             self.model,
             broadcast_buffers=False,
-            # Gradients lie in the buckets that are reduced, and every step uses the same parameters.
+            # Gradients share the memory of the reduced buckets, and every step uses the same parameters.
             gradient_as_bucket_view=True,
             static_graph=True,
         )
@@ -208,7 +209,7 @@ class Run:
         check_agreement(self.launch, self.step)
 
     def restore(self, checkpoint: Path) -> dict[str, str]:
-        """Load the state that `state` returned; learning rates stay those of the config.
+        """Load the state that `state` returned; learning rates come from the config.
 
         Returns:
             The checkpoint's meta.
@@ -283,26 +284,26 @@ class Run:
             wait_s = self.loader.take_waited_s()
             log.step(self.step, metrics, epoch=self.epoch, samples=self.config.batch_size, wait_s=wait_s)
             self.step += 1
-            if stop.agreed(self.launch, ask=self.step % 10 == 0):
+            if stop.agreed(self.launch, exchange=self.step % 10 == 0):
                 break
         else:
             self.epoch += 1
-            stop.agreed(self.launch, ask=True)
+            stop.agreed(self.launch, exchange=True)
         log.flush()
         # The last step may have made the weights non-finite although its loss was finite.
         trained = list[Tensor](p for p in self.model.parameters() if p.requires_grad)
         if not torch.stack(torch._foreach_norm(trained)).isfinite().all():
-            good = last_good_state(self.config.out)
-            raise NonFiniteLoss(f"the weights are not finite after step {self.step}; {good}")
+            advice = recovery_advice(self.config.out)
+            raise NonFiniteLoss(f"the weights are not finite after step {self.step}; {advice}")
 
 
 def due(epoch: int, every: int, last: int) -> bool:
-    """Whether a task of every few epochs is due after ``epoch`` epochs; it always is after the last."""
+    """Whether a task is due after ``epoch`` epochs: it is due every ``every`` epochs, and after the last."""
     return epoch > 0 and (epoch % every == 0 or epoch == last)
 
 
 def resume_command(launch: Launch, *, resumed: bool) -> str:
-    """How to resume this process's stopped run; ``resumed``: whether its command line has --resume."""
+    """Advice on resuming a stopped run; ``resumed``: whether its command line already has --resume."""
     flags = [] if resumed else ["--resume"]
     if launch.world_size > 1:  # sys.orig_argv is a worker's command line, not torchrun's
         return " ".join(["continue with the same torchrun command", *(["and"] if flags else []), *flags])

@@ -1,7 +1,7 @@
 """A training step: forward, backward, optimizer; eager, compiled, or replayed as a CUDA graph.
 
-A step has no host sync. The host queues at most two steps ahead of the device, so that the queue's memory is
-bounded and a run stops without seconds of queued work.
+A step has no host sync. The host queues at most two steps ahead of the device. This bounds the memory of
+queued steps, and a run that is interrupted stops soon.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from torch import Tensor
 from training.precision import Precision
 
 WARM_UP_STEPS = 3
-"""Training steps on a side stream before the capture, which CUDA graphs need."""
+"""Training steps on a side stream before the capture; CUDA graphs need this warm-up."""
 _STEPS_AHEAD = 2
 
 LossOf = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
@@ -55,8 +55,8 @@ class TrainStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps_done = 0
         # One stream for warm-up and capture, because memory freed on one stream is not reused on another.
-        self._side = torch.cuda.Stream(precision.device) if tensors_of is not None else None
-        self._queued: deque[torch.cuda.Event] = deque()
+        self._side_stream = torch.cuda.Stream(precision.device) if tensors_of is not None else None
+        self._queued_steps: deque[torch.cuda.Event] = deque()
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
         """Train on a batch; returns the metrics as new tensors on the device."""
@@ -81,26 +81,28 @@ class TrainStep:
         return metrics
 
     def _on_side_stream(self, batch: Any) -> dict[str, Tensor]:
-        assert self._side is not None
+        assert self._side_stream is not None
         current = torch.cuda.current_stream()
-        self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
+        self._side_stream.wait_stream(current)
+        with torch.cuda.stream(self._side_stream):
             metrics = self._compute(batch)
-        current.wait_stream(self._side)
+        current.wait_stream(self._side_stream)
         return {name: value.clone() for name, value in metrics.items()}
 
     def _replay(self, batch: Any, tensors_of: TensorsOf) -> dict[str, Tensor]:
         if self._graph is None:
-            self._static = batch
+            self._captured_batch = batch
             self._graph = torch.cuda.CUDAGraph()
             # Gradients are allocated inside the capture, so that their memory belongs to the graph.
             self._optimizer.zero_grad(set_to_none=True)
             # The loader's threads may use the device during the capture.
-            capture = torch.cuda.graph(self._graph, stream=self._side, capture_error_mode="thread_local")
+            capture = torch.cuda.graph(
+                self._graph, stream=self._side_stream, capture_error_mode="thread_local"
+            )
             with capture:
                 self._metrics = self._compute(batch)
         else:
-            for static, fresh in zip(tensors_of(self._static), tensors_of(batch), strict=True):
+            for static, fresh in zip(tensors_of(self._captured_batch), tensors_of(batch), strict=True):
                 static.copy_(fresh)
         self._graph.replay()
         return {name: value.clone() for name, value in self._metrics.items()}
@@ -111,9 +113,9 @@ class TrainStep:
             return
         done = torch.cuda.Event(blocking=True)
         done.record()
-        self._queued.append(done)
-        if len(self._queued) > _STEPS_AHEAD:
-            self._queued.popleft().synchronize()
+        self._queued_steps.append(done)
+        if len(self._queued_steps) > _STEPS_AHEAD:
+            self._queued_steps.popleft().synchronize()
 
 
 def check_graph(precision: Precision, world_size: int) -> None:
@@ -124,8 +126,8 @@ def check_graph(precision: Precision, world_size: int) -> None:
     if precision.device.type != "cuda":
         raise ValueError(f"--cuda-graph needs a GPU, this run computes on {precision.device}; leave it out")
     if precision.name == "fp16":
-        raise ValueError("--cuda-graph cannot capture fp16's loss scaling; take --precision bf16 or fp32")
+        raise ValueError("--cuda-graph cannot capture fp16's loss scaling; use --precision bf16 or fp32")
     if world_size > 1:
         raise ValueError(
-            f"--cuda-graph captures the step of a single process, this run has {world_size}; take --compile"
+            f"--cuda-graph captures the step of a single process, this run has {world_size}; use --compile"
         )

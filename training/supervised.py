@@ -82,9 +82,9 @@ class SupervisedConfig(PretrainedConfig):
     def as_json(self) -> dict[str, Any]:
         """The options that decide the run's numbers, as JSON values; a resumed run must have the same."""
         files = {"data", "val", "pretrained", "out"}
-        free = files | {"resume", "device", "num_threads", "val_every_epochs", "log_every_s"}
+        may_change = files | {"resume", "device", "num_threads", "val_every_epochs", "log_every_s"}
         plain = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return {key: value for key, value in plain.items() if key not in free}
+        return {key: value for key, value in plain.items() if key not in may_change}
 
 
 # ======================================================================================================
@@ -113,7 +113,7 @@ class Measured:
 
 @dataclass(kw_only=True)
 class SupervisedRun(Run):
-    """A training on labels."""
+    """A supervised training run."""
 
     config: SupervisedConfig
     loader: ViewLoader
@@ -123,7 +123,7 @@ class SupervisedRun(Run):
     measured: Measured = Measured()
     start_s: float = dataclasses.field(default_factory=time.perf_counter)
     """Start of the run on this process's clock, moved back by the time taken before a resume."""
-    about = "top1 and top5 are shares of the test set; train_top1 is that of augmented training views."
+    about = "top1 and top5 are shares of the test set; train_top1 is a share of augmented training views."
 
     @property
     def seconds(self) -> float:
@@ -257,10 +257,10 @@ def measure_if_due(run: SupervisedRun, log: RunLog) -> None:
 
 @torch.no_grad()
 def measure(run: SupervisedRun) -> Accuracy:
-    """Accuracy on the test set, which the processes share."""
+    """Accuracy on the test set; each process evaluates a part of it."""
     launch = run.launch
     if launch.world_size > 1:
-        # Each process has BatchNorm statistics of its own, but all must measure the same model.
+        # Each process has its own BatchNorm statistics, but all must measure the same model.
         for buffer in run.model.buffers():
             dist.broadcast(buffer, 0)
     run.model.eval()

@@ -252,7 +252,7 @@ def _add(**changes: Any) -> Callable[[BetonWriter], object]:
         ({"tier": "raw"}, _add(payload=b"xx"), "raw payload of 2 bytes"),
         ({"tier": "yuv420"}, _add(payload=b"xx"), "yuv420 payload of 2 bytes"),
         ({"tier": "yuv420"}, _add(payload=b"xxx", width=2), "yuv420 payload of 3 bytes for 2 × 1 px"),
-        ({}, lambda writer: writer.commit(source="test"), "no image is left"),
+        ({}, lambda writer: writer.commit(source="test"), "there is no image to write to"),
     ],
 )
 def test_misuse_is_an_error(tmp_path: Path, options: dict[str, Any], act: Any, words: str) -> None:

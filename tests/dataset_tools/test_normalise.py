@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from dataset_tools import normalise as module
-from dataset_tools.normalise import BadImage, Normal, Normalising, normalise
+from dataset_tools.normalise import BadImage, Normalising, StoredImage, normalise
 from pipelines.decode.jpeg import Jpeg, encode_planes
 from pipelines.sets.manifest import Tier
 from tests.dataset_tools.conftest import unusual_jpeg
@@ -265,8 +265,8 @@ def test_the_short_path_gives_the_same_as_pillow(
         return stored, normal.width, normal.height, normal.changed
 
     quick = [outcome(payload) for payload in payloads]
-    assert isinstance(module._as_it_is(whole, JPEG), Normal)
-    monkeypatch.setattr(module, "_as_it_is", lambda payload, how: None)
+    assert isinstance(module._store_unchanged(whole, JPEG), StoredImage)
+    monkeypatch.setattr(module, "_store_unchanged", lambda payload, how: None)
     assert quick == [outcome(payload) for payload in payloads]
 
 

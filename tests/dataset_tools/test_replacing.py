@@ -236,7 +236,7 @@ def test_a_lock_belongs_to_the_file_that_has_the_name(
 ) -> None:
     """A process that starts while another one renames its file must not get the finished file."""
     partial, final = tmp_path / "x.partial", tmp_path / "x"
-    first = disk.open_alone(partial)
+    first = disk.open_exclusive(partial)
     first.write(b"finished")
     flock = fcntl.flock
 
@@ -248,7 +248,7 @@ def test_a_lock_belongs_to_the_file_that_has_the_name(
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", meanwhile)
-    with disk.open_alone(partial) as second:
+    with disk.open_exclusive(partial) as second:
         second.write(b"second")
     assert final.read_bytes() == b"finished"
     assert partial.read_bytes() == b"second"

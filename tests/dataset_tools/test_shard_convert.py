@@ -481,7 +481,7 @@ def test_the_commands_print_what_they_made(
     [
         ("x.shards", ["--tier", "raw"], "name the output x.beton"),
         ("x.shards", ["--shard-size", "0"], "shard_size is 0"),
-        ("x.shards", ["--shards", "3"], "give the first and the one after the last"),
+        ("x.shards", ["--shards", "3"], "give the first shard and the one after the last"),
         ("x.shards", ["--shards", "0:9"], "the set has 0:1"),
         ("x.shards", ["--shards", "0:1", "--overwrite"], "remove the folder by hand"),
         ("x.shards", ["--seed", "-1"], "seed is -1"),

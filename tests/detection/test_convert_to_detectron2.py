@@ -39,17 +39,17 @@ def test_keys_are_renamed_as_published() -> None:
 
 
 def test_encoders_that_detectron2_cannot_build_are_refused() -> None:
-    with pytest.raises(ValueError, match="says it holds a resnet50, its tensors are those of a ResNet-18"):
+    with pytest.raises(ValueError, match="names resnet50, but its tensors are a ResNet-18's"):
         to_detectron2(_state("resnet18"), "resnet50")
     with pytest.raises(ValueError, match="small stem cannot be used"):
         to_detectron2(_state("resnet18", small_stem=True), "resnet18")
     for arch in ("resnet10w16", "wide_resnet50_2", "resnext50_32x4d"):
-        with pytest.raises(ValueError, match=f"holds a {arch}, which Detectron2 .* known are resnet18"):
+        with pytest.raises(ValueError, match=f"holds a {arch}, which Detectron2 .* one of resnet18"):
             to_detectron2(_state(arch), arch)
         with pytest.raises(ValueError, match="none of resnet18"):
             to_detectron2(_state(arch), None)
     # The architecture that the file names is checked before its tensors.
-    with pytest.raises(ValueError, match="holds a vit_b_16, which Detectron2 does not build alike"):
+    with pytest.raises(ValueError, match="holds a vit_b_16, which Detectron2 cannot build"):
         to_detectron2(_state("resnet50"), "vit_b_16")
     for name in ("layer2.0.bn1.bias", "conv1.weight"):
         incomplete = _state("resnet18")

@@ -97,7 +97,7 @@ def test_weights_are_not_downloaded_and_proposals_not_unpickled(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is https://example\.com/x\.pkl; download the file"):
         _configure(*argv, "MODEL.WEIGHTS", "https://example.com/x.pkl")
     args = config.parse([*argv, "MODEL.LOAD_PROPOSALS", "True", "MODEL.WEIGHTS", ""], None)
-    with pytest.raises(ValueError, match="LOAD_PROPOSALS is on, and Detectron2 reads proposals from pickles"):
+    with pytest.raises(ValueError, match="LOAD_PROPOSALS is on, but Detectron2 reads proposals from pickles"):
         config.check_config(config.configure(args), args)
 
 

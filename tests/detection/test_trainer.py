@@ -126,7 +126,7 @@ def test_a_detector_trains_and_is_evaluated(
         assert _read_json(path.with_name("evaluation.json"))["figures"] == result["figures"]
         assert not path.exists()
         write_weights("resnet50", tmp_path / "weights.pth", encoder_sha256="another")
-        with pytest.raises(ValueError, match="holds a run from another encoder than that of"):
+        with pytest.raises(ValueError, match="holds a run from another encoder than the one in"):
             main(["--resume", *argv])
         with pytest.raises(ValueError, match=r"lacks \d+ tensors of the detector.*/model_final\.pth"):
             main(["--eval-only", *argv])
@@ -201,7 +201,9 @@ def test_invalid_configs_are_reported_in_one_sentence(
     assert "there is no absent.yaml" in refusal("--config-file", "absent.yaml")
     assert "there is no absent.pth" in refusal(*c4, "MODEL.WEIGHTS", "absent.pth")
     assert "the config is refused" in refusal(*c4, "MODEL.NO_SUCH", "3")
-    assert "options pairs, such as SOLVER.MAX_ITER 1000" in refusal(*c4, "SOLVER.MAX_ITER")
+    assert "options on the command line must be pairs, such as SOLVER.MAX_ITER 1000" in refusal(
+        *c4, "SOLVER.MAX_ITER"
+    )
     (tmp_path / "cut.yaml").write_text("MODEL: {RESNETS: [")
     assert "cut.yaml must be YAML" in refusal("--config-file", str(tmp_path / "cut.yaml"))
     two = f"('{sets['test']}', '{sets['val']}')"
@@ -214,7 +216,7 @@ def test_invalid_configs_are_reported_in_one_sentence(
     assert "cannot share evenly" in refusal(*c4, "--num-machines", "3")
     for depth in ("18", "34"):
         said = refusal(*c4, "MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.RES2_OUT_CHANNELS", "64")
-        assert f"DEPTH is {depth}, and Res5ROIHeadsExtraNorm always builds" in said
+        assert f"DEPTH is {depth}, but Res5ROIHeadsExtraNorm always builds" in said
         assert "use detection/configs/coco_R_50_FPN_1x.yaml" in said
         said = refusal(*fpn, "MODEL.RESNETS.DEPTH", depth)
         assert "RES2_OUT_CHANNELS is 256" in said and "give MODEL.RESNETS.RES2_OUT_CHANNELS 64" in said

@@ -126,7 +126,7 @@ def test_incomplete_files_are_refused(tmp_path: Path) -> None:
     import safetensors.torch
 
     safetensors.torch.save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "bare.safetensors")
-    with pytest.raises(ValueError, match="is no exported backbone"):
+    with pytest.raises(ValueError, match="is not an exported backbone"):
         main(Card(tmp_path / "checkpoint.pt"))
     with pytest.raises(ValueError, match="does not name its architecture"):
         main(Card(tmp_path / "bare.safetensors"))

@@ -116,10 +116,10 @@ def test_missing_cut_empty_and_foreign_files_have_their_own_messages(tmp_path: P
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:-10], b"", b"hello world"):
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"cut short or no checkpoint .*take an older one"):
+        with pytest.raises(CheckpointError, match=r"cut short or not a checkpoint .*use an older one"):
             checkpoint.load_checkpoint(path)
     torch.save({"weights": 1}, path)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of this project.*found \['weights'\]"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint of this project.*found \['weights'\]"):
         checkpoint.load_checkpoint(path)
 
 

@@ -303,7 +303,7 @@ def test_unavailable_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="local rank 2 has no GPU of its own, this machine shows 2"):
+    with pytest.raises(ValueError, match="local rank 2 has no GPU of its own, this machine has 2"):
         choose_device("cuda", 2)
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'two'"), init_launch("cpu"):
@@ -335,7 +335,7 @@ def test_without_a_kernel_compiler_there_is_a_warning_and_nothing_is_compiled(
     with _kernels_or_eager(launched):
         assert double(torch.ones(2)).tolist() == [2, 2] and not traced
     said = capsys.readouterr().err
-    assert "cannot be compiled here: there is no C compiler (gcc): get one. Until then" in said
+    assert "cannot be compiled here: there is no C compiler (gcc): get one. This makes" in said
     monkeypatch.setattr("training.distributed.missing_for_kernels", lambda: "")
     with _kernels_or_eager(launched):
         assert double(torch.ones(2)).tolist() == [2, 2] and len(traced) == 1

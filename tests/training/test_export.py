@@ -137,7 +137,7 @@ def test_damaged_missing_and_incomplete_files(tmp_path: Path) -> None:
         export.load_backbone(path)
     export.save_backbone(path, _moco().encoder_q, META)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cut short or no safetensors file"):
+    with pytest.raises(CheckpointError, match="cut short or not a safetensors file"):
         export.load_backbone(path)
     with pytest.raises(ValueError, match=r"meta lacks \['feature_dim'\]"):
         export.save_backbone(path, _moco().encoder_q, export.BackboneMeta(arch="resnet10w16"))

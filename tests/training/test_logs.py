@@ -116,7 +116,7 @@ def test_the_line_shows_the_queue_while_it_fills(tmp_path: Path) -> None:
             log.step(step, {"loss": 1.5, "pos_sim": 0.75, "queue_filled": filled})
             log.flush()
     filling, full = console.file.getvalue().splitlines()
-    assert "pos 0.75" in filling and "queue 25 % filled, until then the loss rises" in filling
+    assert "pos 0.75" in filling and "queue 25 % filled, the loss rises until it is full" in filling
     assert "queue" not in full
 
 

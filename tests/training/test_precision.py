@@ -21,7 +21,7 @@ def test_bf16_works_on_a_cpu() -> None:
 
 
 def test_fp16_on_a_cpu_and_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'fp16' on cpu; only GPUs compute in it, take 'bf16' or 'fp32'"):
+    with pytest.raises(ValueError, match=r"'fp16' on cpu; only GPUs compute in it, use 'bf16' or 'fp32'"):
         Precision.choose("fp16", CPU)
     with pytest.raises(ValueError, match="precision is 'fp8'; choose one of auto, fp32, bf16, fp16"):
         Precision.choose("fp8", CPU)

@@ -136,9 +136,9 @@ def test_a_graph_that_cannot_be_captured_is_refused() -> None:
     with pytest.raises(ValueError, match="--cuda-graph needs a GPU, this run computes on cpu; leave it out"):
         TrainStep(model, optimizer, Precision.choose("fp32", CPU), tensors_of=tensors_of)
     gpu, scaler = torch.device("cuda"), torch.amp.GradScaler("cpu", enabled=False)
-    with pytest.raises(ValueError, match="fp16's loss scaling; take --precision bf16 or fp32"):
+    with pytest.raises(ValueError, match="fp16's loss scaling; use --precision bf16 or fp32"):
         step_module.check_graph(Precision("fp16", gpu, scaler), 1)
-    with pytest.raises(ValueError, match="this run has 8; take --compile"):
+    with pytest.raises(ValueError, match="this run has 8; use --compile"):
         step_module.check_graph(Precision("bf16", gpu, scaler), 8)
 
 

@@ -24,9 +24,9 @@ def test_a_signal_is_recorded_and_its_handler_restored(number: signal.Signals) -
     before = signal.getsignal(number)
     alone = Launch(0, 1, 0, torch.device("cpu"))
     with StopRequest() as stop:
-        assert not stop.agreed(alone, ask=True)
+        assert not stop.agreed(alone, exchange=True)
         os.kill(os.getpid(), number)
-        assert stop.agreed(alone, ask=False) and stop.requested
+        assert stop.agreed(alone, exchange=False) and stop.requested
     assert signal.getsignal(number) is before
     with pytest.raises(ZeroDivisionError), StopRequest():
         raise ZeroDivisionError
@@ -39,7 +39,7 @@ def test_in_the_background_ctrl_c_stays_ignored_and_sigterm_stops() -> None:
     alone = Launch(0, 1, 0, torch.device("cpu"))
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert not stop.agreed(alone, ask=True)
+        assert not stop.agreed(alone, exchange=True)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed(alone, ask=True)
+        assert stop.agreed(alone, exchange=True)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
