@@ -105,12 +105,12 @@ finetune: $(READY)  ## DATA=x.beton VAL=y.beton|fine-tune an encoder; ARGS="--la
 card: $(READY)  ## PRETRAINED=run/backbone.safetensors|write a model card next to the encoder
 	@$(BIN)/python -m training.card $(PRETRAINED) $(ARGS)
 
-detect-voc: $(READY)  ## PRETRAINED=run/x.safetensors [RUNS=5]|train detectors on VOC 2007+2012 with RUNS seeds; mean and spread of AP
+detect-voc: $(READY)  ## PRETRAINED=x.safetensors [RUNS=5]|train detectors on VOC 2007+2012 with RUNS seeds; mean and spread of AP
 	@$(BIN)/python -m detection.convert_to_detectron2 $(PRETRAINED) $(dir $(PRETRAINED))detectron2.pth
 	@$(BIN)/python -m detection.repeat --runs $(RUNS) --config-file detection/configs/pascal_voc_R_50_C4_24k.yaml \
 		$(ARGS) MODEL.WEIGHTS $(dir $(PRETRAINED))detectron2.pth OUTPUT_DIR $(call result_folder,voc)
 
-detect-coco: $(READY)  ## PRETRAINED=run/x.safetensors|train a detector on COCO; CONFIG=coco_R_50_C4_2x names a file in detection/configs
+detect-coco: $(READY)  ## PRETRAINED=x.safetensors [CONFIG=name]|train a detector on COCO; CONFIG=coco_R_50_C4_2x names a file in detection/configs
 	@$(BIN)/python -m detection.convert_to_detectron2 $(PRETRAINED) $(dir $(PRETRAINED))detectron2.pth
 	@$(BIN)/python -m detection.train_net --config-file detection/configs/$(or $(CONFIG),coco_R_50_C4_2x).yaml \
 		$(ARGS) MODEL.WEIGHTS $(dir $(PRETRAINED))detectron2.pth OUTPUT_DIR $(call result_folder,coco)
@@ -146,7 +146,7 @@ scale: samples  ## [ARGS="--count 1281167"]|measure opening, shuffling and resum
 parity: $(READY)  ## [ARGS=--check]|compare every backend and operation with torchvision; writes docs/parity.md
 	@$(BIN)/python -m tests.parity --json benchmarks/results/parity.json $(ARGS)
 
-half-hour: $(READY)  ## [ARGS="step --minutes 15"]|make all GPU measurements: tests, limits, loaders, steps, runs
+half-hour: $(READY)  ## [ARGS="step --minutes 15"]|make all GPU measurements in half an hour: tests, limits, loaders, steps, runs
 	@$(BIN)/python -m benchmarks.half_hour $(ARGS)
 
 report: $(READY)  ## [ARGS=--check]|write all measured figures to runs/report.html, docs/benchmarks.md and README.md
