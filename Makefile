@@ -169,7 +169,7 @@ lint: $(READY)  ## |run ruff, the strict type checker, and the spell-check with 
 test: $(READY)  ## [ARGS="-k masks"]|run the tests
 	$(BIN)/pytest $(ARGS)
 
-clean:  ## |remove runs/ and data/, keep .venv
+clean:  ## |delete runs/ and data/ with all results and sets, keep .venv
 	rm -rf runs data
 
 # $(call need,NAME,description): stop with an error message if a variable is not given.
