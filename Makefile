@@ -32,10 +32,10 @@ ARGS ?=
 	detect-coco samples bench half-hour system-bench \
 	step race evidence probes detector scale parity report pack pack-rehearsal lint test clean
 
-help:  ## |this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {split($$2, part, "|"); printf "  %-46s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
+help:  ## |print this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {split($$2, part, "|"); printf "  %-48s %s\n", "make " $$1 " " part[1], part[2]}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## |install system packages, then create .venv with all Python packages
+setup: $(READY)  ## |install missing system packages, then create .venv with all Python packages
 
 $(READY): pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory system
@@ -65,7 +65,7 @@ system:
 	test -z "$$missing" || $$install $$missing || exit 1; \
 	test -z "$$data" || $$install $$data || echo "$$data cannot be installed here; torchvision will download the data set"
 
-doctor:  ## |show what is installed, which backends work, and how to install the rest
+doctor:  ## |show what is installed, which backends work, and how to install what is missing
 	@test -x $(BIN)/python || { echo "there is no $(VENV) yet; run make setup"; exit 1; }
 	@$(BIN)/python -m training.install.doctor
 
@@ -84,33 +84,33 @@ index: $(READY)  ## DATA=folder|index existing WebDataset shards, without copyin
 	@$(call need,DATA,a folder of tars)
 	@$(BIN)/python -m dataset_tools index $(DATA) $(ARGS)
 
-pretrain: $(READY)  ## DATA=x.beton [ARGS="…"]|pretrain an encoder; ARGS=--help lists the options
+pretrain: $(READY)  ## DATA=x.beton [ARGS=--help]|pretrain an encoder; ARGS=--help lists the options
 	@$(call need,DATA,a compiled set or a folder)
 	@$(BIN)/python train_pretrain.py $(DATA) $(ARGS)
 
-lincls: $(READY)  ## DATA=x.beton VAL=y.beton|linear probe and kNN of a frozen encoder
+lincls: $(READY)  ## DATA=x.beton VAL=y.beton|evaluate an encoder by a linear probe and kNN; ARGS=--cached is faster
 	@$(call need,DATA,a labelled training set)
 	@$(BIN)/python train_lincls.py $(evaluated) --out $(call result_folder,lincls) $(ARGS)
 
-knn: $(READY)  ## DATA=x.beton VAL=y.beton|kNN only; ARGS=--leave-one-out also within the training set
+knn: $(READY)  ## DATA=x.beton VAL=y.beton|evaluate an encoder by kNN; ARGS=--leave-one-out also on the training set
 	@$(call need,DATA,a labelled training set)
 	@$(BIN)/python train_lincls.py $(evaluated) --out $(call result_folder,lincls) \
 		--knn-only $(ARGS)
 
-finetune: $(READY)  ## DATA=x.beton VAL=y.beton|fine-tune an encoder; ARGS="--labels 0.1" on a tenth of the labels
+finetune: $(READY)  ## DATA=x.beton VAL=y.beton|fine-tune an encoder; ARGS="--labels 0.1" uses a tenth of the labels
 	@$(call need,DATA,a labelled training set)
 	@$(BIN)/python train_finetune.py $(evaluated) --out $(call result_folder,finetune) \
 		$(ARGS)
 
-card: $(READY)  ## PRETRAINED=run/backbone.safetensors|write a model card next to a backbone
+card: $(READY)  ## PRETRAINED=run/backbone.safetensors|write a model card next to the encoder
 	@$(BIN)/python -m training.card $(PRETRAINED) $(ARGS)
 
-detect-voc: $(READY)  ## PRETRAINED=… [RUNS=5]|fine-tune on VOC 2007+2012 several times: mean and spread of AP
+detect-voc: $(READY)  ## PRETRAINED=x.safetensors [RUNS=5]|train detectors on VOC 2007+2012 with RUNS seeds; mean and spread of AP
 	@$(BIN)/python -m detection.convert_to_detectron2 $(PRETRAINED) $(dir $(PRETRAINED))detectron2.pth
 	@$(BIN)/python -m detection.repeat --runs $(RUNS) --config-file detection/configs/pascal_voc_R_50_C4_24k.yaml \
 		$(ARGS) MODEL.WEIGHTS $(dir $(PRETRAINED))detectron2.pth OUTPUT_DIR $(call result_folder,voc)
 
-detect-coco: $(READY)  ## PRETRAINED=… [CONFIG=…]|fine-tune on COCO with a config of detection/configs; default coco_R_50_C4_2x
+detect-coco: $(READY)  ## PRETRAINED=x.safetensors [CONFIG=name]|train a detector on COCO; CONFIG=coco_R_50_C4_2x names a file in detection/configs
 	@$(BIN)/python -m detection.convert_to_detectron2 $(PRETRAINED) $(dir $(PRETRAINED))detectron2.pth
 	@$(BIN)/python -m detection.train_net --config-file detection/configs/$(or $(CONFIG),coco_R_50_C4_2x).yaml \
 		$(ARGS) MODEL.WEIGHTS $(dir $(PRETRAINED))detectron2.pth OUTPUT_DIR $(call result_folder,coco)
@@ -119,57 +119,57 @@ samples: $(READY)
 	@$(BIN)/python -m dataset_tools photographs data/photographs
 	@test -f data/photographs.beton || $(BIN)/python -m dataset_tools convert data/photographs/train data/photographs.beton
 
-bench: $(READY) system-bench  ## [ARGS=--help]|our loader and others on the same images, about twenty minutes
+bench: $(READY) system-bench  ## [ARGS=--help]|measure our loader and others on the same images; twenty minutes
 	@$(BIN)/python -m benchmarks.loader --json benchmarks/results/loader.json $(ARGS)
 
 system-bench: $(READY)
 	@$(MAKE) --no-print-directory system SYSTEM_PACKAGES="$(BENCH_PACKAGES)" DATA_PACKAGES=
 
-step: samples  ## [ARGS=--help]|a training step and a whole epoch, compared with the published implementation
+step: samples  ## [ARGS=--help]|measure a training step and an epoch, and the published implementation
 	@$(BIN)/python -m benchmarks.step --json benchmarks/results/step.json $(ARGS)
 
-race: $(READY)  ## [ARGS="--seconds 240"]|pretraining on Fashion-MNIST against lightly, for the same wall time
+race: $(READY)  ## [ARGS="--seconds 240"]|pretrain on Fashion-MNIST, with this project and with lightly, for the same time
 	@$(BIN)/python -m benchmarks.race --json benchmarks/results/race.json $(ARGS)
 
-evidence: $(READY)  ## [ARGS=--help]|pretrain and probe every method with three seeds; resumable, ninety minutes
+evidence: $(READY)  ## [ARGS=--help]|pretrain and evaluate every method with three seeds; resumable, ninety minutes
 	@$(BIN)/python -m benchmarks.evidence --json benchmarks/results/evidence.json $(ARGS)
 
-probes: $(READY)  ## |compare the fast probe with the published one, after make evidence; forty minutes
+probes: $(READY)  ## |compare the cached probe with the published one; after make evidence, forty minutes
 	@$(BIN)/python -m benchmarks.probes --json benchmarks/results/probes.json $(ARGS)
 
-detector: $(READY)  ## [ARGS=--help]|a detector from pretrained and from random weights, on drawn shapes; half an hour
+detector: $(READY)  ## [ARGS=--help]|train a detector on drawn shapes from pretrained and from random weights; half an hour
 	@$(BIN)/python -m benchmarks.detector --json benchmarks/results/detector.json $(ARGS)
 
-scale: samples  ## [ARGS="--count 1281167"]|cost of opening, shuffling and resuming at 1.28 and 10 million images
+scale: samples  ## [ARGS="--count 1281167"]|measure opening, shuffling and resuming of sets of 1.28 and 10 million images
 	@$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json $(ARGS)
 
-parity: $(READY)  ## [ARGS=--check]|how near every backend and operation is to torchvision, for docs/parity.md
+parity: $(READY)  ## [ARGS=--check]|compare every backend and operation with torchvision; writes docs/parity.md
 	@$(BIN)/python -m tests.parity --json benchmarks/results/parity.json $(ARGS)
 
-half-hour: $(READY)  ## [ARGS="step --minutes 15"]|all GPU measurements in half an hour: tests, limits, loaders, steps, runs
+half-hour: $(READY)  ## [ARGS="step --minutes 15"]|make all GPU measurements in half an hour: tests, limits, loaders, steps, runs
 	@$(BIN)/python -m benchmarks.half_hour $(ARGS)
 
-report: $(READY)  ## [ARGS=--check]|all measured figures: runs/report.html, docs/benchmarks.md, and three of them in README.md
+report: $(READY)  ## [ARGS=--check]|write all measured figures to runs/report.html, docs/benchmarks.md and README.md
 	@$(BIN)/python -m benchmarks.report $(ARGS)
 
-pack: $(READY)  ## [DALI=1] [PYTHON=3.12] [OUT=dist/pack]|archives for machines with torch and without a network
+pack: $(READY)  ## [DALI=1] [PYTHON=3.12] [OUT=dist/pack]|make archives for machines that have torch but no network
 	@$(BIN)/python -m training.install.pack --python $(PACK_PYTHON) --out $(or $(OUT),dist/pack) $(if $(DALI),--dali) $(ARGS)
 
 # Creates an environment with torch only, several GB, unless BARE names an interpreter that has it.
-pack-rehearsal: $(READY)  ## [DALI=1] [BARE=python3]|pack, unpack, train and probe with torch only and no network
+pack-rehearsal: $(READY)  ## [DALI=1] [BARE=python3]|test the archives: unpack, train and probe with torch only and no network
 	@PACK_BARE="$(BARE)" PACK_DALI="$(DALI)" PACK_PYTHON="$(PACK_PYTHON)" \
 		$(BIN)/pytest tests/training/install/rehearse_pack.py --timeout 3600 -s $(ARGS)
 
-lint: $(READY)  ## |ruff, the strict type checker, and the spell-check of docs/words.txt
+lint: $(READY)  ## |run ruff, the strict type checker, and the spell-check with docs/words.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-test: $(READY)  ## [ARGS="-k masks"]|the whole test suite
+test: $(READY)  ## [ARGS="-k masks"]|run the tests
 	$(BIN)/pytest $(ARGS)
 
-clean:  ## |remove runs and generated data, keep .venv
+clean:  ## |delete runs/ and data/ with all results and sets, keep .venv
 	rm -rf runs data
 
 # $(call need,NAME,description): stop with an error message if a variable is not given.

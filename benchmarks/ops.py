@@ -231,7 +231,8 @@ def count_compiled(config: OpsBenchmark, method: Method) -> Parts:
 
     def keep(part: str, module: fx.GraphModule, _: Any) -> Callable[..., Any]:
         graphs[part].append(module.graph)
-        return make_boxed_func(module.forward)
+        boxed: Callable[..., Any] = make_boxed_func(module.forward)
+        return boxed
 
     compiler = functools.partial(
         aot_module_simplified,
