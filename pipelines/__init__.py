@@ -1,4 +1,4 @@
-"""A compiled set in, batches of views and mixtures on the training device out."""
+"""From a set of images to batches of views and mixtures on the training device; see :func:`build_loader`."""
 
 import logging
 from collections.abc import Iterator
@@ -60,16 +60,16 @@ def build_loader(
 ) -> ViewLoader:
     """Build a loader over a compiled set or a folder.
 
-    With every backend, an image's views are a function of (seed, epoch, index, view) alone. So are the order
-    and the position after a resume, except with ``reading="stream"``, see :mod:`pipelines.sets.stream`.
+    With every backend, a view is a function of (seed, epoch, index, view) alone. The order of the images is a
+    function of (seed, epoch), except with ``reading="stream"``; see :mod:`pipelines.sets.stream`.
 
     Args:
         path: a ``.beton`` file, a folder of indexed shards, or a folder of images.
         recipe: what views and mixtures look like.
-        backend: who decodes. ``ffcv``, our kernels on the CPU, and ``dali`` take compiled sets, ``folder``
-            takes folders of images; ``auto`` chooses, see :mod:`pipelines.decode.choose`.
+        backend: the decoder. ``ffcv``, our kernels on the CPU, and ``dali`` read compiled sets; ``folder``
+            reads folders of images; ``auto`` chooses, see :mod:`pipelines.decode.choose`.
         batch_size: images per batch on this rank.
-        seed: of every draw, in [0, 2⁶⁴).
+        seed: of all random decisions, in [0, 2⁶⁴).
         rank: of this process.
         world_size: number of processes.
         device: the training device, on which batches are returned. On a GPU the ``dali`` backend also decodes
@@ -77,17 +77,19 @@ def build_loader(
         num_threads: threads that decode; 0 uses every core this process may use, shared among local ranks.
         shuffle: visit the set in a new order each epoch.
         drop_last: leave out the last, smaller batch of an epoch.
-        subset: (n,) positions in the set, in any order: an epoch has these images only. Their views are the
+        subset: (n,) positions in the set, in any order. An epoch consists of these images; their views are
+        the
             same as in an epoch of the whole set.
         reading: how a compiled set is read, see :data:`pipelines.sets.Reading`.
         dali: how the ``dali`` backend decodes on a GPU.
-        dtype: of the views and mixtures. The compute precision of the run lets a 16-bit run move half the
-            bytes.
-        compiled: let torch.compile fuse a GPU's photometric stage and mixing, which takes some seconds at the
-            first batch. The CPU's stage is always compiled.
+        dtype: of the views and mixtures. A run that computes in 16 bits may choose its 16-bit type, which
+        halves
+            the bytes.
+        compiled: fuse the photometric stage and the mixing on a GPU by torch.compile, which takes some
+            seconds at the first batch. The photometric stage on a CPU is always compiled.
 
     Returns:
-        The loader; its ``chosen`` says in a line which backend was chosen, and why.
+        The loader. Its ``chosen`` is a line that names the chosen backend and the reason.
 
     Raises:
         FileNotFoundError: if the compiled set, or a file of it, is missing.
@@ -101,7 +103,7 @@ def build_loader(
     choice = choose(path, backend, describe_machine(device, num_threads))
     log.info("%s", choice)
     picture_set = open_set(path, reading)
-    # One graph on a device decodes while the other is prepared; each has its share of the threads.
+    # A DALI graph runs for each device worker, and the graphs share the threads.
     graph_threads = max(1, num_threads // DEVICE_WORKERS)
     decoder = open_decoder(choice.backend, picture_set, device, graph_threads, dali)
     config = LoaderConfig(
@@ -123,14 +125,16 @@ def build_loader(
 
 
 def _sorted_subset(subset: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """The subset in ascending order, each image once. Raises ValueError if it is empty or leaves the set."""
+    """The subset sorted, without repetitions. Raises ValueError if it is empty or out of range."""
     if not (len(subset) and subset.min() >= 0 and subset.max() < count):
-        raise ValueError(f"a subset of {len(subset)} images is empty or leaves the set's {count}")
+        raise ValueError(
+            f"the subset has {len(subset)} images; give at least one, with positions in [0, {count})"
+        )
     return np.unique(subset)
 
 
 def _open_stream(picture_set: PictureSet, config: LoaderConfig) -> ShardStream:
-    """DALI's reader of the set. Raises ValueError for options that it does not have."""
+    """Open DALI's reader of the set. Raises ValueError for options that it does not support."""
     if config.subset is not None:
         raise ValueError("a stream reads whole shards and cannot take a subset; choose reading auto")
     if not config.drop_last:
@@ -146,7 +150,7 @@ def _open_stream(picture_set: PictureSet, config: LoaderConfig) -> ShardStream:
 
 
 def _check(loader: ViewLoader) -> None:
-    """Raise ValueError if the options are out of range or do not fit each other."""
+    """Raise ValueError if options are out of range or contradict each other."""
     config, world_size = loader.config, loader.config.share.world_size
     key_of(config.seed)  # raises for a seed out of range
     if not config.batch_size >= 1:
@@ -176,22 +180,22 @@ def evaluation_batches(
     device: torch.device | str = "cpu",
     num_threads: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of a set, each image once, in order; for features, kNN and validation.
+    """Yield images and labels of a set, each image once, in order; for features, kNN and validation.
 
-    Each process gets consecutive batches, the first rank the first ones. If there are too few batches, the
+    Each rank gets consecutive batches: rank 0 the first ones, and so on. If there are too few batches, the
     last ranks get none.
 
     Args:
         path: as for :func:`build_loader`.
-        recipe: normally :func:`pipelines.recipe.evaluation` of a run's recipe.
+        recipe: usually :func:`pipelines.recipe.evaluation` of the recipe of a run.
         backend: as for :func:`build_loader`.
-        limit: take this many images, drawn at random by ``seed``, instead of all.
+        limit: number of images to take, drawn at random by ``seed``; None for all, in order.
         batch_size: images per batch over all processes; the last may be smaller.
-        seed: of the draw.
+        seed: of the random choice of images.
         rank: of this process.
         world_size: number of processes that share the set.
         device: the device on which images are returned.
-        num_threads: threads that decode; 0 uses all cores.
+        num_threads: as for :func:`build_loader`.
 
     Yields:
         (N, 3, S, S) float32 images and (N,) int64 labels.
@@ -207,7 +211,7 @@ def evaluation_batches(
         num_threads=num_threads,
         shuffle=limit is not None,
         drop_last=False,
-        compiled=False,  # here the stage only normalises
+        compiled=False,  # an evaluation view is only normalised
     )
     num_images = loader.count if limit is None else limit
     num_batches = -(-num_images // size)

@@ -1,4 +1,4 @@
-"""The training device and its memory: uploads that do not block, batches prepared one ahead of their use."""
+"""The training device: uploads that do not block the host, one batch prepared ahead, and memory settings."""
 
 import ctypes
 import functools
@@ -17,15 +17,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for the next batch or step; the system does not get it back.
+    """Set the C library to keep freed memory for reuse instead of returning it to the system.
 
-    Batches and training steps on a CPU allocate and free the same large tensors over and over. By default
-    glibc maps each of them anew, and the system clears every page before it is used: some 5,000 page faults
-    in a step of the demo's encoder. With this there are none, at the same peak of memory. The setting applies
-    to the whole process and cannot be undone.
+    Batches and training steps on a CPU repeatedly allocate and free large tensors of the same sizes. By
+    default, glibc maps new pages for each of them, and the system clears every page: some 5,000 page faults
+    in a training step of the demo's encoder. With this setting there are none, and the peak of memory is the
+    same. The setting applies to the whole process and cannot be undone.
 
     Returns:
-        Whether it could be set; C libraries other than glibc have no such option.
+        Whether it was set. C libraries other than glibc have no such option.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -34,40 +34,40 @@ def keep_freed_memory() -> bool:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor of the host to a device; a GPU copies it while the host continues."""
-    # torch reuses pinned memory only after the copies from it are over.
+    """Copy a small tensor from the host to a device. For a GPU, the copy is asynchronous."""
+    # torch reuses pinned memory only after all copies from it are complete.
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class RunAheadLimit:
-    """Bounds how far the host runs ahead of a GPU."""
+    """Limits the number of batches with unfinished work on a GPU, so that the host does not run far ahead."""
 
     def __init__(self, device: torch.device, limit: int) -> None:
-        """At most ``limit`` batches have work on the GPU that is not over."""
+        """Allow at most ``limit`` batches with unfinished work."""
         self._device, self._limit = device, limit
         self._pending: deque[torch.cuda.Event] = deque()
 
     def __len__(self) -> int:
-        """Number of batches with work that is not known to be over."""
+        """Number of batches that may have unfinished work."""
         return len(self._pending)
 
     def mark(self) -> None:
-        """Call when all work of a batch is queued; waits for the oldest batch if there are too many."""
+        """Record that all work of a batch is queued; wait for the oldest batch if there are too many."""
         self._pending.append(record_event(self._device))
         while self._pending and (len(self._pending) > self._limit or self._pending[0].query()):
             self._pending.popleft().synchronize()
 
 
 def record_event(device: torch.device) -> torch.cuda.Event:
-    """An event that occurs when all work now queued on a GPU's current stream is over."""
-    # With a blocking event the waiting host thread sleeps, and its core can decode.
+    """Record an event that is complete when all work queued so far on the GPU's current stream is."""
+    # blocking=True: a host thread that waits for the event sleeps, so its core is free for decoding.
     event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(device))
     return event
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work that this thread has queued on a GPU."""
+    """Wait for all work on a GPU's current stream of this thread; does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
@@ -75,16 +75,16 @@ def synchronize(device: torch.device) -> None:
 def prefetch(
     batches: Generator[T, None, None], tensors_of: Callable[[T], list[Tensor]], device: torch.device
 ) -> Generator[T, None, None]:
-    """Prepare each batch before the training step on the batch before it is queued.
+    """Yield batches. Batch i + 1 is prepared before batch i is yielded.
 
-    On a GPU, uploads and kernels of a batch are queued on a side stream, where they fill the gaps of a
-    training step. The current stream waits for them when the batch is yielded. On a CPU nothing runs in
-    parallel; batches are only requested one ahead.
+    On a GPU, the uploads and kernels of a batch are queued on a side stream, where they run in parallel with
+    the training step on the batch before. The current stream waits for them when the batch is yielded. On a
+    CPU nothing runs in parallel; each batch is only requested one step early.
 
     Args:
-        batches: makes the batches; closed at the end.
-        tensors_of: all tensors of a batch that training uses. Their memory is reused only after the current
-            stream's work on them.
+        batches: a generator, closed at the end.
+        tensors_of: returns all tensors of a batch. Their memory is reused only after the current stream has
+            finished its work on them.
         device: the training device.
     """
     stream = _side_stream(device) if device.type == "cuda" else None
@@ -103,14 +103,14 @@ def prefetch(
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all loaders of a process, because torch reuses freed memory only on the same stream."""
+    """One stream for all loaders of a process, because torch reuses freed memory only on its own stream."""
     return torch.cuda.Stream(device)
 
 
 def _prepare(
     batches: Generator[T, None, None], stream: torch.cuda.Stream | None
 ) -> tuple[T, torch.cuda.Event | None] | None:
-    """The next batch and the event after which it is complete; None at the end."""
+    """The next batch and the event that marks its completion; None at the end."""
     with torch.cuda.stream(stream):
         for batch in batches:
             return batch, stream.record_event() if stream else None

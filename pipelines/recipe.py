@@ -26,28 +26,30 @@ def _check(holds: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How query views are mixed. Defaults are those of the published MixMask run."""
+    """How query views are mixed. The defaults are those of the published MixMask run."""
 
     method: Method = "mixmask"
-    """moco mixes nothing; both adds an Un-Mix and a MixMask mixture; erase fills cells with a constant."""
+    """moco: no mixture; both: an Un-Mix and a MixMask mixture; erase: cells are filled with erase_fill."""
     mask_type: MaskType = "block"
-    """block: rectangles of kept cells; grid: every cell is kept or replaced independently."""
+    """block: the kept cells form rectangles; grid: each cell is kept or replaced independently."""
     grid_size: int = 8
     """Cells along a side of the mask."""
     mask_lam: float = 0.5
-    """Share of cells kept from the anchor: int(mask_lam · grid_size²) for block, about as many for grid."""
+    """Share of cells kept from the anchor. block keeps exactly int(mask_lam · grid_size²) cells; grid keeps
+    each cell with this probability."""
     mask_per: MaskPer = "batch"
-    """One mask for the whole batch, as published, or one for each image."""
+    """batch: one mask for all images of a batch, as published; image: one for each image."""
     partner: Partner = "reverse"
-    """How the partner of an image is chosen. `both` always uses reverse for Un-Mix and random for MixMask."""
+    """reverse: the batch in reverse order; random: a random permutation. Method `both` always uses reverse
+    for Un-Mix and random for MixMask."""
     unmix_beta: float = 1.0
-    """Un-Mix draws its share from Beta(unmix_beta, unmix_beta)."""
+    """Un-Mix draws λ from Beta(unmix_beta, unmix_beta)."""
     unmix_global_prob: float = 0.5
-    """Probability of a global mixture; otherwise a rectangle is pasted."""
+    """Probability that Un-Mix blends all pixels by λ. If it does not, it pastes a rectangle."""
     erase_fill: Fill = "mean"
-    """What fills erased cells: the normalised zero (black), the data set's mean, or Gaussian noise."""
+    """zero: black; mean: the mean of the recipe; noise: Gaussian noise."""
     symmetric: bool = False
-    """Use each view once as query and once as key, and mix both; the loss is the sum of both directions."""
+    """Use each view once as query and once as key, and mix both. The loss is the sum of both directions."""
 
     def __post_init__(self) -> None:
         cells = self.grid_size**2
@@ -66,46 +68,47 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what a view looks like. Defaults are MoCo v2's."""
+    """Every number that decides what a view looks like. The defaults are those of MoCo v2."""
 
     crop_px: int = 224
     """Side of a view."""
     num_views: int = 2
-    """Views per image: 2 (query, key), or 1 for a classifier's training."""
+    """Views per image: 2 (query and key), or 1 for training and evaluating classifiers."""
     crop: Literal["random", "center"] = "random"
-    """center: the view for evaluation, a square from the middle."""
+    """random: a random box; center: a square from the middle of the image, for evaluation."""
     center_share: float = 224 / 256
-    """Side of the centre crop over the image's short side; as published for 224 px, 1 for tiny images."""
+    """Side of the centre crop divided by the short side of the image. 224 / 256 is published for 224 px;
+    use 1 for tiny images."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Range of the crop's share of the image's area."""
+    """Range of the area of a random crop, as a share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width over height."""
+    """Range of the width of a random crop divided by its height."""
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
     jitter_prob: float = 0.8
-    """Probability that brightness, contrast, saturation and hue are changed."""
+    """Probability of the colour jitter, which changes brightness, contrast, saturation and hue."""
     brightness: float = 0.4
-    """Brightness factor drawn from [1 − brightness, 1 + brightness]."""
+    """The brightness factor is drawn from [1 − brightness, 1 + brightness]."""
     contrast: float = 0.4
-    """Contrast factor, likewise."""
+    """The contrast factor, likewise."""
     saturation: float = 0.4
-    """Saturation factor, likewise."""
+    """The saturation factor, likewise."""
     hue_turns: float = 0.1
-    """Hue shift drawn from [−hue_turns, hue_turns], in turns of the colour circle."""
+    """The hue shift is drawn from [−hue_turns, hue_turns], in turns of the colour circle."""
     grey_prob: float = 0.2
     """Probability of a greyscale view."""
     blur_prob: float = 0.5
     """Probability of a Gaussian blur."""
     blur_sigma_px: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation."""
+    """Range of the standard deviation of the blur."""
     solarize_prob: float = 0.0
-    """Probability of inverting all pixels from 128 up."""
+    """Probability that all values of 128 and above are inverted."""
     grey_before_jitter: bool = False
-    """MoCo v1 draws grey before the jitter, MoCo v2 after it."""
+    """Whether greyscale comes before the colour jitter, as in MoCo v1, or after it, as in MoCo v2."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from pixels in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Divides after the mean is subtracted."""
+    """Divides the values after the mean is subtracted."""
     mixing: Mixing = Mixing(method="moco")
     """How query views are mixed."""
 
@@ -139,7 +142,7 @@ class Recipe:
 
 
 def moco_v1(crop_px: int = 224, mixing: Mixing | None = None) -> Recipe:
-    """MoCo v1: grey before a jitter that is always applied, with hue 0.4; no blur."""
+    """MoCo v1: greyscale, then a jitter that is always applied and has hue 0.4; no blur."""
     return Recipe(
         crop_px=crop_px,
         jitter_prob=1.0,
@@ -151,12 +154,12 @@ def moco_v1(crop_px: int = 224, mixing: Mixing | None = None) -> Recipe:
 
 
 def moco_v2(crop_px: int = 224, mixing: Mixing | None = None) -> Recipe:
-    """MoCo v2 (``--aug-plus``): jitter with probability 0.8, grey, blur, flip."""
+    """MoCo v2 (``--aug-plus``): jitter with probability 0.8, greyscale, blur, flip."""
     return Recipe(crop_px=crop_px, mixing=mixing or Mixing(method="moco"))
 
 
 def evaluation(recipe: Recipe) -> Recipe:
-    """One deterministic view of a recipe's size and normalisation: centre crop, nothing else."""
+    """One centre crop with the size and normalisation of a recipe, without augmentation."""
     return dataclasses.replace(
         recipe,
         num_views=1,
@@ -171,5 +174,5 @@ def evaluation(recipe: Recipe) -> Recipe:
 
 
 def linear_train(recipe: Recipe) -> Recipe:
-    """The linear probe's training view: crop of 8 % … 100 % and flip."""
+    """The training view of the linear probe: a random crop of 8 % … 100 % of the area, and a flip."""
     return dataclasses.replace(evaluation(recipe), crop="random", crop_scale=(0.08, 1.0), flip_prob=0.5)

@@ -202,4 +202,4 @@ def test_a_missing_decoder_is_an_error_and_not_a_set_of_damaged_images(
     status, output = results("no decoder")
     assert status == 0, output
     assert output.startswith("error: libturbojpeg 2.0 or newer was not found (libturbojpeg-missing.so.0: ")
-    assert output.rstrip().endswith("or name its file in LIBTURBOJPEG")
+    assert output.rstrip().endswith("or set LIBTURBOJPEG to its path")

@@ -1,1 +1,1 @@
-"""From crops to normalised views and mixtures."""
+"""Augmentation: random crop boxes and parameters, the photometric stage, mixing."""

@@ -1,14 +1,14 @@
 """Photometric augmentation of a batch: colour jitter, grey, blur, solarise, normalise.
 
-In: uint8 crops of a batch and their parameters (:mod:`pipelines.augment.draws`), on the training device. Out:
-normalised views. Each operation does what torchvision's does: factors and hue as in ``ColorJitter``, its four
-operations in an order drawn per view, blur with reflected borders as in ``GaussianBlur``.
+The input is the uint8 crops of a batch and their parameters (:mod:`pipelines.augment.draws`), on the training
+device. The output is normalised views. The operations equal torchvision's: ``ColorJitter``, with an order of
+its four operations drawn per view, ``RandomGrayscale``, and ``GaussianBlur`` with reflected borders.
 
-This is batched torch code of fixed shapes without host syncs. An operation that does not fire for a view has
-its identity as parameter, so all views take the same path. On a GPU the code is compiled, and it is written
-for that. The three colour planes are separate tensors, so all pointwise operations have one shape and become
-one kernel. Contrast needs the mean of the image just before it. A pass of its own computes that mean first,
-so only two kernels read the crops.
+This is batched torch code with fixed shapes and without host syncs. An operation that is not applied to a
+view has parameters without effect, so the code has no branches. It is written for torch.compile, which the
+loader uses on a GPU. The three colour planes are separate tensors, so all pointwise operations have the same
+shape and are fused into one kernel. Contrast needs the mean grey of the view just before it. A first kernel
+computes that mean, so the crops are read by only two kernels.
 
 Shape letters: N views, S side in pixels, P parameters, R radius of the blur.
 """
@@ -46,9 +46,10 @@ def augment(views: Tensor, params_NP: Tensor, recipe: Recipe, dtype: torch.dtype
     Args:
         views: (N, S, S, 3) uint8 crops.
         params_NP: (N, P) float32 of :func:`pipelines.augment.draws.draw_parameters`, on the same device.
-        recipe: mean, std, the largest blur and the place of grey.
-        dtype: of the result. The arithmetic is float32; for a result of 16 bits the blur's factors are
-            float16, which is finer than a grey level.
+        recipe: mean, std, which operations are possible, the largest blur, and the place of greyscale.
+        dtype: of the result. The arithmetic is float32, except that for a result of 16 bits the blur
+        multiplies
+            float16 values; their error is below a grey level.
 
     Returns:
         (N, 3, S, S) of ``dtype``, normalised, channels_last.
@@ -84,20 +85,21 @@ def _column(params_NP: Tensor, column: int) -> Tensor:
 
 
 def luma(x: Planes) -> Tensor:
-    """(N, S, S) brightness as the eye weighs it."""
+    """(N, S, S) luma by ITU-R BT.601: the greyscale view."""
     return LUMA[0] * x[0] + LUMA[1] * x[1] + LUMA[2] * x[2]
 
 
 def to_grey(x: Planes, params_NP: Tensor) -> Planes:
-    """Make views grey where the parameter is set; torchvision's ``RandomGrayscale``."""
+    """Convert the views with the parameter GREY to greyscale, as torchvision's ``RandomGrayscale``."""
     applied, grey = _column(params_NP, GREY) > 0, luma(x)
     return _map_planes(x, lambda plane: torch.where(applied, grey, plane))
 
 
 def jitter(x: Planes, params_NP: Tensor) -> Planes:
-    """Apply brightness, contrast, saturation and hue in each view's order; torchvision's ``ColorJitter``."""
+    """Apply brightness, contrast, saturation and hue in each view's order, as ``ColorJitter`` does."""
     places_N6, turns_N = params_NP[:, PLACES], params_NP[:, HUE]
-    # The view just before its contrast: later operations are left out. Hue comes between places 2 and 3.
+    # First compute the view just before its contrast, without the operations from the contrast on. The hue
+    # shift is between places 2 and 3.
     from_contrast_N6 = (places_N6 == BY_CONTRAST).cumsum(1) > 0
     places_before_N6 = torch.where(from_contrast_N6, 0.0, places_N6)
     turns_before_N = torch.where(from_contrast_N6[:, 2], 0.0, turns_N)
@@ -123,8 +125,8 @@ def _blend(x: Planes, params_NP: Tensor, which: Tensor, mean_grey: Tensor | None
     Args:
         x: N views.
         params_NP: their parameters.
-        which: (N, 1, 1) the blend of each view, 0 for none.
-        mean_grey: (N, 1, 1); None where no view's contrast is among ``which``.
+        which: (N, 1, 1) number of the blend of each view, 0 for none.
+        mean_grey: (N, 1, 1) for contrast; None if ``which`` has no contrast.
     """
     other = torch.where(which == BY_SATURATION, luma(x), 0.0)
     factor = torch.where(
@@ -140,7 +142,7 @@ def _blend(x: Planes, params_NP: Tensor, which: Tensor, mean_grey: Tensor | None
 
 
 def shift_hue(x: Planes, turns_N: Tensor) -> Planes:
-    """Shift the hue through HSV by the given turns of the colour circle.
+    """Shift the hue in HSV by the given turns of the colour circle.
 
     Args:
         x: of N views.
@@ -169,15 +171,15 @@ def shift_hue(x: Planes, turns_N: Tensor) -> Planes:
 def blur(x: Planes, sigma_N: Tensor, largest_sigma: float, dtype: torch.dtype = torch.float32) -> Planes:
     """Gaussian blur with reflected borders, a standard deviation per view.
 
-    A blur along one axis, including the borders, is a product with an S × S band matrix. In the layout
-    (N, S, 3, S), rows of the three planes in turn, both axes can be multiplied without a copy. So the whole
-    batch takes two batched matrix products.
+    A blur along one axis, including the borders, is a product with an S × S band matrix. So the whole batch
+    needs two batched matrix products. The layout (N, S, 3, S), with a row of each plane in turn, allows both
+    without a copy.
 
     Args:
         x: of N views.
         sigma_N: (N,) float32 pixels; 0 leaves a view as it is.
-        largest_sigma: pixels; see :func:`blur_radius_px`.
-        dtype: of the factors; products are summed in float32.
+        largest_sigma: in pixels; gives the radius of the kernel, see :func:`blur_radius_px`.
+        dtype: of the values that are multiplied; sums are float32.
     """
     rows_NS3S = torch.stack(x, dim=2).to(dtype)
     num, side = rows_NS3S.shape[:2]
@@ -189,8 +191,8 @@ def blur(x: Planes, sigma_N: Tensor, largest_sigma: float, dtype: torch.dtype = 
 
 
 def _blur_matrix(sigma_N: Tensor, side: int, radius: int) -> Tensor:
-    """(N, S, S): row i holds the weight of every source pixel in pixel i of a blurred line."""
-    # For no blur, the kernel is so narrow that all its weight is at the centre.
+    """(N, S, S): row i has the weights of all source pixels for pixel i of a blurred line."""
+    # For σ = 0, the kernel is so narrow that all its weight is at the centre.
     slope = -0.5 / sigma_N.clamp(min=1e-3)[:, None, None] ** 2
 
     def weight(offset: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ def _blur_matrix(sigma_N: Tensor, side: int, radius: int) -> Tensor:
 
     place_S = torch.arange(side, device=sigma_N.device, dtype=torch.float32)
     target, source = place_S[:, None], place_S[None, :]
-    # The line is reflected at its borders: pixel j appears at −j and at 2 (S − 1) − j too.
+    # The line is reflected at its borders: pixel j is also at −j and at 2 (S − 1) − j.
     low, high = -source - target, 2 * (side - 1) - source - target
     matrix_NSS = weight(source - target)
     matrix_NSS = matrix_NSS + torch.where(source > 0, weight(low), 0.0)

@@ -1,7 +1,7 @@
-"""What a decoder does: encoded images and crop boxes in, uint8 views out. All else is common to all.
+"""The protocol of a decoder, which turns encoded images and crop boxes into uint8 views.
 
-A decoder draws nothing and decides nothing. Its methods may be called from several threads at once: the
-loader's parallelism is to call them so.
+A decoder draws no random numbers. Order, boxes, replacement of bad images and mixing are the same for all
+decoders. The loader decodes in parallel by calling the methods of one decoder from several threads at once.
 
 Shape letters: N images of a call, V views, S side in pixels.
 """
@@ -19,7 +19,8 @@ class Decoder(Protocol):
     """Decodes and crops on the CPU."""
 
     name: str
-    """The backend's name. Part of the loader's state, because decoders differ in the last grey level."""
+    """Name of the backend. It is part of the loader's state, because the views of two decoders may differ by
+    a grey level."""
 
     def crop(
         self, encoded: Encoded, boxes_NV5: NDArray[np.int32], out_NVSS3: NDArray[np.uint8]
@@ -29,18 +30,18 @@ class Decoder(Protocol):
         Args:
             encoded: the images.
             boxes_NV5: crop boxes of :func:`pipelines.augment.draws.draw_boxes`.
-            out_NVSS3: becomes the views; undefined for images that cannot be decoded.
+            out_NVSS3: receives the crops; undefined for images that cannot be decoded.
 
         Returns:
-            (N,) which images could be decoded.
+            (N,) True for the images that could be decoded.
         """
 
 
 @runtime_checkable
 class DeviceDecoder(Decoder, Protocol):
-    """Can also leave the crops on a device, without a copy through the host."""
+    """A decoder that can also write the crops to the memory of a GPU, without a copy through the host."""
 
     def crop_on_device(
         self, encoded: Encoded, boxes_NV5: NDArray[np.int32], out_NVSS3: Tensor
     ) -> NDArray[np.bool_]:
-        """Like ``crop``, into a tensor on the device; returns when the views are written."""
+        """Like ``crop``, but writes to a tensor on the device; returns after the crops are written."""

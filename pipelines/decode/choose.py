@@ -1,4 +1,4 @@
-"""Which decoder suits a set: by how the set is stored, what is installed and what the machine has."""
+"""Choose the decoder of a set by how the set is stored, what is installed and what hardware there is."""
 
 import contextlib
 import ctypes
@@ -24,12 +24,12 @@ from pipelines.sets.stores import is_compiled
 Backend = Literal["auto", "ffcv", "dali", "folder"]
 """ffcv: libturbojpeg and our kernels on the CPU. dali: NVIDIA's DALI. folder: Pillow, for image files."""
 IMAGES_PER_CORE_S = 560
-"""JPEGs per second that one CPU core decodes and cuts into two views of 224 px, with the photometric stage on
-the GPU. For the crops of this loader ``benchmarks/results/loader.json`` has, on two cores, 1,021 per core
-for JPEGs of 55 KB (500 × 375 px) and 687 for JPEGs of 108 KB. This is the lower figure less a fifth, a margin
-for many cores that share their memory and for a training step that runs at the same time."""
+"""JPEGs per second that one CPU core decodes and crops to two views of 224 px, with the photometric stage on
+the GPU. ``benchmarks/results/loader.json`` has 1,021 per core for JPEGs of 55 KB (500 × 375 px) and 687 for
+JPEGs of 108 KB, measured on two cores. This constant is the lower figure minus a fifth, because more cores
+share one memory and a training step runs at the same time."""
 IMAGES_PER_GPU_S = 3_000
-"""Images per second that a training step on one GPU can use. Published rates of ResNet-50, forward and
+"""Images per second that training on one GPU can use. Published rates of ResNet-50, forward and
 backward, are 3,000 to 4,000 images per second. MoCo adds the key encoder's forward pass, a third of that,
 which makes 2,250 to 3,000. MixMask also encodes mixtures, forward and backward: 1,290 to 1,720."""
 
@@ -50,32 +50,32 @@ class JpegUnit(NamedTuple):
 
     present: bool
     reason: str = ""
-    """Why the unit cannot be used, as half a sentence; "" if it is present."""
+    """Why the unit cannot be used, as a clause of a message; "" if it is present."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to choose from."""
+    """What the choice of a backend depends on: installed libraries, cores and the GPU's JPEG unit."""
 
     turbojpeg: bool
-    """Whether libturbojpeg is found, which the ``ffcv`` backend decodes with."""
+    """Whether libturbojpeg is installed, which the ``ffcv`` backend needs."""
     dali: bool
     """Whether DALI is installed."""
     cores: int = 1
-    """CPU cores that decode for this process, which trains on one device."""
+    """CPU cores that decode for this process. A process trains on one device."""
     jpeg_unit: Callable[[], JpegUnit] | None = None
-    """Finds out whether the GPU decodes JPEGs in hardware; None on a CPU."""
+    """Returns whether the GPU decodes JPEGs in hardware; None if the training device is a CPU."""
 
 
 def describe_machine(device: torch.device, cores: int) -> Machine:
-    """What is installed, and what the device has. Imports nothing heavy.
+    """Find out what is installed. Imports no large package and does not start CUDA.
 
     Args:
         device: the training device.
         cores: CPU cores that decode.
 
     Raises:
-        ValueError: if LIBTURBOJPEG names something else.
+        ValueError: if the environment variable LIBTURBOJPEG does not name a libturbojpeg.
     """
     jpeg_unit = functools.partial(find_jpeg_unit, device) if device.type == "cuda" else None
     return Machine(turbojpeg.is_found(), _installed("nvidia.dali"), cores, jpeg_unit)
@@ -84,14 +84,14 @@ def describe_machine(device: torch.device, cores: int) -> Machine:
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ImportError:  # its parent is missing
+    except ImportError:  # the parent package is missing
         return False
 
 
 def choose(path: str | Path, backend: Backend, machine: Machine) -> Choice:
     """Choose a backend for a set, or check that the given one can read it.
 
-    ``auto`` decodes on the CPU, unless its cores are too few for the GPU and the GPU has a JPEG unit.
+    ``auto`` decodes on the CPU, unless there are too few cores for the GPU and the GPU has a JPEG unit.
 
     Raises:
         FileNotFoundError: if there is no such set.
@@ -103,7 +103,7 @@ def choose(path: str | Path, backend: Backend, machine: Machine) -> Choice:
         raise ValueError(f"backend is {backend!r}; known are {', '.join(get_args(Backend))}")
     if not is_compiled(path):
         _check_folder(path, backend)
-        return Choice("folder", "these are images that are not compiled")
+        return Choice("folder", "the set is a folder of images")
     if backend == "folder":
         raise ValueError(
             f"backend folder reads folders of images, {path} is a compiled set; choose ffcv, dali or auto"
@@ -120,16 +120,16 @@ def choose(path: str | Path, backend: Backend, machine: Machine) -> Choice:
         )
     if machine.dali and jpegs:
         return Choice(
-            "dali", f"libturbojpeg, with which CPU cores are faster, was not found; {turbojpeg.INSTALL}"
+            "dali", f"libturbojpeg, which is faster on CPU cores, was not found; {turbojpeg.INSTALL}"
         )
     or_dali = f" Or DALI: {INSTALL_DALI}" if jpegs else ""
     raise ImportError(
-        f"no installed backend reads {path}, for libturbojpeg was not found: {turbojpeg.INSTALL}.{or_dali}"
+        f"no installed backend reads {path}: libturbojpeg was not found; {turbojpeg.INSTALL}.{or_dali}"
     )
 
 
 def _choose_by_cores(machine: Machine) -> Choice:
-    """For a set of JPEGs, which both backends read."""
+    """Choose between ffcv and dali for a set of JPEGs, which both can read."""
     if machine.jpeg_unit is None:
         return Choice("ffcv", "the fastest on CPU cores, and batches stay on the CPU")
     rate = machine.cores * IMAGES_PER_CORE_S
@@ -146,7 +146,7 @@ def _choose_by_cores(machine: Machine) -> Choice:
 
 
 def _check_folder(path: Path, backend: Backend) -> None:
-    """Refuse a backend that needs a compiled set, and a file in place of a folder of images."""
+    """Raise ValueError if the backend needs a compiled set, or if the path is not a folder."""
     if backend in ("ffcv", "dali"):
         raise ValueError(
             f"backend {backend} reads .beton files and folders of indexed shards, {path} is neither; convert "
@@ -166,14 +166,14 @@ def open_decoder(
     num_threads: int,
     options: DALIOptions | None = None,
 ) -> Decoder:
-    """Open the decoder of a backend; on a GPU DALI's leaves the crops there.
+    """Open the decoder of a backend.
 
     Args:
         backend: any but "auto".
         picture_set: the set that will be decoded.
         device: the training device.
-        num_threads: threads of a decoder that has threads of its own.
-        options: of DALI on a GPU.
+        num_threads: CPU threads of a DALI graph on a GPU. The other decoders run on the calling thread.
+        options: of decoding by DALI on a GPU.
 
     Raises:
         ImportError: if a package of the backend is missing.
@@ -200,13 +200,13 @@ _SYSTEM_NAMES = ("libnvjpeg.so.13", "libnvjpeg.so.12")
 
 
 def find_jpeg_unit(device: torch.device, load: Callable[[str], Any] = ctypes.CDLL) -> JpegUnit:
-    """Find out whether a GPU has a JPEG unit, by making a hardware decoder with nvJPEG.
+    """Find out whether a GPU has a JPEG unit: try to create a hardware decoder with nvJPEG.
 
-    A list of GPUs would not do, because GPUs of one compute capability differ in this.
+    The compute capability of a GPU is not enough to know that.
 
     Args:
         device: a GPU. A CPU has no unit, and looking for one would start CUDA.
-        load: opens a library by its file or name; raises OSError if there is none.
+        load: opens a library by its path or name; raises OSError if there is none.
     """
     assert device.type == "cuda", f"only a GPU can have a JPEG unit, not {device}"
     statuses = []
@@ -228,7 +228,7 @@ def find_jpeg_unit(device: torch.device, load: Callable[[str], Any] = ctypes.CDL
 
 
 def nvjpeg_libraries() -> Iterator[str]:
-    """The libraries inside NVIDIA's wheels, newest first, then the system's."""
+    """Paths of nvJPEG in NVIDIA's wheels, newest first, then its names on the system."""
     with contextlib.suppress(ImportError):
         spec = importlib.util.find_spec("nvidia")
         folders = (spec.submodule_search_locations if spec else None) or ()
@@ -238,7 +238,7 @@ def nvjpeg_libraries() -> Iterator[str]:
 
 
 def _hardware_status(library: Any) -> int:
-    """The status of creating, and destroying, a handle that decodes in hardware."""
+    """Try to create a handle that decodes in hardware; returns nvJPEG's status."""
     pointer = ctypes.c_void_p
     library.nvjpegCreateEx.argtypes = [ctypes.c_int, pointer, pointer, ctypes.c_uint, ctypes.POINTER(pointer)]
     library.nvjpegDestroy.argtypes = [pointer]

@@ -1,13 +1,13 @@
-"""The ``dali`` backend: DALI decodes, with our order and crop boxes, so its views match the other backends'.
+"""The ``dali`` backend: NVIDIA's DALI decodes, with the same order and crop boxes as the other backends.
 
-On the host, DALI's decoder is as fast as any and equal to PIL's bit for bit, but its resize takes several
-times as long as ours (see ``benchmarks/NOTES.md``). So DALI decodes whole images, and the kernels of
-:mod:`pipelines.kernels.resample` cut the views. On a GPU, DALI decodes, crops, resizes and flips, and the
-crops stay on the device.
+On a CPU, DALI's decoder is as fast as others and equals PIL's bit for bit, but its resize takes several times
+as long as ours (see ``benchmarks/NOTES.md``). So DALI decodes whole images, and
+:mod:`pipelines.kernels.resample` crops them. On a GPU, DALI decodes, crops, resizes and flips, and the crops
+stay on the device.
 
-Each call runs one graph over its images, fed by batch-mode external sources, on the calling thread; the
-loader's workers do the prefetching. DALI draws no random numbers, so views do not depend on threads, batch
-size or where a run was resumed.
+Each call runs one DALI pipeline, here called a graph, on the calling thread. External sources feed it with
+the images and boxes. DALI does not prefetch; the loader's workers do. DALI draws no random numbers, so views
+do not depend on threads, batch size or where a run was resumed.
 
 Shape letters: N images of a call, M some of them, V views, S side in pixels.
 """
@@ -39,11 +39,11 @@ from pipelines.sets import Encoded, PictureSet
 from pipelines.sets.beton import MODE_JPEG
 
 _DECODER = "fn.decoders.image"
-"""DALI's errors contain the name of the operator that raised them."""
+"""The operator's name, which DALI's messages contain if decoding failed."""
 
 
 class DALIDecoder:
-    """Decodes with DALI, crops with our own kernels; see :class:`pipelines.decode.Decoder`."""
+    """Decodes with DALI on the CPU, crops with our own kernels; see :class:`pipelines.decode.Decoder`."""
 
     name = "dali"
 
@@ -68,8 +68,8 @@ class DALIDecoder:
     ) -> NDArray[np.bool_]:
         """Decode each image once and write its crops; returns which images could be decoded.
 
-        For a JPEG that is damaged inside its coded data DALI returns pixels, and prints a line on stderr;
-        conversion and ``verify`` find such files. Files that are cut short, or not images, are found here.
+        Truncated files and files that are not images are found here. If a JPEG is damaged inside its coded
+        data, DALI prints a line on stderr but returns pixels; conversion and ``verify`` find such files.
         """
         ok_N = np.zeros(len(encoded.index_N), np.bool_)
         if len(row_M := _rows_with_own_tables(encoded)):
@@ -84,7 +84,7 @@ class DALIDecoder:
         out_NVSS3: NDArray[np.uint8],
         ok_N: NDArray[np.bool_],
     ) -> None:
-        """Crop some images. If DALI fails, retry with halves of them until the bad ones are alone."""
+        """Crop some images. If DALI fails, retry with each half of them, down to single images."""
         contents = list(encoded)
         try:
             with self._decoders.take(len(row_M)) as graph:
@@ -104,7 +104,7 @@ class DALIDecoder:
 
 
 class DALIDeviceDecoder(DALIDecoder):
-    """Also crops on a device, by DALI's operators; see :class:`pipelines.decode.DeviceDecoder`."""
+    """Decodes and crops with DALI on a GPU; see :class:`pipelines.decode.DeviceDecoder`."""
 
     def __init__(
         self, picture_set: PictureSet, device: torch.device, num_threads: int, options: DALIOptions
@@ -113,8 +113,8 @@ class DALIDeviceDecoder(DALIDecoder):
 
         Args:
             picture_set: the set that will be decoded.
-            device: a GPU with its number; on a CPU the same operators run there.
-            num_threads: of each graph.
+            device: a GPU with its number. With a CPU, the same operators run on the CPU.
+            num_threads: CPU threads of each graph.
             options: of decoding on a GPU.
 
         Raises:
@@ -129,10 +129,10 @@ class DALIDeviceDecoder(DALIDecoder):
     def crop_on_device(
         self, encoded: Encoded, boxes_NV5: NDArray[np.int32], out_NVSS3: Tensor
     ) -> NDArray[np.bool_]:
-        """Like ``crop``, into a tensor on the device.
+        """Like ``crop``, but writes to a tensor on the device.
 
-        Returns when the crops are written, so any stream may read them. If DALI fails, the decoder on the
-        host finds out which images are bad, and the others are cropped again without them.
+        Returns after the crops are written, so any stream may read them. If DALI fails, all images are
+        decoded on the CPU to find the bad ones, and the good ones are cropped again on the device.
         """
         num_images = len(encoded.index_N)
         try:
@@ -158,7 +158,7 @@ class DALIDeviceDecoder(DALIDecoder):
         boxes_NV5: NDArray[np.int32],
         out_NVSS3: Tensor,
     ) -> NDArray[np.bool_]:
-        """Crop some images with one graph; returns (M,) which of them have the size that the index has."""
+        """Crop some images with one graph; returns (M,) True where the size is that of the set's index."""
         num_views, crop_px = out_NVSS3.shape[1:3]
         contents, boxes_MV5 = list(encoded), boxes_NV5[row_M]
         with self._graphs(num_views, crop_px).take(len(row_M)) as graph:
@@ -174,7 +174,7 @@ class DALIDeviceDecoder(DALIDecoder):
         return same_M
 
     def _run(self, graph: Any, row_M: NDArray[np.int64], out_NVSS3: Tensor) -> NDArray[np.int64]:
-        """Run a graph and copy its crops by DLPack, on the device; returns (M, 3) sizes of the images."""
+        """Run a graph and copy its crops on the device, by DLPack; returns (M, 3) sizes of the images."""
         stream = self._stream_of_thread()
         with torch.cuda.stream(stream):
             sizes, *views = graph.run(stream)
@@ -188,7 +188,7 @@ class DALIDeviceDecoder(DALIDecoder):
         return size_M3
 
     def _stream_of_thread(self) -> torch.cuda.Stream | None:
-        """One stream per thread, kept: torch has 32 and would soon give the same one to two threads."""
+        """The CUDA stream of this thread. It is kept, because torch reuses its 32 streams in turn."""
         if self._device.type == "cuda" and not hasattr(self._streams, "stream"):
             self._streams.stream = torch.cuda.Stream(self._device)
         return getattr(self._streams, "stream", None)
@@ -207,12 +207,12 @@ class DALIDeviceDecoder(DALIDecoder):
 
 
 def _rows_with_own_tables(encoded: Encoded) -> NDArray[np.int64]:
-    """(M,) rows of all but JPEGs that lack a table; DALI would decode those with standard tables."""
+    """(M,) rows without JPEGs that lack a table, which DALI would decode with standard tables."""
     return np.flatnonzero([missing_table(content_C) == 0 for content_C in encoded])
 
 
 def _windows(boxes_MV5: NDArray[np.int32]) -> NDArray[np.int32]:
-    """(M, 4) top, left, height, width of the smallest rectangle around all boxes of an image."""
+    """(M, 4) top, left, height and width of the smallest rectangle around all boxes of an image."""
     first_M2 = boxes_MV5[:, :, :2].min(axis=1)
     stop_M2 = (boxes_MV5[:, :, :2] + boxes_MV5[:, :, 2:4]).max(axis=1)
     return np.concatenate([first_M2, stop_M2 - first_M2], axis=1).astype(np.int32)

@@ -1,4 +1,4 @@
-"""DALI's graphs: encoded images in, pixels or crops out; and the pool that keeps them between calls.
+"""DALI's graphs (pipelines), from encoded images to pixels or crops, and a pool that keeps them for reuse.
 
 Shape letters: N images, V views, S side in pixels.
 """
@@ -19,17 +19,18 @@ ENCODED, WINDOW, BOXES, MIRRORED = "encoded", "window", "boxes", "mirrored"
 
 @dataclass(frozen=True)
 class DALIOptions:
-    """How DALI decodes on a GPU; without effect on a CPU."""
+    """How DALI decodes on a GPU. The options have no effect on a CPU."""
 
     region_decode: bool = False
-    """Decode only the rectangle around an image's crops. Saves most with small crops and baseline JPEGs on
-    GPUs without a JPEG unit; which way is faster has not been measured here."""
+    """Decode only the rectangle around the crops of an image. This may be faster with small crops and
+    baseline JPEGs on GPUs without a JPEG unit. It has not been measured here."""
     hw_decoder_load: float = 0.65
-    """Share of the images that the GPU's JPEG unit decodes, if it has one; its cores decode the rest. This is
-    DALI's default. Its documentation advises to try others: the best depends on the number of threads."""
+    """Share of the images that the GPU's JPEG unit decodes, if it has one; its cores decode the rest. 0.65 is
+    DALI's default. Its documentation recommends tuning it, because the best value depends on the number of
+    threads."""
     hybrid_huffman_threshold: int = 1_000_000
-    """Images with more pixels than this have their entropy decoding done on the GPU's cores too. This is
-    DALI's default."""
+    """For images with more pixels than this, the GPU's cores do the entropy decoding too. 1,000,000 is DALI's
+    default."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.hw_decoder_load <= 1:
@@ -41,7 +42,7 @@ class DALIOptions:
 
 
 def import_dali() -> ModuleType:
-    """Return ``nvidia.dali``. Raises ImportError, with the command that installs it, if it is missing."""
+    """Import ``nvidia.dali``. If it is missing, raises ImportError with the command that installs it."""
     try:
         import nvidia.dali
         import nvidia.dali.fn
@@ -53,12 +54,12 @@ def import_dali() -> ModuleType:
 
 
 def decoding_graph(max_batch: int) -> Any:
-    """A graph for one thread: encoded images → (H, W, 3) uint8 pixels, on the host.
+    """Build a graph with one thread: encoded images → (H, W, 3) uint8 pixels, on the CPU.
 
-    Images are upright by the EXIF tag and equal to PIL's bit for bit.
+    Images are rotated by their EXIF tag. They equal PIL's bit for bit.
 
     Args:
-        max_batch: the most images that the graph accepts at once.
+        max_batch: largest number of images of a call.
     """
     dali = import_dali()
     fn, types = dali.fn, dali.types
@@ -81,18 +82,17 @@ def cropping_graph(
     device_id: int | None,
     options: DALIOptions,
 ) -> Any:
-    """A graph of all steps: encoded images and boxes → (N, 3) sizes, V lists of (N, S, S, 3) crops.
+    """Build a graph of all steps: encoded images and boxes → (N, 3) sizes, V lists of (N, S, S, 3) crops.
 
-    Images are cut first, then resized: the region of interest in DALI's resize lets pixels from outside the
-    box into its edges, which are then up to 63 grey levels off.
+    The graph crops first and then resizes. DALI's resize with a region of interest would also use pixels from
+    outside the box, which changes the edges of a view by up to 63 grey levels.
 
     Args:
-        max_batch: the most images that the graph accepts at once.
+        max_batch: largest number of images of a call.
         num_views: V.
         crop_px: S.
         num_threads: CPU threads of the graph.
-        device_id: number of a GPU. Decoding is then "mixed" in DALI's terms, and the rest runs on the device.
-            None runs the same operators on the host.
+        device_id: number of a GPU; None runs the same operators on the CPU.
         options: of decoding on a GPU.
     """
     dali = import_dali()
@@ -101,7 +101,7 @@ def cropping_graph(
     if device_id is not None:
         decode |= {
             "device": "mixed",
-            # As on the host, so that the pixels differ as little as possible.
+            # As on the CPU, so that the pixels differ as little as possible.
             "jpeg_fancy_upsampling": True,
             "hw_decoder_load": options.hw_decoder_load,
             "hybrid_huffman_threshold": options.hybrid_huffman_threshold,
@@ -143,13 +143,13 @@ def _build_pipeline(pipeline: Any) -> Any:
 
 
 class GraphPool:
-    """Built graphs that are not in use; each is used by one thread at a time.
+    """Built graphs that are not in use. A graph is used by one thread at a time.
 
-    A graph that has raised is dropped, because DALI declares it invalid.
+    A graph that has raised an error is dropped, because DALI does not allow using it again.
     """
 
     def __init__(self, build: Callable[[int], Any]) -> None:
-        """``build`` builds a graph for the largest batch that it must accept."""
+        """Start empty; ``build`` builds a graph for batches of up to a given size."""
         self._build, self._largest = build, 1
         self._idle: list[tuple[int, Any]] = []
         self._lock = threading.Lock()
@@ -158,10 +158,10 @@ class GraphPool:
 
     @contextlib.contextmanager
     def take(self, batch: int) -> Iterator[Any]:
-        """A graph that accepts a batch of this size; built if none is idle."""
+        """Yield a graph for a batch of this size; a new one is built if none is idle."""
         if os.getpid() != self._process:
-            # The process was forked: the threads of these graphs exist only in the parent. Even deleting a
-            # graph would wait for them, so a reference is kept.
+            # The process was forked, and the threads of these graphs exist only in the parent. Deleting a
+            # graph would wait for its threads, so the graphs are kept but not used.
             self._lock, self._process = threading.Lock(), os.getpid()
             self._inherited, self._idle = self._idle, []
         with self._lock:

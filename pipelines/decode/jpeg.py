@@ -1,7 +1,8 @@
-"""One JPEG at a time, from Python: read its header, check that it is whole, decode to planes, encode planes.
+"""Read, check and decode single JPEGs from Python, and convert pixels to planes.
 
-Conversion and verification use this; the loader decodes by :mod:`pipelines.kernels.jpeg_crops`. libturbojpeg
-reports damage inside a JPEG's coded data, where PIL silently returns pixels.
+Conversion and verification use this module. The loader uses :mod:`pipelines.kernels.jpeg_crops`, and this
+module only for JPEGs that the kernel could not decode. libturbojpeg reports damage inside the coded data of a
+JPEG; PIL does not.
 """
 
 import ctypes
@@ -26,7 +27,8 @@ from pipelines.kernels.turbojpeg import (
     library,
 )
 
-# libjpeg's warnings that cost no pixel; any other ("premature end", "bad Huffman code") means lost data.
+# Warnings of libjpeg without loss of pixels. After all others ("premature end", "bad Huffman code"), pixels
+# are missing.
 _HARMLESS = (
     "extraneous bytes",
     "adobe color transform",
@@ -38,10 +40,10 @@ _HARMLESS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a complete decode of one JPEG."""
+    """The result of checking one JPEG by decoding it completely."""
 
     state: Literal["whole", "irregular", "damaged"]
-    """whole: no warning; irregular: warnings, but all pixels are there; damaged: pixels are missing."""
+    """whole: no warning; irregular: warnings, but no missing pixels; damaged: pixels are missing."""
     width: int
     height: int
     message: str = ""
@@ -54,7 +56,7 @@ class Header(NamedTuple):
     width: int
     height: int
     subsampling: int
-    """A TJSAMP number, −1 for a subsampling that TurboJPEG has no name for."""
+    """A TJSAMP number; −1 for a subsampling that TurboJPEG does not know."""
     colours: int
     """A TJCS number."""
 
@@ -65,17 +67,17 @@ class Header(NamedTuple):
 
     @property
     def is_usual(self) -> bool:
-        """True where every program that uses TurboJPEG can be expected to decode the image."""
+        """True if TurboJPEG knows the subsampling. Other images may fail in programs that use TurboJPEG."""
         return self.subsampling >= 0
 
     @property
     def is_yuv420(self) -> bool:
-        """True for Y, Cb, Cr at 4:2:0, which :meth:`Jpeg.planes` decodes."""
+        """True for Y, Cb, Cr at 4:2:0, which :meth:`Jpeg.planes` can decode."""
         return (self.subsampling, self.colours) == (TJSAMP_420, TJCS_YCBCR)
 
 
 class Planes(NamedTuple):
-    """An image of H × W px as uint8 planes at 4:2:0: JFIF's full-range BT.601, chroma sited as in JPEG."""
+    """An image of H × W px as uint8 planes at 4:2:0: full-range BT.601, chroma positions as in JPEG."""
 
     y: NDArray[np.uint8]
     """(H, W)"""
@@ -85,12 +87,12 @@ class Planes(NamedTuple):
     """(ceil(H/2), ceil(W/2))"""
 
     def packed(self) -> NDArray[np.uint8]:
-        """Y, U, V one after the other, rows without padding, as MODE_YUV420 stores them."""
+        """Y, U, V in one array, rows without padding, as MODE_YUV420 stores them."""
         return np.concatenate([plane.reshape(-1) for plane in self])
 
 
 class _PlaneBuffer:
-    """Memory for planes as TurboJPEG lays them out: Y is padded to even sides, each plane is an array."""
+    """Memory for planes in TurboJPEG's layout: one array per plane, Y padded to even sides."""
 
     def __init__(self, width: int, height: int) -> None:
         self._size = height, width
@@ -109,18 +111,18 @@ class _PlaneBuffer:
 class Jpeg:
     """One JPEG and the TurboJPEG handle that decodes it, for use by one thread.
 
-    A handle is not used for other images: after an error it may fail for the next image too, and it keeps the
-    tables of the image before. Making one takes less than a microsecond.
+    A handle is used for one image only: after an error it may fail for the next image too, and it keeps the
+    tables of the image before. Creating a handle takes less than a microsecond.
 
     Args:
-        content: the encoded bytes. Only the header is read at first.
+        content: the encoded bytes. The constructor reads only the header.
 
     Raises:
         MemoryError: if libturbojpeg has no memory for a handle.
     """
 
     header: Header | None
-    """The header; None where the decoder cannot use it."""
+    """The header; None if the decoder cannot use it."""
 
     def __init__(self, content: bytes | NDArray[np.uint8]) -> None:
         self._lib = library()
@@ -137,7 +139,7 @@ class Jpeg:
             self._lib.tjDestroy(handle)
 
     def _read_header(self) -> tuple[Header, str]:
-        """The header, and why it cannot be used, "" where it can."""
+        """The header, and why it cannot be used ("" if it can)."""
         numbers = [ctypes.c_int(0) for _ in range(4)]
         code = self._lib.tjDecompressHeader3(self._handle, *self._source, *map(ctypes.byref, numbers))
         header = Header(*(n.value for n in numbers))
@@ -153,7 +155,8 @@ class Jpeg:
         width, height, _, colours = self._numbers
         if self._fault:
             return Verdict("damaged", width, height, self._fault)
-        # Damage shows in the entropy decoding. Grey at an eighth of the size does all of it and little else.
+        # Entropy decoding finds the damage. Decoding to grey at an eighth of the size does it completely, and
+        # little else.
         pixels = TJPF_CMYK if colours in (TJCS_CMYK, TJCS_YCCK) else TJPF_GRAY
         small_width, small_height = (width + 7) // 8, (height + 7) // 8
         scratch = np.empty(small_width * small_height * (4 if pixels == TJPF_CMYK else 1), np.uint8)
@@ -161,13 +164,13 @@ class Jpeg:
         return self._verdict(self._lib.tjDecompress2(self._handle, *self._source, *target))
 
     def planes(self) -> Planes:
-        """Decode to the planes that the file stores, by the accurate inverse transform.
+        """Decode to the planes that the file stores, by the accurate inverse DCT.
 
-        Warnings that cost no pixel are ignored.
+        Warnings without loss of pixels are ignored.
 
         Raises:
-            ValueError: with the decoder's message where pixels are missing, and where the JPEG is not Y, Cb,
-                Cr at 4:2:0.
+            ValueError: if pixels are missing, with the decoder's message; or if the JPEG is not Y, Cb, Cr at
+                4:2:0.
         """
         if self.header is None or not self.header.is_yuv420:
             raise ValueError("not a JPEG of Y, Cb, Cr at 4:2:0; decode it to RGB and use encode_planes")
@@ -207,14 +210,14 @@ def check_jpeg(content: bytes | NDArray[np.uint8]) -> Verdict:
 
 
 def read_header(content: bytes | NDArray[np.uint8]) -> Header | None:
-    """Read the header of a JPEG without decoding it; None where the decoder cannot use it."""
+    """Read the header of a JPEG without decoding it; None if the decoder cannot use it."""
     return Jpeg(content).header
 
 
 def encode_planes(rgb_HW3: NDArray[np.uint8]) -> Planes:
-    """Convert RGB to planes; each chroma sample is the mean of its 2 × 2 pixels.
+    """Convert RGB to planes. Each chroma sample is the mean of its 2 × 2 pixels.
 
-    A last odd row or column counts twice.
+    If the number of rows or columns is odd, the last one is repeated.
 
     Args:
         rgb_HW3: (H, W, 3) uint8.
@@ -239,7 +242,7 @@ def encode_planes(rgb_HW3: NDArray[np.uint8]) -> Planes:
         )  # fmt: skip
         if code != 0:
             message = _message(lib, handle)
-            raise ValueError(f"TurboJPEG made no planes of {width} × {height} px: {message}")
+            raise ValueError(f"TurboJPEG cannot convert {width} × {height} px to planes: {message}")
     finally:
         lib.tjDestroy(handle)
     return buffer.planes()

@@ -1,7 +1,8 @@
-"""Decoding with Pillow: the ``folder`` backend, and one image at a time for everything else.
+"""Decoding with Pillow: the ``folder`` backend, and functions for single images.
 
-The ``folder`` backend is the reference for all others, and needs no conversion. Pillow reports no damage
-inside the coded data of a JPEG; conversion and ``python -m dataset_tools verify`` find it.
+The ``folder`` backend reads folders of images without conversion. The other backends are tested against it.
+Pillow does not report damage inside the coded data of a JPEG; conversion and ``python -m dataset_tools
+verify`` do.
 
 Shape letters: N images, V views, H height, W width, S side in pixels.
 """
@@ -18,8 +19,8 @@ from pipelines.sets import Encoded
 from pipelines.sets.beton import MODE_JPEG, MODE_RAW
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
-"""Pillow's names of the supported formats. Pillow knows others, some of which run programs: a PostScript file
-starts Ghostscript, whatever its name."""
+"""Pillow's names of the supported formats. Others are disabled, because some run programs: Pillow decodes a
+PostScript file by Ghostscript, whatever the suffix of the file."""
 JPEG_START = b"\xff\xd8"
 """First bytes of every JPEG file."""
 
@@ -50,10 +51,10 @@ def _crop(content: bytes, boxes_V5: NDArray[np.int32], out_VSS3: NDArray[np.uint
 
 
 def decode_image(encoded: Encoded) -> NDArray[np.uint8] | None:
-    """The whole pixels of one image.
+    """Decode one image completely.
 
     Args:
-        encoded: one image, in any way that a set stores images.
+        encoded: one image, in any mode.
 
     Returns:
         (H, W, 3) RGB, upright; None if the image cannot be decoded.
@@ -74,7 +75,7 @@ def is_jpeg(payload: NDArray[np.uint8]) -> bool:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode, rotate by the EXIF tag, convert to 8-bit RGB; transparency is dropped.
+    """Decode, rotate by the EXIF tag and convert to 8-bit RGB; transparency is dropped.
 
     Raises:
         ValueError: for floating-point pixels.
@@ -83,7 +84,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):
-        # Sixteen bits per pixel: Pillow's conversion would clip instead of scale.
+        # Sixteen bits per pixel. Pillow's own conversion clips the values instead of scaling them.
         grey = np.asarray(upright).astype(np.float32)
         return Image.fromarray(np.clip(grey / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if upright.mode == "F":
@@ -92,9 +93,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def planes_to_rgb(payload: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 pixels of planes at 4:2:0 (see :mod:`pipelines.sets.beton`), as JPEG decoders do it.
+    """Convert planes at 4:2:0 (see :mod:`pipelines.sets.beton`) to (H, W, 3) uint8 RGB as JPEG decoders do.
 
-    The chroma is enlarged with the weights ¾ and ¼, which JPEG decoders call fancy upsampling.
+    The chroma is upsampled with the weights ¾ and ¼, which JPEG decoders call fancy upsampling.
     """
     rows, columns = (height + 1) // 2, (width + 1) // 2
     luma, chroma = height * width, rows * columns
@@ -114,7 +115,7 @@ def _doubled(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def open_image(payload: bytes) -> Image.Image:
-    """Open an encoded image of one of ``FORMATS``; Pillow decodes it when its pixels are first used.
+    """Open an encoded image of one of ``FORMATS``. Pillow decodes it when its pixels are first accessed.
 
     Raises:
         ValueError: for a JPEG that lacks a table it needs.
@@ -127,8 +128,8 @@ def open_image(payload: bytes) -> Image.Image:
 
 
 def read_rgb(payload: bytes) -> Image.Image | None:
-    """The image in ``payload`` by :func:`upright_rgb`, None if it cannot be decoded."""
-    # On arbitrary bytes Pillow's readers raise nearly any exception; all of them mean a bad image.
+    """Decode an image by :func:`upright_rgb`; None if it cannot be decoded."""
+    # For arbitrary bytes, Pillow may raise almost any exception. All of them mean a bad image.
     try:
         with open_image(payload) as image:
             return upright_rgb(image)
@@ -139,7 +140,7 @@ def read_rgb(payload: bytes) -> Image.Image | None:
 
 
 def read_size(payload: bytes) -> tuple[int, int] | None:
-    """(height, width) in pixels of the upright image, by its header; None if that cannot be read."""
+    """(height, width) in pixels after rotation by the EXIF tag; None if the header cannot be read."""
     try:
         with open_image(payload) as image:
             is_rotated = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)

@@ -1,1 +1,1 @@
-"""Compiled inner loops."""
+"""Inner loops that numba compiles to machine code."""

@@ -1,17 +1,16 @@
-"""How inner loops are compiled (``@kernel``) and how they call C functions.
+"""Compile inner loops with numba (:func:`kernel`), and call C functions from them.
 
 numba compiles a decorated Python function to machine code at its first call, once for each combination of
-argument types, and keeps the result on disk. It reuses that code as long as the file of the function itself
-is unchanged, even if the function uses another function or a constant from a file that has changed. So here
-the cache folder is named after a hash of the code of the whole ``pipelines`` package, without docstrings and
-comments: after an update, old code never runs.
+argument types, and caches the code on disk. It uses the cached code until the file of that function changes,
+even if another file changes from which the function uses a function or a constant. So :func:`kernel` names
+the cache folder after a hash of the code of the whole ``pipelines`` package, without docstrings and comments.
+After any change of the code, all kernels are compiled again.
 
-numba can also call ctypes functions, but refuses to keep such code on disk. So compiled code here takes the
-address of a C function as an integer (:func:`address_of`) and calls it with :func:`call_int` or
-:func:`call_int64`.
+numba cannot cache code that calls ctypes functions. So compiled code takes the address of a C function as an
+integer (:func:`address_of`) and calls it by :func:`call_int` or :func:`call_int64`.
 """
 
-# numba reads the number and the names of an intrinsic's arguments, used or not.
+# numba inspects the arguments of an intrinsic, so unused ones must stay.
 # ruff: noqa: ARG001
 
 import ctypes
@@ -34,7 +33,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def kernel(function: _Function) -> _Function:
-    """Compile at the first call. The code runs without the GIL, and a division by zero gives infinity."""
+    """Compile a function at its first call. It runs without the GIL; a division by zero gives infinity."""
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(_cache_folder(before))
     try:
@@ -45,12 +44,12 @@ def kernel(function: _Function) -> _Function:
 
 
 def kernels_are_cached() -> bool:
-    """Whether code of these sources is on disk; if not, the first batch waits some fifteen seconds for it."""
+    """Whether kernels of this version are cached on disk. If not, the first batch takes about 15 s longer."""
     return any(_cache_folder(numba.config.CACHE_DIR).rglob("*.nbi"))
 
 
 def _cache_folder(numba_cache_dir: str) -> Path:
-    """Below NUMBA_CACHE_DIR where that is set, else next to the sources, else in the user's cache folder."""
+    """Below NUMBA_CACHE_DIR if that is set, else next to the sources, else in the user's cache folder."""
     if numba_cache_dir:
         return Path(numba_cache_dir) / _SOURCES
     folder = _HERE / "__pycache__"
@@ -75,7 +74,7 @@ def _add_code(code: CodeType, add: Callable[[bytes], None]) -> None:
         if isinstance(constant, CodeType):
             _add_code(constant, add)
         else:
-            # The order of a set of strings differs from process to process.
+            # The order of a set of strings is different in every process.
             add(repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant).encode())
 
 
@@ -90,14 +89,15 @@ def address_of(function: Callable[..., Any]) -> int:
 
 
 def _call(returns: types.Type, bits: int, address: Any, arguments: Any) -> Any:
-    """What numba needs of an intrinsic: its signature, and a function that emits the call's LLVM code."""
+    """The signature of an intrinsic, and a function that emits the LLVM code of the call."""
     if not all(isinstance(kind, types.Integer) for kind in arguments):
         raise TypingError(f"only integers and addresses can be passed to a C function, not {arguments}")
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         int64 = ir.IntType(64)
         kinds = signature.args[1].types
-        # Integers and pointers alike are passed as 64 bits; the callee reads the part that it declares.
+        # Integers and pointers are all passed as 64 bits. The called function reads the bits that it
+        # declares.
         passed = [
             context.cast(builder, builder.extract_value(values[1], i), kind, types.int64)
             for i, kind in enumerate(kinds)

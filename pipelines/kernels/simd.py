@@ -1,17 +1,16 @@
 """SIMD vectors of sixteen 16-bit integers as a numba type, and the operations that resampling needs.
 
-numba widens every integer product to 64 bits, and LLVM does not vectorise transposes, so plain loops over
-bytes run at a fifth of the speed that the processor can reach. The functions here are numba *intrinsics*:
-each returns its type signature and a function that emits LLVM instructions when a kernel is compiled. The
-instructions are LLVM's portable vector ones, which become AVX2, SSE or NEON. Nothing here runs by itself; the
-operations are part of the kernels that use them.
+numba widens every integer product to 64 bits, and LLVM does not vectorise transposes. So a plain loop over
+bytes has a fifth of the speed of these vectors. The functions here are numba *intrinsics*: each returns its
+type signature and a function that emits LLVM instructions when a kernel is compiled. LLVM translates its
+portable vector instructions to AVX2, SSE or NEON. The functions can only be called in kernels.
 
-A vector is loaded from a flat array at an index, computed with, and stored again. A lane is one of its
-sixteen numbers. Arithmetic is modulo 2¹⁶; lanes are unsigned where a name does not say ``signed``. Indices
-are not checked: callers keep 16 elements of slack behind every array they load from or store to.
+A lane is one of the sixteen numbers of a vector. Arithmetic is modulo 2¹⁶. Lanes are unsigned, except in
+functions with ``signed`` in their name. Indices are not checked: every array that is loaded from or stored to
+must have 16 more elements at its end.
 """
 
-# numba reads the number and the names of an intrinsic's arguments, used or not.
+# numba inspects the arguments of an intrinsic, so unused ones must stay.
 # ruff: noqa: ARG001
 
 from collections.abc import Callable
@@ -28,7 +27,7 @@ _U8 = ir.VectorType(ir.IntType(8), LANES)
 
 
 class _Vector(types.Type):
-    """numba's type of a vector."""
+    """The numba type of a vector."""
 
     def __init__(self) -> None:
         super().__init__("Vector")
@@ -39,7 +38,7 @@ vector = _Vector()
 
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
-    """Represents the type by an LLVM vector."""
+    """The LLVM type by which numba represents a vector."""
 
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _I16)
@@ -51,7 +50,7 @@ def _constant(value: int, kind: ir.VectorType = _I16) -> ir.Constant:
 
 
 def _mask(order: list[int]) -> ir.Constant:
-    """The lanes that LLVM's shufflevector takes, in order."""
+    """The mask of LLVM's shufflevector: the lanes to take, in order."""
     return ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order)
 
 
@@ -66,7 +65,7 @@ def _pointer(
 
 @intrinsic
 def load_u8(typing: Any, array: Any, index: Any) -> Any:
-    """Load sixteen bytes of a flat uint8 array from ``index`` on, one to a lane."""
+    """Load sixteen bytes of a flat uint8 array from ``index`` on, one per lane."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = _pointer(context, builder, signature.args, arguments, 0, 1, _U8)
@@ -116,7 +115,7 @@ def store_u8(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def splat(typing: Any, value: Any) -> Any:
-    """A vector with the same number, modulo 2¹⁶, in every lane."""
+    """A vector with the same number in every lane."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number = context.cast(builder, arguments[0], signature.args[0], types.uint16)
@@ -128,7 +127,7 @@ def splat(typing: Any, value: Any) -> Any:
 
 
 def _by_lane(operation: Callable[[Any, Any, Any], Any]) -> Any:
-    """Typing and code for an operation of two vectors."""
+    """Signature and code of an operation on two vectors, lane by lane."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return operation(builder, *arguments)
@@ -170,7 +169,7 @@ def mul_high_signed(typing: Any, a: Any, b: Any) -> Any:
 
 
 def _shift(kind: str, bits: Any) -> Any:
-    """Typing and code for a shift by the builder's method ``kind``."""
+    """Signature and code of a shift by the builder's method ``kind``."""
     number = bits.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -181,24 +180,24 @@ def _shift(kind: str, bits: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def shift_left(typing: Any, a: Any, bits: Any) -> Any:
-    """A << bits; ``bits`` must be a constant."""
+    """Shift every lane left by ``bits``, a constant."""
     return _shift("shl", bits)
 
 
 @intrinsic(prefer_literal=True)
 def shift_right(typing: Any, a: Any, bits: Any) -> Any:
-    """A >> bits of unsigned lanes; ``bits`` must be a constant."""
+    """Shift every unsigned lane right by ``bits``, a constant."""
     return _shift("lshr", bits)
 
 
 @intrinsic(prefer_literal=True)
 def shift_right_signed(typing: Any, a: Any, bits: Any) -> Any:
-    """A >> bits of signed lanes; ``bits`` must be a constant."""
+    """Shift every signed lane right by ``bits``, a constant."""
     return _shift("ashr", bits)
 
 
 def _transpose(side: int, bits: int, kinds: tuple[Any, ...]) -> Any:
-    """Typing and code for a transpose of ``side`` × ``side`` elements of ``bits`` bits."""
+    """Signature and code of a transpose of ``side`` × ``side`` elements of ``bits`` bits."""
     row = ir.VectorType(ir.IntType(bits), side)
     half = side // 2
     low = _mask([x for i in range(half) for x in (i, side + i)])
@@ -215,7 +214,7 @@ def _transpose(side: int, bits: int, kinds: tuple[Any, ...]) -> Any:
             return builder.bitcast(builder.gep(memory, [offset]), row.as_pointer())
 
         rows = [builder.load(place(0, i), align=1) for i in range(side)]
-        # Interleaving row i with row i + half, log2(side) times, is a transpose.
+        # Interleaving row i with row i + half is repeated log2(side) times, which transposes the block.
         for _ in range(side.bit_length() - 1):
             pairs = list(zip(rows[:half], rows[half:], strict=True))
             rows = [builder.shuffle_vector(a, b, order) for a, b in pairs for order in (low, high)]
@@ -244,7 +243,7 @@ def transpose_u8(
 
 @intrinsic
 def interleave3(typing: Any, source: Any, red: Any, green: Any, blue: Any, target: Any, start: Any) -> Any:
-    """Store 48 bytes RGBRGB… from ``start`` on, of three times sixteen bytes at red, green and blue."""
+    """Interleave sixteen bytes each at ``red``, ``green`` and ``blue`` to 48 bytes RGBRGB… at ``start``."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         r, g, b = (

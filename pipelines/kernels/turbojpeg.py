@@ -1,7 +1,7 @@
-"""libturbojpeg: find the library, declare its functions, and give their addresses to compiled code.
+"""Find libturbojpeg, declare its functions, and return their addresses for compiled code.
 
-:mod:`pipelines.decode.jpeg` calls the functions from Python, :mod:`pipelines.kernels.jpeg_crops` from
-compiled loops.
+:mod:`pipelines.decode.jpeg` calls the functions from Python, and :mod:`pipelines.kernels.jpeg_crops` calls
+them from compiled code.
 """
 
 import contextlib
@@ -22,13 +22,14 @@ TJFLAG_ACCURATEDCT = 4096
 TJERR_FATAL = 1
 LIBRARY_VARIABLE = "LIBTURBOJPEG"
 """The environment variable that may hold the path of the library."""
-INSTALL = f"`apt-get install libturbojpeg0` brings it, or name its file in {LIBRARY_VARIABLE}"
+INSTALL = f"install it with `apt-get install libturbojpeg0`, or set {LIBRARY_VARIABLE} to its path"
 _SYSTEM_NAME = "libturbojpeg.so.0"
-# The first version with tjGetErrorCode. 3.x still has all functions of 2.x.
+# The first version with tjGetErrorCode. Versions 3.x have all functions of 2.x.
 _OLDEST = "2.0"
 _POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_ulong
 # Pointers are declared as plain addresses, which compiled code can pass too: `uint8 **planes` is the address
-# of three addresses, `int *strides` that of three int32. tjDecompressHeader3 is the exception.
+# of three addresses, `int *strides` is the address of three int32. Only tjDecompressHeader3 declares typed
+# pointers.
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "tjInitDecompress": ([], _POINTER),
     "tjInitCompress": ([], _POINTER),
@@ -47,7 +48,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 
 
 class Functions(NamedTuple):
-    """Addresses of the functions that compiled code calls, as integers."""
+    """Addresses, as integers, of the functions that compiled code calls."""
 
     init: int
     destroy: int
@@ -58,7 +59,7 @@ class Functions(NamedTuple):
 
 @functools.cache
 def functions() -> Functions:
-    """Find the functions that compiled code calls; raises as :func:`library`."""
+    """Find the functions that compiled code calls. Raises the errors of :func:`library`."""
     found = library()
     return Functions(
         address_of(found.tjInitDecompress),
@@ -73,21 +74,21 @@ def functions() -> Functions:
 def library() -> ctypes.CDLL:
     """Load libturbojpeg and declare the functions that are used.
 
-    The library is the file that the environment variable LIBTURBOJPEG names; without that, the one that an
-    installed FFCV is linked with; without FFCV, the system's. FFCV itself is not imported, because that takes
-    seconds and sets torch's number of threads.
+    These places are searched in order: the path in the environment variable LIBTURBOJPEG; the library with
+    which an installed FFCV is linked; the system's library. FFCV itself is not imported, because that takes
+    seconds and changes torch's number of threads.
 
     Raises:
-        ImportError: if there is none.
-        ValueError: if LIBTURBOJPEG names something else.
+        ImportError: if there is no libturbojpeg.
+        ValueError: if LIBTURBOJPEG does not name a libturbojpeg.
     """
     if named := os.environ.get(LIBRARY_VARIABLE):
         try:
             return _load(named)
         except (OSError, AttributeError) as error:
             raise ValueError(
-                f"{LIBRARY_VARIABLE} is {named!r}, which is no libturbojpeg {_OLDEST} or newer ({error}); "
-                "name its file, or unset the variable to take the system's"
+                f"{LIBRARY_VARIABLE} is {named!r}, which is not libturbojpeg {_OLDEST} or newer ({error}); "
+                "set it to the path of the library, or unset it to use the system's"
             ) from error
     failures = []
     for name in (*_linked_with_ffcv(), _SYSTEM_NAME):
@@ -95,11 +96,11 @@ def library() -> ctypes.CDLL:
             return _load(name)
         except (OSError, AttributeError) as error:
             failures.append(str(error))
-    raise ImportError(f"libturbojpeg {_OLDEST} or newer was not found ({'; '.join(failures)}). {INSTALL}")
+    raise ImportError(f"libturbojpeg {_OLDEST} or newer was not found ({'; '.join(failures)}); {INSTALL}")
 
 
 def is_found() -> bool:
-    """Whether there is a libturbojpeg; raises ValueError as :func:`library`."""
+    """Whether libturbojpeg is found. Raises ValueError as :func:`library` does."""
     try:
         library()
     except ImportError:
@@ -108,7 +109,7 @@ def is_found() -> bool:
 
 
 def _linked_with_ffcv() -> Iterator[str]:
-    """FFCV's compiled module, through which the libturbojpeg that it is linked with can be reached."""
+    """Paths of FFCV's compiled module. Loading it also loads the libturbojpeg that it is linked with."""
     with contextlib.suppress(ImportError):
         spec = importlib.util.find_spec("ffcv")
         for folder in (spec.submodule_search_locations if spec else None) or ():
@@ -116,7 +117,7 @@ def _linked_with_ffcv() -> Iterator[str]:
 
 
 def _load(name: str) -> ctypes.CDLL:
-    """Open a library and declare its functions; AttributeError names the first one that it lacks."""
+    """Open a library and declare its functions. Raises AttributeError if it lacks one."""
     lib = ctypes.CDLL(name)
     for function, (arguments, result) in _FUNCTIONS.items():
         found = getattr(lib, function)

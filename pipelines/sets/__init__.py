@@ -1,4 +1,4 @@
-"""Where images lie: the protocol of a set, and the encoded images that it hands to a decoder.
+"""The protocol of an image set, and the encoded images that a set returns for a decoder.
 
 Shape letters: N images of a call, M some of them, C bytes.
 """
@@ -21,11 +21,11 @@ from pipelines.sets.manifest import verify_hint
 Reading = Literal["auto", "map", "read", "stream"]
 """How a compiled set is read.
 
-map: pages of a ``.beton`` file are mapped, and the system keeps what fits into memory. read: images are read
-into the process's own memory ahead of their use, for sets larger than memory. stream: DALI's reader goes
-through shards from end to end and shuffles within a buffer, for disks that are slow to seek; the order is its
-own (see :mod:`pipelines.sets.stream`). auto: map a ``.beton`` file, but read it if it is larger than three
-quarters of the memory; read shards."""
+map: a ``.beton`` file is mapped, and the system caches as many pages as fit into memory. read: images are
+read into the process's memory ahead of their use, for sets larger than memory. stream: DALI's reader reads
+shards sequentially and shuffles within a buffer, for disks with slow random access; the order is DALI's (see
+:mod:`pipelines.sets.stream`). auto: map a ``.beton`` file if it is not larger than three quarters of the
+memory; read all other sets."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RankShare:
     """The part of each global batch that this process loads."""
 
     rank: int = 0
-    """Number of this process."""
+    """Number of this process, from 0."""
     world_size: int = 1
     """Number of processes."""
 
@@ -49,11 +49,11 @@ class Encoded:
     index_N: NDArray[np.int64]
     """(N,) positions in the set."""
     size_N2: NDArray[np.int64]
-    """(N, 2) heights and widths in pixels as the set's index has them; (1, 1) where they are unknown."""
+    """(N, 2) heights and widths in pixels by the set's index; (1, 1) if they are unknown."""
     mode_N: NDArray[np.uint8]
-    """(N,) how each is stored, see :mod:`pipelines.sets.beton`. MODE_JPEG stands for any encoded file."""
+    """(N,) how each is stored, see :mod:`pipelines.sets.beton`. MODE_JPEG includes other image formats."""
     data_C: NDArray[np.uint8]
-    """Memory that holds all of them. SLACK bytes behind each may be read."""
+    """Memory with all images. At least SLACK more bytes are readable after each."""
     start_N: NDArray[np.int64]
     """(N,) position of the first byte of each in ``data_C``."""
     num_bytes_N: NDArray[np.int64]
@@ -78,7 +78,7 @@ class Encoded:
             yield self.data_C[start : start + num_bytes]
 
     def part(self, rows: slice) -> "Encoded":
-        """Some of the images; the memory is shared."""
+        """Some of the images, without a copy."""
         return Encoded(
             self.index_N[rows],
             self.size_N2[rows],
@@ -89,7 +89,7 @@ class Encoded:
         )
 
     def fill(self, contents: list[NDArray[np.uint8]]) -> "Encoded":
-        """Copy the images' bytes into the memory; returns itself."""
+        """Copy the bytes of the images into ``data_C``; returns self."""
         for target_C, content_C in zip(self, contents, strict=True):
             target_C[:] = content_C
         return self
@@ -107,12 +107,12 @@ class Encoded:
         Args:
             rows_M: (M,) which of the N images.
             file_M: (M,) file descriptors.
-            address_M: (M,) position of the first byte in the file.
-            path_of: position in the set → path of the file, for messages.
+            address_M: (M,) positions of the first bytes in the files.
+            path_of: returns the path of the file of an image, by its position in the set; for messages.
             set_path: path of the set, for messages.
 
         Raises:
-            OSError: if a file cannot be read, or ends too early.
+            OSError: if a file cannot be read or is truncated.
         """
         done = 0
         while done < len(rows_M):
@@ -129,7 +129,7 @@ class Encoded:
     def _retry_read(
         self, row: np.int64, file: int, address: int, path_of: Callable[[int], Path], set_path: Path
     ) -> None:
-        """Read one image with Python, which repeats interrupted calls and reports the system's error."""
+        """Read one image by ``os.pread``, which retries interrupted calls and raises the system's error."""
         index, num_bytes = int(self.index_N[row]), int(self.num_bytes_N[row])
         path, image = path_of(index), f"image {index}, {num_bytes} bytes at {address}"
         advice = f"check the disk, {verify_hint(set_path)}, and resume"
@@ -151,15 +151,15 @@ def _read_pieces(
     start_N: NDArray[np.int64],
     data_C: NDArray[np.uint8],
 ) -> int:
-    """Read pieces of open files, one after the other; returns −1, or the first piece that failed.
+    """Read pieces of open files; returns −1, or the number of the first piece that failed.
 
     Args:
-        pread: of :func:`_pread_address`.
+        pread: address of the C function, from :func:`_pread_address`.
         file_N: file descriptors.
         address_N: offsets of the pieces in their files.
         num_bytes_N: their lengths.
         start_N: where each piece goes in ``data_C``.
-        data_C: memory that is filled.
+        data_C: memory that receives the pieces.
     """
     for n in range(len(address_N)):
         done, num_bytes = 0, int(num_bytes_N[n])
@@ -179,7 +179,11 @@ def _pread_address() -> int:
 
 
 class PictureSet(Protocol):
-    """An opened set of images. All methods may be called from several threads at once."""
+    """An opened set of images. All methods may be called from several threads at once.
+
+    The decoders use only this protocol, whatever the storage format. "Picture set" avoids a clash with
+    Python's ``set``.
+    """
 
     path: Path
     count: int
@@ -187,21 +191,21 @@ class PictureSet(Protocol):
     classes: tuple[str, ...]
     """Class names in the order of their labels; empty where the set has none."""
     fingerprint: str
-    """Identifies the contents; part of the loader's state."""
+    """Identifies the contents of the set. It is part of the loader's state."""
     reads_ahead: bool
-    """Whether ``fetch`` waits for a disk, so that the loader should call it early and on other threads."""
+    """Whether ``fetch`` waits for a disk. If so, the loader calls it ahead of time on additional threads."""
 
     def modes(self) -> tuple[int, ...]:
-        """How the images are stored, see :mod:`pipelines.sets.beton`. Looks at the whole index."""
+        """The modes in which images are stored, see :mod:`pipelines.sets.beton`. Reads the whole index."""
 
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) labels, −1 where there is none."""
 
     def fetch(self, index_N: NDArray[np.int64]) -> Encoded:
-        """Read images, or find them in a mapped file. Raises OSError where that fails."""
+        """Read images, or find them in a mapped file. Raises OSError if reading fails."""
 
     def name(self, index: int) -> str:
-        """Source of an image, for messages. Takes time linear in ``index``."""
+        """Source of an image, for messages. May take time linear in ``index``."""
 
     def names(self) -> Iterator[str]:
-        """Source of each image, in order. Raises ValueError where the sources are not recorded."""
+        """Source of each image, in order. Raises ValueError if the sources are not recorded."""

@@ -1,11 +1,11 @@
 """The layout of FFCV's ``.beton`` files, version 2, and a reader that checks them.
 
 A file consists of a header, one descriptor per field, the metadata of all samples, the payloads (the bytes of
-the images), and at the very end the allocation table (sample, address, size). Addresses are absolute. FFCV's
-process cache reads whole pages, where page p has the bytes [p · page_size, (p + 1) · page_size) of the file;
-so no payload crosses the border of two pages. Two samples may share one payload. Files of our writer have the
-hash of their contents in the arguments of the field ``label``, which FFCV does not use (see
-:mod:`pipelines.sets.manifest`).
+the images), and the allocation table (sample, address, size) at the end. Addresses count from the start of
+the file. Page p has the bytes [p · page_size, (p + 1) · page_size) of the file. No payload crosses the border
+of two pages, because FFCV's process cache reads whole pages. Two samples may share one payload. Files of our
+writer contain the hash of their contents, in the arguments of the field ``label``, which FFCV does not use
+(see :mod:`pipelines.sets.manifest`).
 """
 
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ HEADER_DTYPE = np.dtype(
     ],
     align=True,
 )
-"""The first 24 bytes of a file. This type and the next three equal those of ``ffcv.types`` byte for byte."""
+"""The first 24 bytes of a file. This dtype and the next three have the layout of those in ``ffcv.types``."""
 FIELD_DTYPE = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", (1024,))], align=True)
-"""The descriptor of a field: type, name padded with zeros, and arguments that the type defines."""
-# A type of its own, because inside the record it would be aligned too.
+"""The descriptor of a field: type, name padded with zeros, and arguments of that type."""
+# A separate dtype, because align=True would align a nested one too.
 _IMAGE_DTYPE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 METADATA_DTYPE = np.dtype([("f0", _IMAGE_DTYPE), ("f1", "<i8")], align=True)
 """The record of one sample: f0, the image, packed to 13 bytes; f1, the label, at byte 16."""
@@ -48,8 +48,8 @@ TIER_MODES: dict[Tier, int] = {"jpeg": MODE_JPEG, "yuv420": MODE_YUV420, "raw": 
 TYPE_INT, TYPE_IMAGE = 1, 2
 """Field type numbers, as in ffcv.types.TYPE_ID_HANDLER."""
 TYPE_PLANES = 255
-"""Field type of images stored in MODE_YUV420. It is FFCV's number of a custom field, which FFCV's reader
-refuses without a handler. With TYPE_IMAGE it would take planes for pixels and read past their end."""
+"""Field type of images stored in MODE_YUV420. In FFCV this number is a custom field, which FFCV's reader
+refuses without a handler. With TYPE_IMAGE, FFCV would read the planes as pixels, and past their end."""
 MAX_SIDE_PX = 65_535
 """Width and height are stored in 16 bits."""
 _AGAIN = "convert it again"
@@ -74,7 +74,7 @@ class BetonFile:
     sizes: npt.NDArray[np.uint64]
     """(N,) payload sizes in bytes; a strided view of the file if its table is in sample order."""
     sha256: str
-    """The hash of the contents as the file records it, see Manifest; "" if it records none."""
+    """The hash of the contents that the file contains, see Manifest; "" if it contains none."""
 
     def __len__(self) -> int:
         return len(self.metadata)
@@ -100,8 +100,8 @@ def pixel_bytes(mode: int, width: _Integers, height: _Integers) -> _Integers:
 def open_beton(path: str | Path) -> BetonFile:
     """Map a compiled set and check everything but the images.
 
-    For files of our writer this takes time linear in the number of samples and almost no memory besides the
-    mapped index. The tables of other writers have any order and are sorted.
+    This takes time linear in the number of samples, and almost no memory besides the mapped index. Files of
+    other writers may have an allocation table in another order, which is sorted in memory.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -155,7 +155,7 @@ def _check_header(path: Path, header: Any, size: int) -> None:
 
 
 def _metadata(path: Path, data: Any, header: Any) -> tuple[npt.NDArray[np.void], tuple[int, ...]]:
-    """The records, and the modes that the type of the field ``image`` allows."""
+    """The metadata records, and the modes that the type of the field ``image`` allows."""
     start = HEADER_DTYPE.itemsize
     num_fields, count = int(header["num_fields"]), int(header["num_samples"])
     stop = start + num_fields * FIELD_DTYPE.itemsize
@@ -189,7 +189,7 @@ def _in_sample_order(pointers: npt.NDArray[np.uint64], table: npt.NDArray[np.voi
 def _sizes_by_address(
     path: Path, pointers: npt.NDArray[np.uint64], table: npt.NDArray[np.void]
 ) -> npt.NDArray[np.uint64]:
-    """(N,) payload sizes from a table in any order, which must have every address."""
+    """(N,) payload sizes from a table in any order. Raises ValueError if it lacks an address."""
     order = np.argsort(table["ptr"], kind="stable")
     starts, sizes = table["ptr"][order], table["size"][order]
     found = np.searchsorted(starts, pointers)
@@ -206,7 +206,7 @@ def _sizes_by_address(
 
 
 def _check_sizes(path: Path, first: int, image: Any, size: Any, modes: tuple[int, ...]) -> None:
-    """Raise ValueError if an image has a mode that is not in ``modes``, or a size that its mode excludes."""
+    """Raise ValueError if the mode of an image is not in ``modes``, or its size does not fit the mode."""
     width, height = image["width"].astype(np.uint64), image["height"].astype(np.uint64)
     fits = np.zeros(len(size), bool)
     for mode in modes:
@@ -234,7 +234,7 @@ def _check_places(path: Path, first: int, pointers: Any, size: Any, page: int, t
 
 
 def matching_manifest(beton: BetonFile) -> Manifest | None:
-    """The manifest of an opened set, None if it has none.
+    """Read the manifest of an opened set; None if there is none.
 
     Raises:
         ValueError: if the manifest has another number of images or bytes than the file, or another hash.

@@ -1,7 +1,7 @@
 """Image files in folders: one folder per class, or one flat folder, always in the same order.
 
-All file names are kept in one string and their ends in one array, so that a hundred million images fit into
-memory.
+All file names are in one byte string, and the ends of the names in one array. So the names of a hundred
+million images fit into memory.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from pipelines.sets import Encoded
 from pipelines.sets.beton import MODE_JPEG
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Compared in lower case."""
+"""Suffixes of image files, in lower case; upper case is accepted too."""
 NO_LABEL = -1
 _MAX_REASONS = 20
-"""Suffixes of ignored files that are counted separately."""
+"""Number of reasons that are counted separately; further suffixes are counted together."""
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 
 
 class PassedOver(Counter[str]):
-    """Reason → number of files of a source that are not listed as images, or parts that cannot be read."""
+    """Reason → number of files of a source that were skipped, or of places that cannot be read."""
 
     def count_file(self, name: str) -> None:
         """Count a file by the suffix of its name."""
@@ -35,12 +35,12 @@ class PassedOver(Counter[str]):
         self[f"ignored: {suffix}" if known else "ignored: other suffixes"] += 1
 
     def count_damage(self, sentence: str) -> None:
-        """Count a place from which on a source cannot be read; ``sentence`` describes it."""
+        """Count a place after which a source cannot be read; ``sentence`` describes it."""
         self[f"damaged: {sentence}"] += 1
 
 
 class ImageList:
-    """Names and labels of images, in order, without a Python object per image."""
+    """Paths and labels of images, in order, without a Python object per image."""
 
     def __init__(
         self, root: Path, classes: Sequence[str] = (), passed_over: PassedOver | None = None
@@ -50,7 +50,7 @@ class ImageList:
         self.passed_over = PassedOver() if passed_over is None else passed_over
         self._classes = tuple(classes)
         self._labels = np.zeros(0, np.int64)
-        # The relative paths of all images in one string, and the end of each in it.
+        # The relative paths of all images in one byte string, and the position where each one ends.
         self._blob = bytearray()
         self._stops = np.zeros(0, np.uint64)
         self._stops_by_folder: list[NDArray[np.uint64]] = []
@@ -104,15 +104,15 @@ class ImageList:
 class FolderListing(ImageList):
     """Image files in folders: one folder per class, or one flat folder of unlabelled images.
 
-    Classes are the sub-folders that hold images at any depth, sorted by name. Within a class, files are
-    sorted, and the files of a folder come before those of its sub-folders. Names that start with a dot are
-    ignored. A root with images both in itself and in sub-folders is an error, because the labels of the
-    former are unknown. So is a root in which all sub-folders are splits (train, val, …). With
-    ``labelled=False`` everything below ``root`` is one unlabelled set.
+    Classes are the sub-folders that contain images at any depth, sorted by name. Within a class, files are
+    sorted by name, and the files of a folder come before those of its sub-folders. Names that start with a
+    dot are ignored. Images both in the root and in its sub-folders are an error, because the images in the
+    root have no label. Sub-folders that are all splits (train, val, …) are an error too. With
+    ``labelled=False``, all images below ``root`` are one unlabelled set.
     """
 
     def __init__(self, root: str | Path, *, labelled: bool = True) -> None:
-        """List ``root``. Raises ValueError if it holds no usable images."""
+        """List the images in ``root``. Raises ValueError if there are none."""
         super().__init__(Path(root))
         if not self.root.is_dir():
             problem = "is a file, not a folder" if self.root.exists() else "does not exist"
@@ -132,7 +132,7 @@ class FolderListing(ImageList):
         return [(NO_LABEL, self._walk(self.root, "", ()))]
 
     def _list_classes(self) -> list[tuple[int, int]]:
-        """Fill the list of files; return (label, count) of each class in order."""
+        """List the images of all classes; returns (label, count) of each class in order."""
         loose, folders = self._entries(self.root)
         loose_count = self._add("", loose)
         found = [(name, count) for name in folders if (count := self._walk(self.root / name, name + "/", ()))]
@@ -180,7 +180,7 @@ class FolderListing(ImageList):
 
 
 class FolderSet:
-    """A folder of image files as a set; its images are named by their paths below the folder."""
+    """A folder of image files as a :class:`pipelines.sets.PictureSet`."""
 
     reads_ahead = True
 
@@ -191,7 +191,7 @@ class FolderSet:
         self.fingerprint = self._listing.fingerprint()
 
     def modes(self) -> tuple[int, ...]:
-        """Files are encoded images."""
+        """Image files are always encoded images."""
         return (MODE_JPEG,)
 
     def labels(self, index_N: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -207,7 +207,7 @@ class FolderSet:
         return map(self._listing.path, range(self.count))
 
     def fetch(self, index_N: NDArray[np.int64]) -> Encoded:
-        """Read the files. A file that is missing or forbidden is empty, and so cannot be decoded."""
+        """Read the files. A file that is missing or not readable counts as empty, which cannot be decoded."""
         contents = [self._read(index) for index in index_N.tolist()]
         size_N2 = np.array([read_size(content) or (1, 1) for content in contents], np.int64).reshape(-1, 2)
         num_bytes_N = np.array([len(content) for content in contents], np.int64)

@@ -1,4 +1,4 @@
-"""The side files of a compiled set: ``X.json``, how it was made; ``X.paths``, the sources of its images."""
+"""The side files of a compiled set: the manifest ``X.json``, and the images' sources in ``X.paths``."""
 
 import contextlib
 import dataclasses
@@ -15,19 +15,19 @@ VERSION = 1
 SKIPPED_NAME = "skipped.txt"
 """The list of images that were left out, in a folder of shards."""
 PENDING = ".next"
-"""Suffix of a new set's side files until the set itself has replaced the old one."""
+"""Suffix of the side files of a new set, until the set itself has replaced the old one."""
 HASH_BYTES, HASH_AT = 64, 24 + 1041 + 17
-"""Position of the hash of the contents in a .beton file of ours, the same hash as in its manifest: at the
-beginning of the arguments of the second field, label, which FFCV does not use."""
+"""Length and position of the hash of the contents in a .beton file of our writer. It equals the hash in the
+manifest, and is at the start of the arguments of the second field, label, which FFCV does not use."""
 Tier = Literal["jpeg", "yuv420", "raw"]
-"""How images are stored: as JPEG files, planes Y, U, V at 4:2:0, or (H, W, 3) uint8 pixels."""
+"""How images are stored: as JPEG files, as Y, U, V planes at 4:2:0, or as (H, W, 3) uint8 pixels."""
 TIERS: tuple[Tier, ...] = get_args(Tier)
 _BLOCK = 1 << 18
 """Entries of an index that are checked at a time."""
 
 
 def blocks(count: int) -> Iterator[slice]:
-    """Slices that cover ``range(count)``: checks need memory for one block, not for the whole index."""
+    """Slices that cover ``range(count)``. A check of one at a time needs little memory."""
     for start in range(0, count, _BLOCK):
         yield slice(start, min(start + _BLOCK, count))
 
@@ -48,7 +48,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Describes one compiled set. Stored as JSON next to a file, or inside a folder of shards."""
+    """Description of one compiled set, stored as JSON next to a file or inside a folder of shards."""
 
     tier: str
     """One of TIERS."""
@@ -60,7 +60,7 @@ class Manifest:
     """Of a file: hash of all images' bytes in order, then of the columns mode, width, height and label (see
     BetonWriter). Of shards: hash of their hashes in order, 64 digits each, then of the index's records."""
     source: str
-    """Name of the source; a name, not a path of one machine."""
+    """Name of the source, without the path to it."""
     classes: tuple[str, ...] = ()
     """Class names in the order of their labels; empty if the images have no labels."""
     replaced: Mapping[str, int] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Manifest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The options of the conversion."""
     format: str = "beton"
-    """beton, one file, or shards, a folder of tars."""
+    """beton: one file; shards: a folder of tars."""
     shards: tuple[Shard, ...] = ()
     """The files of a sharded set."""
     version: int = VERSION
@@ -115,7 +115,7 @@ def skipped_path(path: str | Path) -> Path:
 
 
 def of_kind(kind: str, replaced: Mapping[str, int]) -> dict[str, int]:
-    """The reasons of one kind, such as "skipped", in a manifest's ``replaced``: reason → number."""
+    """Reason → number, for the entries of one kind, such as "skipped", in a manifest's ``replaced``."""
     return {
         reason.removeprefix(f"{kind}: "): count
         for reason, count in replaced.items()
@@ -124,15 +124,15 @@ def of_kind(kind: str, replaced: Mapping[str, int]) -> dict[str, int]:
 
 
 def pending_path(side_file: Path) -> Path:
-    """The name of a side file while its set is about to replace another."""
+    """The temporary name of a side file, while its set is about to replace another."""
     return side_file.with_name(side_file.name + PENDING)
 
 
 def valid_side_file(path: str | Path, side_file: Path) -> Path:
-    """The side file that is valid for the set at ``path``: ``side_file``, or the pending one of that name.
+    """The side file that belongs to the set at ``path``: ``side_file``, or the pending one of that name.
 
-    If a process was killed after renaming the set and before renaming its side files, the pending ones are
-    valid. The manifest is renamed last.
+    If a process was killed after renaming the set and before renaming its side files, the pending side files
+    belong to the set. The manifest is renamed last.
     """
     path = Path(path)
     pending_manifest = pending_path(manifest_path(path))
@@ -151,12 +151,12 @@ def valid_side_file(path: str | Path, side_file: Path) -> Path:
 
 
 def verify_hint(path: str | Path = "SET") -> str:
-    """Advice on a compiled set that seems damaged."""
+    """What to do about a compiled set that seems damaged; a clause of a message."""
     return f"see what is whole with `python -m dataset_tools verify {path}`"
 
 
 def _from_json(content: Any, file: Path) -> Manifest:
-    """A manifest from parsed JSON. Raises ValueError, which names ``file``, for anything unexpected."""
+    """Make a manifest from parsed JSON. Raises ValueError, naming ``file``, for unexpected contents."""
     if not isinstance(content, dict):
         raise ValueError(
             f"{file} holds a {type(content).__name__}, a manifest is an object; compile the set again"
@@ -189,12 +189,12 @@ def _from_json(content: Any, file: Path) -> Manifest:
     if len({shard.name for shard in shards}) < len(shards):
         raise ValueError(f"{file} names a shard twice; compile the set again")
     if not all(isinstance(name, str) for name in content.get("classes", ())):
-        raise ValueError(f"{file}: a class name is no text; compile the set again")
+        raise ValueError(f"{file}: a class name is not text; compile the set again")
     return Manifest(**{**content, "classes": tuple(content.get("classes", ())), "shards": shards})
 
 
 def _shard(content: Any, file: Path) -> Shard:
-    """A shard from parsed JSON. Its name must be that of a file in the set's own folder."""
+    """Make a shard from parsed JSON. Raises ValueError unless its name is that of a file in the folder."""
     kinds: dict[str, type] = {"name": str, "count": int, "num_bytes": int, "sha256": str}
     if not isinstance(content, dict) or set(content) != set(kinds):
         raise ValueError(f"{file}: a shard is {content!r}, expected {sorted(kinds)}; compile the set again")
@@ -204,11 +204,11 @@ def _shard(content: Any, file: Path) -> Shard:
             raise ValueError(f"{file}: {key} of a shard is {value!r}; compile the set again")
     name = content["name"]
     if name != Path(name).name or "\0" in name or name in ("", ".."):
-        raise ValueError(f"{file}: the shard {name!r} is no file within the folder; compile the set again")
+        raise ValueError(f"{file}: the shard {name!r} is not a file in the folder; compile the set again")
     return Shard(**content)
 
 
-# File names may contain line breaks, lines of X.paths may not.
+# File names may contain line breaks, which are escaped in X.paths.
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
 
@@ -222,7 +222,7 @@ def source_path_line(path: str) -> bytes:
 def read_source_path(beton_path: str | Path, index: int) -> str | None:
     """The path of an image relative to its source; None if it is not recorded.
 
-    Reads ``X.paths`` line by line up to this image: it needs little memory, but is too slow for loops.
+    Reads ``X.paths`` line by line up to this image, which needs little memory but is too slow for loops.
     """
     if index < 0:
         return None

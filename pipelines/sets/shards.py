@@ -1,15 +1,16 @@
 """A set of WebDataset shards: tar files, their DALI index files, and one index of all images.
 
-    photographs.shards/
-        set.json       the manifest: classes, settings, and of each shard its count, size and hash
+    images.shards/
+        set.json       the manifest: classes, settings, and count, size and hash of each shard
         index.npy      (N,) records of INDEX_DTYPE: position, label and size of image i
-        000000.tar     images and labels in the order of the tar
-        000000.idx     the same for DALI's own reader: text, v1.2 of its wds2idx (v1.1,
-                       without names, if a name has white space, at which DALI would split it)
+        000000.tar     images and labels
+        000000.idx     index of 000000.tar for DALI's reader, in the text format of its wds2idx:
+                       v1.2, or v1.1 without names if a name has white space
 
-In a set that was compiled here, image i is the i-th of its source, although the shards hold the images
-shuffled. So the same source has the same indices, and thus the same views, in a ``.beton`` file. In existing
-shards that were only indexed, image i is the i-th on the disk.
+In a set that was compiled by ``dataset_tools``, image i is the i-th image of the source, although the shards
+contain the images in random order. So an image has the same index, and thus the same views, as in a
+``.beton`` file of the same source. In existing shards that were only indexed, image i is the i-th image on
+the disk.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from pipelines.sets.manifest import Manifest, Shard, blocks, manifest_path, veri
 
 INDEX_NAME = "index.npy"
 PENDING_INDEX_NAME = "index.npy.next"
-"""The index of a set while it is about to replace another in the same folder."""
+"""The new index of a set, until it replaces the old one."""
 PLAN_NAME = "convert.json"
 """The plan of a conversion; deleted once the set is complete."""
 INDEX_DTYPE = np.dtype(
@@ -46,7 +47,7 @@ TAR_BLOCK = 512
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened set of shards; N images."""
+    """An opened set of shards; N images. :class:`pipelines.sets.stores.ShardStore` reads from it."""
 
     path: Path
     """The folder."""
@@ -59,7 +60,7 @@ class ShardSet:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """The tar files, in the order of their numbers in the index."""
+        """The tar files. The index refers to them by their positions here."""
         return self.manifest.shards
 
     def tar_path(self, shard: int) -> Path:
@@ -78,7 +79,7 @@ class ShardSet:
         return np.frombuffer(content, np.uint8)
 
     def member_name(self, index: int) -> str | None:
-        """An image's name in its tar, by DALI's index file; None if that has no names.
+        """An image's name in its tar, from DALI's index file; None if that has no names.
 
         Reads the index file up to the image, which is too slow for loops.
         """
@@ -87,7 +88,7 @@ class ShardSet:
         return next((name for offset, name in members if offset == record["offset"]), None)
 
     def member_names(self) -> Iterator[str]:
-        """The images' names in their tars, in order; the names of one tar at a time are in memory.
+        """The images' names in their tars, in order. Only the names of one tar at a time are in memory.
 
         Raises:
             ValueError: if DALI's index file of a tar is missing or lacks a name.
@@ -116,12 +117,12 @@ class ShardSet:
 
 
 def is_shard_set(path: str | Path) -> bool:
-    """Whether this is a folder of indexed shards."""
+    """Whether ``path`` is a folder of indexed shards."""
     return Path(path).is_dir() and manifest_path(path).is_file()
 
 
 def set_aside_path(folder: Path) -> Path:
-    """The temporary name of a set that is being replaced, on file systems that cannot exchange two names."""
+    """Temporary path of a set that is being replaced, if the file system cannot exchange two names."""
     return folder.with_name(f".{folder.name}.maskmix-old")
 
 
@@ -131,12 +132,12 @@ def dali_index_path(tar: str | Path) -> Path:
 
 
 def index_hint(path: str | Path) -> str:
-    """Advice to index the shards again, with the command."""
+    """The command that indexes shards again; a clause of a message."""
     return f"index the shards with `python -m dataset_tools index {path}`"
 
 
 def set_digest(shards: Sequence[Shard], index: NDArray[np.void]) -> str:
-    """The hash of a set as in its manifest: of the tars' hashes in order, then of the index's records."""
+    """The hash of a set: of the hashes of its tars in order, then of the records of its index."""
     hasher = hashlib.sha256("".join(shard.sha256 for shard in shards).encode("ascii"))
     for rows in blocks(len(index)):
         hasher.update(np.ascontiguousarray(index[rows]).view(np.uint8).data)
@@ -144,7 +145,7 @@ def set_digest(shards: Sequence[Shard], index: NDArray[np.void]) -> str:
 
 
 def positions_by_shard(shards: Sequence[Shard], index: NDArray[np.void]) -> list[NDArray[np.int64]]:
-    """For each shard, the positions in the set of its images in the order of the tar."""
+    """For each shard, the positions in the set of its images, in the order of the tar."""
     order = np.lexsort((index["offset"], index["shard"]))
     return np.split(order, np.cumsum([shard.count for shard in shards])[:-1])
 
@@ -152,7 +153,7 @@ def positions_by_shard(shards: Sequence[Shard], index: NDArray[np.void]) -> list
 def open_shards(path: str | Path) -> ShardSet:
     """Open a set of shards and check everything but the contents of the tars.
 
-    This checks the size of each tar and passes once over the index, which is mapped.
+    The size of each tar is checked, and the mapped index is read once.
 
     Raises:
         FileNotFoundError: if there is no such set or one of its files is missing.
@@ -195,7 +196,7 @@ def shards_manifest(path: Path) -> Manifest:
 
 
 def check_tar(path: Path, shard: Shard) -> None:
-    """Check that a tar of the set exists and has its size.
+    """Check that a tar of the set exists and has the size in the manifest.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -239,9 +240,9 @@ def map_index(path: Path, manifest: Manifest) -> NDArray[np.void]:
 
 
 def valid_index_path(path: Path, manifest: Manifest) -> Path:
-    """The index that is valid for the manifest of a set: the pending one if it has the manifest's hash.
+    """The index that belongs to the manifest of a set: the pending one if it has the manifest's hash.
 
-    A pending index is left if the process that wrote it was killed, perhaps before it wrote the manifest.
+    A pending index remains if the process that wrote it was killed, before or after it wrote the manifest.
     """
     pending = path / PENDING_INDEX_NAME
     if pending.exists():
@@ -272,7 +273,7 @@ def _read_index(path: Path, file: Path, manifest: Manifest) -> NDArray[np.void]:
 
 
 def _check_places(path: Path, manifest: Manifest, start: int, block: NDArray[np.void]) -> None:
-    """Raise ValueError if an image lies outside its tar, or where a tar cannot have one."""
+    """Raise ValueError if a record is impossible: its position in the tar, its size or its label."""
     sizes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
     known = block["shard"] < len(sizes)
     end = block["offset"] + block["num_bytes"]

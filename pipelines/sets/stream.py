@@ -1,10 +1,12 @@
-"""DALI's own reader of shards: sequential, shuffled within a buffer; for sets far larger than the memory.
+"""DALI's reader of shards: reads sequentially and shuffles within a buffer, for sets far larger than memory.
 
-Its promises are weaker than those of the loader's own order. In each epoch it takes the shards in a new
-order, gives every rank an equal part of their images and shuffles within a buffer. So images that lie far
-apart on the disk do not meet in a batch, and the contents of a batch depend on batch size and world size.
-What still holds: every image comes at most once per epoch, views are a function of (seed, epoch, index,
-view), and a run resumes at the exact batch, because the loader's state holds the checkpoint of DALI's reader.
+It guarantees less than the loader's own order. In each epoch it shuffles the order of the shards, gives every
+rank an equal part of the images and shuffles them within a buffer. So images far apart on the disk are not in
+the same batch, and the contents of a batch depend on batch size and world size.
+
+It does guarantee that every image is used at most once per epoch, that a view is a function of (seed, epoch,
+index, view), and that a run resumes at the exact batch: the loader's state contains the checkpoint of DALI's
+reader.
 
 Shape letters: N images of a batch, P images of the set.
 """
@@ -28,34 +30,34 @@ from pipelines.sets.shards import dali_index_path, index_hint
 from pipelines.sets.stores import ShardStore
 
 BUFFER = 2048
-"""Images in the shuffle buffer; at ImageNet's file sizes this is 230 MB on each rank."""
+"""Images in the shuffle buffer: 230 MB per rank at the file sizes of ImageNet."""
 _BATCHES_AHEAD = 2
 _READER = "reader"
 _OTHER_FILES = 512
-"""Files that a process may need besides the shards: sockets, logs, other sets."""
+"""Open files that a process may need in addition to the shards: sockets, logs, other sets."""
 _OFFSET_BITS = 44
-"""A position in the shards is one number: shard number, then offset in the tar, which is below 16 TiB."""
+"""A position is one number: the offset in the tar in the lower bits, below 16 TiB, the shard above them."""
 
 
 class ShardStream:
-    """Batches of encoded images in the order in which DALI's reader returns them."""
+    """Batches of encoded images, in the order of DALI's reader."""
 
     def __init__(
         self, store: ShardStore, *, batch_size: int, seed: int, share: RankShare, shuffle: bool
     ) -> None:
-        """Look for the index files; nothing is read yet.
+        """Check that the index files exist. No shard is read yet.
 
         Args:
             store: the set.
             batch_size: images per batch on this rank.
             seed: of the order.
-            share: the rank that reads, among how many.
+            share: this rank and the number of ranks.
             shuffle: whether shards and images are shuffled.
 
         Raises:
             FileNotFoundError: if a shard lacks its index file.
             ImportError: if DALI is missing.
-            ValueError: if the process may not open all shards at once.
+            ValueError: if the process may not have all shards open at once.
         """
         import_dali()
         self.share = share
@@ -70,7 +72,7 @@ class ShardStream:
                 )
         _allow_open_files(len(self._shards.shards))
         self._number = {shard.name: number for number, shard in enumerate(self._shards.shards)}
-        # Sixteen bytes per image, the only memory that grows with the set.
+        # Sixteen bytes per image. No other memory grows with the set.
         shard_P, offset_P = self._shards.index["shard"], self._shards.index["offset"]
         self._position_P = shard_P.astype(np.uint64) << np.uint64(_OFFSET_BITS) | offset_P.astype(np.uint64)
         self._order_P = np.argsort(self._position_P, kind="stable")
@@ -78,7 +80,7 @@ class ShardStream:
         self._extensions = list(known) if known else [suffix.lstrip(".") for suffix in IMAGE_SUFFIXES]
 
     def batches(self, epoch: int, checkpoint: str) -> Iterator[tuple[Encoded, str]]:
-        """Batches from the checkpoint on ("" for the start of the epoch), each with the checkpoint after it.
+        """Yield batches from a checkpoint on ("" for the epoch's start), each with the checkpoint after it.
 
         Raises:
             ValueError: if an index file does not fit its tar.
@@ -100,7 +102,7 @@ class ShardStream:
             yield images, base64.b64encode(graph.checkpoint()).decode()
 
     def _open(self, epoch: int, checkpoint: str) -> Any:
-        """Build the reader of an epoch."""
+        """Build DALI's pipeline of an epoch and check its number of images."""
         from_checkpoint = (
             f", or the state's checkpoint {checkpoint!r} is not of this set" if checkpoint else ""
         )
@@ -123,7 +125,7 @@ class ShardStream:
         return pipeline
 
     def _reader(self, epoch: int, checkpoint: bytes | None) -> Any:
-        """DALI's pipeline of an epoch, not built yet."""
+        """Define DALI's pipeline of an epoch; the caller builds it."""
         dali = import_dali()
         order = np.arange(len(self._number))
         if self._shuffle:
@@ -147,7 +149,7 @@ class ShardStream:
                 ext=[";".join(self._extensions)],
                 case_sensitive_extensions=False,
                 missing_component_behavior="skip",
-                # If a mapped tar were cut short, the process would be killed.
+                # If a mapped tar is truncated during the run, the process is killed.
                 dont_use_mmap=True,
                 random_shuffle=self._shuffle,
                 initial_fill=BUFFER,
@@ -160,7 +162,7 @@ class ShardStream:
         return graph(checkpoint=checkpoint)
 
     def _identify(self, contents: list[NDArray[np.uint8]], sources: list[str]) -> Encoded:
-        """Find the images in the set's index by tar, offset and length."""
+        """Find the images in the set's index, by tar, offset and length."""
         position_N = np.array([self._position(source) for source in sources], np.uint64)
         found_N = np.searchsorted(self._position_P, position_N, sorter=self._order_P)
         index_N = self._order_P[np.minimum(found_N, len(self._position_P) - 1)]
@@ -170,25 +172,25 @@ class ShardStream:
         )
         if wrong_N.any():
             raise ValueError(
-                f"{sources[int(np.argmax(wrong_N))]} is not an image by the index of {self._store.path}: an "
+                f"{sources[int(np.argmax(wrong_N))]} does not match the index of {self._store.path}: an "
                 f".idx file does not fit its tar; {index_hint(self._store.path)}"
             )
         return self._store.copy(index_N, contents)
 
     def _position(self, source: str) -> int:
-        """The position in the shards of what DALI calls ``folder/tar:offset:name``."""
+        """The position of an image that DALI reports as ``folder/tar:offset:name``."""
         name = source.removeprefix(f"{self._store.path}/")
-        # The names of tars and of images may contain colons.
+        # Names of tars and of images may contain colons, so take the first match that ends the name of a tar.
         ends = (match for match in re.finditer(r":(\d+):", name) if name[: match.start()] in self._number)
         tar = next(ends)
         return self._number[name[: tar.start()]] << _OFFSET_BITS | int(tar.group(1))
 
 
 def _allow_open_files(num_tars: int) -> None:
-    """Raise the limit of open files, because DALI's reader keeps all tars open.
+    """Raise the process's limit of open files, because DALI's reader keeps all tars open.
 
     Raises:
-        ValueError: if the system does not allow that.
+        ValueError: if the system does not allow that many.
     """
     needed = num_tars + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -203,7 +205,7 @@ def _allow_open_files(num_tars: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The line of DALI's report that says what is wrong."""
+    """The line of DALI's message that names the error."""
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and "ritical error" not in line and "no longer valid" not in line]
     first = lines.index("encountered:") + 1 if "encountered:" in lines[:-1] else 0

@@ -21,13 +21,13 @@ _POSITION = re.compile(r"#\d+")
 def balanced_subset(label_N: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
     """Draw a share of each class, at least one image per class.
 
-    A class of n images contributes n · share of them, rounded. Of two shares, the larger one contains all
-    images of the smaller.
+    From a class of n images, n · share are taken, rounded. The images of a smaller share are among those of a
+    larger share.
 
     Args:
         label_N: (N,) classes from 0.
         share: in (0, 1].
-        seed: of the draw.
+        seed: of the random choice.
 
     Returns:
         (M,) sorted positions.
@@ -52,16 +52,16 @@ def balanced_subset(label_N: NDArray[np.int64], share: float, seed: int) -> NDAr
 
 
 def listed_subset(names: Callable[[], Iterable[str]], count: int, path: Path) -> NDArray[np.int64]:
-    """Find the images that a file lists, one per line.
+    """Find the images that a text file lists, one per line.
 
-    A line is a file's name, or its path from any folder on: ``n01440764_10043.JPEG`` as well as
-    ``train/n01440764/n01440764_10043.JPEG``. Suffixes matter only if names differ in nothing else; empty
-    lines are ignored. A list for a set without names has positions: ``#0``, ``#1``, ….
+    A line is the name of an image file, or the end of its path: ``n01440764_10043.JPEG`` or
+    ``train/n01440764/n01440764_10043.JPEG``. If no image matches, names are compared without their suffixes.
+    Empty lines are ignored. For a set without names, lines are positions: ``#0``, ``#1``, ….
 
     Args:
         names: returns the names of the set's images, in order.
         count: number of the set's images.
-        path: of the file.
+        path: path of the text file.
 
     Returns:
         (M,) sorted positions.
@@ -70,7 +70,7 @@ def listed_subset(names: Callable[[], Iterable[str]], count: int, path: Path) ->
         ValueError: if a line names no image of the set, or several.
         OSError: if the file cannot be read.
     """
-    # As in X.paths, names that are not UTF-8 stay as they are.
+    # Names that are not UTF-8 are decoded as in X.paths.
     lines = [line.strip() for line in os.fsdecode(path.read_bytes()).split("\n") if line.strip()]
     positions = [int(line[1:]) for line in lines if _POSITION.fullmatch(line)]
     if lines and len(positions) == len(lines):
@@ -95,7 +95,7 @@ Matches = list[tuple[int, str]]
 
 
 def _matches(lines: list[str], names: Iterable[str], key: Callable[[str], str]) -> dict[str, Matches]:
-    """Line → the images with the same last path components, after ``key`` is applied to both."""
+    """Line → images with the same last path components, compared after ``key`` is applied to both."""
     found: dict[str, Matches] = {line: [] for line in lines}
     by_file = defaultdict[str, list[str]](list)
     for line in found:
@@ -108,27 +108,27 @@ def _matches(lines: list[str], names: Iterable[str], key: Callable[[str], str]) 
 
 
 def _position_of(path: Path, line: str, matches: Matches) -> int:
-    """The position of the image that a line stands for. Raises ValueError if there are several."""
+    """The position of the image that a line names. Raises ValueError if it names several."""
     exact = [index for index, name in matches if name == line]
     if len(exact) == 1:
         return exact[0]
     if len(matches) > 1:
         raise ValueError(
             f"{path} names {line}, and the set has several images of this name (the second is "
-            f"{matches[1][1]}); give their paths below the source in place of their names"
+            f"{matches[1][1]}); give their paths below the source instead of their names"
         )
     return matches[0][0]
 
 
 def lines_of(names: Callable[[], Iterable[str]], subset_M: NDArray[np.int64]) -> list[str] | None:
-    """The lines of a file from which `listed_subset` reads these images: their names.
+    """The names of images, as the lines of a text file that `listed_subset` reads.
 
     Args:
         names: returns the names of all images of the set, in order; may raise ValueError.
         subset_M: (M,) positions of the images.
 
     Returns:
-        None if names are not recorded, not unique, or cannot be lines of the file.
+        The lines; None if names are not recorded, not unique, or not possible as lines.
     """
     try:
         all_names = list(names())
@@ -151,7 +151,7 @@ def _file_name(path: str) -> str:
 
 
 def _ends_alike(path: str, other: str) -> bool:
-    """Whether one path is the other, or the other's last components."""
+    """Whether one path equals the other, or the last components of the other."""
     return f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
 
 

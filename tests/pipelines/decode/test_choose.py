@@ -110,7 +110,7 @@ def test_only_one_backend_reads_pixels(picture_folder: Path, tmp_path: Path) -> 
     path = tmp_path / "raw.beton"
     convert(FolderSource(picture_folder), path, Normalising(tier="raw", short_side=32))
     assert str(choose(path, "auto", on_gpu(1, UNIT))) == "backend ffcv: only it reads the tier raw"
-    with pytest.raises(ImportError, match=r"name its file in LIBTURBOJPEG\.$"):
+    with pytest.raises(ImportError, match=r"set LIBTURBOJPEG to its path\.$"):
         choose(path, "auto", Machine(turbojpeg=False, dali=True))
 
 

@@ -80,8 +80,8 @@ def test_a_missing_library_is_an_error_that_says_what_to_do(
     with pytest.raises(ImportError) as none:
         look_up()
     assert re.fullmatch(
-        r"libturbojpeg 2\.0 or newer was not found \(libnowhere\.so\.0: [^)]*\)\. "
-        r"`apt-get install libturbojpeg0` brings it, or name its file in LIBTURBOJPEG",
+        r"libturbojpeg 2\.0 or newer was not found \(libnowhere\.so\.0: [^)]*\); "
+        r"install it with `apt-get install libturbojpeg0`, or set LIBTURBOJPEG to its path",
         str(none.value),
     )
 

@@ -97,10 +97,10 @@ def shard_with(folder: Path, **changes: Any) -> list[dict[str, Any]]:
         (lambda s: change(s, format="beton"), "names no shards"),
         (lambda s: change(s, shards=[]), "names no shards"),
         (lambda s: change(s, shards=[3]), "a shard is 3"),
-        (lambda s: change(s, shards=shard_with(s, name="../000000.tar")), "is no file within the folder"),
-        (lambda s: change(s, shards=shard_with(s, name="/etc/passwd")), "is no file within the folder"),
-        (lambda s: change(s, shards=shard_with(s, name="")), "is no file within the folder"),
-        (lambda s: change(s, shards=shard_with(s, name="..")), "is no file within the folder"),
+        (lambda s: change(s, shards=shard_with(s, name="../000000.tar")), "is not a file in the folder"),
+        (lambda s: change(s, shards=shard_with(s, name="/etc/passwd")), "is not a file in the folder"),
+        (lambda s: change(s, shards=shard_with(s, name="")), "is not a file in the folder"),
+        (lambda s: change(s, shards=shard_with(s, name="..")), "is not a file in the folder"),
         (lambda s: change(s, shards=shard_with(s, name="000001.tar")), "names a shard twice"),
         (lambda s: change(s, shards=shard_with(s, count="11")), "count of a shard is '11'"),
         (lambda s: change(s, shards=shard_with(s, count=True)), "count of a shard is True"),
@@ -108,7 +108,7 @@ def shard_with(folder: Path, **changes: Any) -> list[dict[str, Any]]:
         (lambda s: change(s, shards=shard_with(s, colour=1)), "a shard is .* expected"),
         (lambda s: change(s, shards=shard_with(s, count=12)), "40 in all and 41 in its shards"),
         (lambda s: change(s, classes=["bird"]), "does not fit the shards"),
-        (lambda s: change(s, classes=["bird", 3]), "a class name is no text"),
+        (lambda s: change(s, classes=["bird", 3]), "a class name is not text"),
     ],
 )
 def test_damage_is_an_error_that_names_the_set(

@@ -216,9 +216,9 @@ def _spoil_index(copy: Path) -> None:
     ("damage", "message"),
     [
         (_drop_index, r"000002\.idx is missing, which DALI's reader needs; index the shards"),
-        (_swap_indices, "is not an image by the index of .* file does not fit its tar"),
-        (_shift_index, "is not an image by the index of .* file does not fit its tar"),
-        (_lengthen_picture, "is not an image by the index of .* file does not fit its tar"),
+        (_swap_indices, "does not match the index of .* file does not fit its tar"),
+        (_shift_index, "does not match the index of .* file does not fit its tar"),
+        (_lengthen_picture, "does not match the index of .* file does not fit its tar"),
         (_shorten_index, r"list 39 images, its manifest 40"),
         (_spoil_index, "DALI cannot open the shards"),
     ],
