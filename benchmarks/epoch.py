@@ -54,31 +54,17 @@ class EpochSetting:
     """What an epoch consists of. The defaults take one to two minutes on two cores."""
 
     arch: str = "resnet18"
-    """Encoder."""
     crop_px: int = 224
-    """Side of the views."""
-    pictures: int = 256
-    """Photographs in the set."""
+    pictures: int = 256  # photographs in the set
     batch_size: int = 64
-    """Images in a step."""
-    epochs: int = 2
-    """Measured epochs of each."""
+    epochs: int = 2  # measured ones of each training
     queue_len: int = 65536
-    """Length of the queue."""
-    bn_splits: int = 8
-    """Parts of our batch with BatchNorm statistics of their own; a run on one device has eight."""
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or not 2 <= self.batch_size <= self.pictures:
-            raise ValueError(
-                f"{self.epochs} epochs of {self.pictures} pictures in batches of {self.batch_size} measure "
-                "nothing; give at least 1 epoch, and batches of 2 … as many as there are pictures"
-            )
+    bn_splits: int = 8  # parts of our batch with BatchNorm statistics of their own, as on one device
 
     def brief(self) -> "EpochSetting":
         """The same for a look: at most 128 images at 96 px, one epoch."""
-        pictures = max(self.batch_size, min(self.pictures, 128))
-        return dataclasses.replace(self, pictures=pictures, crop_px=min(self.crop_px, 96), epochs=1)
+        pictures, crop_px = min(self.pictures, 128), min(self.crop_px, 96)
+        return dataclasses.replace(self, pictures=pictures, crop_px=crop_px, epochs=1)
 
     @property
     def recipe(self) -> Recipe:
