@@ -23,13 +23,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.peers.with_torchvision import TwoViews, pil_recipe
-from benchmarks.published import PlainMoCo, plain_mixmask
+from benchmarks.published import PlainMoCo, loss_of, plain_mixmask
 from benchmarks.run_options import Bars, median_and_range, print_table
 from benchmarks.sample_sets import SampleSet, SampleSets, read_with_pil
 from benchmarks.timing import summary
@@ -148,12 +148,6 @@ class Training:
         now = time.perf_counter()
         self.seconds[self._part] += now - self._since
         self._part, self._since = part, now
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss by either formulation."""
-    loss: Tensor = model(batch) if isinstance(model, PlainMoCo) else model(batch)[0]
-    return loss
 
 
 def trainings(setting: EpochSetting, images: SampleSet) -> dict[str, Training]:

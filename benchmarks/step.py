@@ -28,9 +28,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from benchmarks.epoch import EpochSetting, loss_of, measure_epochs, print_epochs
+from benchmarks.epoch import EpochSetting, measure_epochs, print_epochs
 from benchmarks.memory import status_mib
-from benchmarks.published import PlainMoCo, mixed_with_reverse
+from benchmarks.published import PlainMoCo, loss_of, mixed_with_reverse
 from benchmarks.run_options import (
     Bars,
     finish_benchmark,
