@@ -23,13 +23,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.peers.with_torchvision import TwoViews, pil_recipe
-from benchmarks.published import PlainMoCo, plain_mixmask
+from benchmarks.published import PlainMoCo, loss_of, plain_mixmask
 from benchmarks.run_options import Bars, median_and_range, print_table
 from benchmarks.sample_sets import SampleSet, SampleSets, read_with_pil
 from benchmarks.timing import summary
@@ -54,31 +54,17 @@ class EpochSetting:
     """What an epoch consists of. The defaults take one to two minutes on two cores."""
 
     arch: str = "resnet18"
-    """Encoder."""
     crop_px: int = 224
-    """Side of the views."""
-    pictures: int = 256
-    """Photographs in the set."""
+    pictures: int = 256  # photographs in the set
     batch_size: int = 64
-    """Images in a step."""
-    epochs: int = 2
-    """Measured epochs of each."""
+    epochs: int = 2  # measured ones of each training
     queue_len: int = 65536
-    """Length of the queue."""
-    bn_splits: int = 8
-    """Parts of our batch with BatchNorm statistics of their own; a run on one device has eight."""
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or not 2 <= self.batch_size <= self.pictures:
-            raise ValueError(
-                f"{self.epochs} epochs of {self.pictures} pictures in batches of {self.batch_size} measure "
-                "nothing; give at least 1 epoch, and batches of 2 … as many as there are pictures"
-            )
+    bn_splits: int = 8  # parts of our batch with BatchNorm statistics of their own, as on one device
 
     def brief(self) -> "EpochSetting":
         """The same for a look: at most 128 images at 96 px, one epoch."""
-        pictures = max(self.batch_size, min(self.pictures, 128))
-        return dataclasses.replace(self, pictures=pictures, crop_px=min(self.crop_px, 96), epochs=1)
+        pictures, crop_px = min(self.pictures, 128), min(self.crop_px, 96)
+        return dataclasses.replace(self, pictures=pictures, crop_px=crop_px, epochs=1)
 
     @property
     def recipe(self) -> Recipe:
@@ -162,12 +148,6 @@ class Training:
         now = time.perf_counter()
         self.seconds[self._part] += now - self._since
         self._part, self._since = part, now
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss by either formulation."""
-    loss: Tensor = model(batch) if isinstance(model, PlainMoCo) else model(batch)[0]
-    return loss
 
 
 def trainings(setting: EpochSetting, images: SampleSet) -> dict[str, Training]:

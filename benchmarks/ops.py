@@ -16,7 +16,7 @@ Shape letters: N batch, S side in pixels.
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -52,12 +52,8 @@ from training.optim import sgd
 _DTYPE = torch.bfloat16
 CAN_COUNT_COMPILED = Version(torch.__version__) >= Version("2.11")
 """Tried with torch 2.8, which cannot, and 2.11 and 2.14."""
-_PARTS = {
-    "_embed_keys": "key pass",
-    "_embed_queries": "query passes",
-    "_update_key_encoder": "key update",
-    "_enqueue": "queue",
-}
+_PARTS = {"_embed_keys": "key pass", "_embed_queries": "query passes"}
+_PARTS |= {"_update_key_encoder": "key update", "_enqueue": "queue"}
 """Method of MoCo → the part of a step that its operations belong to."""
 _FREE = ("prim::device", "aten::promote_types", "aten::empty", "aten::empty_like", "aten::detach")
 """Operations that cost a device nothing, apart from views."""
@@ -131,12 +127,13 @@ def main(config: OpsBenchmark) -> dict[str, Any]:
 
 def _with_stage(parts: Parts, stage: dict[str, int]) -> dict[str, Any]:
     """The parts with the photometric stage of two views, which is compiled by default, and their totals."""
-    num_bytes_of_views = 2 * stage["bytes_per_view"] * stage["views"]
-    parts = parts | {"photometric": {"ops": 2 * stage["kernels"], "bytes": num_bytes_of_views}}
-    return {f"total_{what}": _total(parts, what) for what in ("ops", "bytes")} | {"parts": parts}
+    two_views = {"ops": 2 * stage["kernels"], "bytes": 2 * stage["bytes_per_view"] * stage["views"]}
+    parts = parts | {"photometric": two_views}
+    return {f"total_{what}": total(parts, what) for what in ("ops", "bytes")} | {"parts": parts}
 
 
-def _total(parts: Parts, what: str) -> int:
+def total(parts: Parts, what: str) -> int:
+    """All operations or bytes."""
     return sum(part[what] for part in parts.values())
 
 
@@ -229,7 +226,7 @@ def count_compiled(config: OpsBenchmark, method: Method) -> Parts:
     fake, model, optimizer, batch = _fake_step(config, method, config.bn_splits)
     graphs: dict[str, list[fx.Graph]] = {"forward": [], "backward": [], "mixing": []}
 
-    def keep(part: str, module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+    def keep(part: str, module: fx.GraphModule, _: Any) -> Any:
         graphs[part].append(module.graph)
         boxed: Callable[..., Any] = make_boxed_func(module.forward)
         return boxed
@@ -269,8 +266,8 @@ def count_photometric(config: OpsBenchmark) -> dict[str, int]:
         "views": num,
         "kernels": fused["ops"],
         "bytes_per_view": fused["bytes"] // num,
-        "eager_ops": _total(counted.parts, "ops"),
-        "eager_bytes_per_view": _total(counted.parts, "bytes") // num,
+        "eager_ops": total(counted.parts, "ops"),
+        "eager_bytes_per_view": total(counted.parts, "bytes") // num,
     }
 
 

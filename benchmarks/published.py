@@ -139,6 +139,12 @@ class PlainMoCo(nn.Module):
             self.queue_ptr = (self.queue_ptr + 1) % queue_len
 
 
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss by either formulation."""
+    loss: Tensor = model(batch) if isinstance(model, PlainMoCo) else model(batch)[0]
+    return loss
+
+
 def mixed_with_reverse(query: Tensor, key: Tensor, mixed: Sequence[Tensor], lam: float = 0.5) -> Batch:
     """A batch of given views and mixtures: partners in reverse order, one λ for all images, as published."""
     row_N = torch.arange(len(query))

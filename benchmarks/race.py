@@ -114,8 +114,9 @@ def main(config: Race) -> dict[str, Any]:
     runs: dict[str, list[dict[str, float]]] = {}
     words: dict[str, str] = {}
     with console.status("trying lightly") as status:
-        trials = {} if config.hands else _try_divisions(peer, preset, min(10.0, seconds / 4))
-        best = config.hands or max(trials, key=trials.__getitem__)
+        trials = [] if config.hands else _try_divisions(peer, preset, min(10.0, seconds / 4))
+        fastest = max(trials, key=lambda trial: trial["samples_per_s"], default={})
+        best = config.hands or (fastest["workers"], fastest["torch_threads"])
         builds: dict[str, Callable[[int], Entry]] = {
             LIGHTLY: functools.partial(lightly, peer, peer.documented(preset), peer.documented_division()),
             LIGHTLY_AT_BEST: functools.partial(lightly, peer, preset, best),
@@ -137,7 +138,7 @@ def main(config: Race) -> dict[str, Any]:
                 runs[name].append(run)
                 words[name] = entry.configured
     race = figures(runs, words)
-    facts = _facts(config, preset, seconds, trials)
+    facts = {"seconds": seconds, "lightly_trials": trials, **_facts(config, preset)}
     _print(race, facts)
     return finish_benchmark("race", config.quick, config.json, race=race, config=facts)
 
@@ -195,13 +196,13 @@ def lightly(peer: ModuleType, preset: PretrainConfig, division: tuple[int, int],
     return Entry(preset, peer.LightlyMoCo(preset), batches, torch_threads, words)
 
 
-def _try_divisions(peer: ModuleType, preset: PretrainConfig, seconds: float) -> dict[tuple[int, int], float]:
+def _try_divisions(peer: ModuleType, preset: PretrainConfig, seconds: float) -> list[dict[str, Any]]:
     """Samples/s of lightly by division; processes and threads compete for cores, so fewer may be faster."""
-    cores = usable_cores(0)
-    return {
-        division: train(lightly(peer, preset, division, 0), seconds)["samples_per_s"]
-        for division in dict.fromkeys([peer.documented_division(), (cores, 1), (1, 1), (0, cores)])
-    }
+    cores, trials = usable_cores(0), []
+    for division in dict.fromkeys([peer.documented_division(), (cores, 1), (1, 1), (0, cores)]):
+        rate = train(lightly(peer, preset, division, 0), seconds)["samples_per_s"]
+        trials.append({"workers": division[0], "torch_threads": division[1], "samples_per_s": rate})
+    return trials
 
 
 def train(entry: Entry, seconds: float, progress: Callable[[str], None] = lambda _: None) -> dict[str, float]:
@@ -269,20 +270,13 @@ def figures(runs: dict[str, list[dict[str, float]]], configured: dict[str, str])
     return {**ratios, "runners": rows}
 
 
-def _facts(
-    config: Race, preset: PretrainConfig, seconds: float, trials: dict[tuple[int, int], float]
-) -> dict[str, Any]:
-    """The JSON's ``config``."""
+def _facts(config: Race, preset: PretrainConfig) -> dict[str, Any]:
+    """The settings in the JSON's ``config``."""
     whole = _QUICK_IMAGES if config.quick else "all training pictures"
     same = ("arch", "batch_size", "lr", "sgd_momentum", "weight_decay")
     return {
-        "seconds": seconds,
         "seeds": list(config.seeds),
         "threads": usable_cores(0),
-        "lightly_trials": [
-            {"workers": workers, "torch_threads": threads, "samples_per_s": rate}
-            for (workers, threads), rate in trials.items()
-        ],
         "knn": {"k": 200, "temperature": 0.1, "bank": _SMALL_BANK, "whole_bank": whole},
         "schedule": "cosine by the share of the wall time gone",
         "clock": "from the arrival of the first batch; kNN does not count",

@@ -1,7 +1,4 @@
-"""Drawn shapes with boxes and outlines, in COCO's layout: a detection set in seconds.
-
-Shape letters: P points of an outline.
-"""
+"""Drawn shapes with boxes and outlines, in COCO's layout: a detection set in seconds."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +20,7 @@ class Shape:
     """One shape in an image."""
 
     label: int  # of CLASSES
-    outline_P2: NDArray[np.float64]  # corners x, y in pixels, within the image
+    outline_P2: NDArray[np.float64]  # P corners: x, y in pixels, within the image
 
     @property
     def box(self) -> tuple[float, float, float, float]:

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,9 +28,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from benchmarks.epoch import EpochSetting, loss_of, measure_epochs, print_epochs
+from benchmarks.epoch import EpochSetting, measure_epochs, print_epochs
 from benchmarks.memory import status_mib
-from benchmarks.published import PlainMoCo, mixed_with_reverse
+from benchmarks.published import PlainMoCo, loss_of, mixed_with_reverse
 from benchmarks.run_options import (
     Bars,
     finish_benchmark,
@@ -49,6 +49,8 @@ from training.cli import console
 
 Formulation = Literal["ours", "naive"]
 _FORMULATIONS: tuple[Formulation, ...] = get_args(Formulation)
+EPOCHS = [EpochSetting(), EpochSetting("resnet10w16", crop_px=64, pictures=2000, epochs=3)]
+"""The epochs of the main speed-up, and those of a small encoder, where the data counts for more."""
 _ARCH, _TEMPERATURE, _PEAK_STEPS = "resnet18", 0.2, 4
 
 
@@ -80,16 +82,8 @@ class StepBenchmark:
     """Turns of each formulation after its warm-up: 7, or 2 with --quick."""
     seconds: float | None = None
     """Shortest length of a turn: 4, or 0.5 with --quick."""
-    epoch: bool = True
-    """Measure whole epochs too."""
     data: Path = Path("data")
     """Folder of the sample sets; what is missing is made there."""
-    large: EpochSetting = field(default_factory=EpochSetting)
-    """The epochs of the main speed-up."""
-    small: EpochSetting = field(
-        default_factory=lambda: EpochSetting("resnet10w16", crop_px=64, pictures=2000, epochs=3)
-    )
-    """Epochs of a small encoder, where the data counts for more."""
 
     def size(self) -> Size:
         """The given options, with defaults for the rest; raises ValueError for a step without mixtures."""
@@ -106,14 +100,12 @@ def main(config: StepBenchmark) -> dict[str, Any]:
     """Measure, print tables, write the JSON; returns what was written."""
     keep_full_figures(config.quick, config.json)
     size = config.size()
-    settings = [config.large, config.small] if config.epoch else []
-    if config.quick:
-        settings = [setting.brief() for setting in settings]
+    settings = [setting.brief() for setting in EPOCHS] if config.quick else EPOCHS
     methods = [method for method in get_args(Method) if method in {"mixmask", *config.methods}]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as display:
         bars = Bars(display, 2 * len(methods) + len(settings))
         figures = {method: _measure(method, size, bars) for method in methods}
-        epoch = {"epoch": measure_epochs(settings, config.data, bars)} if settings else {}
+        epoch = measure_epochs(settings, config.data, bars)
     threads = torch.get_num_threads()
     facts = asdict(size) | {"arch": _ARCH, "temperature": _TEMPERATURE, "steps_at_peak": _PEAK_STEPS}
     facts |= {"threads": threads, "precision": "fp32"}
@@ -123,10 +115,9 @@ def main(config: StepBenchmark) -> dict[str, Any]:
         f"ms, lowest … highest of {size.turns} turns, and MiB at the peak",
         {method: _cells(row) for method, row in figures.items()},
     )
-    if epoch:
-        print_epochs(epoch["epoch"])
+    print_epochs(epoch)
     step = {**ratios, "unit": "ms", "methods": figures}
-    return finish_benchmark("step", config.quick, config.json, config=facts, step=step, **epoch)
+    return finish_benchmark("step", config.quick, config.json, config=facts, step=step, epoch=epoch)
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

@@ -71,8 +71,10 @@ def tests_images(picture_folder: Path, beton: Path, shards: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("tests_images")
-def test_a_quick_run_has_all_figures(tmp_path: Path) -> None:
+def test_a_quick_run_has_all_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "step.json"
+    small = dataclasses.replace(TINY, crop_px=16, bn_splits=2)
+    monkeypatch.setattr("benchmarks.step.EPOCHS", [TINY, small])
     config = StepBenchmark(
         quick=True,
         json=out,
@@ -81,8 +83,6 @@ def test_a_quick_run_has_all_figures(tmp_path: Path) -> None:
         queue_len=256,
         turns=2,
         seconds=0.05,
-        large=TINY,
-        small=dataclasses.replace(TINY, crop_px=16, bn_splits=2),
     )
     result = main(config)
     assert json.loads(out.read_text()) == result
@@ -132,17 +132,9 @@ def test_a_published_batch_is_mixed_by_one_mask_of_rectangles() -> None:
         assert torch.equal(mixture.partner, torch.tensor([3, 2, 1, 0]))
 
 
-@pytest.mark.parametrize(
-    ("make", "sentence"),
-    [
-        (lambda: StepBenchmark(batch_size=1).size(), "batch of 1"),
-        (lambda: EpochSetting(pictures=8, batch_size=9), "8 pictures in batches of 9"),
-        (lambda: EpochSetting(epochs=0), "0 epochs"),
-    ],
-)
-def test_settings_that_measure_nothing_are_refused(make: Callable[[], object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        make()
+def test_settings_that_measure_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch of 1"):
+        StepBenchmark(batch_size=1).size()
 
 
 def test_a_quick_run_never_replaces_a_full_runs_figures(tmp_path: Path) -> None:
