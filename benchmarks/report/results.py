@@ -155,6 +155,9 @@ def read_figures(file: Path, name: str) -> Figures:
         read_checked(file, {"parts": parts}, command)
     if name == "scale":
         figures["counts"] = {count: figures["counts"][count] for count in sorted(figures["counts"], key=int)}
+    if name == "race":
+        runners = figures[name]["runners"]
+        figures[name]["runners"] = {runner: runners[runner] for runner in RACERS}
     if name == "evidence":
         methods = [method for method in (RANDOM, *METHODS) if method in figures[name]]
         figures[name] = {method: figures[name][method] for method in methods}
