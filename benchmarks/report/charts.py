@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from benchmarks.peers.contract import OURS
 from benchmarks.report.formats import number
@@ -137,12 +137,7 @@ def points(rows: Sequence[Points], common: Sequence[Points] = ()) -> Figure:
 
 def _label(axis: Axis, *, share: bool) -> None:
     axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
-    if share:
-        axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    else:
-        formatter = ScalarFormatter(useOffset=False)
-        formatter.set_scientific(False)
-        axis.set_major_formatter(formatter)
+    axis.set_major_formatter(PercentFormatter(1, symbol=" %") if share else StrMethodFormatter("{x:.10g}"))
 
 
 def _draw_row(axes: Axes, y: int, row: Points) -> None:
