@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.report.blocks import PAGE, update
 from benchmarks.report.page import render
-from benchmarks.report.results import command_of, read_results
+from benchmarks.report.results import COMMANDS, read_results
 from training import cli
 from training.cli import console
 from training.files import write_atomically
@@ -47,33 +47,26 @@ def main(config: ReportConfig) -> int:
     """
     readme = config.readme or (README if config.results == RESULTS else None)
     results = read_results(config.results, None if config.check else config.demo)
-    if config.check:
-        if readme is None or not results.keys() & {"loader", "step", "race", "evidence"}:
-            raise ValueError(
-                "nothing to check: give --readme and a folder of results with loader.json, step.json, "
-                f"race.json or evidence.json, not {config.results}"
-            )
-        changed = update(readme, results, check=True)
-        for name in changed:
-            console.print(f"{name} in {readme.parent} differs from {config.results}; run `make report`")
-        if not changed:
-            console.print(f"the figures in {readme} and {PAGE} agree with {config.results}")
-        return int(bool(changed))
     if not results:
-        raise ValueError(
-            f"no figures in {config.results} or {config.demo}; measure with `make bench`, `make half-hour`, "
-            "`make scale`, `make step`, `make race`, `make evidence` or `make demo`"
-        )
-    page = render(results)
-    write_atomically(config.out, lambda file: file.write(page.encode()))
-    console.print(f"page: {config.out}")
-    if readme:
-        for name in (name for name, figures in results.items() if figures.get("quick")):
-            command = command_of(name)
-            console.print(f"{name}: figures of a quick run are not for {readme}; measure with `{command}`")
-        changed = update(readme, results, check=False)
-        console.print(f"{readme} and {PAGE}: figures {'rewritten' if changed else 'are up to date'}")
-    return 0
+        commands = ", ".join(f"`{command}`" for command in COMMANDS.values())
+        raise ValueError(f"no figures in {config.results} or {config.demo}; measure with one of {commands}")
+    if not config.check:
+        page = render(results).encode()
+        write_atomically(config.out, lambda file: file.write(page))
+        console.print(f"page: {config.out}")
+    elif readme is None:
+        raise ValueError(f"nothing to compare {config.results} with: give --readme")
+    if readme is None:
+        return 0
+    for name in (name for name, figures in results.items() if figures.get("quick")):
+        console.print(f"{name}: figures of a quick run are not for {readme}; measure with `{COMMANDS[name]}`")
+    changed = update(readme, results, check=config.check)
+    for name in changed:
+        state = f"differs from {config.results}; run `make report`" if config.check else "rewritten"
+        console.print(f"{name} in {readme.parent}: {state}")
+    if not changed:
+        console.print(f"the figures in {readme} and {PAGE} agree with {config.results}")
+    return int(config.check and bool(changed))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The blocks of figures in README.md and docs/benchmarks.md, and docs/evidence.svg."""
 
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from benchmarks.peers.contract import DECODE_LIMIT, OURS
 from benchmarks.report.charts import picture
 from benchmarks.report.formats import number
 from benchmarks.report.page import curves_of, templates
-from benchmarks.report.results import JPEG_SETS, RACERS, Figures
+from benchmarks.report.results import RACERS, Figures
 from training.files import write_atomically
 
 PAGE, PICTURE = Path("docs/benchmarks.md"), Path("docs/evidence.svg")
@@ -25,10 +26,10 @@ _COLUMNS = {"reencoded": "re-encoded", "pass_through": "as they are"}
 def figure_blocks(results: Mapping[str, Figures]) -> dict[str, str]:
     """Return the blocks that the results give, without the figures of quick runs; empty ones included."""
     full = _full(results)
-    known: dict[str, Any] = {name: full.get(name) for name in ("loader", "scale", "step", "race", "evidence")}
+    known: dict[str, Any] = dict.fromkeys(("loader", "scale", "step", "race", "evidence")) | full
     known |= {"racers": RACERS, "has_picture": drawn(results) is not None}
     if "loader" in full:
-        known["peers"] = _peers(full["loader"])
+        known["peers"] = _peers(full["loader"]["tables"])
     texts = {
         name: templates().get_template(f"{name.replace(' ', '_')}.md").render(known).strip("\n")
         for name in BLOCKS
@@ -60,13 +61,11 @@ def update(readme: Path, results: Mapping[str, Figures], *, check: bool) -> list
     quick = results.get("loader", {}).get("quick")
     changed = list(_NEED_LOADER) if quick and check else []
     for name, text in figure_blocks(results).items():
-        page = readme if name == "figures" else readme.parent / PAGE
-        if text == "\n" and not BLOCKS[name].is_in(page):
+        page, block = readme if name == "figures" else readme.parent / PAGE, BLOCKS[name]
+        if text == "\n" and block.begin not in page.read_text(encoding="utf-8"):
             continue
-        if BLOCKS[name].current(page) != text:
+        if block.current(page) != text if check else block.rewrite(page, text):
             changed.append(name)
-            if not check:
-                BLOCKS[name].rewrite(page, text)
     file, svg = readme.parent / PICTURE, drawn(results)
     if svg and not (file.is_file() and file.read_text(encoding="utf-8") == svg):
         changed.append(PICTURE.name)
@@ -79,23 +78,21 @@ def _full(results: Mapping[str, Figures]) -> dict[str, Figures]:
     return {name: figures for name, figures in results.items() if not figures.get("quick")}
 
 
-def _peers(loader: Figures) -> Figures:
+def _peers(tables: Figures) -> Figures:
     """Return the columns and rows of the table of loaders, the fastest first and the decode limit last."""
     columns = {
-        f"{work}, {_COLUMNS[name]}": loader["tables"][name][work]
+        f"{work}, {words}": {name: rate["median"] for name, rate in tables[images][work].items()}
         for work in ("crops", "recipe")
-        for name in JPEG_SETS
-        if work in loader["tables"].get(name, {})
+        for images, words in _COLUMNS.items()
+        if work in tables.get(images, {})
     }
     # By the first column that has a figure.
-    fastest: dict[str, float] = {}
-    for rates in reversed(columns.values()):
-        fastest |= {name: rate["median"] for name, rate in rates.items()}
+    fastest = dict(ChainMap(*columns.values()))
     rows = {}
     for name in sorted(fastest, key=lambda name: (name == DECODE_LIMIT, -fastest[name])):
-        cells = [number(rates[name]["median"]) if name in rates else "–" for rates in columns.values()]
         bold = "**" if OURS in name else ""
         limit = f"*{name}: no loader of JPEGs can be faster*"
+        cells = [number(rates[name]) if name in rates else "–" for rates in columns.values()]
         rows[limit if name == DECODE_LIMIT else f"{bold}{name}{bold}"] = [
             f"{bold}{cell}{bold}" for cell in cells
         ]

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from benchmarks.peers.contract import OURS
 from benchmarks.report.formats import number
@@ -129,7 +129,7 @@ def points(rows: Sequence[Points], common: Sequence[Points] = ()) -> Figure:
         axes.update_datalim([(value, 0) for value in (*row.runs, row.mean - row.std, row.mean + row.std)])
     axes.autoscale_view()
     low, high = axes.get_xlim()
-    axes.set(xlim=(max(low, 0), min(high, 1)), ylim=(len(rows) - 0.7, -0.75), yticks=[])
+    axes.set(xlim=(max(low, 0), min(high, 1)), ylim=(len(rows) - 0.7, -0.85), yticks=[])
     axes.grid(visible=False)
     _label(axes.xaxis, share=True)
     return figure
@@ -137,20 +137,15 @@ def points(rows: Sequence[Points], common: Sequence[Points] = ()) -> Figure:
 
 def _label(axis: Axis, *, share: bool) -> None:
     axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
-    if share:
-        axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    else:
-        formatter = ScalarFormatter(useOffset=False)
-        formatter.set_scientific(False)
-        axis.set_major_formatter(formatter)
+    axis.set_major_formatter(PercentFormatter(1, symbol=" %") if share else StrMethodFormatter("{x:.10g}"))
 
 
 def _draw_row(axes: Axes, y: int, row: Points) -> None:
     colour = _LIGHT[row.colour]
     label: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "verticalalignment": "center"}
     axes.axhline(y, color=_LIGHT["line"], linewidth=1, clip_on=False)
-    axes.text(0, y - 0.36, row.name, **label)
-    axes.text(1, y - 0.36, row.text, horizontalalignment="right", color=_LIGHT["quiet"], **label)
+    axes.text(0, y - 0.45, row.name, **label)
+    axes.text(1, y - 0.45, row.text, horizontalalignment="right", color=_LIGHT["quiet"], **label)
     if row.start is not None:
         axes.plot([row.start, row.mean], [y, y], color=colour, linewidth=3, alpha=0.45, clip_on=False)
         axes.plot(row.start, y, "o", markeredgecolor=colour, markerfacecolor=_LIGHT["card"], clip_on=False)

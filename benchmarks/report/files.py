@@ -1,31 +1,22 @@
 """The benchmarks' JSON files and their shapes; a file of another shape is refused with its key.
 
-A shape looks like the JSON itself. It is a dictionary of shapes by key, where a key that ends in "?" may be
-missing and further keys are allowed; a type; a string, which the value must equal; a tuple of a shape and
-None, where the value may be null; or :class:`Each`.
+A shape looks like the JSON itself: a type; a string, which the value must equal; a tuple of a shape and None,
+where the value may be null; a list of one shape, for each item; or a dictionary of shapes by key. A key that
+ends in "?" may be missing, "*" stands for each key, and further keys are allowed. :class:`Some` holds the
+shape of a list or dictionary that must not be empty.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Each:
-    """An object with any keys, or a list, in which all values have one shape."""
+class Some(NamedTuple):
+    """A list or dictionary that must not be empty."""
 
     shape: Any
-    kind: type = dict
-    """dict or list."""
-    some: bool = False
-    """Whether it must not be empty."""
-    needed: tuple[str, ...] = ()
-    """Keys that must exist."""
-    known: tuple[str, ...] = ()
-    """The keys that may exist; any, if this is empty."""
 
 
 def read_json(file: Path, command: str) -> dict[str, Any]:
@@ -46,61 +37,45 @@ def read_json(file: Path, command: str) -> dict[str, Any]:
     return content
 
 
-def read_checked(file: Path, shape: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """Read a JSON object that ``command`` writes, and check its shape.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is of another shape; the message names the file and the key.
-    """
-    content = read_json(file, command)
-    for problem in problems(content, shape):
+def check(value: Any, shape: Any, file: Path, command: str) -> None:
+    """Raise a ValueError that names the file, the key and ``command`` if a value is of another shape."""
+    for problem in _problems(value, shape, ""):
         raise ValueError(
             f"{file}: {problem}; the file is from an older program or another one, measure again: {command}"
         )
-    return content
 
 
-def problems(value: Any, shape: Any, name: str = "") -> Iterator[str]:
-    """Yield the differences between a value and its shape, each after the keys that lead to it.
-
-    An integer is also a float; numbers must be finite.
-    """
+def _problems(value: Any, shape: Any, name: str) -> Iterator[str]:
+    """Yield the differences between a value and its shape, each after the keys that lead to it."""
     within = f"{name}: " if name else ""
-    if isinstance(shape, tuple):
+    if isinstance(shape, Some):
+        if not value:
+            yield f"{name} is empty"
+        yield from _problems(value, shape.shape, name)
+    elif isinstance(shape, tuple):
         if value is not None:
-            yield from problems(value, shape[0], name)
-    elif isinstance(shape, str):
-        if value != shape:
-            yield f"{name} is {value!r}, expected {shape!r}"
-    elif isinstance(shape, type):
-        kinds = (int, float) if shape is float else shape
-        if not isinstance(value, kinds) or (isinstance(value, bool) and shape is not bool):
-            yield f"{name} is {value!r}, expected {shape.__name__}"
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{name} is {value}, expected a finite number"
-    elif isinstance(shape, Mapping):
-        yield from problems(value, dict, name)
-        for key, found in shape.items() if isinstance(value, dict) else ():
-            if (plain := key.removesuffix("?")) in value:
-                yield from problems(value[plain], found, within + plain)
-            elif plain == key:
+            yield from _problems(value, shape[0], name)
+    elif expected := _mismatch(value, shape):
+        yield f"{name} is {value!r}, expected {expected}"
+    elif isinstance(shape, list):
+        for number, item in enumerate(value):
+            yield from _problems(item, shape[0], f"{within}row {number}")
+    elif isinstance(shape, dict):
+        for key, found in shape.items():
+            plain = key.removesuffix("?")
+            if plain == key != "*" and key not in value:
                 yield f"{within}{key} is missing"
-    else:
-        yield from problems(value, shape.kind, name)
-        if isinstance(value, shape.kind):
-            yield from _problems_of_each(value, shape, name)
+            for each in value if key == "*" else {plain} & value.keys():
+                yield from _problems(value[each], found, within + each)
 
 
-def _problems_of_each(value: Any, shape: Each, name: str) -> Iterator[str]:
-    if shape.some and not value:
-        yield f"{name} is empty"
-    if isinstance(value, list):
-        value = {f"row {number}": item for number, item in enumerate(value)}
-    for key in shape.needed:
-        if key not in value:
-            yield f"{name}: {key} is missing"
-    for key, item in value.items():
-        if shape.known and key not in shape.known:
-            yield f"{name} has {key}, expected some of {', '.join(shape.known)}"
-        yield from problems(item, shape.shape, f"{name}: {key}")
+def _mismatch(value: Any, shape: str | type | list[Any] | dict[str, Any]) -> str | None:
+    """Return what was expected instead of a value, without looking at its items."""
+    if isinstance(shape, str):
+        return None if value == shape else repr(shape)
+    kind = shape if isinstance(shape, type) else type(shape)
+    # An integer is also a float; a bool is no number.
+    kinds = (int, float) if kind is float else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        return kind.__name__
+    return "a finite number" if isinstance(value, float) and not math.isfinite(value) else None

@@ -15,7 +15,7 @@ from benchmarks.half_hour.plan import published_name
 from benchmarks.peers.contract import DECODE_LIMIT
 from benchmarks.ratios import GROUPS, WORDS
 from benchmarks.report import charts
-from benchmarks.report.charts import Bar, Points, bars, points, svg
+from benchmarks.report.charts import Points, bars, points, svg
 from benchmarks.report.formats import FILTERS, mebibytes, megabytes, number, percent, seconds, times
 from benchmarks.report.results import CURVES, JPEG_SETS, OTHER_TABLES, RACERS, Figures
 from benchmarks.scale import MEASURES
@@ -57,31 +57,34 @@ def render(results: Mapping[str, Figures]) -> str:
 
 def _loader_view(loader: Figures) -> Figures:
     tables = loader["tables"]
-    scaling = tables.get("scaling", {})
-    marks = {name: scaling["1"]["median"] * int(name) for name in scaling if "1" in scaling}
-    stored = {name: rate.get("bytes") for name, rate in tables.get("raw", {}).items()}
+    scaling, raw = tables.get("scaling", {}), tables.get("raw", {})
+    one_thread = scaling.get("1", {}).get("median")
+    named = {
+        group: {WORDS.get(key, key.replace("_", " ")): value for key, value in loader[group].items()}
+        for group in GROUPS
+        if loader.get(group)
+    }
     return {
-        "ratios": {group: _ratios(loader[group]) for group in GROUPS if loader.get(group)},
+        "ratios": {
+            group: bars({name: value for name, value in found.items() if value is not None}, times, ours=True)
+            for group, found in named.items()
+        },
+        "missing": {
+            group: [name for name, value in found.items() if value is None] for group, found in named.items()
+        },
         "works": {
             work: {name: bars(tables[name][work]) for name in JPEG_SETS if tables.get(name, {}).get(work)}
             for work in ("crops", "recipe")
         },
         **{part: bars(tables.get(part, {})) for part in OTHER_TABLES},
-        "scaling": [replace(bar, mark=marks.get(bar.name)) for bar in bars(scaling, ours=True)],
+        "scaling": [
+            replace(bar, mark=one_thread and one_thread * int(bar.name)) for bar in bars(scaling, ours=True)
+        ],
         "raw": [
-            replace(bar, cells=(megabytes(size) if (size := stored[bar.name]) else "–",))
-            for bar in bars(tables.get("raw", {}))
+            replace(bar, cells=(megabytes(size) if (size := raw[bar.name].get("bytes")) else "–",))
+            for bar in bars(raw)
         ],
     }
-
-
-def _ratios(ratios: Mapping[str, float | None]) -> tuple[list[Bar], list[str]]:
-    """Return bars of the ratios that were measured, and the names of the others."""
-    words = {WORDS.get(key, key.replace("_", " ")): value for key, value in ratios.items()}
-    missing = [name for name, value in words.items() if value is None]
-    return bars(
-        {name: value for name, value in words.items() if value is not None}, times, ours=True
-    ), missing
 
 
 def _scale_view(scale: Figures) -> Figures:
@@ -113,11 +116,12 @@ def _measured(part: str, rows: dict[str, Figures]) -> Figures:
     """Return bars of the rates by unit, and all other facts by heading."""
     rates: dict[str, dict[str, Figures]] = {}
     for name, row in rows.items():
-        if "median" in row:
-            rates.setdefault(row["unit"], {})[name] = row
-            published = rows.get(published_name(name.split(",")[0]), {}) if part == "step" else {}
-            if "median" in published:
-                row["over_published"] = row["median"] / published["median"]
+        if "median" not in row:
+            continue
+        rates.setdefault(row["unit"], {})[name] = row
+        published = rows.get(published_name(name.split(",")[0]), {})
+        if part == "step" and "median" in published:
+            row["over_published"] = row["median"] / published["median"]
     drawn = {
         unit: [
             replace(bar, ours=not any(peer in bar.name for peer in _PEERS)) for bar in bars(found, ours=True)
