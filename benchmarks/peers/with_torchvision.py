@@ -34,9 +34,9 @@ _GPU_BATCHES_AHEAD = 2
 _ENDLESS = 1 << 40
 
 
-def _pil_blur(image: Image.Image, low_px: float, high_px: float) -> Image.Image:
+def _pil_blur(image: Image.Image, sigma_px: tuple[float, float]) -> Image.Image:
     """MoCo v2's published blur: PIL's Gaussian filter with a standard deviation drawn per image."""
-    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(low_px, high_px))))
+    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(*sigma_px))))
 
 
 class TwoViews:
@@ -53,8 +53,7 @@ class TwoViews:
 def pil_recipe(recipe: Recipe) -> list[object]:
     """The whole augmentation of a PIL image, as transforms in their order."""
     jitter = transforms.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue_turns)
-    low_px, high_px = recipe.blur_sigma_px
-    blur = partial(_pil_blur, low_px=low_px, high_px=high_px)
+    blur = partial(_pil_blur, sigma_px=recipe.blur_sigma_px)
     return [
         transforms.RandomResizedCrop(recipe.crop_px, recipe.crop_scale, recipe.crop_ratio),
         transforms.RandomApply([jitter], recipe.jitter_prob),
@@ -66,8 +65,12 @@ def pil_recipe(recipe: Recipe) -> list[object]:
     ]
 
 
-def _pil_crop(recipe: Recipe) -> list[object]:
-    return [pil_recipe(recipe)[0], transforms.PILToTensor()]
+def _pil_crop(recipe: Recipe) -> Any:
+    return transforms.Compose([pil_recipe(recipe)[0], transforms.PILToTensor()])
+
+
+def _whole_pil_recipe(recipe: Recipe) -> Any:
+    return transforms.Compose(pil_recipe(recipe))
 
 
 def v2_crop(recipe: Recipe) -> v2.Transform:
@@ -101,11 +104,9 @@ def decode_file(path: str | Path, device: torch.device | str = "cpu") -> Tensor:
     return image
 
 
-def _on_host(make: Callable[[Recipe], Any], decode: Callable[[str], object], job: Job) -> Iterator[object]:
-    """Yield two (N, 3, S, S) views without end; ``make`` returns a transform, or a list of them."""
-    made = make(job.recipe)
-    transform = transforms.Compose(made) if isinstance(made, list) else made
-    dataset = ImageFolder(str(job.folder), TwoViews(transform), loader=decode)
+def _on_host(decode: Callable[[str], object], make: Callable[[Recipe], Any], job: Job) -> Iterator[object]:
+    """Yield two (N, 3, S, S) views without end."""
+    dataset = ImageFolder(str(job.folder), TwoViews(make(job.recipe)), loader=decode)
     loader = DataLoader(
         dataset,
         job.batch_size,
@@ -168,20 +169,21 @@ _GPU = (
     "views; threads read files ahead; torchvision.transforms.v2 on the GPU, one view at a time, since v2 "
     "draws one set of parameters per call"
 )
-_host_work = partial(PeerWork, queued_per_thread=_BATCHES_PER_WORKER)
+_work = partial(PeerWork, queued_per_thread=_BATCHES_PER_WORKER)
+_pil, _v2 = partial(_on_host, read_with_pil), partial(_on_host, decode_file)
 PIL_PEERS = [
     Peer(
         contract.TORCHVISION_PIL,
-        _host_work(partial(_on_host, _pil_crop, read_with_pil), _PIL),
-        _host_work(partial(_on_host, pil_recipe, read_with_pil), f"{_PIL}; blur is PIL's, as published"),
+        _work(partial(_pil, _pil_crop), _PIL),
+        _work(partial(_pil, _whole_pil_recipe), f"{_PIL}; blur is PIL's, as published"),
         _pil_fixed_crops,
     )
 ]
 V2_PEERS = [
     Peer(
         contract.TORCHVISION_V2,
-        _host_work(partial(_on_host, v2_crop, decode_file), _V2),
-        _host_work(partial(_on_host, v2_recipe, decode_file), f"{_V2}; the blur's kernel is as wide as ours"),
+        _work(partial(_v2, v2_crop), _V2),
+        _work(partial(_v2, v2_recipe), f"{_V2}; the blur's kernel is as wide as ours"),
         v2_fixed_crops,
     )
 ]
