@@ -50,16 +50,13 @@ class SampleSet:
 
 
 class SampleSets:
-    """All images of the loader benchmark; each set is made at its first use, unless it is there already."""
+    """All images of the loader benchmark; each set is made at its first use, unless it is there already.
+
+    That may fail with a ValueError.
+    """
 
     def __init__(self, data: Path, num: int, progress: Callable[[str], None]) -> None:
-        """Make nothing yet. Later a program that makes a set may fail with a ValueError.
-
-        Args:
-            data: folder of the sets; ``data/photographs`` is used where it holds ``num`` images.
-            num: images in each set.
-            progress: called with what is being made.
-        """
+        """Make nothing yet: sets of ``num`` images in the folder ``data``; ``progress`` reports the making."""
         self._data, self._num, self._progress = data, num, progress
 
     @cached_property

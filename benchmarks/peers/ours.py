@@ -79,15 +79,9 @@ def _peer(
     device: torch.device = torch.device("cpu"),  # noqa: B008 – it is immutable
     options: DALIOptions | None = None,
 ) -> Peer:
-    """Describe one way to open our loader.
+    """Describe one way to open our loader: on shards if ``reading`` is given, else on the .beton file.
 
-    Args:
-        name: of the peer.
-        backend: of the loader.
-        how: what the JSON says about it.
-        reading: of the folder of shards; None takes the .beton file.
-        device: of the batches.
-        options: given where DALI's operators make the crops, as on a GPU, and not our kernels.
+    With ``options`` DALI's operators make the crops, as on a GPU, and not our kernels.
     """
     opened = partial(build_loader, backend=backend, reading=reading or "auto", device=device, dali=options)
 

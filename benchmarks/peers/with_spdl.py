@@ -19,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 from benchmarks.peers import contract
 from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, shuffled_batches
-from benchmarks.peers.with_torchvision import decode_file, v2_crop, v2_fixed_crops, v2_recipe
+from benchmarks.peers.with_torchvision import decode_file, fixed_crops, v2_crop, v2_recipe
 from pipelines.recipe import Recipe
 
 _BATCHES_AHEAD = 3
@@ -119,6 +119,6 @@ PEERS = [
         contract.SPDL_TORCHVISION,
         _work(partial(_by_torchvision, v2_crop, torch.uint8), _V2),
         _work(partial(_by_torchvision, v2_recipe, torch.float32), _V2),
-        v2_fixed_crops,
+        partial(fixed_crops, decode_file),
     ),
 ]

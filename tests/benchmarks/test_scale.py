@@ -90,7 +90,7 @@ def test_settings_that_measure_nothing_are_refused(
 
 
 def test_a_process_that_fails_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"print_turn.* ended with code 1: .*77\.beton"):
+    with pytest.raises(ValueError, match=r"(?s)print_turn.* ended with code 1: .*77\.beton"):
         scale._in_fresh_process(tmp_path / "77.beton", 1, 1)
 
 
