@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.environment import environment, write_figures
+from benchmarks.run_options import CROP_PX, finish_benchmark
 from pipelines import Reading, build_loader
 from pipelines.recipe import moco_v2
 from training import cli
@@ -27,7 +27,7 @@ class MemoryBenchmark:
 
     compiled: tyro.conf.Positional[Path]
     """A .beton set."""
-    crop_px: int = 224
+    crop_px: int = CROP_PX
     """Side of the views."""
     batch_size: int = 64
     """Images per batch."""
@@ -49,16 +49,14 @@ def main(config: MemoryBenchmark) -> dict[str, Any]:
     # The first epoch compiles, and takes memory that the process keeps.
     growth = peaks_mib[-1] / peaks_mib[1] - 1
     console.print(f"growth from the second epoch to the last: {100 * growth:+.2f} %")
-    result = {
-        "benchmark": "memory",
-        "config": {"epochs": _EPOCHS, "crop_px": config.crop_px, **settings, "pictures": loader.set.count},
-        "peaks_mib": [round(peak, 1) for peak in peaks_mib],
-        "growth": round(growth, 4),
-        "environment": environment(),
-    }
-    if config.json:
-        write_figures(config.json, result, console)
-    return result
+    return finish_benchmark(
+        "memory",
+        False,
+        config.json,
+        config={"epochs": _EPOCHS, "crop_px": config.crop_px, **settings, "pictures": loader.set.count},
+        peaks_mib=[round(peak, 1) for peak in peaks_mib],
+        growth=round(growth, 4),
+    )
 
 
 def status_mib(name: str) -> float:

@@ -50,13 +50,12 @@ class SampleSet:
 
 
 class SampleSets:
-    """All images of the loader benchmark; each set is made at its first use, unless it is there already.
+    """Sets of ``num`` images in the folder ``data``; each is made at its first use, unless it is there.
 
-    That may fail with a ValueError.
+    Making one calls ``progress`` with its name, and raises ValueError where a program fails.
     """
 
     def __init__(self, data: Path, num: int, progress: Callable[[str], None]) -> None:
-        """Make nothing yet: sets of ``num`` images in the folder ``data``; ``progress`` reports the making."""
         self._data, self._num, self._progress = data, num, progress
 
     @cached_property
@@ -67,9 +66,8 @@ class SampleSets:
     @cached_property
     def reencoded(self) -> SampleSet:
         """The photographs encoded anew; the main set."""
-        size, quality = f"longer side at most {REENCODED_SIDE_PX} px", f"quality {QUALITY}, 4:2:0"
-        how = f"the photographs, {size}, encoded anew by PIL at {quality}"
-        return self._sample_set(self.reencoded_folder, how)
+        how = f"longer side at most {REENCODED_SIDE_PX} px, encoded anew by PIL at quality {QUALITY}, 4:2:0"
+        return self._sample_set(self.reencoded_folder, f"the photographs, {how}")
 
     @cached_property
     def yuv420(self) -> Path:

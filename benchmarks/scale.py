@@ -11,7 +11,6 @@ one warm-up each that fills the compilers' caches. The files were just written, 
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -23,12 +22,11 @@ from typing import Any
 
 from rich.progress import track
 
-from benchmarks.environment import environment, write_figures
 from benchmarks.memory import status_mib
 from benchmarks.programs import output_of
-from benchmarks.run_options import print_table
+from benchmarks.run_options import CROP_PX, finish_benchmark, print_table
 from benchmarks.synthetic import write_synthetic
-from benchmarks.timing import sampling
+from benchmarks.timing import sampling, summary
 from pipelines import build_loader
 from pipelines.kernels.turbojpeg import library
 from pipelines.randomness import EpochOrder
@@ -51,7 +49,6 @@ MEASURES = {
     "peak_memory_mib": ("resident memory peak", "MiB"),
 }
 """What a turn measures, its title and unit, in the order of the table; :func:`turn` defines each."""
-_CROP_PX = 224
 _PAYLOADS = 400
 _SETTLING_BATCHES = 4
 _LEAST_BATCHES = 2 * (1 + _SETTLING_BATCHES)
@@ -93,40 +90,32 @@ def main(config: Scale) -> dict[str, Any]:
     source = open_beton(config.photographs)
     payloads = min(_PAYLOADS, len(source))
     turns: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    index_bytes: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         sets = {count: Path(folder) / f"{count}.beton" for count in counts}
-        console.print("writing sets")
-        index_bytes = {
-            count: write_synthetic(source, path, count=count, payloads=payloads)
-            for count, path in sets.items()
-        }
+        for count, path in sets.items():
+            index_bytes[count] = write_synthetic(source, path, count=count, payloads=payloads)
         # The first turn of each set is the warm-up.
         order = [count for _ in range(config.repeats + 1) for count in counts]
         for count in track(order, "turns", console=console, disable=not console.is_terminal, transient=True):
             turns[count].append(_in_fresh_process(sets[count], config.batch_size, threads))
     figures = {
-        str(count): {name: _summary([figures[name] for figures in turns[count][1:]]) for name in MEASURES}
+        str(count): {name: summary([made[name] for made in turns[count][1:]], 9) for name in MEASURES}
         | {"index_mib": index_bytes[count] / 2**20}
         for count in counts
     }
-    result = {
-        "benchmark": "scale",
-        "config": {
-            "recipe": "moco_v2",
-            "crop_px": _CROP_PX,
-            "batch_size": config.batch_size,
-            "threads": threads,
-            "repeats": config.repeats,
-            "payloads": payloads,
-            "page_cache": "warm",
-        },
-        "environment": environment(),
-        "counts": figures,
-        "ratios": _ratios(figures[str(counts[0])], figures[str(counts[-1])]),
+    settings = {
+        "recipe": "moco_v2",
+        "crop_px": CROP_PX,
+        "batch_size": config.batch_size,
+        "threads": threads,
+        "repeats": config.repeats,
+        "payloads": payloads,
+        "page_cache": "warm",
     }
+    ratios = _ratios(figures[str(counts[0])], figures[str(counts[-1])])
+    result = finish_benchmark("scale", False, config.json, config=settings, counts=figures, ratios=ratios)
     _print(result)
-    if config.json:
-        write_figures(config.json, result, console)
     return result
 
 
@@ -163,7 +152,7 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
     # A thread watches, since the kernel keeps no peak of private memory.
     with sampling(partial(status_mib, "RssAnon"), _PEAK_EVERY_S) as private_mib:
         options = {"batch_size": batch_size, "seed": 0, "num_threads": threads}
-        loader = timed("open_s", lambda: build_loader(path, moco_v2(_CROP_PX), "ffcv", **options))
+        loader = timed("open_s", lambda: build_loader(path, moco_v2(CROP_PX), "ffcv", **options))
         opened = _memory_mib()
         timed("first_batch_s", first_batch)
         timed("shuffle_s", lambda: EpochOrder(loader.config.seed, 1, loader.set.count)[0:batch_size])
@@ -200,10 +189,6 @@ def print_turn() -> None:
     """Run :func:`turn` as a program: with its arguments on the command line, its figures printed as JSON."""
     path, batch_size, threads = sys.argv[1:]
     sys.stdout.write(json.dumps(turn(Path(path), int(batch_size), int(threads))))
-
-
-def _summary(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "turns": values}
 
 
 def _ratios(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float | None]:

@@ -110,8 +110,8 @@ def sampling(read: Callable[[], float], every_s: float) -> Iterator[list[float]]
         thread.join()
 
 
-def summary(rates: list[float]) -> dict[str, Any]:
-    """Return median, lowest, highest and all turns, for the JSON."""
-    turns = [round(rate, 2) for rate in rates]
-    median = round(statistics.median(rates), 2)
+def summary(rates: list[float], digits: int = 2) -> dict[str, Any]:
+    """Return median, lowest, highest and all turns, for the JSON, rounded to so many digits."""
+    turns = [round(rate, digits) for rate in rates]
+    median = round(statistics.median(rates), digits)
     return {"median": median, "low": min(turns), "high": max(turns), "turns": turns}

@@ -80,7 +80,7 @@ def _ffmpeg_fixed_crops(fixed: FixedCrops) -> NDArray[np.uint8]:
     crops = []
     for file, boxes_V4 in zip(fixed.files, fixed.boxes_NV4.tolist(), strict=True):
         frame = _cut(spdl.io.demux_image(str(file)), boxes_V4, fixed.crop_px)
-        crops.append(spdl.io.to_numpy(spdl.io.convert_frames(frame)))
+        crops.append(np.array(spdl.io.to_numpy(spdl.io.convert_frames(frame))))
     side = fixed.crop_px
     return np.stack(crops).reshape(*fixed.boxes_NV4.shape[:2], side, side, 3)
 

@@ -183,8 +183,5 @@ def gpu_peers(device: torch.device) -> list[Peer]:
         PeerWork(partial(_on_device, make, device), _GPU, settle=synchronizer(device))
         for make in (v2_crop, v2_recipe)
     )
-    return [
-        Peer(
-            contract.TORCHVISION_GPU, crops, recipe, partial(fixed_crops, partial(decode_file, device=device))
-        )
-    ]
+    decode = partial(decode_file, device=device)
+    return [Peer(contract.TORCHVISION_GPU, crops, recipe, partial(fixed_crops, decode))]
