@@ -35,7 +35,7 @@ from training.cli import console
 _ERROR_IMAGES = 32
 _STAGES_IMAGES = 256
 _CONVERSIONS = 3
-_PRELOADED = ["benchmarks.loader", "benchmarks.peers.with_torchvision"]
+_PRELOADED = ["benchmarks.stages", "benchmarks.peers.with_torchvision"]
 _JPEG_SETS = ("reencoded", "pass_through")
 _UNITS = {"convert": "pictures/s", "photometric": "views/s"}
 _Rows = dict[str, dict[str, Any]]

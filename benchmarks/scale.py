@@ -145,13 +145,13 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
     def first_batch(prepare: Callable[[], None] = lambda: None) -> Iterator[object]:
         """Return the iterator, so that it is closed after the clock has stopped."""
         prepare()
-        batches = iter(loader)
+        batches: Iterator[object] = iter(loader)
         next(batches)
         return batches
 
     # A thread watches, since the kernel keeps no peak of private memory.
     with sampling(partial(status_mib, "RssAnon"), _PEAK_EVERY_S) as private_mib:
-        options = {"batch_size": batch_size, "seed": 0, "num_threads": threads}
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "num_threads": threads}
         loader = timed("open_s", lambda: build_loader(path, moco_v2(CROP_PX), "ffcv", **options))
         opened = _memory_mib()
         timed("first_batch_s", first_batch)
