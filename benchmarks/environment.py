@@ -1,8 +1,10 @@
 """What a figure was measured on, which every result file carries, and the writing of such files."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ _PACKAGES = (
 )
 # Linked into FFCV, and used by our decoder. The values are names of pkg-config.
 _SYSTEM_LIBRARIES = {"libjpeg-turbo (system)": "libturbojpeg", "opencv (system)": "opencv4"}
-_CPU_FLAGS = {"avx2": "avx2", "avx512": "avx512f"}
 
 
 def write_figures(path: Path, result: dict[str, Any], console: Console) -> None:
@@ -30,18 +31,19 @@ def write_figures(path: Path, result: dict[str, Any], console: Console) -> None:
 
 def environment() -> dict[str, Any]:
     """Return processor, cores, memory, GPU and library versions, as plain data."""
-    versions = {package: _version(package) for package in _PACKAGES}
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     versions["libjpeg-turbo (pillow)"] = PIL.features.version("libjpeg_turbo")
     for name, library in _SYSTEM_LIBRARIES.items():
         versions[name] = _output_of("pkg-config", "--modversion", library)
-    first_processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    processor = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first_processor)
-    }
-    flags = processor.get("flags", "").split()
+    processors = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"^model name\s*: (.*)", processors, re.MULTILINE)
+    flags = processors.split()
     facts = {
-        "processor": processor.get("model name", platform.processor()),
-        "cpu_flags": {name: flag in flags for name, flag in _CPU_FLAGS.items()},
+        "processor": model[1] if model else platform.processor(),
+        "cpu_flags": {"avx2": "avx2" in flags, "avx512": "avx512f" in flags},
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": None,
@@ -58,13 +60,6 @@ def environment() -> dict[str, Any]:
             "driver": _output_of("nvidia-smi", *query),
         }
     return facts
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _output_of(*command: str) -> str | None:

@@ -6,29 +6,28 @@ Pages of the mapped set belong to the system, which takes them back when it need
 Memory is read after every batch, and the peak of each epoch is reported.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.progress import track
 
-from benchmarks.environment import environment, write_figures
+from benchmarks.run_options import CROP_PX, finish_benchmark
 from pipelines import Reading, build_loader
 from pipelines.recipe import moco_v2
 from training import cli
 from training.cli import console
 
+_EPOCHS = 10
+
 
 @dataclass(frozen=True)
 class MemoryBenchmark:
-    """Measure the loader's memory over some epochs."""
+    """Measure the loader's memory over ten epochs."""
 
     compiled: tyro.conf.Positional[Path]
     """A .beton set."""
-    epochs: int = 10
-    """Passes over it."""
-    crop_px: int = 224
+    crop_px: int = CROP_PX
     """Side of the views."""
     batch_size: int = 64
     """Images per batch."""
@@ -39,37 +38,25 @@ class MemoryBenchmark:
 
 
 def main(config: MemoryBenchmark) -> dict[str, Any]:
-    """Measure, print, write the JSON; returns what was written.
-
-    Raises:
-        ValueError: for fewer than three epochs.
-    """
-    if config.epochs < 3:
-        raise ValueError(f"{config.epochs} epochs show no growth; take at least 3")
-    loader = build_loader(
-        config.compiled, moco_v2(config.crop_px), batch_size=config.batch_size, reading=config.reading
-    )
+    """Measure, print, write the JSON; returns what was written."""
+    settings: dict[str, Any] = {"batch_size": config.batch_size, "reading": config.reading}
+    loader = build_loader(config.compiled, moco_v2(config.crop_px), **settings)
     peaks_mib = []
-    for epoch in track(range(config.epochs), "epochs", console=console, disable=not console.is_terminal):
+    for epoch in range(_EPOCHS):
         loader.set_epoch(epoch)
         peaks_mib.append(max(status_mib("RssAnon") for _ in loader))
+        console.print(f"epoch {epoch + 1} of {_EPOCHS}: at most {peaks_mib[-1]:.0f} MiB of private memory")
     # The first epoch compiles, and takes memory that the process keeps.
     growth = peaks_mib[-1] / peaks_mib[1] - 1
-    settings = {key: value for key, value in asdict(config).items() if key not in ("compiled", "json")}
-    result = {
-        "benchmark": "memory",
-        "config": settings | {"pictures": loader.set.count},
-        "peaks_mib": [round(peak, 1) for peak in peaks_mib],
-        "growth": round(growth, 4),
-        "environment": environment(),
-    }
-    console.print(
-        f"private memory {peaks_mib[1]:.0f} MiB in the second epoch, {peaks_mib[-1]:.0f} MiB in the last of "
-        f"{config.epochs}: {100 * growth:+.2f} %"
+    console.print(f"growth from the second epoch to the last: {100 * growth:+.2f} %")
+    return finish_benchmark(
+        "memory",
+        False,
+        config.json,
+        config={"epochs": _EPOCHS, "crop_px": config.crop_px, **settings, "pictures": loader.set.count},
+        peaks_mib=[round(peak, 1) for peak in peaks_mib],
+        growth=round(growth, 4),
     )
-    if config.json:
-        write_figures(config.json, result, console)
-    return result
 
 
 def status_mib(name: str) -> float:

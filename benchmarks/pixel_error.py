@@ -7,18 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.peers.contract import FixedCrops, Job, Peer
+from benchmarks.peers.contract import FixedCrops, Job, Peer, image_files
 from benchmarks.sample_sets import read_with_pil
 from pipelines.augment.draws import draw_boxes
 from pipelines.randomness import Draw
-from pipelines.sets.folder import FolderListing
 
 
 def choose_crops(job: Job, num: int) -> FixedCrops:
     """Choose crops of ``num`` images spread over the set, with boxes drawn by the recipe."""
-    listing = FolderListing(job.folder)
-    index_N = np.unique(np.linspace(0, len(listing) - 1, num).astype(np.int64))
-    files = tuple(job.folder / listing.path(int(index)) for index in index_N)
+    every = image_files(job.folder)
+    index_N = np.unique(np.linspace(0, len(every) - 1, num).astype(np.int64))
+    files = tuple(every[index] for index in index_N)
     sizes = [read_with_pil(file).size[::-1] for file in files]
     # Without the fifth number, the flip: it does not affect the accuracy of pixels.
     boxes_NV4 = draw_boxes(job.recipe, Draw(0, 0, index_N), np.array(sizes))[:, :, :4]
@@ -27,14 +26,12 @@ def choose_crops(job: Job, num: int) -> FixedCrops:
 
 def reference_crops(crops: FixedCrops) -> NDArray[np.uint8]:
     """Return (N, V, S, S, 3) uint8 crops by PIL."""
-    crops_NVSS3 = crops.empty()
     side = (crops.crop_px, crops.crop_px)
-    for file, boxes_V4, crops_VSS3 in zip(crops.files, crops.boxes_NV4, crops_NVSS3, strict=True):
-        image = read_with_pil(file)
-        for (top, left, height, width), crop_SS3 in zip(boxes_V4.tolist(), crops_VSS3, strict=True):
-            cut = image.crop((left, top, left + width, top + height))
-            crop_SS3[:] = np.asarray(cut.resize(side, Image.Resampling.BILINEAR))
-    return crops_NVSS3
+
+    def cut(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
+        return image.crop((left, top, left + width, top + height)).resize(side, Image.Resampling.BILINEAR)
+
+    return crops.cut(map(read_with_pil, crops.files), cut)
 
 
 def pixel_error(

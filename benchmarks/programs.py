@@ -60,14 +60,13 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     path = folder / "settings.json"
     now = json.loads(json.dumps(settings))
+    known = json.loads(path.read_text()) if path.is_file() else now
+    differing = differences(known, now)
+    reason = f"holds a run of other settings ({differing})" if differing else ""
     if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(
-            f"{folder} does not say what it holds, in {path.name}; take another --out, or remove it"
-        )
-    if differing := differences(json.loads(path.read_text()) if path.is_file() else now, now):
-        raise ValueError(
-            f"{folder} holds a run of other settings ({differing}); take another --out, or remove it"
-        )
+        reason = f"does not say what it holds, in {path.name}"
+    if reason:
+        raise ValueError(f"{folder} {reason}; take another --out, or remove it")
     write_json(path, now)
 
 
@@ -83,7 +82,7 @@ def probe(console: Console, train: Path, test: Path, folder: Path, seed: int = 0
 
 
 def has_compiled(path: Path, count: int | None) -> bool:
-    """Return whether a compiled set of ``count`` images is there; None for any number."""
+    """Return whether a compiled set of ``count`` images is there; None stands for any number."""
     manifest = Manifest.read(path) if path.is_file() else None
     return manifest is not None and count in (None, manifest.count)
 
@@ -91,13 +90,7 @@ def has_compiled(path: Path, count: int | None) -> bool:
 def fashion_sets(console: Console, folder: Path, count: int | None = None) -> tuple[Path, Path]:
     """Return Fashion-MNIST's training and test set in ``folder``, compiled there if they are missing.
 
-    Args:
-        console: shows the program that makes them.
-        folder: of both sets.
-        count: training images; None takes what is there, or makes the whole sets.
-
-    Raises:
-        ValueError: where they cannot be made.
+    ``count`` is the number of training images; None takes what is there, or makes the whole sets.
     """
     train, test = (folder / f"fashion-mnist-{split}.beton" for split in ("train", "test"))
     if not (has_compiled(train, count) and has_compiled(test, count and count // 6)):

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.peers.contract import image_files
 from benchmarks.programs import output_of
 from pipelines.decode.pillow import FORMATS
-from pipelines.sets.folder import FolderListing
 from pipelines.sets.manifest import Manifest, manifest_path
 
 QUALITY = 86
@@ -45,22 +45,17 @@ class SampleSet:
 
     def facts(self) -> dict[str, Any]:
         """Return number and mean size of the images, for the JSON."""
-        listing = FolderListing(self.folder)
-        num_bytes = sum((self.folder / listing.path(i)).stat().st_size for i in range(len(listing)))
-        return _facts(len(listing), num_bytes, self.beton, self.how)
+        sizes = [file.stat().st_size for file in image_files(self.folder)]
+        return _facts(len(sizes), sum(sizes), self.beton, self.how)
 
 
 class SampleSets:
-    """All images of the loader benchmark; each set is made at its first use, unless it is there already."""
+    """Sets of ``num`` images in the folder ``data``; each is made at its first use, unless it is there.
+
+    Making one calls ``progress`` with its name, and raises ValueError where a program fails.
+    """
 
     def __init__(self, data: Path, num: int, progress: Callable[[str], None]) -> None:
-        """Make nothing yet. Later a program that makes a set may fail with a ValueError.
-
-        Args:
-            data: folder of the sets; ``data/photographs`` is used where it holds ``num`` images.
-            num: images in each set.
-            progress: called with what is being made.
-        """
         self._data, self._num, self._progress = data, num, progress
 
     @cached_property
@@ -71,31 +66,26 @@ class SampleSets:
     @cached_property
     def reencoded(self) -> SampleSet:
         """The photographs encoded anew; the main set."""
-        how = (
-            f"the photographs, longer side at most {REENCODED_SIDE_PX} px, encoded anew by PIL at quality "
-            f"{QUALITY}, 4:2:0"
-        )
-        return self._sample_set(self.reencoded_folder, how)
+        how = f"longer side at most {REENCODED_SIDE_PX} px, encoded anew by PIL at quality {QUALITY}, 4:2:0"
+        return self._sample_set(self.reencoded_folder, f"the photographs, {how}")
 
     @cached_property
     def yuv420(self) -> Path:
         """Our raw tier of the re-encoded images: planes at 4:2:0."""
-        return self._without_jpeg("yuv420")
+        return self._compile(self.reencoded_folder, f"-yuv420-{SHORT_SIDE_PX}.beton", "yuv420")
 
     @cached_property
     def ffcv_raw(self) -> Path:
         """RGB pixels of the re-encoded images at the same side, for stock FFCV."""
-        return self._without_jpeg("raw")
+        return self._compile(self.reencoded_folder, f"-raw-{SHORT_SIDE_PX}.beton", "raw")
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """Return for the JSON what each set is that has been used."""
         found = {name: each.facts() for name, each in vars(self).items() if isinstance(each, SampleSet)}
         for name, pixels in {"yuv420": "planes at 4:2:0", "ffcv_raw": "RGB pixels"}.items():
             if path := vars(self).get(name):
-                manifest = Manifest.read(path)
-                assert manifest
                 how = f"{pixels}, shorter side {SHORT_SIDE_PX} px, of the re-encoded pictures"
-                found[name] = _facts(manifest.count, path.stat().st_size, path, how)
+                found[name] = _facts(self._num, path.stat().st_size, path, how)
         return found
 
     @cached_property
@@ -108,36 +98,29 @@ class SampleSets:
     @cached_property
     def _photographs(self) -> Path:
         """The sample set's folder where it has as many images, else one of their own."""
-        folder = self._data / "photographs"
-        options: tuple[object, ...] = ("--count", self._num)
-        known = _read_json(folder / _PHOTOGRAPHS_MARKER)
-        if self._num != (PHOTOGRAPHS if known is None else known.get("count")):
-            folder, options = self._data / f"photographs-{self._num}", (*options, "--val", 0)
+        folder, val = self._data / "photographs", 200
+        if _read_json(folder / _PHOTOGRAPHS_MARKER).get("count", PHOTOGRAPHS) != self._num:
+            folder, val = self._data / f"photographs-{self._num}", 0
         if not (folder / _PHOTOGRAPHS_MARKER).is_file():
             self._progress(f"making {folder.name}")
-            dataset_tools("photographs", folder, *options)
+            dataset_tools("photographs", folder, "--count", self._num, "--val", val)
         return folder
 
     def _sample_set(self, folder: Path, how: str) -> SampleSet:
-        beton, shards = (folder.with_name(folder.name + suffix) for suffix in (".beton", ".shards"))
-        for path in (beton, shards):
-            self._compile(path, folder, "jpeg")
+        beton, shards = (self._compile(folder, suffix, "jpeg") for suffix in (".beton", ".shards"))
         return SampleSet(folder / _SPLIT, beton, shards, how)
 
-    def _without_jpeg(self, tier: str) -> Path:
-        folder = self.reencoded_folder
-        path = folder.with_name(f"{folder.name}-{tier}-{SHORT_SIDE_PX}.beton")
-        self._compile(path, folder, tier, "--short-side", SHORT_SIDE_PX)
-        return path
-
-    def _compile(self, path: Path, images: Path, tier: str, *options: object) -> None:
+    def _compile(self, images: Path, suffix: str, tier: str) -> Path:
         """Compile a folder unless a set of its size and this tier, newer than the folder, is there."""
+        path = images.with_name(images.name + suffix)
         # A missing set's manifest could be that of another set with the same stem.
         manifest = Manifest.read(path) if path.exists() else None
         fits = manifest is not None and (manifest.count, manifest.tier) == (self._num, tier)
         if not (fits and manifest_path(path).stat().st_mtime >= images.stat().st_mtime):
             self._progress(f"compiling {path.name}")
-            dataset_tools("convert", images / _SPLIT, path, "--tier", tier, *options, "--overwrite")
+            side = () if tier == "jpeg" else ("--short-side", SHORT_SIDE_PX)
+            dataset_tools("convert", images / _SPLIT, path, "--tier", tier, *side, "--overwrite")
+        return path
 
 
 def _facts(count: int, num_bytes: int, compiled: Path, how: str) -> dict[str, Any]:
@@ -148,34 +131,28 @@ def _facts(count: int, num_bytes: int, compiled: Path, how: str) -> dict[str, An
 def reencode(source: Path, target: Path) -> Path:
     """Encode the images of ``source/train`` anew into ``target/train``, unless they are there already.
 
-    The folder appears under its name when it is complete. One made of other images or by other options is
-    replaced. Returns ``target``.
+    One made of other images or by other options is replaced. Returns ``target``.
     """
-    options = {
-        "quality": QUALITY,
-        "max_side_px": REENCODED_SIDE_PX,
-        "source": _read_json(source / _PHOTOGRAPHS_MARKER),
-    }
-    marker = target / "reencoded.json"
-    if _read_json(marker) == options:
+    photographs = _read_json(source / _PHOTOGRAPHS_MARKER)
+    options = {"quality": QUALITY, "max_side_px": REENCODED_SIDE_PX, "source": photographs}
+    marker = "reencoded.json"
+    if _read_json(target / marker) == options:
         return target
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
 
-    def encode(name: str) -> None:
-        image = read_with_pil(source / _SPLIT / name)
+    def encode(original: Path) -> None:
+        image = read_with_pil(original)
         image.thumbnail((REENCODED_SIDE_PX, REENCODED_SIDE_PX), Image.Resampling.LANCZOS)
-        file = partial / _SPLIT / name
+        file = partial / original.relative_to(source)
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file, "JPEG", quality=QUALITY, subsampling="4:2:0")
 
     try:
-        listing = FolderListing(source / _SPLIT)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(encode, (listing.path(i) for i in range(len(listing)))))
-        (partial / marker.name).write_text(json.dumps(options) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
+            list(pool.map(encode, image_files(source / _SPLIT)))
+        (partial / marker).write_text(json.dumps(options) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -201,9 +178,6 @@ def dataset_tools(*words: object) -> None:
     output_of("-m", "dataset_tools", *words)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    return content if isinstance(content, dict) else None
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return content

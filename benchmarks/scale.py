@@ -10,28 +10,25 @@ Each turn is a fresh Python process that measures through the loader's public me
 one warm-up each that fills the compilers' caches. The files were just written, so the page cache is warm.
 """
 
-import multiprocessing
-import statistics
+import json
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
-from benchmarks.environment import environment, write_figures
 from benchmarks.memory import status_mib
-from benchmarks.run_options import print_table
+from benchmarks.programs import output_of
+from benchmarks.run_options import CROP_PX, finish_benchmark, print_table
 from benchmarks.synthetic import write_synthetic
-from benchmarks.timing import sampling
+from benchmarks.timing import sampling, summary
 from pipelines import build_loader
 from pipelines.kernels.turbojpeg import library
-from pipelines.loader import ViewLoader
 from pipelines.randomness import EpochOrder
 from pipelines.recipe import moco_v2
 from pipelines.sets.beton import open_beton
@@ -52,7 +49,7 @@ MEASURES = {
     "peak_memory_mib": ("resident memory peak", "MiB"),
 }
 """What a turn measures, its title and unit, in the order of the table; :func:`turn` defines each."""
-_CROP_PX = 224
+_PAYLOADS = 400
 _SETTLING_BATCHES = 4
 _LEAST_BATCHES = 2 * (1 + _SETTLING_BATCHES)
 """So that half an epoch has a batch to resume with, and some to settle."""
@@ -66,9 +63,7 @@ class Scale:
     count: tuple[int, ...] = (1_281_167, 10_000_000)
     """Images in each synthetic set."""
     photographs: Path = Path("data/photographs.beton")
-    """Where the payloads come from; `make samples` makes it."""
-    payloads: int = 400
-    """How many of its images are used."""
+    """Where the payloads come from, its first 400 images; `make samples` makes it."""
     repeats: int = 5
     """Turns of each set, after the warm-up."""
     batch_size: int = 64
@@ -83,61 +78,45 @@ def main(config: Scale) -> dict[str, Any]:
     """Measure, print a table, write the JSON; returns what was written.
 
     Raises:
-        ValueError: for settings that measure nothing, or where a measuring process was killed.
-        FileNotFoundError: if the photographs are not there.
+        ValueError: for settings that measure nothing, or where a measuring process failed.
     """
-    _check(config)
-    threads = usable_cores(config.threads)
-    counts = sorted(set(config.count))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        tempfile.TemporaryDirectory(prefix="scale-") as folder,
-        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
-    ):
+    least = _LEAST_BATCHES * config.batch_size
+    if config.repeats < 1 or min(config.count, default=0) < least:
+        raise ValueError(
+            f"{config.repeats} turns of sets of {config.count} images measure nothing; give at least 1 turn, "
+            f"and at least one set, each of {least} images or more, {_LEAST_BATCHES} batches"
+        )
+    threads, counts = usable_cores(config.threads), sorted(set(config.count))
+    source = open_beton(config.photographs)
+    payloads = min(_PAYLOADS, len(source))
+    turns: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    index_bytes: dict[int, int] = {}
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         sets = {count: Path(folder) / f"{count}.beton" for count in counts}
-        source = open_beton(config.photographs)
-        index_bytes = {
-            count: write_synthetic(source, path, count=count, payloads=config.payloads)
-            for count, path in progress.track(sets.items(), description="writing sets")
-        }
-        turns = _take_turns(config, sets, threads, progress)
+        for count, path in sets.items():
+            index_bytes[count] = write_synthetic(source, path, count=count, payloads=payloads)
+        # The first turn of each set is the warm-up.
+        order = [count for _ in range(config.repeats + 1) for count in counts]
+        for count in track(order, "turns", console=console, disable=not console.is_terminal, transient=True):
+            turns[count].append(_in_fresh_process(sets[count], config.batch_size, threads))
     figures = {
-        str(count): {name: _summary([turn[name] for turn in turns[count]]) for name in MEASURES}
+        str(count): {name: summary([made[name] for made in turns[count][1:]], 9) for name in MEASURES}
         | {"index_mib": index_bytes[count] / 2**20}
         for count in counts
     }
-    result = {
-        "benchmark": "scale",
-        "config": {
-            "recipe": "moco_v2",
-            "crop_px": _CROP_PX,
-            "batch_size": config.batch_size,
-            "threads": threads,
-            "repeats": config.repeats,
-            "payloads": config.payloads,
-            "page_cache": "warm",
-        },
-        "environment": environment(),
-        "counts": figures,
-        "ratios": _ratios(figures[str(counts[0])], figures[str(counts[-1])]),
+    settings = {
+        "recipe": "moco_v2",
+        "crop_px": CROP_PX,
+        "batch_size": config.batch_size,
+        "threads": threads,
+        "repeats": config.repeats,
+        "payloads": payloads,
+        "page_cache": "warm",
     }
+    ratios = _ratios(figures[str(counts[0])], figures[str(counts[-1])])
+    result = finish_benchmark("scale", False, config.json, config=settings, counts=figures, ratios=ratios)
     _print(result)
-    if config.json:
-        write_figures(config.json, result, console)
     return result
-
-
-def _check(config: Scale) -> None:
-    if config.repeats < 1:
-        raise ValueError(f"{config.repeats} turns measure nothing; take at least 1, better 5")
-    least = _LEAST_BATCHES * config.batch_size
-    if not config.count or min(config.count) < least:
-        raise ValueError(
-            f"counts are {config.count}; give at least one, each of {least} images or more, "
-            f"{_LEAST_BATCHES} batches"
-        )
-    if not config.photographs.is_file():
-        raise FileNotFoundError(f"there are no photographs in {config.photographs}; make them: make samples")
 
 
 def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
@@ -155,47 +134,42 @@ def turn(path: Path, batch_size: int, threads: int) -> dict[str, float]:
     # Sets the kernel's high-water mark of resident memory back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory_mib()
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    def first_batch(prepare: Callable[[], None] = lambda: None) -> Iterator[object]:
+        """Return the iterator, so that it is closed after the clock has stopped."""
+        prepare()
+        batches: Iterator[object] = iter(loader)
+        next(batches)
+        return batches
+
     # A thread watches, since the kernel keeps no peak of private memory.
     with sampling(partial(status_mib, "RssAnon"), _PEAK_EVERY_S) as private_mib:
-        start = time.perf_counter()
-        loader = build_loader(
-            path, moco_v2(_CROP_PX), "ffcv", batch_size=batch_size, seed=0, num_threads=threads
-        )
-        open_s = time.perf_counter() - start
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "num_threads": threads}
+        loader = timed("open_s", lambda: build_loader(path, moco_v2(CROP_PX), "ffcv", **options))
         opened = _memory_mib()
-        first_batch_s = _until_first_batch(loader)
-        start = time.perf_counter()
-        EpochOrder(loader.config.seed, 1, loader.set.count)[0:batch_size]
-        shuffle_s = time.perf_counter() - start
-        epoch_s = _until_first_batch(loader, lambda: loader.set_epoch(1))
+        timed("first_batch_s", first_batch)
+        timed("shuffle_s", lambda: EpochOrder(loader.config.seed, 1, loader.set.count)[0:batch_size])
+        timed("epoch_s", lambda: first_batch(lambda: loader.set_epoch(1)))
         middle = {**loader.state_dict(), "epoch": 2, "batches_done": len(loader) // 2}
-        resume_s = _until_first_batch(loader, lambda: loader.load_state_dict(middle))
-        batches = iter(loader)
+        batches = timed("resume_s", lambda: first_batch(lambda: loader.load_state_dict(middle)))
         for _ in range(_SETTLING_BATCHES):
             next(batches)
         settled = _memory_mib()
         del batches
-    return {
-        "open_s": open_s,
-        "first_batch_s": first_batch_s,
-        "shuffle_s": shuffle_s,
-        "epoch_s": epoch_s,
-        "resume_s": resume_s,
+    return seconds | {
         "opened_private_memory_mib": opened["private"] - before["private"],
         "private_memory_mib": settled["private"] - before["private"],
         "peak_private_memory_mib": max(private_mib, default=0.0) - before["private"],
         "memory_mib": settled["resident"] - before["resident"],
         "peak_memory_mib": status_mib("VmHWM") - before["resident"],
     }
-
-
-def _until_first_batch(loader: ViewLoader, prepare: Callable[[], None] = lambda: None) -> float:
-    """Return the seconds of ``prepare`` and of the first batch after it."""
-    start = time.perf_counter()
-    prepare()
-    batches = iter(loader)
-    next(batches)
-    return time.perf_counter() - start
 
 
 def _memory_mib() -> dict[str, float]:
@@ -205,35 +179,16 @@ def _memory_mib() -> dict[str, float]:
     return {"resident": kib["Rss"] / 1024, "private": kib["Anonymous"] / 1024}
 
 
-def _take_turns(
-    config: Scale, sets: dict[int, Path], threads: int, progress: Progress
-) -> dict[int, list[dict[str, float]]]:
-    """Measure all sets in turns, each in a fresh process; the first turn of each is the warm-up."""
-    turns: dict[int, list[dict[str, float]]] = {count: [] for count in sets}
-    task = progress.add_task("warming up", total=(config.repeats + 1) * len(sets))
-    for repeat in range(config.repeats + 1):
-        for count, path in sets.items():
-            progress.update(task, description=f"{count:,} images")
-            figures = _in_fresh_process(path, config.batch_size, threads)
-            if repeat:
-                turns[count].append(figures)
-            progress.advance(task)
-    return turns
-
-
 def _in_fresh_process(path: Path, batch_size: int, threads: int) -> dict[str, float]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(turn, path, batch_size, threads).result()
-        except BrokenProcessPool as error:
-            raise ValueError(
-                f"the process measuring {path.stem} images was killed, probably for lack of memory; give a "
-                "smaller --count"
-            ) from error
+    program = "from benchmarks.scale import print_turn; print_turn()"
+    figures: dict[str, float] = json.loads(output_of("-c", program, path, batch_size, threads))
+    return figures
 
 
-def _summary(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "turns": values}
+def print_turn() -> None:
+    """Run :func:`turn` as a program: with its arguments on the command line, its figures printed as JSON."""
+    path, batch_size, threads = sys.argv[1:]
+    sys.stdout.write(json.dumps(turn(Path(path), int(batch_size), int(threads))))
 
 
 def _ratios(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float | None]:

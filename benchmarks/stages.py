@@ -1,9 +1,15 @@
-"""Our loader's stages alone: microseconds per image of each on one thread, and ways to the photometric one.
+"""Our loader's stages on one thread each, ways to the photometric one, and the two converters.
 
 Shape letters: N views, S side in pixels, P parameters.
 """
 
+import contextlib
+import io
+import multiprocessing
+import re
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.ratios import COMPILED, EAGER, FUSED
+from benchmarks.programs import output_of
+from benchmarks.ratios import COMPILED, CONVERT_FFCV, CONVERT_OURS, EAGER, FUSED
+from benchmarks.sample_sets import read_with_pil
 from benchmarks.timing import Runner
 from pipelines import PictureSet, open_set
 from pipelines.augment.draws import draw_boxes, draw_parameters
@@ -34,39 +42,39 @@ PHOTOMETRIC = {
     EAGER: "pipelines.augment.photometric.augment on the whole batch",
 }
 """Way → how it is configured."""
+CONVERTERS = {
+    CONVERT_OURS: "`python -m dataset_tools convert`: JPEG bytes pass through, every image decoded once to "
+    "find damaged ones, hashed and synced to disk",
+    CONVERT_FFCV: "stock DatasetWriter from torchvision's ImageFolder, RGBImageField in jpg mode at its "
+    "default quality of 90: every image is decoded and encoded anew",
+}
+"""Converter → how it is configured."""
+# Both programs print their pace as "(1,234/s)".
+_PACE = re.compile(r"\(([\d,]+)/s\)")
+_TIMEOUT_S = 900
 
 
-def stage_times(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
-    """Time the stages on the first ``num`` images of a compiled set, its pages in memory.
+def stage_times(path: Path, recipe: Recipe, num: int) -> dict[str, float]:
+    """Time the stages on ``num`` images of a ``.beton`` set, its pages in memory.
 
     Each stage runs by itself over the same images, round-robin. A stage that cannot be run alone is the
     difference of two runs, with it and without it.
 
-    Args:
-        path: a ``.beton`` set.
-        recipe: the augmentation.
-        num: number of images, rounded down to a multiple of 16.
-
     Returns:
-        Stage → median microseconds per image, all its views together: drawing (boxes and parameters),
-        decoding, cropping, jitter and grey, blur, normalising.
-
-    Raises:
-        ValueError: if the set has fewer than 16 images.
+        Stage → median microseconds per image, all its views together.
     """
-    images, decoder = open_set(path, "map"), TurboDecoder()
-    num = min(num, images.count) // _AT_ONCE * _AT_ONCE
-    if num == 0:
-        raise ValueError(f"{path} has {images.count} images; at least {_AT_ONCE} are needed")
-    times: dict[str, list[float]] = {}
-    for repeat in range(_REPEATS + 1):
-        for name, task in _tasks(images, decoder, recipe).items():
+    images = open_set(path, "map")
+    indices = np.arange(num).reshape(-1, _AT_ONCE) % images.count
+    tasks = _tasks(images, recipe)
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(_REPEATS + 1):
+        for name, task in tasks.items():
             started = time.perf_counter()
-            for first in range(0, num, _AT_ONCE):
-                task(np.arange(first, first + _AT_ONCE))
-            if repeat:  # the first round compiles and warms up
-                times.setdefault(name, []).append((time.perf_counter() - started) / num * 1e6)
-    whole = {name: statistics.median(values) for name, values in times.items()}
+            for index in indices:
+                task(index)
+            times[name].append((time.perf_counter() - started) / num * 1e6)
+    # The first round compiles and warms up.
+    whole = {name: statistics.median(values[1:]) for name, values in times.items()}
     return {
         "drawing": whole["drawing"],
         "decoding": whole["decoding"],
@@ -77,11 +85,9 @@ def stage_times(path: str | Path, recipe: Recipe, num: int) -> dict[str, float]:
     }
 
 
-def _tasks(
-    images: PictureSet, decoder: TurboDecoder, recipe: Recipe
-) -> dict[str, Callable[[NDArray[np.int64]], object]]:
+def _tasks(images: PictureSet, recipe: Recipe) -> dict[str, Callable[[NDArray[np.int64]], object]]:
     """Return what is timed, each a function of the indices of some images."""
-    side = recipe.crop_px
+    decoder, side = TurboDecoder(), recipe.crop_px
     views = np.zeros((_AT_ONCE, recipe.num_views, side, side, 3), np.uint8)
     floats = np.zeros((recipe.num_views, _AT_ONCE, side, side, 3), np.float32)
     no_boxes = np.zeros((_AT_ONCE, 0, 5), np.int32)
@@ -149,3 +155,43 @@ def _by_torch(way: Callable[[], object], num_threads: int) -> Iterator[object]:
             yield batch
     finally:
         torch.set_num_threads(before)
+
+
+def converter_rates(
+    folder: Path, repeats: int, workers: int, progress: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Measure images per second of our converter and of stock FFCV's, in turn, on the disk of the folder.
+
+    Both run in a fresh process with as many workers. Imports and the listing of the folder are not counted.
+    """
+    rates: dict[str, list[float]] = {CONVERT_OURS: [], CONVERT_FFCV: []}
+    with tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix="conversion.") as temporary:
+        out = Path(temporary) / "out.beton"
+        ours = ("-m", "dataset_tools", "convert", folder, out, "--workers", workers, "--overwrite")
+        ffcv = ("-c", "from benchmarks.stages import ffcv; ffcv()", folder, out, workers)
+        for _ in range(repeats):
+            for name, command in ((CONVERT_OURS, ours), (CONVERT_FFCV, ffcv)):
+                progress(f"converting: {name}")
+                # FFCV's writer waits without end once one of its workers has raised.
+                said = output_of(*command, timeout_s=_TIMEOUT_S)
+                rates[name].append(float(_PACE.findall(said)[-1].replace(",", "")))
+                out.unlink()
+    return rates
+
+
+def ffcv() -> None:
+    """Write a set with stock FFCV: the whole program, with folder, file and workers as its arguments."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    folder, out, workers = sys.argv[1:]
+    # The writer's workers are forked, as in a user's program on Linux, and need not import everything anew.
+    multiprocessing.set_start_method("fork", force=True)
+    images = ImageFolder(folder, loader=read_with_pil)
+    fields = {"image": RGBImageField(write_mode="jpg"), "label": IntField()}
+    with contextlib.redirect_stderr(io.StringIO()):  # the writer draws a progress bar
+        start = time.perf_counter()
+        DatasetWriter(out, fields, num_workers=int(workers)).from_indexed_dataset(images)
+        seconds = time.perf_counter() - start
+    sys.stdout.write(f"({len(images) / seconds:,.0f}/s)\n")

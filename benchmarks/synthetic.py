@@ -1,6 +1,5 @@
 """Sets of any size without the images for it: a full index over the payloads of a few real photographs."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,10 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.sets.beton import FIELD_DTYPE, HEADER_DTYPE, TABLE_DTYPE, BetonFile, matching_manifest
-from pipelines.sets.manifest import manifest_path
+from pipelines.sets.manifest import blocks, manifest_path
 from training.files import write_json
-
-_BLOCK_ENTRIES = 1 << 20
 
 
 def write_synthetic(source: BetonFile, path: Path, *, count: int, payloads: int) -> int:
@@ -49,16 +46,17 @@ def write_synthetic(source: BetonFile, path: Path, *, count: int, payloads: int)
     header["num_samples"], header["alloc_table_ptr"] = count, table_at
     with path.open("wb") as file:
         file.write(header.tobytes() + descriptors.tobytes())
-        for number_N in _blocks(count):
-            file.write(records[number_N * payloads // count].tobytes())
+        for block in blocks(count):
+            file.write(records[np.arange(block.start, block.stop) * payloads // count].tobytes())
         for n, address in enumerate(addresses):
             file.seek(int(address))
             file.write(source.payload(n).tobytes())
         file.seek(table_at)
-        for number_N in _blocks(count):
-            block = entries[number_N * payloads // count]
-            block["sample_id"] = number_N
-            file.write(block.tobytes())
+        for block in blocks(count):
+            number_N = np.arange(block.start, block.stop)
+            table = entries[number_N * payloads // count]
+            table["sample_id"] = number_N
+            file.write(table.tobytes())
     num_bytes = path.stat().st_size
     # Hashing every entry's payload would read a terabyte, and no measurement needs the hash.
     ours = replace(manifest, count=count, num_bytes=num_bytes, sha256="", source="synthetic")
@@ -74,9 +72,3 @@ def _addresses(sizes: NDArray[np.int64], start: int, page_bytes: int) -> tuple[N
         addresses[n] = start if size <= room else start + room
         start = int(addresses[n] + size)
     return addresses, start
-
-
-def _blocks(count: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the numbers 0 … count − 1, in blocks."""
-    for start in range(0, count, _BLOCK_ENTRIES):
-        yield np.arange(start, min(start + _BLOCK_ENTRIES, count))

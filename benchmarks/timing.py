@@ -58,12 +58,11 @@ def take_turns(
             for name, runner in runners.items():
                 progress(name)
                 seconds = turns.seconds if turn else turns.seconds * _WARM_UP_SHARE
-                rate = _turn(opened[name], runner, seconds)
+                rates[name].append(_turn(opened[name], runner, seconds))
                 # Let the runner fill its queue now, and not in the next runner's turn.
-                time.sleep(min(_LONGEST_FILL_S, _FILL_MARGIN * runner.queued * runner.items / rate))
-                if turn:
-                    rates[name].append(rate)
-    return rates
+                fill_s = _FILL_MARGIN * runner.queued * runner.items / rates[name][-1]
+                time.sleep(min(_LONGEST_FILL_S, fill_s))
+    return {name: values[1:] for name, values in rates.items()}
 
 
 def num_steps(runners: Mapping[str, Runner], turns: Turns) -> int:
@@ -77,16 +76,16 @@ def _turn(batches: Iterator[object], runner: Runner, seconds: float) -> float:
         next(batches)
     if runner.settle:
         runner.settle()
-    num, start = 0, time.perf_counter()
-    while True:
+    num, elapsed, start = 0, 0.0, time.perf_counter()
+    while elapsed < seconds:
         for _ in range(runner.round):
             next(batches)
         num += runner.round
-        if (elapsed := time.perf_counter() - start) >= seconds:
-            if runner.settle:
-                runner.settle()
-                elapsed = time.perf_counter() - start
-            return num * runner.items / elapsed
+        elapsed = time.perf_counter() - start
+    if runner.settle:
+        runner.settle()
+        elapsed = time.perf_counter() - start
+    return num * runner.items / elapsed
 
 
 @contextmanager
@@ -111,11 +110,8 @@ def sampling(read: Callable[[], float], every_s: float) -> Iterator[list[float]]
         thread.join()
 
 
-def summary(rates: list[float]) -> dict[str, Any]:
-    """Return median, lowest, highest and all turns, for the JSON."""
-    return {
-        "median": round(statistics.median(rates), 2),
-        "low": round(min(rates), 2),
-        "high": round(max(rates), 2),
-        "turns": [round(rate, 2) for rate in rates],
-    }
+def summary(rates: list[float], digits: int = 2) -> dict[str, Any]:
+    """Return median, lowest, highest and all turns, for the JSON, rounded to so many digits."""
+    turns = [round(rate, digits) for rate in rates]
+    median = round(statistics.median(rates), digits)
+    return {"median": median, "low": min(turns), "high": max(turns), "turns": turns}

@@ -12,27 +12,15 @@ PeerName = Literal["ours-dali", "torchvision-pil", "torchvision-v2", "ffcv", "da
 ALL_PEERS: tuple[PeerName, ...] = get_args(PeerName)
 GPUPeerName = Literal["ours", "dali", "torchvision"]
 ALL_GPU_PEERS: tuple[GPUPeerName, ...] = get_args(GPUPeerName)
-
-_DALI = "nvidia-dali-cuda130"
-_INSTALL = {
-    "ffcv": "`make setup`",
-    _DALI: "`make setup`, or `pip install '.[dali]' --constraint constraints.txt`,",
-}
-_INSTALL_BENCH = "`make setup`, or `pip install '.[bench]' --constraint constraints.txt`,"
-# Name → module of this package, its list of peers, and the package that must be installed.
+# Name → module of this package, its list of peers, and the extra of pyproject.toml with its package.
 _PEERS: dict[PeerName, tuple[str, str, str]] = {
-    "ours-dali": ("ours", "DALI_PEERS", _DALI),
-    "torchvision-pil": ("with_torchvision", "PIL_PEERS", "torchvision"),
-    "torchvision-v2": ("with_torchvision", "V2_PEERS", "torchvision"),
+    "ours-dali": ("ours", "DALI_PEERS", "dali"),
+    "torchvision-pil": ("with_torchvision", "PIL_PEERS", "bench"),
+    "torchvision-v2": ("with_torchvision", "V2_PEERS", "bench"),
     "ffcv": ("with_ffcv", "PEERS", "ffcv"),
-    "dali": ("with_dali", "PEERS", _DALI),
-    "spdl": ("with_spdl", "PEERS", "spdl"),
-    "decode": ("decode_limit", "PEERS", "simplejpeg"),
-}
-_GPU_PEERS: dict[GPUPeerName, tuple[str, str, str]] = {
-    "ours": ("ours", "gpu_peers", _DALI),
-    "dali": ("with_dali", "gpu_peers", _DALI),
-    "torchvision": ("with_torchvision", "gpu_peers", "torchvision"),
+    "dali": ("with_dali", "PEERS", "dali"),
+    "spdl": ("with_spdl", "PEERS", "bench"),
+    "decode": ("decode_limit", "PEERS", "bench"),
 }
 
 
@@ -47,16 +35,17 @@ def load_peers(names: Sequence[PeerName]) -> list[Peer]:
 
 def load_gpu_peers(names: Sequence[GPUPeerName], device: torch.device) -> list[Peer]:
     """Like :func:`load_peers`, for peers that leave their batches on a GPU."""
-    return [peer for name in names for peer in _load(name, *_GPU_PEERS[name])(device)]
+    modules = {"ours": "ours", "dali": "with_dali", "torchvision": "with_torchvision"}
+    return [peer for name in names for peer in _load(name, modules[name], "gpu_peers", "dali")(device)]
 
 
-def _load(name: str, module: str, attribute: str, package: str) -> Any:
+def _load(name: str, module: str, attribute: str, extra: str) -> Any:
     try:
-        if package == _DALI:  # our loader imports DALI only when it is opened
+        if module == "ours":  # our loader imports DALI only when it is opened
             importlib.import_module("nvidia.dali")
         return getattr(importlib.import_module(f"benchmarks.peers.{module}"), attribute)
     except ImportError as error:
         raise ImportError(
-            f"the peer {name} needs the package {package} ({error}); {_INSTALL.get(package, _INSTALL_BENCH)} "
-            "installs it, or leave the peer out with --peers"
+            f"the peer {name} needs a package that is missing ({error}); `make setup`, or `pip install "
+            f"'.[{extra}]' --constraint constraints.txt`, installs it, or leave the peer out with --peers"
         ) from error

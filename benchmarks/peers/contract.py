@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -65,17 +65,10 @@ class FixedCrops:
     boxes_NV4: NDArray[np.int32]  # (N, V, 4) top, left, height, width in pixels
     crop_px: int  # S
 
-    def empty(self) -> NDArray[np.uint8]:
-        """(N, V, S, S, 3) memory for the crops."""
-        return np.empty((*self.boxes_NV4.shape[:2], self.crop_px, self.crop_px, 3), np.uint8)
-
     def cut(self, images: Iterable[Any], cut: Callable[..., Any]) -> NDArray[np.uint8]:
         """(N, V, S, S, 3): each view is ``cut(image, top, left, height, width)``."""
-        crops_NVSS3 = self.empty()
-        for image, boxes_V4, crops_VSS3 in zip(images, self.boxes_NV4.tolist(), crops_NVSS3, strict=True):
-            for box, crop_SS3 in zip(boxes_V4, crops_VSS3, strict=True):
-                crop_SS3[:] = cut(image, *box)
-        return crops_NVSS3
+        boxes = zip(images, self.boxes_NV4.tolist(), strict=True)
+        return np.stack([[np.asarray(cut(image, *box)) for box in boxes_V4] for image, boxes_V4 in boxes])
 
 
 @dataclass(frozen=True)
@@ -124,31 +117,19 @@ def image_files(folder: Path) -> list[Path]:
 def shuffled_batches(folder: Path, batch_size: int) -> Iterator[list[Path]]:
     """Yield batches of files without end, for libraries that leave the order to their user."""
     files = image_files(folder)
-
-    def endless() -> Iterator[Path]:
-        while True:
-            for index in torch.randperm(len(files)).tolist():
-                yield files[index]
-
-    source = endless()
+    endless = (files[i] for _ in count() for i in torch.randperm(len(files)).tolist())
     while True:
-        yield list(islice(source, batch_size))
+        yield list(islice(endless, batch_size))
 
 
 @cache
 def hush_numba() -> None:
-    """Suppress a harmless message on the terminal.
-
-    FFCV changes a type that numba shares (see :mod:`benchmarks.peers.with_ffcv`) after its own functions were
-    compiled. When such a function is finalised, numba does not find its overload, and Python prints the
-    ignored ``KeyError``.
-    """
+    """Suppress numba's harmless ``KeyError`` in finalisers; see :mod:`benchmarks.peers.with_ffcv`."""
     report = sys.unraisablehook
 
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if not (
-            isinstance(unraisable.object, weakref.finalize) and isinstance(unraisable.exc_value, KeyError)
-        ):
-            report(unraisable)
+    def hook(message: "sys.UnraisableHookArgs") -> None:
+        finalising = isinstance(message.object, weakref.finalize)
+        if not (finalising and isinstance(message.exc_value, KeyError)):
+            report(message)
 
     sys.unraisablehook = hook

@@ -1,7 +1,7 @@
 """The limit of a loader that decodes whole JPEG images: libjpeg-turbo decodes each once, nothing else."""
 
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, islice
 
 import simplejpeg
 
@@ -15,8 +15,8 @@ def _decode(job: Job) -> Iterator[object]:
     pixels = bytearray(3 * max(height * width for height, width in sizes))
     source = cycle(encoded)
     while True:
-        for _ in range(job.batch_size):
-            simplejpeg.decode_jpeg(next(source), "RGB", buffer=pixels)
+        for data in islice(source, job.batch_size):
+            simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)
         yield None
 
 
@@ -25,6 +25,5 @@ _SETUP = (
     "simplejpeg.decode_jpeg to RGB, each image once on one thread, bytes in memory; the rate is multiplied "
     "by the number of threads"
 )
-PEERS = [
-    Peer(DECODE_LIMIT, PeerWork(_decode, _SETUP, one_thread=True), _NO_CROPS, _NO_CROPS, antialiased=None)
-]
+_WORK = PeerWork(_decode, _SETUP, one_thread=True)
+PEERS = [Peer(DECODE_LIMIT, _WORK, _NO_CROPS, _NO_CROPS, antialiased=None)]

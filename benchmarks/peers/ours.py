@@ -4,7 +4,7 @@ Shape letters: N images, V views, S side in pixels.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -18,41 +18,11 @@ from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, synchroni
 from pipelines import Backend, DALIOptions, PictureSet, Reading, ViewLoader, build_loader
 from pipelines.decode import Decoder, DeviceDecoder
 from pipelines.decode.dali import DALIDeviceDecoder
-from pipelines.recipe import Recipe, moco_v2
+from pipelines.recipe import moco_v2
 from pipelines.sets.stream import BUFFER
 
 # An upper bound: too large a number only lengthens the drain before a turn.
 _BATCHES_AHEAD = 5
-_CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class _Way:
-    """How our loader is opened."""
-
-    backend: Backend
-    on_shards: bool  # whether it reads the folder of shards, else the .beton file
-    reading: Reading = "auto"
-    device: torch.device = _CPU
-    options: DALIOptions | None = None
-    """Given where DALI's operators make the crops, as they do on a GPU, and not our kernels."""
-
-    def open(self, sets: Job | FixedCrops, recipe: Recipe, *, batch_size: int, threads: int) -> ViewLoader:
-        """Open a loader over the images of a job."""
-        return build_loader(
-            sets.shards if self.on_shards else sets.beton,
-            recipe,
-            self.backend,
-            batch_size=batch_size,
-            num_threads=threads,
-            reading=self.reading,
-            device=self.device,
-            dali=self.options,
-        )
-
-    def batches(self, of: Callable[[ViewLoader], Iterator[object]], job: Job) -> Iterator[object]:
-        """Yield batches without end."""
-        yield from epochs(self.open(job, job.recipe, batch_size=job.batch_size, threads=job.num_threads), of)
 
 
 def epochs(loader: ViewLoader, of: Callable[[ViewLoader], Iterator[object]]) -> Iterator[object]:
@@ -101,51 +71,64 @@ def decoder_crops(
     return on_device.cpu().numpy(), ok_N
 
 
-def _fixed_crops(way: _Way, fixed: FixedCrops) -> NDArray[np.uint8]:
-    num, num_views = fixed.boxes_NV4.shape[:2]
-    recipe = replace(moco_v2(fixed.crop_px), num_views=num_views)
-    loader = way.open(fixed, recipe, batch_size=num, threads=1)
-    unflipped_NV5 = np.pad(fixed.boxes_NV4, ((0, 0), (0, 0), (0, 1)))
-    decoder, device = loader.decoder, None
-    if way.options:
-        decoder, device = DALIDeviceDecoder(loader.set, way.device, 1, way.options), way.device
-    crops_NVSS3, ok_N = decoder_crops(
-        loader.set, decoder, fixed.index_N, unflipped_NV5, fixed.crop_px, device
-    )
-    if not ok_N.all():
-        path = fixed.shards if way.on_shards else fixed.beton
-        raise ValueError(f"{path}: image {fixed.index_N[~ok_N][0]} cannot be decoded; convert the set again")
-    return crops_NVSS3
+def _peer(
+    name: str,
+    backend: Backend,
+    how: str,
+    reading: Reading | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 – it is immutable
+    options: DALIOptions | None = None,
+) -> Peer:
+    """Describe one way to open our loader: on shards if ``reading`` is given, else on the .beton file.
+
+    With ``options`` DALI's operators make the crops, as on a GPU, and not our kernels.
+    """
+    opened = partial(build_loader, backend=backend, reading=reading or "auto", device=device, dali=options)
+
+    def run(of: Callable[[ViewLoader], Iterator[object]], job: Job) -> Iterator[object]:
+        path = job.shards if reading else job.beton
+        loader = opened(path, job.recipe, batch_size=job.batch_size, num_threads=job.num_threads)
+        yield from epochs(loader, of)
+
+    def fixed_crops(fixed: FixedCrops) -> NDArray[np.uint8]:
+        num, num_views = fixed.boxes_NV4.shape[:2]
+        path = fixed.shards if reading else fixed.beton
+        recipe = replace(moco_v2(fixed.crop_px), num_views=num_views)
+        loader = opened(path, recipe, batch_size=num, num_threads=1)
+        boxes_NV5 = np.pad(fixed.boxes_NV4, ((0, 0), (0, 0), (0, 1)))  # without flips
+        decoder = DALIDeviceDecoder(loader.set, device, 1, options) if options else loader.decoder
+        crops_NVSS3, ok_N = decoder_crops(
+            loader.set, decoder, fixed.index_N, boxes_NV5, fixed.crop_px, device if options else None
+        )
+        if not ok_N.all():
+            raise ValueError(f"{path}: image {fixed.index_N[~ok_N][0]} cannot be decoded; convert it again")
+        return crops_NVSS3
+
+    how = f"pipelines.build_loader, backend {backend} {how}, one epoch after the other"
+    work = partial(PeerWork, queued=_BATCHES_AHEAD, settle=synchronizer(device))
+    crops = work(partial(run, crops_on_device), f"{how}; the views of crops(), which are flipped too")
+    return Peer(name, crops, work(partial(run, iter), how), fixed_crops)
 
 
-def _peer(name: str, way: _Way, how: str) -> Peer:
-    how = f"pipelines.build_loader, backend {way.backend} {how}, one epoch after the other"
-    work = partial(PeerWork, queued=_BATCHES_AHEAD, settle=synchronizer(way.device))
-    return Peer(
-        name,
-        work(partial(way.batches, crops_on_device), f"{how}; the views of crops(), which are flipped too"),
-        work(partial(way.batches, iter), how),
-        partial(_fixed_crops, way),
-    )
-
-
-PEER = _peer(contract.OURS, _Way("ffcv", on_shards=False), "on the .beton file")
+PEER = _peer(contract.OURS, "ffcv", "on the .beton file")
 assert isinstance(PEER.crops, PeerWork)
 CROPS: PeerWork = PEER.crops
 
 _READ_AHEAD = "on shards, every image read into memory ahead of its turn"
 DALI_PEERS = [
-    _peer(contract.OURS_ON_SHARDS, _Way("ffcv", on_shards=True, reading="read"), _READ_AHEAD),
+    _peer(contract.OURS_ON_SHARDS, "ffcv", _READ_AHEAD, "read"),
     _peer(
         contract.OURS_DALI,
-        _Way("dali", on_shards=True, reading="read"),
+        "dali",
         f"{_READ_AHEAD}; DALI decodes on the CPU, with our order and boxes; our kernels do the rest",
+        "read",
     ),
     _peer(
         contract.OURS_STREAM,
-        _Way("dali", on_shards=True, reading="stream"),
+        "dali",
         f"on shards, which DALI's own reader streams and shuffles in a buffer of {BUFFER:,} images, filled "
         f"anew in each epoch; decoded and cropped like {contract.OURS_DALI!r}",
+        "stream",
     ),
 ]
 
@@ -163,10 +146,13 @@ def gpu_peers(device: torch.device) -> list[Peer]:
     return [
         _peer(
             contract.OURS_GPU_DECODES + name,
-            _Way("dali", True, "read", device, options),
+            "dali",
             f"{_READ_AHEAD}; DALI's mixed decoding (region_decode {options.region_decode}, hw_decoder_load "
             f"{options.hw_decoder_load:g}) and its operators for the crops, with our order and boxes; our "
             "photometric stage on the GPU",
+            "read",
+            device,
+            options,
         )
         for name, options in GPU_VARIANTS.items()
     ]

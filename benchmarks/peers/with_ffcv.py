@@ -24,11 +24,10 @@ from ffcv.transforms import ToTensor  # noqa: E402
 torch.set_num_threads(_num_threads)
 
 _BATCHES_AHEAD = 3
-# The set is listed so often that no epoch starts within a turn, since FFCV allocates its memory anew then.
+# The set is listed so often that no epoch, for which FFCV allocates memory, starts within a turn.
 _LISTED_SAMPLES = 1_000_000
-# FFCV's ``OSCacheManager.state_type`` sets ``mutable = False`` on numba's type of byte arrays. Numba has one
-# object for all uses of that type, so its hash changes inside every dictionary that holds it, and functions
-# compiled before can no longer be listed, compiled anew or finalised (``KeyError``). So the type is made
+# FFCV's ``OSCacheManager.state_type`` sets ``mutable = False`` on numba's one type of byte arrays. Its hash
+# changes, and functions compiled before can no longer be listed, compiled anew or finalised. So it is made
 # mutable again after each start of FFCV. It is held here because numba keeps its types by weak reference.
 _BYTES = numba.uint8[::1]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import spdl.io
@@ -18,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 from benchmarks.peers import contract
 from benchmarks.peers.contract import FixedCrops, Job, Peer, PeerWork, shuffled_batches
-from benchmarks.peers.with_torchvision import decode_file, v2_crop, v2_fixed_crops, v2_recipe
+from benchmarks.peers.with_torchvision import decode_file, fixed_crops, v2_crop, v2_recipe
 from pipelines.recipe import Recipe
 
 _BATCHES_AHEAD = 3
@@ -46,20 +47,16 @@ def _run(make_load: Callable[[Recipe], _Load], job: Job) -> Iterator[object]:
         yield from pipeline.get_iterator()
 
 
-def _filters(boxes: Sequence[Sequence[int]], crop_px: int) -> str:
-    """Return an FFmpeg filter graph that crops the planes V times, resizes, stacks and converts to RGB.
-
-    Args:
-        boxes: V times top, left, height, width in pixels.
-        crop_px: side of the crops.
-    """
+def _cut(packets: Any, boxes: Sequence[Sequence[int]], crop_px: int) -> Any:
+    """Decode, and in one filter graph crop the planes at the V boxes, resize, stack and convert to RGB."""
     num = len(boxes)
     cuts = ";".join(
         f"[in{v}]crop={width}:{height}:{left}:{top}:exact=1,scale={crop_px}:{crop_px}:flags=bilinear[out{v}]"
         for v, (top, left, height, width) in enumerate(boxes)
     )
     inputs, outputs = ("".join(f"[{end}{v}]" for v in range(num)) for end in ("in", "out"))
-    return f"split={num}{inputs};{cuts};{outputs}vstack=inputs={num},format=pix_fmts=rgb24"
+    graph = f"split={num}{inputs};{cuts};{outputs}vstack=inputs={num},format=pix_fmts=rgb24"
+    return spdl.io.decode_packets(packets, filter_desc=graph)
 
 
 def _by_ffmpeg(recipe: Recipe) -> _Load:
@@ -70,7 +67,7 @@ def _by_ffmpeg(recipe: Recipe) -> _Load:
         # get_params reads only the size of the image.
         image = torch.empty((3, packets.codec.height, packets.codec.width), device="meta")
         boxes = [RandomResizedCrop.get_params(image, scale, ratio) for _ in range(recipe.num_views)]
-        return spdl.io.decode_packets(packets, filter_desc=_filters(boxes, recipe.crop_px))
+        return _cut(packets, boxes, recipe.crop_px)
 
     def load(files: list[Path]) -> Tensor:
         crops: Tensor = spdl.io.to_torch(spdl.io.convert_frames([cut(file) for file in files]))
@@ -79,28 +76,27 @@ def _by_ffmpeg(recipe: Recipe) -> _Load:
     return load
 
 
+def _ffmpeg_fixed_crops(fixed: FixedCrops) -> NDArray[np.uint8]:
+    crops = []
+    for file, boxes_V4 in zip(fixed.files, fixed.boxes_NV4.tolist(), strict=True):
+        frame = _cut(spdl.io.demux_image(str(file)), boxes_V4, fixed.crop_px)
+        crops.append(np.array(spdl.io.to_numpy(spdl.io.convert_frames(frame))))
+    side = fixed.crop_px
+    return np.stack(crops).reshape(*fixed.boxes_NV4.shape[:2], side, side, 3)
+
+
 def _by_torchvision(make: Callable[[Recipe], v2.Transform], dtype: torch.dtype, recipe: Recipe) -> _Load:
     transform = make(recipe)
 
     def load(files: list[Path]) -> Tensor:
         shape = (len(files), recipe.num_views, 3, recipe.crop_px, recipe.crop_px)
         views_NV3SS = torch.empty(shape, dtype=dtype)
-        for n, file in enumerate(files):
-            image = decode_file(file)
-            for v in range(recipe.num_views):
-                views_NV3SS[n, v] = transform(image)
+        for views_V3SS, image in zip(views_NV3SS, map(decode_file, files), strict=True):
+            for view_3SS in views_V3SS:
+                view_3SS[:] = transform(image)
         return views_NV3SS
 
     return load
-
-
-def _ffmpeg_fixed_crops(fixed: FixedCrops) -> NDArray[np.uint8]:
-    crops_NVSS3 = fixed.empty()
-    for file, boxes_V4, crops_VSS3 in zip(fixed.files, fixed.boxes_NV4.tolist(), crops_NVSS3, strict=True):
-        packets = spdl.io.demux_image(str(file))
-        frame = spdl.io.decode_packets(packets, filter_desc=_filters(boxes_V4, fixed.crop_px))
-        crops_VSS3[:] = spdl.io.to_numpy(spdl.io.convert_frames(frame)).reshape(crops_VSS3.shape)
-    return crops_NVSS3
 
 
 def _work(make_load: Callable[[Recipe], _Load], how: str) -> PeerWork:
@@ -123,6 +119,6 @@ PEERS = [
         contract.SPDL_TORCHVISION,
         _work(partial(_by_torchvision, v2_crop, torch.uint8), _V2),
         _work(partial(_by_torchvision, v2_recipe, torch.float32), _V2),
-        v2_fixed_crops,
+        partial(fixed_crops, decode_file),
     ),
 ]

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import benchmarks.loader as program
-from benchmarks import conversion, timing
 from benchmarks import sample_sets as sample_sets_module
+from benchmarks import stages, timing
 from benchmarks.loader import LoaderBenchmark, main
 from benchmarks.peers.contract import (
     DALI_ONCE,
@@ -251,7 +251,7 @@ def test_our_converter_prints_its_pace_as_the_benchmark_parses_it(
     picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Convert(picture_folder, tmp_path / "x.beton", workers=1).run()
-    (pace,) = conversion._PACE.findall(capsys.readouterr().out)
+    (pace,) = stages._PACE.findall(capsys.readouterr().out)
     assert float(pace.replace(",", "")) > 0
 
 
