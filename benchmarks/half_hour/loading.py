@@ -16,7 +16,7 @@ from torchvision import io
 
 from benchmarks.half_hour.plan import Setup
 from benchmarks.half_hour.worker import rates
-from benchmarks.peers import GPUPeerName, load_gpu_peers
+from benchmarks.peers import ALL_GPU_PEERS, load_gpu_peers
 from benchmarks.peers.contract import Job, PeerWork, WorkName, image_files
 from benchmarks.peers.ours import crops_on_device, epochs
 from benchmarks.pixel_error import choose_crops, pixel_error, reference_crops
@@ -64,9 +64,10 @@ def ours(setup: Setup, threads: int, way: str) -> dict[str, Any]:
     return _rates_of(setup, open_batches)
 
 
-def peer(setup: Setup, source: GPUPeerName, name: str, kind: WorkName, threads: int) -> dict[str, Any]:
+def peer(setup: Setup, name: str, kind: WorkName, threads: int) -> dict[str, Any]:
     """A loader of benchmarks.peers; its crops are compared with PIL's, pixel by pixel."""
     images, size = setup.images, setup.size
+    (source,) = (source for source in ALL_GPU_PEERS if name.lower().startswith(source))
     if source != "torchvision" and not describe_machine(setup.on, threads).dali:
         raise ImportError(f"DALI is not installed; {INSTALL_DALI}")
     (found,) = (peer for peer in load_gpu_peers([source], setup.on) if peer.name == name)

@@ -18,9 +18,9 @@ from benchmarks.half_hour import loading, steps
 from benchmarks.half_hour.plan import PartName, Setup, published_name
 from benchmarks.half_hour.worker import LOG_TAIL, Row, rates
 from benchmarks.peers import contract
-from benchmarks.peers.contract import image_files
 from benchmarks.peers.ours import GPU_VARIANTS
 from benchmarks.timing import sampling, summary
+from pipelines.sets.stores import open_set
 from pipelines.workers import usable_cores
 from training.precision import settings_of_training
 
@@ -33,43 +33,26 @@ _NEVER = 1_000_000
 
 def rows_of(setup: Setup) -> dict[PartName, dict[str, Row]]:
     """Return part → name → row."""
-    cores, batch_size = usable_cores(0), setup.size.batch_size
+    cores = usable_cores(0)
     threads = [num for num in (16, 8, 4) if num <= cores] or [cores]
-    modes = {"eager": 20, "graph": 20, "compiled graph": 150, "compiled": 150}
-    step = {
-        f"{method}, {bn}, {mode}": Row(cost_s, steps.ours, (method, splits, mode), needs_gpu=mode != "eager")
-        for mode, cost_s in modes.items()
-        for bn, splits in {"8 groups": 8, "plain BN": 1}.items()
-        for method in steps.METHODS
-    } | {
-        published_name(method, precision): Row(25, steps.published, (method, precision))
-        for precision in ("bf16", "fp32")
-        for method in steps.METHODS
-    }
-    step |= {
-        f"profile of mixmask, 8 groups, {mode}": Row(25, steps.profile, (mode,), needs_gpu=mode != "eager")
-        for mode in ("eager", "graph")
-    }
+    files = [str(file.relative_to(_ROOT)) for file in sorted((_ROOT / "tests").rglob("test_*.py"))]
+    marked = [file for file in files if "mark.gpu" in (_ROOT / file).read_text()]
+    ways = {"crops": 12, "recipe, eager": 12, "recipe, compiled": 30}
+    by_dali = (contract.OURS_GPU_DECODES, contract.DALI_GPU_ONCE, contract.DALI_GPU_TWICE)
+    dali = [(name, work) for work in contract.WORKS for name in by_dali]
+    dali += [(contract.OURS_GPU_DECODES + variant, "crops") for variant in GPU_VARIANTS if variant]
+    runs = {"eager": 80, "--cuda-graph": 80, "--compile --cuda-graph": 200, "--compile": 200}
     loaders = {
         f"ours, {way}, {num} threads": Row(cost_s, loading.ours, (num, way), needs_gpu="compiled" in way)
         for num in threads
-        for way, cost_s in {"crops": 12, "recipe, eager": 12, "recipe, compiled": 30}.items()
-    } | {
-        f"torchvision v2 with nvJPEG, {work}, {threads[0]} threads": Row(
-            20, loading.peer, ("torchvision", contract.TORCHVISION_GPU, work, threads[0])
-        )
-        for work in contract.WORKS
+        for way, cost_s in ways.items()
     }
-    stock = {contract.DALI_GPU_ONCE: "dali", contract.DALI_GPU_TWICE: "dali"}
-    dali = [
-        (source, name, work)
-        for work in contract.WORKS
-        for name, source in ({contract.OURS_GPU_DECODES: "ours"} | stock).items()
-    ] + [("ours", contract.OURS_GPU_DECODES + variant, "crops") for variant in GPU_VARIANTS if variant]
+    for work in contract.WORKS:
+        peer = (contract.TORCHVISION_GPU, work, threads[0])
+        loaders[f"torchvision v2 with nvJPEG, {work}, {threads[0]} threads"] = Row(20, loading.peer, peer)
+    jpeg = f"torchvision.io.decode_jpeg, lists of {setup.size.batch_size}"
     return {
-        "check": {
-            file: Row(25, gpu_tests, (file,)) for file in _gpu_test_files()[: 1 if setup.tiny else None]
-        },
+        "check": {file: Row(25, gpu_tests, (file,)) for file in marked[: 1 if setup.tiny else None]},
         "ceilings": {
             "device copy, read and written": Row(5, _copy, ("device", "device")),
             "matrix product, bf16": Row(5, _product, (torch.bfloat16,)),
@@ -78,28 +61,34 @@ def rows_of(setup: Setup) -> dict[PartName, dict[str, Row]]:
             "pinned download": Row(5, _copy, ("device", "host"), needs_gpu=True),
         },
         "loader": loaders,
-        "nvjpeg": {
-            f"torchvision.io.decode_jpeg, lists of {batch_size}": Row(10, loading.nvjpeg, needs_gpu=True)
-        },
-        # The compiled steps cost most, so they come last.
-        "step": dict(sorted(step.items(), key=lambda row: "compiled" in row[0])),
-        "train": {
-            "eager": Row(80, _train),
-            "--cuda-graph": Row(80, _train, ("--cuda-graph",), needs_gpu=True),
-            "--compile --cuda-graph": Row(200, _train, ("--compile", "--cuda-graph"), needs_gpu=True),
-            "--compile": Row(200, _train, ("--compile",), needs_gpu=True),
-        },
-        "dali": {
-            f"{name}, {work}": Row(25, loading.peer, (source, name, work, cores))
-            for source, name, work in dali
-        },
+        "nvjpeg": {jpeg: Row(10, loading.nvjpeg, needs_gpu=True)},
+        "step": _step_rows(),
+        "train": {way: Row(cost_s, _train, (way,), way != "eager") for way, cost_s in runs.items()},
+        "dali": {f"{name}, {work}": Row(25, loading.peer, (name, work, cores)) for name, work in dali},
     }
 
 
-def _gpu_test_files() -> list[str]:
-    """Return the test files that hold tests marked gpu."""
-    files = sorted((_ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(_ROOT)) for file in files if "mark.gpu" in file.read_text()]
+def _step_rows() -> dict[str, Row]:
+    """Return the rows of steps; the compiled ones cost most and come last."""
+
+    def ours(mode: steps.Mode, cost_s: float) -> dict[str, Row]:
+        return {
+            f"{method}, {bn}, {mode}": Row(cost_s, steps.ours, (method, num, mode), needs_gpu=mode != "eager")
+            for bn, num in {"8 groups": 8, "plain BN": 1}.items()
+            for method in steps.METHODS
+        }
+
+    published = {
+        published_name(method, precision): Row(25, steps.published, (method, precision))
+        for precision in ("bf16", "fp32")
+        for method in steps.METHODS
+    }
+    profiles = {
+        f"profile of mixmask, 8 groups, {mode}": Row(25, steps.profile, (mode,), needs_gpu=mode != "eager")
+        for mode in ("eager", "graph")
+    }
+    compiled = ours("compiled graph", 150) | ours("compiled", 150)
+    return ours("eager", 20) | ours("graph", 20) | published | profiles | compiled
 
 
 def gpu_tests(_: Setup, file: str) -> dict[str, Any]:
@@ -141,49 +130,51 @@ def _product(setup: Setup, dtype: torch.dtype) -> dict[str, Any]:
         return rates(lambda: torch.mm(a, b, out=out), 2 * side**3 / 1e12, setup, "TFLOP/s")
 
 
-def _train(setup: Setup, *flags: str) -> dict[str, Any]:
+def _train(setup: Setup, way: str) -> dict[str, Any]:
     """Run train_pretrain.py, stopped by SIGTERM in the middle and resumed.
 
     Rates and waiting are those of the run's own metrics.jsonl, without the first steps after each start. How
     long the GPU is idle comes from NVIDIA's management library, where nvidia-ml-py is installed.
     """
-    size, out = setup.size, setup.out.resolve() / "train"
+    out = setup.out.resolve() / "train"
     log, metrics = out.with_suffix(".log"), out / "metrics.jsonl"
-    is_long = setup.long_set.exists()
-    num_images = size.num_entries if is_long else len(image_files(setup.images.folder))
-    steps_per_epoch = num_images // size.batch_size
-    epochs = -(-size.train_steps // steps_per_epoch)
-    options = {
-        **{"--out": out, "--device": setup.device, "--arch": size.arch, "--crop-px": size.crop_px},
-        **{"--batch-size": size.batch_size, "--moco-k": size.queue_len, "--log-every-s": size.log_every_s},
-        **{"--epochs": epochs, "--save-every-epochs": _NEVER, "--knn-every-epochs": _NEVER},
-        **{"--knn-bank": size.batch_size},
-        # The images of a tiny run are too small for the usual number of cells of a mask.
-        **({"--grid-size": 4} if setup.tiny else {}),
-    }
-    words = [setup.reads.resolve(), *flags, *(word for option in options.items() for word in option)]
-    command = [sys.executable, "train_pretrain.py", *map(str, words)]
+    steps_per_epoch = len(open_set(setup.reads)) // setup.size.batch_size
+    epochs = -(-setup.size.train_steps // steps_per_epoch)
+    flags = [] if way == "eager" else way.split()
+    command = [*_command(setup, out), *flags, "--epochs", str(epochs)]
     shutil.rmtree(out, ignore_errors=True)
     with log.open("wb") as file:
         first = subprocess.Popen(command, cwd=_ROOT, stdout=file, stderr=file)
         _wait_for_step(metrics, 2 * _WARM_UP_STEPS, first)
         with sampling(partial(torch.cuda.utilization, setup.on), _UTILIZATION_EVERY_S) as busy_percent:
-            _wait_for_step(metrics, size.train_steps // 2, first)
+            _wait_for_step(metrics, setup.size.train_steps // 2, first)
         first.send_signal(signal.SIGTERM)
-        code, stopped_at = first.wait(), _next_step(metrics)
+        code, stopped_at = first.wait(), _num_logged(metrics)
         code = code or subprocess.run([*command, "--resume"], cwd=_ROOT, stdout=file, stderr=file).returncode
-    if code:
+    num_steps = epochs * steps_per_epoch
+    rows, done = _logged(metrics), _num_logged(metrics)
+    if code or not 0 < stopped_at < done == num_steps:
         said = " ".join(log.read_text(errors="replace").split())[-LOG_TAIL:]
-        raise ValueError(f"the run ended with code {code} after {stopped_at} steps: {said}")
-    if stopped_at == epochs * steps_per_epoch:
-        raise ValueError(f"the run did not stop at SIGTERM, but trained all its {stopped_at} steps")
-    rows = _logged(metrics)
+        steps_done = f"stopped after {stopped_at} steps, resumed up to {done} of {num_steps}"
+        raise ValueError(f"the run ended with code {code}, {steps_done}: {said}")
     shutil.rmtree(out)
-    figures = steady(rows, (0, stopped_at), size.batch_size)
+    found = steady(rows, (0, stopped_at), setup.size.batch_size)
     if busy_percent:
-        figures["gpu_idle_percent"] = round(100 - statistics.fmean(busy_percent), 1)
-    loss = round(rows[-1]["loss"], 4)
-    return figures | {"stopped_at": stopped_at, "steps": epochs * steps_per_epoch, "loss": loss}
+        found["gpu_idle_percent"] = round(100 - statistics.fmean(busy_percent), 1)
+    return found | {"stopped_at": stopped_at, "steps": num_steps, "loss": round(rows[-1]["loss"], 4)}
+
+
+def _command(setup: Setup, out: Path) -> list[str]:
+    size = setup.size
+    options = {
+        **{"--out": out, "--device": setup.device, "--arch": size.arch, "--crop-px": size.crop_px},
+        **{"--batch-size": size.batch_size, "--moco-k": size.queue_len, "--log-every-s": size.log_every_s},
+        **{"--save-every-epochs": _NEVER, "--knn-every-epochs": _NEVER, "--knn-bank": size.batch_size},
+        # The images of a tiny run are too small for the usual number of cells of a mask.
+        **({"--grid-size": 4} if setup.tiny else {}),
+    }
+    words = [str(word) for option in options.items() for word in option]
+    return [sys.executable, "train_pretrain.py", str(setup.reads.resolve()), *words]
 
 
 def _logged(metrics: Path) -> list[dict[str, Any]]:
@@ -193,14 +184,13 @@ def _logged(metrics: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "step"]
 
 
-def _next_step(metrics: Path) -> int:
-    rows = _logged(metrics)
-    return rows[-1]["step"] + 1 if rows else 0
+def _num_logged(metrics: Path) -> int:
+    return sum(row["step"] - row["first_step"] + 1 for row in _logged(metrics))
 
 
 def _wait_for_step(metrics: Path, step: int, process: "subprocess.Popen[bytes]") -> None:
     """Wait until the run has logged this step, or has ended."""
-    while process.poll() is None and _next_step(metrics) <= step:
+    while process.poll() is None and _num_logged(metrics) <= step:
         time.sleep(_POLL_S)
 
 
