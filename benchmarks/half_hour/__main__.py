@@ -2,11 +2,11 @@
 
     python -m benchmarks.half_hour                                     everything, as far as half an hour goes
     python -m benchmarks.half_hour step train --minutes 15             two parts
-    python -m benchmarks.half_hour --device cpu --tiny                 a rehearsal without a GPU, two minutes
+    python -m benchmarks.half_hour --device cpu --tiny                 a rehearsal without a GPU, five minutes
 
-Every row is written to the JSON file as soon as it is measured. A second run measures only what is missing,
-which includes rows that ran out of time or failed; ``--again`` measures the given parts anew. Rows that need
-a package that is not installed are left out and say so.
+Every row is measured in a process of its own and written to the JSON file at once. A second run measures
+only what is missing, which includes rows that ran out of time or failed; ``--again`` measures the given parts
+anew. Rows that need a package that is not installed are left out and say so.
 """
 
 import time
@@ -18,19 +18,20 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from benchmarks.environment import environment
-from benchmarks.half_hour import plan
-from benchmarks.half_hour.figures import BENCHMARK, FiguresFile, facts_in_words, rate_in_words
-from benchmarks.half_hour.images import facts, find_images
-from benchmarks.half_hour.plan import FULL, PARTS, TINY, PartName, Row, Setup, rows_of
-from benchmarks.half_hour.worker import Worker
+from benchmarks.half_hour.figures import missing_rows, row_in_words
+from benchmarks.half_hour.plan import PARTS, PartName, Setup, prepare
+from benchmarks.half_hour.rows import rows_of
+from benchmarks.half_hour.worker import Row, measure
+from benchmarks.programs import differences
+from benchmarks.report.results import read_figures
 from training import cli
 from training.cli import console
+from training.files import write_json
 
 _RESULTS = Path("benchmarks/results/half_hour.json")
+_Rows = Mapping[PartName, Mapping[str, Row]]
 
 
 @dataclass(frozen=True)
@@ -56,35 +57,37 @@ class HalfHour:
     """Measure the rows of the given parts anew."""
 
 
-def main(options: HalfHour) -> FiguresFile:
-    """Measure, print a summary; returns the file of figures.
+def main(options: HalfHour) -> dict[str, Any]:
+    """Measure and print; returns the content of the JSON file.
 
     Raises:
         ValueError: without a GPU, or where the JSON file holds figures of another setup.
     """
     end, parts = time.monotonic() + 60 * options.minutes, tuple(dict.fromkeys(options.parts))
     _check(options)
-    images = find_images(
-        options.data, options.out, TINY if options.tiny else FULL, tiny=options.tiny, note=console.print
-    )
-    setup = Setup(options.device, options.tiny, str(options.out), images)
-    head = {
-        "benchmark": BENCHMARK,
+    json = options.json or (options.out / "tiny.json" if options.tiny else _RESULTS)
+    setup = prepare(options.device, tiny=options.tiny, data=options.data, out=options.out)
+    rows = rows_of(setup)
+    is_long = setup.reads == setup.long_set
+    reads = "a compiled file that repeats them" if is_long else "a folder of JPEG files, by Pillow"
+    content = {
+        "benchmark": "half_hour",
         "quick": options.tiny,
         "config": {"device": setup.device, "tiny": setup.tiny, **asdict(setup.size)},
         "environment": environment(),
-        "images": facts(images),
+        "images": {"how": setup.images.how, "read_from": reads},
+        "expected": {part: list(rows[part]) for part in rows},
     }
-    rows = {part: rows_of(source, setup) for part, source in plan.SOURCES.items()}
-    json = options.json or (options.out / "tiny.json" if options.tiny else _RESULTS)
-    figures = FiguresFile(json, head)
-    for part in rows:
-        figures.expect(part, list(rows[part]), again=options.again and part in parts)
-    _measure_parts(setup, {part: rows[part] for part in parts}, figures, end)
-    _summarise(parts, figures)
+    content["parts"] = _found_before(json, content, again=parts if options.again else ())
+    write_json(json, content)
+    _measure_parts(setup, {part: rows[part] for part in parts}, json, content, end)
+    missing = missing_rows(content)
+    for part in parts:
+        if missing[part]:
+            console.print(f"{part}: {len(missing[part])} not measured: {'; '.join(missing[part])}")
     console.print(f"figures: {json}; the same command measures what is missing")
     console.print("next: make report")
-    return figures
+    return content
 
 
 def _check(options: HalfHour) -> None:
@@ -99,61 +102,50 @@ def _check(options: HalfHour) -> None:
         raise ValueError(f"--minutes is {options.minutes}; it must be above 0")
 
 
-def _measure_parts(
-    setup: Setup, rows: Mapping[PartName, Mapping[str, Row]], figures: FiguresFile, end: float
-) -> None:
-    """Measure what is missing of each part, in a process of its own; write it down row by row."""
-    costs = {part: sum(rows[part][name].cost_s for name in figures.missing(part)) for part in rows}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
-        task = display.add_task("", total=sum(len(figures.missing(part)) for part in rows))
-        for part in rows:
-            # Time that earlier parts leave is shared by the later ones, in proportion to their costs.
-            left, cost = end - time.monotonic(), costs.pop(part)
-            until = time.monotonic() + left * cost / (cost + sum(costs.values()) or 1.0)
-            worker = Worker(plan.SOURCES[part], setup, Path(setup.out) / f"{part}.log")
-            try:
-                for name in figures.missing(part):
-                    display.update(task, description=f"{part}: {name}")
-                    found = _measure(worker, name, rows[part][name], setup, until)
-                    display.advance(task)
-                    if found:
-                        figures.record(part, name, found)
-                        console.print(f"[dim]{part}[/]  {name}: {escape(_in_words(found))}")
-            finally:
-                worker.close()
+def _found_before(path: Path, content: Mapping[str, Any], again: Sequence[str]) -> dict[str, Any]:
+    """Return part → row → figures of the file, in the expected order, without the parts of ``again``.
+
+    Raises:
+        ValueError: if the file holds figures of another machine, other sizes, images or versions.
+    """
+    before = read_figures(path, "half_hour") if path.is_file() else {**content, "parts": {}}
+    if differing := differences(_setting(before), _setting(content)):
+        raise ValueError(
+            f"{path} holds figures of another setup ({differing}); give another --json or remove the file"
+        )
+    found = {part: {} if part in again else before["parts"].get(part, {}) for part in content["expected"]}
+    return {
+        part: {name: found[part][name] for name in names if name in found[part]}
+        for part, names in content["expected"].items()
+    }
 
 
-def _measure(worker: Worker, name: str, row: Row, setup: Setup, until: float) -> dict[str, Any] | None:
-    """Return a row's figures or why there are none; None where it does not fit into the time left."""
-    if row.needs_gpu and setup.device != "cuda":
-        return {"reason": "needs a GPU"}
-    left = until - time.monotonic()
-    if row.cost_s > left:
-        return None
-    if row.alone:
-        worker.close()
-    return worker.measure(name, min(row.limit_s, left))
+def _setting(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must agree between two runs, flat, so that a message can name what differs."""
+    machine = content["environment"]
+    facts = {"gpu": machine["gpu"], "processor": machine["processor"], **machine["versions"]}
+    return facts | content["config"] | content["images"]
 
 
-def _in_words(row: Mapping[str, Any]) -> str:
-    if "reason" in row:
-        return str(row["reason"])
-    facts = [f"{heading} {text}" for heading, text in facts_in_words(row).items()]
-    return "; ".join(filter(None, [rate_in_words(row), *facts]))
-
-
-def _summarise(parts: Sequence[PartName], figures: FiguresFile) -> None:
-    """Print a table of the rows, and the names of those that are missing."""
-    table = Table("part", "row", "found")
-    for part in parts:
-        for name, row in figures.rows(part).items():
-            table.add_row(part, name, escape(_in_words(row)))
-        table.add_section()
-    console.print(table)
-    for part in parts:
-        if missing := figures.missing(part):
-            console.print(f"{part}: {len(missing)} not measured: {'; '.join(missing)}")
+def _measure_parts(setup: Setup, rows: _Rows, json: Path, content: dict[str, Any], end: float) -> None:
+    """Print the rows of each part; what is missing is measured first, and written to the file at once."""
+    missing = missing_rows(content)
+    costs = {part: sum(rows[part][name].cost_s for name in missing[part]) for part in rows}
+    for part in rows:
+        # Time that earlier parts leave is shared by the later ones, in proportion to their costs.
+        left, cost = end - time.monotonic(), costs.pop(part)
+        until = time.monotonic() + left * cost / (cost + sum(costs.values()) or 1.0)
+        found = content["parts"][part]
+        for name, row in rows[part].items():
+            left = until - time.monotonic()
+            if name in missing[part] and row.needs_gpu and setup.device == "cpu":
+                found[name] = {"reason": "needs a GPU"}
+            elif name in missing[part] and row.cost_s <= left:
+                with console.status(f"{part}: {name}"):
+                    found[name] = measure(row, setup, setup.out / f"{part}.log", min(row.limit_s, left))
+            write_json(json, content)
+            if name in found:
+                console.print(f"[dim]{part}[/]  {name}: {escape(row_in_words(found[name]))}")
 
 
 if __name__ == "__main__":

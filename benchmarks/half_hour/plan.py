@@ -1,32 +1,25 @@
-"""What the half hour measures: its parts, their rows with cost and limit, sizes, how rates are measured."""
+"""What the rows of the half hour depend on: sizes, the device, and images, which are found or made."""
 
-import math
-import pkgutil
-import time
-from collections.abc import Callable, Mapping
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, cast, get_args
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
+from PIL import Image
 
-from benchmarks.timing import summary
-from pipelines.workers import usable_cores
+from benchmarks.sample_sets import PHOTOGRAPHS, QUALITY, SampleSet, SampleSets, colourful, dataset_tools
+from benchmarks.synthetic import write_synthetic
+from pipelines.kernels import turbojpeg
+from pipelines.sets.beton import open_beton
+from pipelines.sets.manifest import Manifest
+from training.cli import console
 
 PartName = Literal["check", "ceilings", "loader", "nvjpeg", "step", "train", "dali"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
-SOURCES: Mapping[PartName, str] = {
-    "check": "benchmarks.half_hour.hardware:gpu_tests",
-    "ceilings": "benchmarks.half_hour.hardware:ceilings",
-    "loader": "benchmarks.half_hour.loading:loader",
-    "nvjpeg": "benchmarks.half_hour.hardware:nvjpeg",
-    "step": "benchmarks.half_hour.steps:step",
-    "train": "benchmarks.half_hour.runs:real_runs",
-    "dali": "benchmarks.half_hour.loading:dali",
-}
-"""Part → the function that lists its rows."""
-_AGREEMENT = 0.1
-_QUEUED_S = 0.05
+_SIZES_PX = ((375, 500), (500, 375), (333, 500), (500, 500))
+"""Height, width of drawn images."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +39,10 @@ class Size:
     copy_mib: int
     turns: int
     turn_s: float  # minimum length of a turn
-    warm_up_calls: int  # maximum length of a rate's warm-up
 
 
-FULL = Size("resnet50", 224, 256, 65536, 1024, 51200, 320, 1.0, 8192, 1024, 5, 1.0, 30)
-TINY = Size("resnet10w16", 32, 8, 64, 40, 800, 200, 0.1, 256, 1, 2, 0.05, 6)
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images that loaders read; a path is empty where there is no such set."""
-
-    how: str  # what they are, in a sentence
-    folder: str = ""  # class folders of JPEG files
-    beton: str = ""  # the same images compiled
-    shards: str = ""  # the same images compiled into shards
-    long: str = ""  # the compiled file, with each image repeated
-
-    def path(self) -> str:
-        """Return the set that the loader and real runs read."""
-        return self.long or self.folder
+FULL = Size("resnet50", 224, 256, 65536, 1024, 51200, 320, 1.0, 8192, 1024, 5, 1.0)
+TINY = Size("resnet10w16", 32, 8, 64, 40, 800, 200, 0.1, 256, 1, 2, 0.05)
 
 
 @dataclass(frozen=True)
@@ -74,8 +51,8 @@ class Setup:
 
     device: str
     tiny: bool
-    out: str  # folder for logs and intermediate files
-    images: Images
+    out: Path  # folder for logs and intermediate files
+    images: SampleSet  # what could not be compiled is not there
 
     @property
     def size(self) -> Size:
@@ -87,34 +64,20 @@ class Setup:
         """The device to measure."""
         return torch.device("cuda", 0) if self.device == "cuda" else torch.device(self.device)
 
+    @property
+    def long_set(self) -> Path:
+        """The compiled images, each repeated; not there without libturbojpeg."""
+        return self.out / f"{self.images.beton.stem}-{self.size.num_entries}.beton"
+
+    @property
+    def reads(self) -> Path:
+        """The set that our loader and real runs read."""
+        return self.long_set if self.long_set.exists() else self.images.folder
+
     def settle(self) -> None:
         """Wait until the device has done everything that was queued."""
         if self.device == "cuda":
             torch.cuda.synchronize(self.on)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a part."""
-
-    measure: Callable[[], dict[str, Any]]
-    """Returns the figures; raises ImportError where a package is missing."""
-    cost_s: float  # estimate; a row starts only where its part has as much time left
-    limit_s: float  # the row is ended when it takes longer than this
-    needs_gpu: bool = False
-    alone: bool = False
-    """Needs a process of its own, because a library keeps the GPU's memory until the process ends."""
-
-
-def rows_of(source: str, setup: Setup) -> dict[str, Row]:
-    """Return name → row of a part, the most important first; ``source`` is "module:function"."""
-    return cast(Callable[[Setup], dict[str, Row]], pkgutil.resolve_name(source))(setup)
-
-
-def row(setup: Setup, cost_s: float, measure: Callable[..., dict[str, Any]], *args: Any, **more: bool) -> Row:
-    """Return a row that calls ``measure(setup, *args)``; in a tiny run its cost is 1 s."""
-    cost_s, limit_s = (1.0, 240.0) if setup.tiny else (cost_s, 2 * cost_s + 60)
-    return Row(partial(measure, setup, *args), cost_s, limit_s, **more)
 
 
 def published_name(method: str, precision: str = "bf16") -> str:
@@ -122,61 +85,60 @@ def published_name(method: str, precision: str = "bf16") -> str:
     return f"{method}, published, {precision}"
 
 
-def rates(
-    call: Callable[[], object],
-    items: float,
-    setup: Setup,
-    unit: str = "samples/s",
-    *,
-    least: int = 3,
-    most_queued: int = 64,
-) -> dict[str, Any]:
-    """Measure items per second of ``call``, without compilation and warm-up.
+def prepare(device: str, *, tiny: bool, data: Path, out: Path) -> Setup:
+    """Find or make the images in ``data``, and compile them where libturbojpeg is found.
 
-    The warm-up ends when two consecutive calls take the same time within a tenth, or after the size's maximum
-    of calls. The turns follow.
+    Photographs are made where scikit-image and scikit-learn are installed, else images are drawn. A tiny run
+    always draws its own. The set that repeats images goes to ``out``.
 
-    Args:
-        call: does the work once, or queues it.
-        items: what one call counts for.
-        setup: the device, and the number and length of turns.
-        unit: of the rate.
-        least: minimum number of calls of the warm-up.
-        most_queued: the device is waited for after so many calls, or after as many as take 0.05 s.
-
-    Returns:
-        median, low, high and turns, the unit, and the share of the host's cores that this process used.
+    Raises:
+        ValueError: where the images cannot be compiled, or the only set that is there cannot be read.
     """
-
-    def timed(num: int) -> float:
-        start = time.perf_counter()
-        for _ in range(num):
-            call()
-        setup.settle()
-        return time.perf_counter() - start
-
-    before, last = math.inf, timed(1)
-    for number in range(1, setup.size.warm_up_calls):
-        if number >= least and abs(last - before) <= _AGREEMENT * last:
-            break
-        before, last = last, timed(1)
-    queued = max(1, min(most_queued, int(_QUEUED_S / last)))
-    turns = []
-    cpu_start, start = time.process_time(), time.perf_counter()
-    for _ in range(setup.size.turns):
-        num, elapsed = 0, 0.0
-        while elapsed < setup.size.turn_s:
-            elapsed += timed(queued)
-            num += queued
-        turns.append(items * num / elapsed)
-    cpu_share = (time.process_time() - cpu_start) / (time.perf_counter() - start) / usable_cores(0)
-    return {**summary(turns), "unit": unit, "cpu_share": round(cpu_share, 4)}
+    num = (TINY if tiny else FULL).num_images
+    base, how = data / f"photographs-q{QUALITY}", f"photographs encoded anew at quality {QUALITY}"
+    there = base.is_dir() or base.with_name(f"{base.name}.beton").is_file()
+    if not (tiny or there) and all(map(importlib.util.find_spec, ("skimage", "sklearn"))):
+        try:
+            there = SampleSets(data, PHOTOGRAPHS, console.print).reencoded_folder.is_dir()
+        except ValueError as error:
+            console.print(f"continuing without photographs: {error}")
+    if tiny or not there:
+        base = data / f"drawn-{num}{'-tiny' if tiny else ''}"
+        how = f"drawn, smooth colours with noise, quality {QUALITY}: no photographs were at hand"
+        _draw(base / "train", num, shrink=6 if tiny else 1)
+    beton, shards = (base.with_name(f"{base.name}.{kind}") for kind in ("beton", "shards"))
+    setup = Setup(device, tiny, out, SampleSet(base / "train", beton, shards, how))
+    if turbojpeg.is_found():
+        _compile(setup)
+    if not setup.reads.exists():
+        raise ValueError(f"{beton} cannot be read here: {turbojpeg.INSTALL}; or copy {base}/train here too")
+    return setup
 
 
-def peak_mib(setup: Setup, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what ``measure`` returns and, on a GPU, the peak memory of torch's tensors."""
-    if setup.device != "cuda":
-        return measure()
-    torch.cuda.reset_peak_memory_stats(setup.on)
-    figures = measure()
-    return {**figures, "peak_mib": round(torch.cuda.max_memory_allocated(setup.on) / 2**20, 1)}
+def _compile(setup: Setup) -> None:
+    """Compile the images, and the set that repeats them."""
+    images = setup.images
+    for path in (images.beton, images.shards):
+        if images.folder.is_dir() and not (path.exists() and Manifest.read(path)):
+            console.print(f"compiling {path}")
+            dataset_tools("convert", images.folder, path)
+    if images.beton.exists() and not setup.long_set.exists():
+        setup.out.mkdir(parents=True, exist_ok=True)
+        source = open_beton(images.beton)
+        write_synthetic(source, setup.long_set, count=setup.size.num_entries, payloads=len(source))
+
+
+def _draw(folder: Path, num: int, shrink: int) -> None:
+    """Draw those JPEG files that are missing, in two class folders."""
+    console.print(f"drawing up to {num} images in {folder}")
+
+    def draw(i: int) -> None:
+        file = folder / f"class-{i % 2}" / f"{i:05}.jpg"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            height, width = _SIZES_PX[i % len(_SIZES_PX)]
+            image = Image.fromarray(colourful(i, height // shrink, width // shrink))
+            image.save(file, quality=QUALITY, subsampling="4:2:0")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(draw, range(num)))

@@ -11,12 +11,12 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from benchmarks.half_hour.plan import Row, Setup, peak_mib, published_name, rates, row
+from benchmarks.half_hour.plan import Setup
+from benchmarks.half_hour.worker import rates
 from benchmarks.published import PlainMoCo
 from models.batch import NUM_MIXTURES, Batch, Method, Mixture, tensors_of
 from models.encoders import build_encoder
@@ -27,42 +27,12 @@ from training.step import WARM_UP_STEPS, TrainStep
 
 Mode = Literal["eager", "graph", "compiled", "compiled graph"]
 METHODS: tuple[Method, ...] = ("mixmask", "both", "moco")
-_SPLITS = {"8 groups": 8, "plain BN": 1}
-_PUBLISHED: tuple[PrecisionName, ...] = ("bf16", "fp32")
 _PROFILED_STEPS = 3
 _TOP_KERNELS = 10
-_LEAST_STEPS = WARM_UP_STEPS + 3
 _LR, _MOMENTUM, _WEIGHT_DECAY = 0.03, 0.9, 1e-4
 
 
-def step(setup: Setup) -> dict[str, Row]:
-    """Eager steps and graphs, the published formulation, profiles; compiled steps last, which cost most."""
-
-    def ways(mode: Mode, cost_s: float) -> dict[str, Row]:
-        on_gpu = mode != "eager"
-        return {
-            f"{method}, {name}, {mode}": row(setup, cost_s, _ours, method, splits, mode, needs_gpu=on_gpu)
-            for name, splits in _SPLITS.items()
-            for method in METHODS
-        }
-
-    published = {
-        published_name(method, precision): row(setup, 25, _published, method, precision)
-        for precision in _PUBLISHED
-        for method in METHODS
-    }
-    modes: tuple[Mode, ...] = ("eager", "graph")
-    profiles = {
-        f"profile of mixmask, 8 groups, {mode}": row(setup, 25, _profile, mode, needs_gpu=mode != "eager")
-        for mode in modes
-    }
-    compiled = ways("compiled graph", 150) | ways("compiled", 150)
-    return ways("eager", 20) | ways("graph", 20) | published | profiles | compiled
-
-
-def random_batch(
-    setup: Setup, method: Method, layout: torch.memory_format, dtype: torch.dtype = torch.float32
-) -> Batch:
+def _random_batch(setup: Setup, method: Method, dtype: torch.dtype, layout: torch.memory_format) -> Batch:
     """Return random images (N, 3, S, S) on the device; mixtures pair the batch with its reverse."""
     size = setup.size
     shape = (size.batch_size, 3, size.crop_px, size.crop_px)
@@ -90,19 +60,25 @@ def build_step(
     chosen = Precision.choose(precision, setup.on)
     train = TrainStep(model, optimizer, chosen, tensors_of=tensors_of if mode.endswith("graph") else None)
     # Two in turn, so that a graph's static batch is filled anew at each step, as in training.
-    batches = itertools.cycle(
-        [random_batch(setup, method, torch.channels_last, chosen.dtype) for _ in range(2)]
-    )
-    return model, lambda: train(next(batches))
+    batches = [_random_batch(setup, method, chosen.dtype, torch.channels_last) for _ in range(2)]
+    batch = itertools.cycle(batches)
+    return model, lambda: train(next(batch))
 
 
-def _published_step(setup: Setup, method: Method, precision: PrecisionName) -> Callable[[], object]:
+def ours(setup: Setup, method: Method, splits: int, mode: Mode) -> dict[str, Any]:
+    """Our step with the settings of training."""
+    with settings_of_training():
+        return _rate(setup, build_step(setup, method, splits, mode)[1])
+
+
+def published(setup: Setup, method: Method, precision: PrecisionName) -> dict[str, Any]:
+    """The published formulation's step."""
     torch.manual_seed(0)
     encoder = functools.partial(build_encoder, setup.size.arch)
     model = PlainMoCo(encoder, method=method, queue_len=setup.size.queue_len).to(setup.on)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, _LR, _MOMENTUM, weight_decay=_WEIGHT_DECAY)
-    batch = random_batch(setup, method, torch.contiguous_format)
+    batch = _random_batch(setup, method, torch.float32, torch.contiguous_format)
     autocast = Precision.choose(precision, setup.on).autocast
 
     def train() -> None:
@@ -112,27 +88,18 @@ def _published_step(setup: Setup, method: Method, precision: PrecisionName) -> C
         loss.backward()
         optimizer.step()
 
-    return train
-
-
-def _rate(setup: Setup, build: Callable[[], Callable[[], object]]) -> dict[str, Any]:
-    num = setup.size.batch_size
-    figures = peak_mib(setup, lambda: rates(build(), num, setup, least=_LEAST_STEPS))
-    return figures | {"step_ms": round(1e3 * num / figures["median"], 3)}
-
-
-def _ours(setup: Setup, method: Method, splits: int, mode: Mode) -> dict[str, Any]:
-    with settings_of_training():
-        return _rate(setup, lambda: build_step(setup, method, splits, mode)[1])
-
-
-def _published(setup: Setup, method: Method, precision: PrecisionName) -> dict[str, Any]:
     # The published programs search for the fastest convolutions too, and leave TF32 at its default.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        return _rate(setup, lambda: _published_step(setup, method, precision))
+        return _rate(setup, train)
 
 
-def _profile(setup: Setup, mode: Mode) -> dict[str, Any]:
+def _rate(setup: Setup, train: Callable[[], object]) -> dict[str, Any]:
+    num = setup.size.batch_size
+    figures = rates(train, num, setup, warm_up=WARM_UP_STEPS + 3, queued=1)
+    return {**figures, "step_ms": round(1e3 * num / figures["median"], 3)}
+
+
+def profile(setup: Setup, mode: Mode) -> dict[str, Any]:
     """Measure how long the GPU ran nothing, and which kernels took most time, over three steps.
 
     On a CPU torch's operators are listed in place of kernels, and there is no idle time.
@@ -140,41 +107,33 @@ def _profile(setup: Setup, mode: Mode) -> dict[str, Any]:
     on_gpu = setup.device == "cuda"
     kinds = ("kernel", "gpu_memcpy", "gpu_memset") if on_gpu else ("cpu_op",)
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    trace = Path(setup.out) / f"trace-{mode}.json"
+    trace = setup.out / f"trace-{mode}.json"
     with settings_of_training():
         _, train = build_step(setup, "mixmask", 8, mode)
-        figures = _rate(setup, lambda: train)
-        with torch.profiler.profile(
-            activities=[activity],
-            schedule=torch.profiler.schedule(wait=0, warmup=2, active=_PROFILED_STEPS, repeat=1),
-            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace)),
-        ) as profiler:
-            for number in range(2 + _PROFILED_STEPS):
-                train()
-                # Before the steps that count, and before the trace is written at the end of the last one.
-                if number in (1, 1 + _PROFILED_STEPS):
-                    setup.settle()
-                profiler.step()
+        figures = _rate(setup, train)
+        # The first profile is a warm-up, because the profiler starts slowly.
+        for _ in range(2):
+            with torch.profiler.profile(activities=[activity]) as profiler:
+                for _ in range(_PROFILED_STEPS):
+                    train()
+                setup.settle()
+    profiler.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("cat") in kinds]
-    idle = {"gpu_idle_percent": round(100 * idle_share(spans(events)), 2)} if on_gpu else {}
+    idle = {"gpu_idle_percent": round(100 * idle_share(events), 2)} if on_gpu else {}
     return {"step_ms": figures["step_ms"], **idle, "kernels": top_kernels(events)}
 
 
-def spans(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Return start and end of each event of a trace, in µs."""
-    return [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events]
-
-
-def idle_share(intervals: Sequence[tuple[float, float]]) -> float:
-    """Return the share of the time between the first start and the last end that no interval covers."""
-    if not intervals:
+def idle_share(events: Sequence[Mapping[str, Any]]) -> float:
+    """Return the share of the time between the first start and the last end that no event covers."""
+    if not events:
         raise ValueError("the profiler recorded nothing on the device; CUPTI may be missing or not allowed")
-    first = end = min(start for start, _ in intervals)
+    spans = sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events)
+    first = end = spans[0][0]
     idle = 0.0
-    for start, stop in sorted(intervals):
+    for start, stop in spans:
         idle += max(0.0, start - end)
         end = max(end, stop)
-    return idle / (end - first) if end > first else 0.0
+    return idle / (end - first)
 
 
 def top_kernels(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -182,11 +141,8 @@ def top_kernels(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     took_us: Counter[str] = Counter()
     for event in events:
         took_us[event["name"]] += event["dur"]
+    total_us = took_us.total()
     return [
-        {
-            "name": name,
-            "ms": round(us / 1e3 / _PROFILED_STEPS, 4),
-            "percent": round(100 * us / took_us.total(), 2),
-        }
+        {"name": name, "ms": round(us / 1e3 / _PROFILED_STEPS, 4), "percent": round(100 * us / total_us, 2)}
         for name, us in took_us.most_common(_TOP_KERNELS)
     ]

@@ -1,10 +1,9 @@
-"""A process that measures rows, one at a time; the parent can end it when a row takes too long.
+"""A row, the process of its own that measures it, and rates.
 
 The process runs in a process group of its own and ends with its parent. Whatever it prints goes to a log.
 """
 
 import contextlib
-import gc
 import json
 import multiprocessing
 import os
@@ -13,74 +12,68 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.half_hour.plan import Row, Setup, rows_of
+from benchmarks.half_hour.plan import Setup
+from benchmarks.timing import summary
+from pipelines.workers import usable_cores
 
-_LOG_TAIL = 300
+LOG_TAIL = 300
+"""Characters of a log that a reason quotes."""
 _START_LIMIT_S = 300.0
 
 
-class Worker:
-    """The parent's side. The process starts with the first row, and anew with the next row after `close`."""
+@dataclass(frozen=True)
+class Row:
+    """One row of a part."""
 
-    def __init__(self, source: str, setup: Setup, log: Path) -> None:
-        self._source, self._setup, self._log = source, setup, log
-        self._process: SpawnProcess | None = None
-        self._rows: Connection
+    cost_s: float  # estimate; a row starts only where its part has as much time left
+    measure: Callable[..., dict[str, Any]]
+    """Returns the figures for (setup, \\*args); raises ImportError where a package is missing."""
+    args: tuple[Any, ...] = ()
+    needs_gpu: bool = False
+    grace_s: float = 60.0
 
-    def measure(self, name: str, limit_s: float) -> dict[str, Any]:
-        """Return a row's figures, or ``reason``: it took longer than ``limit_s``, or failed."""
-        if self._process is None and (reason := self._start().get("reason")):
-            return {"reason": f"its process did not start: {reason}"}
-        with contextlib.suppress(BrokenPipeError):  # the missing answer shows that the process has ended
-            self._rows.send(name)
-        answer = self._answer(limit_s)
-        if self._setup.device == "cuda" and answer.get("reason", "").startswith("failed"):
-            self.close()  # a GPU that reported an error may not recover within the process
-        return answer
-
-    def close(self) -> None:
-        """End the process and its children."""
-        process, self._process = self._process, None
-        if process:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid or 0, signal.SIGKILL)
-            process.kill()
-            process.join()
-            self._rows.close()
-
-    def _start(self) -> dict[str, Any]:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        spawn = multiprocessing.get_context("spawn")
-        self._rows, rows = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(self._source, self._setup, self._log, rows))
-        self._process.start()
-        rows.close()
-        return self._answer(_START_LIMIT_S)
-
-    def _answer(self, limit_s: float) -> dict[str, Any]:
-        if not self._rows.poll(limit_s):
-            self.close()
-            return {"reason": f"out of time after {limit_s:.0f} s"}
-        try:
-            answer: dict[str, Any] = self._rows.recv()
-        except (EOFError, ConnectionError):
-            assert self._process
-            self._process.join()
-            code = self._process.exitcode
-            self.close()
-            said = " ".join(self._log.read_text(errors="replace").split())[-_LOG_TAIL:]
-            return {"reason": f"failed: its process ended with code {code}; {said or 'it printed nothing'}"}
-        return answer
+    @property
+    def limit_s(self) -> float:
+        """The row is ended when it takes longer than this."""
+        return 2 * self.cost_s + self.grace_s
 
 
-def _serve(source: str, setup: Setup, log: Path, names: Connection) -> None:
+def measure(row: Row, setup: Setup, log: Path, limit_s: float) -> dict[str, Any]:
+    """Return a row's figures, or ``reason``: it took longer than ``limit_s``, failed, or lacks a package."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    spawn = multiprocessing.get_context("spawn")
+    answers, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_serve, args=(row, setup, log, sender))
+    process.start()
+    sender.close()
+    try:
+        # The first answer says that the process has started.
+        for limit in (_START_LIMIT_S, limit_s):
+            if not answers.poll(limit):
+                return {"reason": f"out of time after {limit:.0f} s"}
+            found: dict[str, Any] = answers.recv()
+        return found
+    except EOFError:
+        process.join()
+        said = " ".join(log.read_text(errors="replace").split())[-LOG_TAIL:] or "it printed nothing"
+        return {"reason": f"failed: its process ended with code {process.exitcode}; {said}"}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()
+        process.join()
+
+
+def _serve(row: Row, setup: Setup, log: Path, answers: Connection) -> None:
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with log.open("ab") as file:
@@ -90,10 +83,17 @@ def _serve(source: str, setup: Setup, log: Path, names: Connection) -> None:
         # With several threads the tiny operators of a rehearsal would mostly wait for each other.
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
-    rows = rows_of(source, setup)
-    names.send({})
-    while True:
-        names.send(_measured(rows[names.recv()]))
+    answers.send({})
+    start = time.perf_counter()
+    try:
+        figures = row.measure(setup, *row.args)
+        json.dumps(figures, allow_nan=False)
+    except ImportError as error:
+        figures = {"reason": f"left out: {error}"}
+    except Exception as error:
+        traceback.print_exc()
+        figures = {"reason": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:LOG_TAIL]}"}
+    answers.send({**figures, "took_s": round(time.perf_counter() - start, 1)})
 
 
 def _end_with_parent() -> None:
@@ -103,17 +103,42 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _measured(row: Row) -> dict[str, Any]:
-    start = time.perf_counter()
-    try:
-        figures = row.measure()
-        json.dumps(figures, allow_nan=False)
-    except ImportError as error:
-        figures = {"reason": f"left out: {error}"}
-    except Exception as error:
-        traceback.print_exc()
-        figures = {"reason": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:_LOG_TAIL]}"}
-    gc.collect()
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
-    return {**figures, "took_s": round(time.perf_counter() - start, 1)}
+def rates(
+    call: Callable[[], object],
+    items: float,
+    setup: Setup,
+    unit: str = "samples/s",
+    *,
+    warm_up: int = 3,
+    queued: int = 8,
+) -> dict[str, Any]:
+    """Measure items per second of ``call``, which does the work of ``items`` once, or queues it.
+
+    After ``warm_up`` calls and a first turn come the turns that count. The device is waited for after every
+    ``queued`` calls.
+
+    Returns:
+        median, low, high and turns, the unit, the share of the host's cores that this process used, and on a
+        GPU the peak memory of this process's tensors.
+    """
+
+    def turn() -> float:
+        num, elapsed, start = 0, 0.0, time.perf_counter()
+        while elapsed < setup.size.turn_s:
+            for _ in range(queued):
+                call()
+            setup.settle()
+            num += queued
+            elapsed = time.perf_counter() - start
+        return items * num / elapsed
+
+    for _ in range(warm_up):
+        call()
+    turn()
+    cpu_start, start = time.process_time(), time.perf_counter()
+    turns = [turn() for _ in range(setup.size.turns)]
+    cpu_share = (time.process_time() - cpu_start) / (time.perf_counter() - start) / usable_cores(0)
+    found = {**summary(turns), "unit": unit, "cpu_share": round(cpu_share, 4)}
+    if setup.device == "cuda":
+        found["peak_mib"] = round(torch.cuda.max_memory_allocated(setup.on) / 2**20, 1)
+    return found

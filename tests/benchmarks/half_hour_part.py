@@ -1,5 +1,6 @@
 """A part with rows that work, hang, fail, or kill a process: what the half hour must survive."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,45 +9,43 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.half_hour.plan import Row, Setup
+from benchmarks.half_hour.plan import Setup
+from benchmarks.half_hour.worker import Row
 
 
-def rows(setup: Setup) -> dict[str, Row]:
-    """The rows named in the file ``rows``; each counts its starts in a file of its own."""
-
-    def counting(name: str, act: Any) -> Row:
-        def measure() -> dict[str, Any]:
-            with (Path(setup.out) / name).open("a") as file:
-                file.write("x")
-            act()
-            return {"median": 1.0, "low": 1.0, "high": 1.0, "turns": [1.0], "unit": "rows/s"}
-
-        return Row(measure, cost_s=0.1, limit_s=2.0 if name == "hangs" else 60.0)
-
-    def kill_parent_once() -> None:
-        if (Path(setup.out) / "kills").read_text() == "x":
-            os.kill(os.getppid(), signal.SIGKILL)
-            time.sleep(60)
-
-    def fail() -> None:
-        raise RuntimeError("it cannot\nwork")
-
-    def hang() -> None:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        (Path(setup.out) / "child").write_text(str(child.pid))
-        child.wait()
-
-    def lack() -> None:
-        raise ImportError("the package nothing is not installed")
-
-    found = {
-        "before": counting("before", lambda: sys.stdout.write("noise")),
-        "hangs": counting("hangs", hang),
-        "fails": counting("fails", fail),
-        "dies": counting("dies", lambda: os._exit(7)),
-        "lacks": counting("lacks", lack),
-        "after": counting("after", lambda: None),
+def rows_of(setup: Setup) -> dict[str, dict[str, Row]]:
+    """The rows named in the file ``rows``, under the name check."""
+    special = {
+        "hangs": Row(0.5, _counted, ("hangs",), grace_s=1.0),
+        "expensive": Row(1e9, _counted, ("expensive",)),
     }
-    found["kills"] = counting("kills", kill_parent_once)
-    found["expensive"] = Row(dict, cost_s=1e9, limit_s=1.0)
-    return {name: found[name] for name in (Path(setup.out) / "rows").read_text().split()}
+    names = (setup.out / "rows").read_text().split()
+    return {"check": {name: special.get(name, Row(0.1, _counted, (name,))) for name in names}}
+
+
+def _counted(setup: Setup, name: str) -> dict[str, Any]:
+    """Count the starts of a row in a file of its own, and act."""
+    with (setup.out / name).open("a") as file:
+        file.write("x")
+    if name == "before":
+        sys.stdout.write("noise")
+    if name == "fails":
+        raise RuntimeError("it cannot\nwork")
+    if name == "dies":
+        os._exit(7)
+    if name == "lacks":
+        raise ImportError("the package nothing is not installed")
+    if name == "hangs":
+        _hang(setup.out)
+    if name == "kills" and (setup.out / name).read_text() == "x":
+        parent = multiprocessing.parent_process()
+        assert parent and parent.pid
+        os.kill(parent.pid, signal.SIGKILL)
+        time.sleep(60)
+    return {"median": 1.0, "low": 1.0, "high": 1.0, "turns": [1.0], "unit": "rows/s"}
+
+
+def _hang(out: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (out / "child").write_text(str(child.pid))
+    child.wait()

@@ -14,32 +14,34 @@ import pytest
 import torch
 
 from benchmarks.half_hour import __main__ as program
-from benchmarks.half_hour import figures, hardware, images, plan, runs, steps
+from benchmarks.half_hour import figures, plan, rows, steps, worker
 from benchmarks.half_hour.__main__ import HalfHour, main
-from benchmarks.half_hour.plan import PARTS, TINY, Images, Setup
+from benchmarks.half_hour.plan import PARTS, TINY, Setup
+from benchmarks.half_hour.worker import Row
 from benchmarks.peers.contract import image_files
 from benchmarks.report.page import half_hour_view
 from benchmarks.report.results import read_figures
+from benchmarks.sample_sets import SampleSet
 from models.batch import Method
+from tests.benchmarks import half_hour_part
 from training import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-PART = "tests.benchmarks.half_hour_part:rows"
-CPU = Setup("cpu", True, "", Images("none"))
+CPU = Setup("cpu", True, Path(), SampleSet(Path("none"), Path("none.beton"), Path("none.shards"), "none"))
 
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HalfHour:
     """Options that measure the misbehaving part, under the name check."""
-    monkeypatch.setattr(plan, "SOURCES", {"check": PART})
-    monkeypatch.setattr(program, "find_images", lambda *_, **__: Images("none"))
+    monkeypatch.setattr(program, "rows_of", half_hour_part.rows_of)
+    monkeypatch.setattr(program, "prepare", lambda *_, out, **__: replace(CPU, out=out))
     (tmp_path / "out").mkdir()
     return HalfHour(("check",), tmp_path / "x.json", out=tmp_path / "out", device="cpu", tiny=True)
 
 
 def _rows(options: HalfHour, part: str = "check") -> dict[str, Any]:
-    rows: dict[str, Any] = json.loads(options.json.read_text())["parts"][part]
-    return rows
+    found: dict[str, Any] = json.loads(options.json.read_text())["parts"][part]
+    return found
 
 
 def _begun(options: HalfHour) -> dict[str, int]:
@@ -53,13 +55,13 @@ def _begun(options: HalfHour) -> dict[str, int]:
 def test_a_failure_is_a_row_and_the_next_row_is_measured(options: HalfHour) -> None:
     (options.out / "rows").write_text("before lacks fails dies hangs after expensive")
     main(options)
-    rows = _rows(options)
-    assert rows["before"]["median"] == rows["after"]["median"] == 1.0
-    assert rows["hangs"]["reason"] == "out of time after 2 s"
-    assert rows["fails"]["reason"] == "failed: RuntimeError: it cannot work"
-    assert rows["dies"]["reason"].startswith("failed: its process ended with code 7")
-    assert rows["lacks"]["reason"] == "left out: the package nothing is not installed"
-    assert "expensive" not in rows, "it does not fit into the time left"
+    found = _rows(options)
+    assert found["before"]["median"] == found["after"]["median"] == 1.0
+    assert found["hangs"]["reason"] == "out of time after 2 s"
+    assert found["fails"]["reason"] == "failed: RuntimeError: it cannot work"
+    assert found["dies"]["reason"].startswith("failed: its process ended with code 7")
+    assert found["lacks"]["reason"] == "left out: the package nothing is not installed"
+    assert "expensive" not in found, "it does not fit into the time left"
     with pytest.raises(ProcessLookupError):
         os.kill(int((options.out / "child").read_text()), 0)
 
@@ -77,9 +79,10 @@ def test_a_killed_run_keeps_its_rows_and_the_next_run_resumes(options: HalfHour)
     (options.out / "rows").write_text("before kills after")
     words = f"""
 from pathlib import Path
-from benchmarks.half_hour import __main__ as program, plan
-plan.SOURCES = {{"check": {PART!r}}}
-program.find_images = lambda *_, **__: plan.Images("none")
+from benchmarks.half_hour import __main__ as program
+from tests.benchmarks import half_hour_part, test_half_hour
+program.rows_of = half_hour_part.rows_of
+program.prepare = lambda *_, **__: test_half_hour.replace(test_half_hour.CPU, out=Path({str(options.out)!r}))
 program.main(program.HalfHour(("check",), Path({str(options.json)!r}), out=Path({str(options.out)!r}),
                               device="cpu", tiny=True))
 """
@@ -157,10 +160,10 @@ def test_a_rehearsal_without_a_gpu_measures_all_rows_of_a_cpu(tmp_path: Path) ->
     gpu_alone = ("pinned", "compiled", "--c", "graph", "decode_jpeg")
     rates = {part: [bar for bars in view["rates"].values() for bar in bars] for part, view in shown.items()}
     for part, view in shown.items():
-        rows, missing = parts[part], {name for names in view["missing"].values() for name in names}
-        assert missing == {name for name in rows if any(word in name for word in gpu_alone)}
+        measured, missing = parts[part], {name for names in view["missing"].values() for name in names}
+        assert missing == {name for name in measured if any(word in name for word in gpu_alone)}
         assert set(view["missing"]) <= {"needs a GPU"}
-        assert {bar.name for bar in rates[part]} == {n for n, row in rows.items() if "median" in row}
+        assert {bar.name for bar in rates[part]} == {n for n, row in measured.items() if "median" in row}
         assert all(bar.low <= bar.median <= bar.high for bar in rates[part])
     assert {len(bars) for part, bars in rates.items() if part != "check"} == {0, 1, 3, 4, 9, 12}
     run = parts["train"]["eager"]
@@ -170,43 +173,48 @@ def test_a_rehearsal_without_a_gpu_measures_all_rows_of_a_cpu(tmp_path: Path) ->
 
 def test_images_are_found_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
-    monkeypatch.setattr(images.turbojpeg, "is_found", lambda: False)
-    drawn = images.find_images(data, out, TINY, tiny=True, note=lambda _: None)
-    assert len(image_files(Path(drawn.folder))) == TINY.num_images and drawn.path() == drawn.folder
-    assert not (drawn.beton or drawn.shards or drawn.long), "nothing can be compiled without libturbojpeg"
+    monkeypatch.setattr(plan.turbojpeg, "is_found", lambda: False)
+    drawn = plan.prepare("cpu", tiny=True, data=data, out=out)
+    assert len(image_files(drawn.images.folder)) == TINY.num_images and drawn.reads == drawn.images.folder
+    assert not any(path.exists() for path in (drawn.images.beton, drawn.images.shards, drawn.long_set)), (
+        "nothing can be compiled without libturbojpeg"
+    )
     (data / "photographs-q86" / "train").mkdir(parents=True)
-    found = images.find_images(data, out, TINY, tiny=False, note=lambda _: None)
-    assert found.folder == str(data / "photographs-q86" / "train") and "photographs" in found.how
+    found = plan.prepare("cpu", tiny=False, data=data, out=out).images
+    assert found.folder == data / "photographs-q86" / "train" and "photographs" in found.how
     (data / "photographs-q86" / "train").rmdir()
     (data / "photographs-q86").rmdir()
     (data / "photographs-q86.beton").touch()
     with pytest.raises(ValueError, match="apt-get install libturbojpeg0"):
-        images.find_images(data, out, TINY, tiny=False, note=lambda _: None)
+        plan.prepare("cpu", tiny=False, data=data, out=out)
 
 
 # ---------------------------------------------------------------------------------------------- arithmetic
 
 
-def test_the_warm_up_ends_when_two_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, took, calls = [0.0], iter([9.0, 4.0, 1.0, 1.05]), [0]
+def test_rates_exclude_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took, calls = [0.0], iter([9.0, 4.0, 1.0]), [0]
 
     def call() -> None:
         calls[0] += 1
         now[0] += next(took, 0.5)
 
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
-    found = plan.rates(call, 10, CPU, "images/s")
-    # Four calls warm up; each of the two turns is one call of half a second.
-    assert calls == [6] and found["turns"] == [20.0, 20.0] and found["unit"] == "images/s"
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+    found = worker.rates(call, 10, CPU, "images/s", warm_up=2, queued=1)
+    # Two calls and a turn of one call warm up; each of the two turns is one call of half a second.
+    assert calls == [5] and found["turns"] == [20.0, 20.0] and found["unit"] == "images/s"
 
 
 def test_idle_share_is_what_no_interval_covers() -> None:
-    assert steps.idle_share([(10.0, 20.0), (12.0, 15.0), (30.0, 40.0), (18.0, 22.0), (40.0, 50.0)]) == 8 / 40
-    assert steps.idle_share([(1.0, 3.0)]) == 0.0
+    def spans(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
+        return [{"ts": start, "dur": end - start} for start, end in pairs]
+
+    assert steps.idle_share(spans((10, 20), (12, 15), (30, 40), (18, 22), (40, 50))) == 8 / 40
+    assert steps.idle_share(spans((1, 3))) == 0.0
     with pytest.raises(ValueError, match="recorded nothing"):
         steps.idle_share([])
     events = [{"name": "a", "ts": 0.0, "dur": 30.0}, {"name": "b", "ts": 40.0, "dur": 60.0}]
-    assert steps.spans(events) == [(0.0, 30.0), (40.0, 100.0)]
+    assert steps.idle_share(events) == 0.1
     assert steps.top_kernels([*events, events[0], events[0]]) == [
         {"name": "a", "ms": 0.03, "percent": 60.0},
         {"name": "b", "ms": 0.02, "percent": 40.0},
@@ -217,35 +225,24 @@ def test_the_rate_of_a_log_excludes_the_steps_after_each_start() -> None:
     def line(first: int, last: int, rate: float, wait: float) -> dict[str, Any]:
         return {"first_step": first, "step": last, "samples_per_s": rate, "wait_percent": wait}
 
-    rows = [line(0, 0, 1, 99), line(1, 9, 2, 99), line(10, 19, 100, 10), line(20, 24, 200, 30)]
-    rows += [line(25, 30, 1, 99), line(31, 34, 1, 99), line(35, 44, 50, 0)]
-    found = runs.steady(rows, (0, 25), batch_size=10)
+    lines = [line(0, 0, 1, 99), line(1, 9, 2, 99), line(10, 19, 100, 10), line(20, 24, 200, 30)]
+    lines += [line(25, 30, 1, 99), line(31, 34, 1, 99), line(35, 44, 50, 0)]
+    found = rows.steady(lines, (0, 25), batch_size=10)
     assert (found["median"], found["low"], found["high"]) == (100, 50, 200)
     # 1 s of which 10 % waits, 0.25 s of which 30 % waits, 2 s without.
     assert found["wait_percent"] == pytest.approx(100 * (0.1 + 0.075) / 3.25, abs=0.01)
-    runs.check_continuous(rows, 45)
-    for broken, steps_ in ((rows, 46), (rows[:3] + rows[4:], 45)):
-        with pytest.raises(ValueError, match="the log"):
-            runs.check_continuous(broken, steps_)
 
 
 def test_tests_are_counted_by_outcome(tmp_path: Path) -> None:
     cases = "def test_good(): pass\ndef test_bad(): assert 0\n"
-    (tmp_path / "test_x.py").write_text(f"import pytest\n{cases}@pytest.mark.skip\ndef test_not(): pass\n")
-    report = tmp_path / "x.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        f"--junitxml={report}",
-        "-p",
-        "no:cacheprovider",
-        "test_x.py",
-    ]
-    subprocess.run(command, cwd=tmp_path, check=False, capture_output=True)
-    assert hardware.counts(report) == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["test_bad"]}
-    marked = list(hardware.gpu_tests(replace(CPU, tiny=False)))
+    file = tmp_path / "test_x.py"
+    file.write_text(
+        f"import pytest\npytestmark = pytest.mark.gpu\n{cases}@pytest.mark.skip\ndef test_not(): pass\n"
+    )
+    found = worker.measure(Row(25, rows.gpu_tests, (str(file),)), CPU, tmp_path / "x.log", 100)
+    assert found.pop("took_s") > 0
+    assert found == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["test_bad"]}
+    marked = list(rows.rows_of(replace(CPU, tiny=False))["check"])
     assert "tests/benchmarks/test_half_hour.py" in marked and "tests/test_imports.py" not in marked
 
 
