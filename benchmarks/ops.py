@@ -228,8 +228,7 @@ def count_compiled(config: OpsBenchmark, method: Method) -> Parts:
 
     def keep(part: str, module: fx.GraphModule, _: Any) -> Any:
         graphs[part].append(module.graph)
-        boxed: Callable[..., Any] = make_boxed_func(module.forward)
-        return boxed
+        return make_boxed_func(module.forward)
 
     compiler = functools.partial(
         aot_module_simplified,
