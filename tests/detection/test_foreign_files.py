@@ -147,7 +147,7 @@ def test_the_trainer_uses_our_checkpointer(tmp_path: Path, monkeypatch: pytest.M
     ours.cfg = get_cfg()
     ours.cfg.OUTPUT_DIR = str(tmp_path)
     ours.checkpointer = weights.DetectionCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
-    with pytest.raises(CheckpointError, match="does not have its checksum"):
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
         ours.resume_or_load(resume=True)
 
 
