@@ -76,8 +76,7 @@ def usable_cores(num_threads: int = 0) -> int:
     allowed = len(os.sched_getaffinity(0))
     if num_threads > allowed or num_threads < 0:
         raise ValueError(
-            f"num_threads is {num_threads}; this process may use {allowed} cores: choose 1 … {allowed}, or 0 "
-            "for all of them"
+            f"{num_threads} threads are requested; this process may use 1 … {allowed}, or 0 for all of them"
         )
     return num_threads or max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

@@ -88,7 +88,7 @@ def library() -> ctypes.CDLL:
         except (OSError, AttributeError) as error:
             raise ValueError(
                 f"{LIBRARY_VARIABLE} is {named!r}, which is not libturbojpeg {_OLDEST} or newer ({error}); "
-                "set it to the path of the library, or unset it to use the system's"
+                "set it to the path of the library, or unset the variable to use the system's"
             ) from error
     failures = []
     for name in (*_linked_with_ffcv(), _SYSTEM_NAME):

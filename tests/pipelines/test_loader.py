@@ -155,7 +155,7 @@ def test_state_of_another_run_is_refused(beton: Path, picture_folder: Path) -> N
         _load(beton, shuffle=False).load_state_dict(state)
     with pytest.raises(ValueError, match="set"):
         _load(picture_folder).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"of version 1, ours of .* start a new run"):
+    with pytest.raises(ValueError, match=r"has version 1, this loader has 3: .* start a new run"):
         _load(beton).load_state_dict({**state, "version": 1})
     for done in (-1, 6):
         with pytest.raises(ValueError, match=f"done {done} of 5 batches"):

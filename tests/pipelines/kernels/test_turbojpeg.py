@@ -69,7 +69,9 @@ def test_an_ffcv_that_does_not_load_is_skipped(
     monkeypatch.setattr(turbojpeg, "_SYSTEM_NAME", str(a_library))
     assert look_up()._name == str(a_library)
     monkeypatch.setattr(turbojpeg, "_SYSTEM_NAME", "libm.so.6")
-    with pytest.raises(ImportError, match=r"_libffcv.*; .*undefined symbol: tj\w+\)\. `apt-get install"):
+    with pytest.raises(
+        ImportError, match=r"_libffcv.*; .*undefined symbol: tj\w+\); install it with `apt-get install"
+    ):
         look_up()
 
 
