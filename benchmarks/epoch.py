@@ -1,10 +1,10 @@
 """Whole MixMask epochs on the CPU: ours against the published recipe in plain PyTorch.
 
 Images, architecture, initial weights, optimizer and threads are the same. Ours reads the compiled set and
-trains as `train_pretrain` does, but with torch's default SGD and without keeping freed memory. The published
-recipe reads files with PIL and torchvision in the processes of a DataLoader, which stay alive, mixes in the
-training process, keeps images in contiguous memory and trains `benchmarks.published.PlainMoCo`. They take
-turns by epochs, after a warm-up of one pass over the data with one step.
+trains as `train_pretrain` does, but with torch's default SGD and without keeping freed memory, from which
+both would gain. The published recipe reads files with PIL and torchvision in the processes of a DataLoader,
+which stay alive, mixes in the training process, keeps images in contiguous memory and trains
+`benchmarks.published.PlainMoCo`. They take turns by epochs, after a pass over the data with one step.
 
 Hooks on encoders and heads divide the time of an epoch into parts. *data*: waiting for the next batch, mixing
 included; loaders also work on other threads, which slows the other parts. *encoder*: forward, backward,

@@ -5,7 +5,7 @@ every loss term clones it, multiplies it in full, puts the positive before the n
 `F.cross_entropy`, so a mixture multiplies its negatives twice. The key encoder is updated parameter by
 parameter, and images stay in contiguous memory. Two extensions make it comparable everywhere: λ may differ
 between images, and the queue accepts batches that do not divide it. The accuracies that the public code
-computes for its log are left out, which is in its favour.
+computes for its log are left out, and masks are drawn by our faster code; both are in its favour.
 
 Shape letters: N batch, D embedding, K queue.
 """
@@ -130,13 +130,10 @@ class PlainMoCo(nn.Module):
     def _enqueue(self, k_ND: Tensor) -> None:
         """Replace the oldest columns: with one copy if the keys fit, as published, else key by key."""
         queue_len = self.queue_DK.shape[1]
-        if self.queue_ptr + len(k_ND) <= queue_len:
-            self.queue_DK[:, self.queue_ptr : self.queue_ptr + len(k_ND)] = k_ND.T
-            self.queue_ptr = (self.queue_ptr + len(k_ND)) % queue_len
-            return
-        for k_D in k_ND:
-            self.queue_DK[:, self.queue_ptr] = k_D
-            self.queue_ptr = (self.queue_ptr + 1) % queue_len
+        fits = self.queue_ptr + len(k_ND) <= queue_len
+        for keys_MD in [k_ND] if fits else k_ND.split(1):
+            self.queue_DK[:, self.queue_ptr : self.queue_ptr + len(keys_MD)] = keys_MD.T
+            self.queue_ptr = (self.queue_ptr + len(keys_MD)) % queue_len
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -148,8 +145,8 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 def mixed_with_reverse(query: Tensor, key: Tensor, mixed: Sequence[Tensor], lam: float = 0.5) -> Batch:
     """A batch of given views and mixtures: partners in reverse order, one λ for all images, as published."""
     row_N = torch.arange(len(query))
-    lam_N = torch.full_like(row_N, lam, dtype=torch.float32)
-    mixtures = tuple(Mixture(images, row_N.flip(0), lam_N) for images in mixed)
+    partner_N = row_N.flip(0)
+    mixtures = tuple(Mixture(images, partner_N, torch.full((len(query),), lam)) for images in mixed)
     return Batch(query, key, mixtures, row_N, torch.full_like(row_N, -1))
 
 
