@@ -122,7 +122,7 @@ def points(rows: Sequence[Points], common: Sequence[Points] = ()) -> Figure:
     """Draw rows of points on an axis, which also covers the points in ``common``."""
     height = 38 * len(rows) + 24
     figure = Figure(figsize=(5, height / 72))
-    axes = figure.add_axes((0.02, 20 / height, 0.96, 1 - 20 / height))
+    axes = figure.add_axes((0.01, 20 / height, 0.98, 1 - 20 / height))
     for y, row in enumerate(rows):
         _draw_row(axes, y, row)
     for row in common:
