@@ -124,7 +124,7 @@ def _setting(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what must agree between two runs, flat, so that a message can name what differs."""
     machine = content.get("environment", {})
     facts = {"benchmark": content.get("benchmark"), **{key: machine.get(key) for key in ("gpu", "processor")}}
-    return facts | machine.get("versions", {}) | content.get("config", {}) | content.get("images", {})
+    return {**facts, **machine.get("versions", {}), **content.get("config", {}), **content.get("images", {})}
 
 
 def _measure_parts(setup: Setup, rows: _Rows, json: Path, content: dict[str, Any], end: float) -> None:

@@ -138,7 +138,7 @@ def _train(setup: Setup, way: str) -> dict[str, Any]:
     """
     out = setup.out.resolve() / "train"
     log, metrics = out.with_suffix(".log"), out / "metrics.jsonl"
-    steps_per_epoch = len(open_set(setup.reads)) // setup.size.batch_size
+    steps_per_epoch = open_set(setup.reads).count // setup.size.batch_size
     epochs = -(-setup.size.train_steps // steps_per_epoch)
     flags = [] if way == "eager" else way.split()
     command = [*_command(setup, out), *flags, "--epochs", str(epochs)]

@@ -50,6 +50,7 @@ def measure(row: Row, setup: Setup, log: Path, limit_s: float) -> dict[str, Any]
     """Return a row's figures, or ``reason``: it took longer than ``limit_s``, failed, or lacks a package."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
+    before = log.stat().st_size
     # The server imports the libraries once, but never uses the GPU; the processes that it forks do.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["benchmarks.half_hour.rows"])
@@ -66,8 +67,10 @@ def measure(row: Row, setup: Setup, log: Path, limit_s: float) -> dict[str, Any]
         return found
     except EOFError:
         process.join()
-        said = " ".join(log.read_text(errors="replace").split())[-LOG_TAIL:] or "it printed nothing"
-        return {"reason": f"failed: its process ended with code {process.exitcode}; {said}"}
+        said = " ".join(log.read_bytes()[before:].decode(errors="replace").split())[-LOG_TAIL:]
+        return {
+            "reason": f"failed: its process ended with code {process.exitcode}; {said or 'it printed nothing'}"
+        }
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid or 0, signal.SIGKILL)
