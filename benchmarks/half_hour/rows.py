@@ -137,7 +137,7 @@ def _train(setup: Setup, way: str) -> dict[str, Any]:
     long the GPU is idle comes from NVIDIA's management library, where nvidia-ml-py is installed.
     """
     out = setup.out.resolve() / "train"
-    log, metrics = out.with_suffix(".log"), out / "metrics.jsonl"
+    log, metrics = out.with_name("train_pretrain.log"), out / "metrics.jsonl"
     steps_per_epoch = open_set(setup.reads).count // setup.size.batch_size
     epochs = -(-setup.size.train_steps // steps_per_epoch)
     flags = [] if way == "eager" else way.split()

@@ -68,9 +68,8 @@ def measure(row: Row, setup: Setup, log: Path, limit_s: float) -> dict[str, Any]
     except EOFError:
         process.join()
         said = " ".join(log.read_bytes()[before:].decode(errors="replace").split())[-LOG_TAIL:]
-        return {
-            "reason": f"failed: its process ended with code {process.exitcode}; {said or 'it printed nothing'}"
-        }
+        end = f"its process ended with code {process.exitcode}; {said or 'it printed nothing'}"
+        return {"reason": f"failed: {end}"}
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid or 0, signal.SIGKILL)
