@@ -20,12 +20,12 @@ import tyro
 from rich.markup import escape
 
 from benchmarks.environment import environment
-from benchmarks.half_hour.figures import missing_rows, row_in_words
+from benchmarks.half_hour.figures import COMMAND, missing_rows, row_in_words
 from benchmarks.half_hour.plan import PARTS, PartName, Setup, prepare
 from benchmarks.half_hour.rows import rows_of
 from benchmarks.half_hour.worker import Row, measure
 from benchmarks.programs import differences
-from benchmarks.report.results import read_figures
+from benchmarks.report.files import read_json
 from training import cli
 from training.cli import console
 from training.files import write_json
@@ -108,7 +108,7 @@ def _found_before(path: Path, content: Mapping[str, Any], again: Sequence[str]) 
     Raises:
         ValueError: if the file holds figures of another machine, other sizes, images or versions.
     """
-    before = read_figures(path, "half_hour") if path.is_file() else {**content, "parts": {}}
+    before = read_json(path, COMMAND) if path.is_file() else {**content, "parts": {}}
     if differing := differences(_setting(before), _setting(content)):
         raise ValueError(
             f"{path} holds figures of another setup ({differing}); give another --json or remove the file"
@@ -122,9 +122,9 @@ def _found_before(path: Path, content: Mapping[str, Any], again: Sequence[str]) 
 
 def _setting(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what must agree between two runs, flat, so that a message can name what differs."""
-    machine = content["environment"]
-    facts = {"gpu": machine["gpu"], "processor": machine["processor"], **machine["versions"]}
-    return facts | content["config"] | content["images"]
+    machine = content.get("environment", {})
+    facts = {"benchmark": content.get("benchmark"), **{key: machine.get(key) for key in ("gpu", "processor")}}
+    return {**facts, **machine.get("versions", {}), **content.get("config", {}), **content.get("images", {})}
 
 
 def _measure_parts(setup: Setup, rows: _Rows, json: Path, content: dict[str, Any], end: float) -> None:

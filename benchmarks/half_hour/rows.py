@@ -137,8 +137,8 @@ def _train(setup: Setup, way: str) -> dict[str, Any]:
     long the GPU is idle comes from NVIDIA's management library, where nvidia-ml-py is installed.
     """
     out = setup.out.resolve() / "train"
-    log, metrics = out.with_suffix(".log"), out / "metrics.jsonl"
-    steps_per_epoch = len(open_set(setup.reads)) // setup.size.batch_size
+    log, metrics = out.with_name("train_pretrain.log"), out / "metrics.jsonl"
+    steps_per_epoch = open_set(setup.reads).count // setup.size.batch_size
     epochs = -(-setup.size.train_steps // steps_per_epoch)
     flags = [] if way == "eager" else way.split()
     command = [*_command(setup, out), *flags, "--epochs", str(epochs)]

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -62,8 +63,13 @@ def test_a_failure_is_a_row_and_the_next_row_is_measured(options: HalfHour) -> N
     assert found["dies"]["reason"].startswith("failed: its process ended with code 7")
     assert found["lacks"]["reason"] == "left out: the package nothing is not installed"
     assert "expensive" not in found, "it does not fit into the time left"
+    child = int((options.out / "child").read_text())
+    for _ in range(100):  # a killed process is there until it is reaped
+        if not Path(f"/proc/{child}").exists():
+            break
+        time.sleep(0.1)
     with pytest.raises(ProcessLookupError):
-        os.kill(int((options.out / "child").read_text()), 0)
+        os.kill(child, 0)
 
 
 def test_a_second_run_measures_what_is_missing_and_again_all(options: HalfHour) -> None:
