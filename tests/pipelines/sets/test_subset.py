@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import build_loader, evaluation_batches, open_set
@@ -17,6 +17,7 @@ from pipelines.sets.subset import balanced_subset, lines_of, listed_subset
 VIEW = evaluation(Recipe(crop_px=16))
 
 
+@settings(deadline=None)  # the first call may compile a kernel
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=200),
     st.floats(0.001, 1.0),
