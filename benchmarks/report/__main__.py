@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.report.blocks import PAGE, update
 from benchmarks.report.page import render
-from benchmarks.report.results import COMMANDS, read_results
+from benchmarks.report.results import MEASURED_BY, read_results
 from training import cli
 from training.cli import console
 from training.files import write_atomically
@@ -48,7 +48,7 @@ def main(config: ReportConfig) -> int:
     readme = config.readme or (README if config.results == RESULTS else None)
     results = read_results(config.results, None if config.check else config.demo)
     if not results:
-        commands = ", ".join(f"`{command}`" for command in COMMANDS.values())
+        commands = ", ".join(f"`{command}`" for command in MEASURED_BY.values())
         raise ValueError(f"no figures in {config.results} or {config.demo}; measure with one of {commands}")
     if not config.check:
         page = render(results).encode()
@@ -59,7 +59,8 @@ def main(config: ReportConfig) -> int:
     if readme is None:
         return 0
     for name in (name for name, figures in results.items() if figures.get("quick")):
-        console.print(f"{name}: figures of a quick run are not for {readme}; measure with `{COMMANDS[name]}`")
+        full = MEASURED_BY[name]
+        console.print(f"{name}: figures of a quick run are not for {readme}; measure with `{full}`")
     changed = update(readme, results, check=config.check)
     for name in changed:
         state = f"differs from {config.results}; run `make report`" if config.check else "rewritten"

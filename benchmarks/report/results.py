@@ -105,8 +105,8 @@ _SHAPES: dict[str, Figures] = {
     },
 }
 """Benchmarks, in the order of the page → the shape of their JSON."""
-COMMANDS = {name: f"make {name}" for name in _SHAPES}
-COMMANDS |= {"loader": "make bench", "half_hour": "make half-hour"}
+MEASURED_BY = {name: f"make {name}" for name in _SHAPES}
+MEASURED_BY |= {"loader": "make bench", "half_hour": "make half-hour"}
 
 
 def read_results(folder: Path, demo: Path | None = None) -> dict[str, Figures]:
@@ -128,7 +128,7 @@ def read_figures(file: Path, name: str) -> Figures:
         FileNotFoundError: if the file does not exist.
         ValueError: if it is of another shape; the message names the file and the key.
     """
-    command = COMMANDS[name]
+    command = MEASURED_BY[name]
     figures = read_json(file, command)
     head = {} if name == "demo" else {"benchmark": name}
     check(figures, {**head, "environment": _ENVIRONMENT, **_SHAPES[name]}, file, command)
