@@ -84,7 +84,7 @@ def _step_rows() -> dict[str, Row]:
         }
 
     published = {
-        published_name(method, precision): Row(25, steps.published, (method, precision))
+        published_name(method, precision): Row(25, steps.published_step, (method, precision))
         for precision in ("bf16", "fp32")
         for method in steps.METHODS
     }
