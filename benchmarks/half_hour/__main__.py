@@ -2,7 +2,7 @@
 
     python -m benchmarks.half_hour                                     everything, as far as half an hour goes
     python -m benchmarks.half_hour step train --minutes 15             two parts
-    python -m benchmarks.half_hour --device cpu --tiny                 a rehearsal without a GPU, five minutes
+    python -m benchmarks.half_hour --device cpu --tiny                 a rehearsal without a GPU, two minutes
 
 Every row is measured in a process of its own and written to the JSON file at once. A second run measures
 only what is missing, which includes rows that ran out of time or failed; ``--again`` measures the given parts

@@ -88,7 +88,8 @@ from pathlib import Path
 from benchmarks.half_hour import __main__ as program
 from tests.benchmarks import half_hour_part, test_half_hour
 program.rows_of = half_hour_part.rows_of
-program.prepare_images = lambda *_, **__: test_half_hour.replace(test_half_hour.CPU, out=Path({str(options.out)!r}))
+setup = test_half_hour.replace(test_half_hour.CPU, out=Path({str(options.out)!r}))
+program.prepare_images = lambda *_, **__: setup
 program.main(program.HalfHour(("check",), Path({str(options.json)!r}), out=Path({str(options.out)!r}),
                               device="cpu", tiny=True))
 """
