@@ -2,7 +2,7 @@
 
     python -m benchmarks.half_hour                                     everything, as far as half an hour goes
     python -m benchmarks.half_hour step train --minutes 15             two parts
-    python -m benchmarks.half_hour --device cpu --tiny                 a rehearsal without a GPU, five minutes
+    python -m benchmarks.half_hour --device cpu --tiny                 a rehearsal without a GPU, two minutes
 
 Every row is measured in a process of its own and written to the JSON file at once. A second run measures
 only what is missing, which includes rows that ran out of time or failed; ``--again`` measures the given parts
@@ -21,9 +21,9 @@ from rich.markup import escape
 
 from benchmarks.environment import environment
 from benchmarks.half_hour.figures import COMMAND, missing_rows, row_in_words
-from benchmarks.half_hour.plan import PARTS, PartName, Setup, prepare
+from benchmarks.half_hour.plan import PARTS, PartName, Setup, prepare_images
 from benchmarks.half_hour.rows import rows_of
-from benchmarks.half_hour.worker import Row, measure
+from benchmarks.half_hour.worker import Row, measure_row
 from benchmarks.programs import differences
 from benchmarks.report.files import read_json
 from training import cli
@@ -66,7 +66,7 @@ def main(options: HalfHour) -> dict[str, Any]:
     end, parts = time.monotonic() + 60 * options.minutes, tuple(dict.fromkeys(options.parts))
     _check(options)
     json = options.json or (options.out / "tiny.json" if options.tiny else _RESULTS)
-    setup = prepare(options.device, tiny=options.tiny, data=options.data, out=options.out)
+    setup = prepare_images(options.device, tiny=options.tiny, data=options.data, out=options.out)
     rows = rows_of(setup)
     is_long = setup.reads == setup.long_set
     reads = "a compiled file that repeats them" if is_long else "a folder of JPEG files, by Pillow"
@@ -142,7 +142,7 @@ def _measure_parts(setup: Setup, rows: _Rows, json: Path, content: dict[str, Any
                 found[name] = {"reason": "needs a GPU"}
             elif name in missing[part] and row.cost_s <= left:
                 with console.status(f"{part}: {name}"):
-                    found[name] = measure(row, setup, setup.out / f"{part}.log", min(row.limit_s, left))
+                    found[name] = measure_row(row, setup, setup.out / f"{part}.log", min(row.limit_s, left))
             write_json(json, content)
             if name in found:
                 console.print(f"[dim]{part}[/]  {name}: {escape(row_in_words(found[name]))}")

@@ -85,7 +85,7 @@ def published_name(method: str, precision: str = "bf16") -> str:
     return f"{method}, published, {precision}"
 
 
-def prepare(device: str, *, tiny: bool, data: Path, out: Path) -> Setup:
+def prepare_images(device: str, *, tiny: bool, data: Path, out: Path) -> Setup:
     """Find or make the images in ``data``, and compile them where libturbojpeg is found.
 
     Photographs are made where scikit-image and scikit-learn are installed, else images are drawn. A tiny run

@@ -71,7 +71,7 @@ def ours(setup: Setup, method: Method, splits: int, mode: Mode) -> dict[str, Any
         return _rate(setup, build_step(setup, method, splits, mode)[1])
 
 
-def published(setup: Setup, method: Method, precision: PrecisionName) -> dict[str, Any]:
+def published_step(setup: Setup, method: Method, precision: PrecisionName) -> dict[str, Any]:
     """The published formulation's step."""
     torch.manual_seed(0)
     encoder = functools.partial(build_encoder, setup.size.arch)

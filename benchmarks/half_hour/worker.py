@@ -46,7 +46,7 @@ class Row:
         return 2 * self.cost_s + self.grace_s
 
 
-def measure(row: Row, setup: Setup, log: Path, limit_s: float) -> dict[str, Any]:
+def measure_row(row: Row, setup: Setup, log: Path, limit_s: float) -> dict[str, Any]:
     """Return a row's figures, or ``reason``: it took longer than ``limit_s``, failed, or lacks a package."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()

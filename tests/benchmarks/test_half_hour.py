@@ -35,7 +35,7 @@ CPU = Setup("cpu", True, Path(), SampleSet(Path("none"), Path("none.beton"), Pat
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HalfHour:
     """Options that measure the misbehaving part, under the name check."""
     monkeypatch.setattr(program, "rows_of", half_hour_part.rows_of)
-    monkeypatch.setattr(program, "prepare", lambda *_, out, **__: replace(CPU, out=out))
+    monkeypatch.setattr(program, "prepare_images", lambda *_, out, **__: replace(CPU, out=out))
     (tmp_path / "out").mkdir()
     return HalfHour(("check",), tmp_path / "x.json", out=tmp_path / "out", device="cpu", tiny=True)
 
@@ -88,7 +88,8 @@ from pathlib import Path
 from benchmarks.half_hour import __main__ as program
 from tests.benchmarks import half_hour_part, test_half_hour
 program.rows_of = half_hour_part.rows_of
-program.prepare = lambda *_, **__: test_half_hour.replace(test_half_hour.CPU, out=Path({str(options.out)!r}))
+setup = test_half_hour.replace(test_half_hour.CPU, out=Path({str(options.out)!r}))
+program.prepare_images = lambda *_, **__: setup
 program.main(program.HalfHour(("check",), Path({str(options.json)!r}), out=Path({str(options.out)!r}),
                               device="cpu", tiny=True))
 """
@@ -180,19 +181,19 @@ def test_a_rehearsal_without_a_gpu_measures_all_rows_of_a_cpu(tmp_path: Path) ->
 def test_images_are_found_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     monkeypatch.setattr(plan.turbojpeg, "is_found", lambda: False)
-    drawn = plan.prepare("cpu", tiny=True, data=data, out=out)
+    drawn = plan.prepare_images("cpu", tiny=True, data=data, out=out)
     assert len(image_files(drawn.images.folder)) == TINY.num_images and drawn.reads == drawn.images.folder
     assert not any(path.exists() for path in (drawn.images.beton, drawn.images.shards, drawn.long_set)), (
         "nothing can be compiled without libturbojpeg"
     )
     (data / "photographs-q86" / "train").mkdir(parents=True)
-    found = plan.prepare("cpu", tiny=False, data=data, out=out).images
+    found = plan.prepare_images("cpu", tiny=False, data=data, out=out).images
     assert found.folder == data / "photographs-q86" / "train" and "photographs" in found.how
     (data / "photographs-q86" / "train").rmdir()
     (data / "photographs-q86").rmdir()
     (data / "photographs-q86.beton").touch()
     with pytest.raises(ValueError, match="apt-get install libturbojpeg0"):
-        plan.prepare("cpu", tiny=False, data=data, out=out)
+        plan.prepare_images("cpu", tiny=False, data=data, out=out)
 
 
 # ---------------------------------------------------------------------------------------------- arithmetic
@@ -245,7 +246,7 @@ def test_tests_are_counted_by_outcome(tmp_path: Path) -> None:
     file.write_text(
         f"import pytest\npytestmark = pytest.mark.gpu\n{cases}@pytest.mark.skip\ndef test_not(): pass\n"
     )
-    found = worker.measure(Row(25, rows.gpu_tests, (str(file),)), CPU, tmp_path / "x.log", 100)
+    found = worker.measure_row(Row(25, rows.gpu_tests, (str(file),)), CPU, tmp_path / "x.log", 100)
     assert found.pop("took_s") > 0
     assert found == {"passed": 1, "failed": 1, "skipped": 1, "failures": ["test_bad"]}
     marked = list(rows.rows_of(replace(CPU, tiny=False))["check"])
