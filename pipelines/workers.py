@@ -28,6 +28,7 @@ from pipelines.augment.draws import draw_boxes, draw_parameters
 from pipelines.augment.photometric_cpu import augment_on_cpu
 from pipelines.decode import Decoder, DeviceDecoder
 from pipelines.device import record_event, synchronize
+from pipelines.kernels.compiled import kernel
 from pipelines.randomness import Draw
 from pipelines.recipe import Recipe
 from pipelines.sets import Encoded, PictureSet, RankShare
@@ -333,16 +334,23 @@ class Workers:
 
 
 def _empty(shape: tuple[int, ...], dtype: type[np.float32 | np.uint8]) -> Tensor:
-    """Uninitialised host memory, allocated by NumPy and aligned as torch aligns its own.
+    """Uninitialised host memory, allocated by numba and aligned as torch aligns its own.
 
     torch allocates with posix_memalign, for which glibc searches a gap larger than the block. If the process
     keeps freed memory (:func:`pipelines.device.keep_freed_memory`), a batch would not fit into the gap that
-    the batch before has left, and the process would grow.
+    the batch before has left, and the process would grow. NumPy asks the system for huge pages, and on a
+    system with fragmented memory the first batches wait for them.
     """
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    memory = _allocate(num_bytes + _ALIGNMENT)
     start = -memory.ctypes.data % _ALIGNMENT
     return torch.from_numpy(memory[start : start + num_bytes].view(dtype).reshape(shape))
+
+
+@kernel
+def _allocate(num_bytes: int) -> NDArray[np.uint8]:
+    """Memory from malloc(3)."""
+    return np.empty(num_bytes, np.uint8)
 
 
 def _thread_pool(name: str, num_threads: int, stack: ExitStack) -> ThreadPoolExecutor:
