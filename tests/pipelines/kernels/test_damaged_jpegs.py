@@ -138,7 +138,7 @@ def test_markers_are_read_within_bounds(seed: bytes, changes: list[tuple[int, in
     data = np.frombuffer(bytes(mutated[: len(mutated) - cut % (len(mutated) + 1)]), np.uint8)
     # Plain Python raises IndexError where compiled code would read past the end.
     assert PLAIN["missing_table"](data) == missing_table(data)
-    assert PLAIN["_is_turned"](data) == jpeg_crops._is_turned(data)
+    assert PLAIN["_is_rotated"](data) == jpeg_crops._is_rotated(data)
 
 
 # ------------------------------------------------------------------------------------------------------------
